@@ -1,0 +1,42 @@
+"""Flow matching in sigma: x_t = (1 - sigma) x0 + sigma eps, v = eps - x0. Shapes: B batch, K ladder steps."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from einops import rearrange
+from torch import Tensor
+
+Number = TypeVar("Number", float, Tensor)
+
+
+def shift(u: Number, s: float) -> Number:
+    """Warp uniform times u in [0, 1] towards noise: s u / (1 + (s - 1) u) (SD3, arXiv 2403.03206, eq. 23)."""
+    return s * u / (1 + (s - 1) * u)
+
+
+def ladder(indices: Sequence[float], *, s: float) -> tuple[float, ...]:
+    """Sigmas (K) of ladder indices in (0, 1000], strictly falling; ValueError otherwise."""
+    falling = all(a > b for a, b in zip(indices, indices[1:], strict=False))
+    if not indices or not falling or indices[0] > 1000 or indices[-1] <= 0:
+        raise ValueError(f"ladder={list(indices)}: needs strictly falling numbers in (0, 1000]")
+    return tuple(shift(index / 1000, s) for index in indices)
+
+
+def per_sample(sigma: Tensor) -> Tensor:
+    """View sigma (B) so that it multiplies videos (B C T H W)."""
+    return rearrange(sigma, "b -> b 1 1 1 1")
+
+
+def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """x_t (B C T H W) at sigma (B)."""
+    return (1 - per_sample(sigma)) * x0 + per_sample(sigma) * eps
+
+
+def x0_from_velocity(x_t: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+    """x0 = x_t - sigma v (B C T H W) at sigma (B)."""
+    return x_t - per_sample(sigma) * v
+
+
+def score_sigma(u: Tensor, *, s: float, low: float = 0.02, high: float = 0.98) -> Tensor:
+    """Sigma (B) at which the scores are compared: shifted u (B) in [0, 1], clamped (DMD2, arXiv 2405.14867)."""
+    return shift(u, s).clamp(low, high)

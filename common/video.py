@@ -1,0 +1,62 @@
+"""Geometry of a video: pixels, latents and tokens of Wan2.2-TI2V."""
+
+from dataclasses import dataclass
+
+TIME_STRIDE = 4  # pixel frames a latent frame, after the first
+SPACE_STRIDE = 16  # pixels a latent, in height and in width
+PATCH = 2  # latents a token, in height and in width
+CHANNELS = 48  # latent channels
+
+
+@dataclass(frozen=True)
+class VideoSpec:
+    """Size of a video in pixels: `num_frames` of `height` x `width` at `fps` frames a second.
+
+    Raises ValueError where the VAE (4 frames, 16 pixels) or the patches (2 latents) cannot divide it.
+    """
+
+    num_frames: int = 121
+    height: int = 704
+    width: int = 1280
+    fps: int = 24
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 1 or self.num_frames % TIME_STRIDE != 1:
+            low = max(1, (self.num_frames - 1) // TIME_STRIDE * TIME_STRIDE + 1)
+            raise ValueError(
+                f"num_frames={self.num_frames}: the VAE needs 4k+1 frames; nearest are {low} and {low + TIME_STRIDE}"
+            )
+        step = SPACE_STRIDE * PATCH
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size < step or size % step:
+                low = max(step, size // step * step)
+                raise ValueError(f"{name}={size}: must be a multiple of {step}; nearest are {low} and {low + step}")
+        if self.fps < 1:
+            raise ValueError(f"fps={self.fps}: must be at least 1")
+
+    @property
+    def latent_frames(self) -> int:
+        """Number of latent frames T."""
+        return (self.num_frames - 1) // TIME_STRIDE + 1
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """Shape (C T H W) of one video's latents."""
+        return CHANNELS, self.latent_frames, self.height // SPACE_STRIDE, self.width // SPACE_STRIDE
+
+    @property
+    def first_frame_shape(self) -> tuple[int, int, int, int]:
+        """Shape (C 1 H W) of one first frame's latent."""
+        channels, _, height, width = self.latent_shape
+        return channels, 1, height, width
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens the denoiser sees for one video."""
+        _, frames, height, width = self.latent_shape
+        return frames * tokens_per_frame(height, width)
+
+
+def tokens_per_frame(latent_height: int, latent_width: int) -> int:
+    """Number of tokens in one latent frame."""
+    return (latent_height // PATCH) * (latent_width // PATCH)

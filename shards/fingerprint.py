@@ -1,0 +1,46 @@
+"""Finding a model folder or hub name, and telling two models apart without loading them."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+PARTS = ("vae", "text_encoder", "tokenizer", "transformer")
+BLOCK, BLOCKS = 4096, 256  # of each weight file: up to this many evenly spaced blocks of this many bytes
+
+
+def locate(model: str, parts: Sequence[str]) -> Path:
+    """Local folder of `model`, a folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers or a hub name.
+
+    Downloads only for a hub name, and only `parts`. Raises ValueError naming a part that is not there.
+    """
+    folder = Path(model)
+    if not folder.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        folder = Path(snapshot_download(model, allow_patterns=["*.json", *(f"{part}/*" for part in parts)]))
+    if not folder.is_dir():
+        raise ValueError(f"model={model}: no such folder, and not a hub name of the form OWNER/NAME")
+    for part in parts:
+        config = "tokenizer_config.json" if part == "tokenizer" else "config.json"
+        if not (folder / part / config).is_file():
+            raise ValueError(f"model={model}: {part}/{config} is missing; a model folder holds {', '.join(PARTS)}")
+        if part != "tokenizer" and not list((folder / part).glob("*.safetensors")):
+            raise ValueError(f"model={model}: {part}/ holds no .safetensors weights")
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """Hex digest of one part of a model: names, sizes, small files whole, weight files by spaced blocks."""
+    digest = hashlib.sha256()
+    files = [*folder.glob("*.json"), *folder.glob("*.model"), *folder.glob("*.safetensors")]
+    for path in sorted(files):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            if size <= BLOCK * BLOCKS:
+                digest.update(file.read())
+                continue
+            for block in range(BLOCKS):
+                file.seek(block * (size - BLOCK) // (BLOCKS - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()[:32]

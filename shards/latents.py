@@ -1,0 +1,78 @@
+"""The zarr store of sampled latents: written by training and sampling, read by decoding.
+
+Layout: one group a step, holding `latents` (N C T H W) float32, one chunk a video. The group's attributes carry the
+`VideoSpec`, the keys, prompts and seeds, and `done`, written last: a group without it is still being written.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy
+import torch
+import zarr
+from torch import Tensor
+
+from common.video import VideoSpec
+
+
+@dataclass(frozen=True)
+class LatentGroup:
+    """The latents of one step."""
+
+    step: str
+    spec: VideoSpec
+    keys: tuple[str, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+def create(path: Path, group: LatentGroup) -> None:
+    """Make room for one step's latents; an unfinished group of the same name is replaced."""
+    store = zarr.open_group(path, mode="a")
+    made = store.create_group(group.step, overwrite=True)
+    shape = (len(group.keys), *group.spec.latent_shape)
+    made.create_array("latents", shape=shape, chunks=(1, *group.spec.latent_shape), dtype="float32", compressors=None)
+    made.attrs.put(
+        {
+            "spec": asdict(group.spec),
+            "keys": list(group.keys),
+            "prompts": list(group.prompts),
+            "seeds": list(group.seeds),
+            "done": False,
+        }
+    )
+
+
+def write(path: Path, step: str, rows: Sequence[int], latents: Tensor) -> None:
+    """Store latents (B C T H W) as the rows of a step; different ranks may write different rows."""
+    array = zarr.open_array(path / step / "latents", mode="r+")
+    for row, video in zip(rows, latents.detach().to("cpu", torch.float32).numpy(), strict=True):
+        array[row] = video
+
+
+def finish(path: Path, step: str) -> None:
+    """Mark a step as complete."""
+    zarr.open_group(path / step, mode="r+").attrs.update({"done": True})
+
+
+def steps(path: Path) -> list[str]:
+    """Names of the complete steps, sorted; ValueError where `path` is no store of latents."""
+    if not (path / "zarr.json").is_file():
+        raise ValueError(f"latents={path}: not a zarr store of latents")
+    groups = zarr.open_group(path, mode="r").groups()
+    return sorted(name for name, group in groups if group.attrs.get("done"))
+
+
+def describe(path: Path, step: str) -> LatentGroup:
+    """What a step holds."""
+    facts = zarr.open_group(path / step, mode="r").attrs.asdict()
+    return LatentGroup(
+        step, VideoSpec(**facts["spec"]), tuple(facts["keys"]), tuple(facts["prompts"]), tuple(facts["seeds"])
+    )
+
+
+def read(path: Path, step: str, row: int) -> Tensor:
+    """One video's latents (C T H W) float32."""
+    video = zarr.open_array(path / step / "latents", mode="r")[row]
+    return torch.from_numpy(numpy.asarray(video))

@@ -1,0 +1,84 @@
+"""The record: one clip's first-frame latent and prompt embedding, and its two members in a tar shard.
+
+Shapes: B batch, C channels, H W latent size, L text rows of one prompt, D text width.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from common.condition import Condition
+
+TENSORS, FACTS = "safetensors", "json"  # member names are KEY.safetensors and KEY.json
+TEXT_LENGTH = 512  # text rows that the denoiser attends to, zero rows included
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a record comes from."""
+
+    prompt: str
+    path: str  # as written in the CSV; "" = text only
+    line: int  # of the CSV, counted from 1
+    frame: int = 0  # index of the frame taken from the file
+    size: tuple[int, int] | None = None  # (height, width) of the upright source frame in pixels
+    seed: int | None = None  # of the sampler, where the CSV gives one
+
+
+@dataclass(frozen=True)
+class Record:
+    """One encoded clip."""
+
+    key: str  # unique in the data set
+    source: Source
+    first_frame: Tensor | None  # (C 1 H W) bf16; None = text only
+    text: Tensor  # (L D) bf16, the prompt's true rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records collated for the denoiser."""
+
+    keys: tuple[str, ...]
+    sources: tuple[Source, ...]
+    condition: Condition
+
+
+def to_members(record: Record) -> dict[str, bytes]:
+    """Serialise a record as {member name: bytes}; equal records give equal bytes."""
+    tensors = {"text": record.text}
+    if record.first_frame is not None:
+        tensors["first_frame"] = record.first_frame
+    half = {name: tensor.detach().to("cpu", torch.bfloat16).clone().contiguous() for name, tensor in tensors.items()}
+    facts = json.dumps(vars(record.source), ensure_ascii=False, sort_keys=True)
+    return {f"{record.key}.{TENSORS}": save_tensors(half), f"{record.key}.{FACTS}": facts.encode()}
+
+
+def from_members(key: str, tensors: bytes, facts: bytes) -> Record:
+    """Rebuild a record from the bytes of its two members."""
+    loaded = load_tensors(tensors)
+    fields = json.loads(facts)
+    fields["size"] = tuple(fields["size"]) if fields["size"] else None
+    return Record(key, Source(**fields), loaded.get("first_frame"), loaded["text"])
+
+
+def pad_text(text: Tensor, length: int = TEXT_LENGTH) -> Tensor:
+    """Append zero rows to text (L D), or cut it, to (length D)."""
+    return torch.nn.functional.pad(text, (0, 0, 0, length - text.shape[0]))
+
+
+def collate(records: Sequence[Record]) -> Batch:
+    """Stack records of one kind (all with a first frame, or all without) into a batch."""
+    frames = [record.first_frame for record in records if record.first_frame is not None]
+    if frames and len(frames) != len(records):
+        raise ValueError(f"{records[0].key}: records with and without a first frame cannot share a batch")
+    condition = Condition(
+        first_frame=torch.stack(frames) if frames else None,
+        text=torch.stack([pad_text(record.text) for record in records]),
+    )
+    return Batch(tuple(r.key for r in records), tuple(r.source for r in records), condition)

@@ -1,0 +1,96 @@
+"""Writing one tar shard: whole or not at all, and the same bytes for the same records.
+
+Beside `shard-000007.tar` stands `shard-000007.json`, written after it: the tar's hash, the offsets of its members,
+the failures of its rows, and a hash of those rows. A shard is finished where both are there.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import webdataset
+
+from shards.manifest import Shard, write_file
+from shards.record import Record, to_members
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where one member's bytes lie in its tar."""
+
+    name: str
+    offset: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A CSV row that gave no record."""
+
+    line: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """The sidecar of one shard."""
+
+    shard: Shard
+    rows_sha256: str  # of the CSV rows that it stands for
+    members: tuple[Member, ...]  # two a record, KEY.safetensors then KEY.json
+    failures: tuple[Failure, ...]
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard's tar."""
+    return f"shard-{number:06d}.tar"
+
+
+def index_path(folder: Path, name: str) -> Path:
+    """Path of the sidecar of the tar `name`."""
+    return folder / name.replace(".tar", ".json")
+
+
+def write_shard(
+    folder: Path, name: str, records: Iterable[Record], *, failures: Iterable[Failure], rows_sha256: str
+) -> Index:
+    """Write `name` and its sidecar into `folder` and return the sidecar's content."""
+    buffer = io.BytesIO()
+    members: list[Member] = []
+    with webdataset.TarWriter(buffer, encoder=False, mtime=0) as tar:
+        for record in records:
+            for member, data in to_members(record).items():
+                key, extension = member.split(".", 1)
+                tar.write({"__key__": key, extension: data})
+                members.append(Member(member, 0, len(data), hashlib.sha256(data).hexdigest()))
+    data = buffer.getvalue()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        offsets = [info.offset_data for info in tar]
+    placed = tuple(Member(m.name, offset, m.size, m.sha256) for m, offset in zip(members, offsets, strict=True))
+    failed = tuple(failures)
+    count = len(placed) // 2
+    shard = Shard(name, count, count + len(failed), hashlib.sha256(data).hexdigest(), len(data))
+    index = Index(shard, rows_sha256, placed, failed)
+    write_file(folder / name, data)
+    write_file(index_path(folder, name), (json.dumps(asdict(index), ensure_ascii=False) + "\n").encode())
+    return index
+
+
+def read_index(folder: Path, name: str) -> Index | None:
+    """The sidecar of a finished shard; None where the shard is not finished."""
+    sidecar, tar = index_path(folder, name), folder / name
+    if not sidecar.is_file() or not tar.is_file():
+        return None
+    fields = json.loads(sidecar.read_bytes())
+    return Index(
+        Shard(**fields["shard"]),
+        fields["rows_sha256"],
+        tuple(Member(**member) for member in fields["members"]),
+        tuple(Failure(**failure) for failure in fields["failures"]),
+    )

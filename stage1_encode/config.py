@@ -1,0 +1,63 @@
+"""Options of stage one."""
+
+from dataclasses import dataclass
+
+from common.options import at_least, one_of, option
+from common.video import VideoSpec
+
+DTYPES = ("float32", "bfloat16")
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)  # the official one of Wan2.2
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """What `encode` makes of a CSV."""
+
+    data: str = option(help="CSV with columns video (or path) and prompt (or text).")
+    model: str = option(help="Model folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a hub name.")
+    out: str = option(help="Folder of the data set.")
+    num_frames: int = option(121, "Frames of a video, 4k+1.")
+    height: int = option(704, "Height in pixels, a multiple of 32.")
+    width: int = option(1280, "Width in pixels, a multiple of 32.")
+    fps: int = option(24, "Frames a second.")
+    shard_size: int = option(256, "CSV rows a shard.")
+    batch_size: int = option(8, "Clips encoded at once.")
+    max_failures: float = option(0.05, "Share of failed rows above which encode ends with exit code 1.")
+    time_limit: float = option(30.0, "Seconds a file may take to give its first frame.")
+    negative_prompt: str = option(NEGATIVE_PROMPT, "Prompt of the unconditional branch, embedded once.")
+    vae_dtype: str = option("float32", "Precision of the VAE.", choices=DTYPES)
+    text_dtype: str = option("bfloat16", "Precision of the text encoder.", choices=DTYPES)
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.")
+
+    def __post_init__(self) -> None:
+        _ = self.spec
+        at_least("shard_size", self.shard_size, 1)
+        at_least("batch_size", self.batch_size, 1)
+        at_least("max_failures", self.max_failures, 0)
+        one_of("vae_dtype", self.vae_dtype, DTYPES)
+        one_of("text_dtype", self.text_dtype, DTYPES)
+
+    @property
+    def spec(self) -> VideoSpec:
+        """Size of the videos."""
+        return VideoSpec(self.num_frames, self.height, self.width, self.fps)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """What `decode` makes of latents."""
+
+    latents: str = option(help="Folder X.zarr of latents.")
+    model: str = option(help="Model folder or hub name; its VAE is used.")
+    out: str = option(help="Folder for the mp4 files and the contact sheet.")
+    columns: int = option(6, "Frames of each video on the contact sheet.")
+    vae_dtype: str = option("float32", "Precision of the VAE.", choices=DTYPES)
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.")
+
+    def __post_init__(self) -> None:
+        at_least("columns", self.columns, 1)
+        one_of("vae_dtype", self.vae_dtype, DTYPES)
