@@ -1,0 +1,37 @@
+"""The few-step student: denoise, noise again less, and so on down the ladder.
+
+Shapes: B batch, C channels, T latent frames, H W latent size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from common.condition import Condition, Denoiser
+from common.flow import add_noise
+from common.seed import normal
+
+
+def rollout(
+    denoiser: Denoiser,
+    noise: Tensor,
+    condition: Condition,
+    *,
+    ladder: Sequence[float],
+    generators: Sequence[torch.Generator],
+    exit_index: int | None = None,
+) -> Tensor:
+    """x0 (B C T H W) after the ladder's steps 0..exit_index (default: all), starting from `noise`.
+
+    Only the last step can carry a gradient (backward simulation, DMD2 section 4.5). Fresh noise between the steps
+    comes from `generators`, one a sample.
+    """
+    last = len(ladder) - 1 if exit_index is None else exit_index
+    sigmas = [noise.new_full((noise.shape[0],), sigma) for sigma in ladder]
+    x_t = noise
+    with torch.no_grad():
+        for step in range(last):
+            x0 = denoiser(x_t, sigmas[step], condition)
+            x_t = add_noise(x0, normal(x0.shape[1:], generators), sigmas[step + 1])
+    return denoiser(x_t, sigmas[last], condition)

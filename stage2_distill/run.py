@@ -1,0 +1,169 @@
+"""A run: open the data and the roles, go on from the newest checkpoint, iterate, save."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from shards.read import DataSet, Stream, open_data_set, prefetch
+from torch import Tensor
+
+from common.condition import Condition
+from common.options import read_yaml, write_config
+from common.progress import Progress
+from shards.fingerprint import fingerprint, locate
+from shards.manifest import Manifest, check_manifest
+from shards.record import pad_text
+from stage2_distill.checkpoint import SAMPLER, StudentFacts, checkpoints, load, prune, save
+from stage2_distill.config import DistillConfig
+from stage2_distill.ema import Ema
+from stage2_distill.journal import Journal
+from stage2_distill.optim import adamw, state_tensors
+from stage2_distill.parallel import Ranks, shard, start
+from stage2_distill.schedule import Part, accumulation, parts
+from stage2_distill.train import DivergedError, Roles, Trainer, train_step
+from stage2_distill.wan import load as load_network
+
+CONFIG, METRICS = "distill.yaml", "metrics.jsonl"
+MAY_CHANGE = {"iterations", "checkpoint_every", "keep", "device", "batch_size", "activation_checkpointing", "model"}
+
+
+def distill(config: DistillConfig) -> Path:
+    """Train, or go on training, and return the newest checkpoint."""
+    ranks = start(config.device)
+    model = locate(config.model, ("transformer",))
+    data = open_data_set(config.shards[0])
+    check_manifest(Path(config.shards[0]), data.manifest, spec=config.spec, encoder=expected_encoder(model))
+    accumulation(config, ranks.world)
+    out = Path(config.out)
+    open_folder(out, config, first=ranks.rank == 0)
+    trainer = open_trainer(config, ranks, model, data)
+    done = resume(out, trainer)
+    facts = student_facts(config, model, data.manifest)
+    iterate(out, trainer, data, facts, done)
+    return checkpoints(out)[-1]
+
+
+def expected_encoder(model: Path) -> dict[str, object]:
+    """Fingerprints of those encoders that lie beside the transformer; nothing is loaded."""
+    return {part: fingerprint(model / part) for part in ("vae", "text_encoder") if (model / part).is_dir()}
+
+
+def open_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
+    """Make the run's folder, or refuse one that holds something else or a run with other options."""
+    stored = out / CONFIG
+    if stored.is_file():
+        before = read_yaml(str(stored))
+        now = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+        changed = [
+            f"{key}: {value!r}, was {before.get(key)!r}"
+            for key, value in now.items()
+            if value != before.get(key) and key not in MAY_CHANGE
+        ]
+        if changed:
+            raise ValueError(f"out={out}: holds a run with other options: {'; '.join(changed)}")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out={out}: holds something that is not a run of distill; name an empty folder")
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_config(stored, config)
+
+
+def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet) -> Trainer:
+    """The three roles from one folder, sharded, with their optimizers."""
+    compute = getattr(torch, config.dtype)
+    student, critic = (load_network(model, torch.float32) for _ in range(2))
+    teacher = load_network(model, compute).requires_grad_(False)
+    if config.activation_checkpointing:
+        student.enable_gradient_checkpointing()
+        critic.enable_gradient_checkpointing()
+    roles = Roles(*(shard(net, ranks, compute) for net in (student, teacher, critic)))
+    return Trainer(
+        config,
+        ranks,
+        roles,
+        adamw(roles.student, config.student_lr, config),
+        adamw(roles.critic, config.critic_lr, config),
+        Ema(roles.student),
+        pad_text(data.negative).to(ranks.device),
+    )
+
+
+def state(trainer: Trainer) -> dict[str, Tensor]:
+    """Everything that training changes, as live tensors."""
+    roles, groups = trainer.roles, {}
+    groups["student"] = dict(roles.student.named_parameters())
+    groups["critic"] = dict(roles.critic.named_parameters())
+    groups["ema"] = trainer.ema.weights
+    groups["student_optimizer"] = state_tensors(roles.student, trainer.student_optimizer)
+    groups["critic_optimizer"] = state_tensors(roles.critic, trainer.critic_optimizer)
+    return {f"{group}.{name}": value.detach() for group, named in groups.items() for name, value in named.items()}
+
+
+def resume(out: Path, trainer: Trainer) -> int:
+    """Fill the trainer from the newest checkpoint, if there is one; the number of iterations done."""
+    found = checkpoints(out)
+    if not found:
+        return 0
+    load(found[-1], state(trainer))
+    return int(found[-1].name.removeprefix("step-"))
+
+
+def student_facts(config: DistillConfig, model: Path, manifest: Manifest) -> StudentFacts:
+    """What every checkpoint of this run says of its student."""
+    return StudentFacts(
+        iteration=0,
+        ladder=config.ladder,
+        shift=config.shift,
+        sampler=SAMPLER,
+        spec=config.spec,
+        base_model=config.model,
+        transformer=fingerprint(model / "transformer"),
+        vae=manifest.encoder.vae,
+        text_encoder=manifest.encoder.text_encoder,
+        config=asdict(config),
+    )
+
+
+def iterate(out: Path, trainer: Trainer, data: DataSet, facts: StudentFacts, done: int) -> None:
+    """Iterations `done`..end, each logged, with a checkpoint now and then and at the end."""
+    config, ranks = trainer.config, trainer.ranks
+    journal = Journal(out / METRICS, start=done) if ranks.rank == 0 else None
+    loaded = conditions(trainer, data, done)
+    with Progress(config.iterations, done=done, label="distill", quiet=ranks.rank > 0) as progress:
+        for iteration in range(done, config.iterations):
+            began = time.perf_counter()
+            try:
+                step = train_step(trainer, iteration, loaded)
+            except DivergedError as error:
+                last = checkpoints(out)
+                good = last[-1].name if last else "none"
+                raise DivergedError(
+                    f"iteration {iteration}, rank {ranks.rank}: {error}; not finite, the update was not taken. "
+                    f"Last good checkpoint: {good}. Lower the learning rates or look at the data."
+                ) from error
+            if journal:
+                journal.write(iteration, step, time.perf_counter() - began)
+            progress.advance(f"critic loss {step.critic.loss.item():.4f}")
+            now = iteration + 1
+            if now % config.checkpoint_every == 0 or now == config.iterations:
+                save(out, state(trainer), replace(facts, iteration=now))
+                if ranks.rank == 0:
+                    prune(out, config.keep)
+    if journal:
+        journal.close()
+
+
+def conditions(trainer: Trainer, data: DataSet, done: int) -> Iterator[tuple[Part, Condition]]:
+    """This rank's micro-batches from iteration `done` on, read ahead by threads, on the device."""
+    config, ranks = trainer.config, trainer.ranks
+    stream = Stream(data, seed=config.seed)
+
+    def read(part: Part) -> tuple[Part, Condition]:
+        return part, stream.batch(part.positions).condition
+
+    todo = parts(config, start=done, rank=ranks.rank, world=ranks.world)
+    for part, condition in prefetch(read, todo, depth=8, threads=2):
+        frame = condition.first_frame
+        yield part, Condition(None if frame is None else frame.to(ranks.device), condition.text.to(ranks.device))

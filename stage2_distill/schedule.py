@@ -1,0 +1,78 @@
+"""What happens in which iteration, on which samples: pure functions of the configuration, the same on all ranks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from common.seed import generator
+from stage2_distill.config import DistillConfig
+
+STUDENT, CRITIC = "student", "critic"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One rank's micro-batch of one update."""
+
+    iteration: int
+    role: str  # STUDENT or CRITIC
+    samples: tuple[int, ...]  # places in the global batch
+    positions: tuple[int, ...]  # places in the endless stream of records
+    share: float  # of the rank's gradient
+    last: bool  # of the update
+
+
+def student_turn(iteration: int, config: DistillConfig) -> bool:
+    """Whether the student is updated in this iteration, before the critic."""
+    return iteration >= config.critic_warmup and iteration % config.student_every == 0
+
+
+def updates_before(iteration: int, config: DistillConfig) -> int:
+    """Number of updates of either role in iterations 0..iteration-1: the stream's position in global batches."""
+
+    def turns(end: int) -> int:
+        return -(-end // config.student_every)
+
+    return iteration + max(0, turns(iteration) - turns(config.critic_warmup))
+
+
+def accumulation(config: DistillConfig, world: int) -> int:
+    """Micro-batches a rank takes for one update; ValueError where `global_batch` cannot be reached."""
+    together = config.batch_size * world
+    if config.global_batch % together:
+        low = max(1, config.global_batch // together) * together
+        raise ValueError(
+            f"global_batch={config.global_batch}: not a multiple of batch_size {config.batch_size} x {world} ranks; "
+            f"nearest are {low} and {low + together}"
+        )
+    return config.global_batch // together
+
+
+def parts(config: DistillConfig, *, start: int, rank: int, world: int) -> Iterator[Part]:
+    """All micro-batches of one rank from iteration `start` to the end, in order."""
+    count = accumulation(config, world)
+    for iteration in range(start, config.iterations):
+        update = updates_before(iteration, config)
+        roles = (STUDENT, CRITIC) if student_turn(iteration, config) else (CRITIC,)
+        for place, role in enumerate(roles):
+            for step in range(count):
+                first = (step * world + rank) * config.batch_size
+                samples = tuple(range(first, first + config.batch_size))
+                offset = (update + place) * config.global_batch
+                positions = tuple(offset + sample for sample in samples)
+                yield Part(iteration, role, samples, positions, 1 / count, step == count - 1)
+
+
+def exit_index(iteration: int, role: str, config: DistillConfig) -> int:
+    """The ladder step at which this update leaves the rollout, uniform (DMD2 section 4.5)."""
+    draw = generator(config.seed, iteration, 0, f"{role} exit")
+    return int(torch.randint(len(config.ladder), (1,), generator=draw))
+
+
+def score_bounds(exit_at: int, config: DistillConfig) -> tuple[float, float]:
+    """Bounds of u, the score time before the shift, for a rollout that left at step `exit_at`."""
+    following = config.ladder[exit_at + 1] if exit_at + 1 < len(config.ladder) else 0.0
+    low = following / 1000 if config.ts_schedule else 0.0
+    high = config.ladder[exit_at] / 1000 if config.ts_schedule_max else 1.0
+    return low, high

@@ -1,0 +1,174 @@
+"""Distribution Matching Distillation: three roles, one step, the loop.
+
+Shapes: B batch, C channels, T latent frames, H W latent size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from common.condition import Condition, Denoiser
+from common.flow import score_sigma
+from common.seed import generator, normal, uniform
+from stage2_distill.config import DistillConfig
+from stage2_distill.ema import Ema
+from stage2_distill.losses import critic_loss, dmd_loss
+from stage2_distill.parallel import Ranks, clip, mean_over_ranks, reduce_gradients
+from stage2_distill.rollout import rollout
+from stage2_distill.schedule import CRITIC, STUDENT, Part, exit_index, score_bounds, student_turn
+from stage2_distill.wan import denoiser, guided
+
+
+class DivergedError(RuntimeError):
+    """A loss or gradient is not finite; the message names the iteration and the last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The three networks, all started from the same weights."""
+
+    student: nn.Module
+    teacher: nn.Module
+    critic: nn.Module
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """All that an iteration needs besides its data."""
+
+    config: DistillConfig
+    ranks: Ranks
+    roles: Roles
+    student_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer
+    ema: Ema
+    negative_text: Tensor  # (L D)
+
+    def denoiser(self, net: nn.Module) -> Denoiser:
+        """A role as a function to x0."""
+        return denoiser(net, getattr(torch, self.config.dtype))
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update of one role gives."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    exit_index: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one iteration gives."""
+
+    student: Update | None
+    critic: Update
+
+
+Load = Callable[[Part], Condition]
+Loss = Callable[[Tensor, Condition, Tensor, Tensor], Tensor]  # (x0, condition, sigma, eps) -> scalar
+
+
+def train_step(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, Condition]]) -> Step:
+    """One iteration of DMD2, algorithm 1: now and then the student, always the critic."""
+    student = None
+    if student_turn(iteration, trainer.config):
+        student = update_student(trainer, iteration, data)
+        trainer.ema.update(trainer.roles.student, ema_decay(iteration, trainer.config))
+    critic = update_critic(trainer, iteration, data)
+    return Step(student, critic)
+
+
+def ema_decay(iteration: int, config: DistillConfig) -> float:
+    """Decay after a student update: 0, a plain copy, up to iteration `ema_start`."""
+    return config.ema_decay if iteration > config.ema_start else 0.0
+
+
+def update_student(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, Condition]]) -> Update:
+    """Move the student's law towards the teacher's (DMD eq. 7), with a gradient at one step of the rollout."""
+    critic = trainer.denoiser(trainer.roles.critic)
+    teacher = guided(
+        trainer.denoiser(trainer.roles.teacher),
+        negative_text=trainer.negative_text,
+        scale=trainer.config.guidance_scale,
+    )
+
+    def loss(x0: Tensor, condition: Condition, sigma: Tensor, eps: Tensor) -> Tensor:
+        return dmd_loss(x0, condition, teacher=teacher, critic=critic, sigma=sigma, eps=eps)
+
+    exit_at = exit_index(iteration, STUDENT, trainer.config)
+    value = accumulate(trainer, data, loss, net=trainer.roles.student, exit_at=exit_at)
+    return apply(trainer, trainer.roles.student, trainer.student_optimizer, value, exit_at)
+
+
+def update_critic(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, Condition]]) -> Update:
+    """Teach the critic the student's present law (DMD2 section 4.2), on a rollout without gradient."""
+    critic = trainer.denoiser(trainer.roles.critic)
+
+    def loss(x0: Tensor, condition: Condition, sigma: Tensor, eps: Tensor) -> Tensor:
+        return critic_loss(x0, condition, critic=critic, sigma=sigma, eps=eps, kind=trainer.config.critic_loss)
+
+    exit_at = exit_index(iteration, CRITIC, trainer.config)
+    value = accumulate(trainer, data, loss, net=trainer.roles.critic, exit_at=exit_at)
+    return apply(trainer, trainer.roles.critic, trainer.critic_optimizer, value, exit_at)
+
+
+def accumulate(
+    trainer: Trainer, data: Iterator[tuple[Part, Condition]], loss: Loss, *, net: nn.Module, exit_at: int
+) -> Tensor:
+    """Add up the gradients of `net` over the micro-batches of one update; the mean loss."""
+    total = torch.zeros((), device=trainer.ranks.device)
+    for part, condition in data:
+        reduce_gradients(net, part.last)
+        with torch.set_grad_enabled(part.role == STUDENT):
+            x0 = simulate(trainer, part, condition, exit_at)
+        sigma, eps = score_draws(trainer, part, x0, exit_at)
+        value = loss(x0, condition, sigma, eps) * part.share
+        value.backward()  # type: ignore[no-untyped-call]
+        total += value.detach()
+        if part.last:
+            break
+    return mean_over_ranks(total)
+
+
+def simulate(trainer: Trainer, part: Part, condition: Condition, exit_at: int) -> Tensor:
+    """The student's x0 (B C T H W) for one micro-batch, from pure noise down to ladder step `exit_at`."""
+    config = trainer.config
+    draws = [
+        generator(config.seed, part.iteration, sample, f"{part.role} rollout", trainer.ranks.device)
+        for sample in part.samples
+    ]
+    return rollout(
+        trainer.denoiser(trainer.roles.student),
+        normal(config.spec.latent_shape, draws),
+        condition,
+        ladder=config.sigmas,
+        generators=draws,
+        exit_index=exit_at,
+    )
+
+
+def score_draws(trainer: Trainer, part: Part, x0: Tensor, exit_at: int) -> tuple[Tensor, Tensor]:
+    """Where the scores are compared: sigma (B) and noise (B C T H W)."""
+    config = trainer.config
+    draws = [
+        generator(config.seed, part.iteration, sample, f"{part.role} score", trainer.ranks.device)
+        for sample in part.samples
+    ]
+    low, high = score_bounds(exit_at, config)
+    u = low + (high - low) * uniform(draws)
+    sigma = score_sigma(u, s=config.shift, low=config.score_low, high=config.score_high)
+    return sigma, normal(x0.shape[1:], draws)
+
+
+def apply(trainer: Trainer, net: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, exit_at: int) -> Update:
+    """Clip, refuse what is not finite, step."""
+    norm = clip(net, trainer.config.grad_clip)
+    if not torch.isfinite(loss + norm):
+        raise DivergedError(f"loss {loss.item():g}, gradient norm {norm.item():g}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return Update(loss, norm, exit_at)

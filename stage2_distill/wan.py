@@ -1,0 +1,74 @@
+"""The door to `WanTransformer3DModel`: a network in, a `Denoiser` out.
+
+Shapes: B batch, C channels, T latent frames, H W latent size, L text rows, D text width.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from common.condition import Condition, Denoiser, pin, token_sigma
+from common.flow import x0_from_velocity
+from common.video import CHANNELS
+
+TIME_SCALE = 1000  # the network's time is 1000 sigma
+
+
+def load(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
+    """Read the transformer of a model folder, all parameters in `dtype`, the rope tables in float32.
+
+    Raises ValueError where it is not a Wan2.2 TI2V transformer.
+    """
+    net = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    if net.config.in_channels != CHANNELS or net.config.out_channels != CHANNELS:
+        raise ValueError(f"model={folder}: transformer has {net.config.in_channels} channels, TI2V needs {CHANNELS}")
+    return cast_parameters(net, dtype)
+
+
+def cast_parameters(net: WanTransformer3DModel, dtype: torch.dtype) -> WanTransformer3DModel:
+    """Cast parameters in place and leave buffers alone: `.to(dtype)` would round the rope tables."""
+    for parameter in net.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return net
+
+
+def denoise(net: nn.Module, x_t: Tensor, sigma: Tensor, condition: Condition, *, dtype: torch.dtype) -> Tensor:
+    """Predict x0 (B C T H W) float32 from x_t at sigma (B); the network computes in `dtype`, the rest in float32."""
+    x_t = pin(x_t.float(), condition)
+    times = TIME_SCALE * token_sigma(sigma.float(), x_t.shape, condition)
+    (velocity,) = net(
+        hidden_states=x_t.to(dtype),
+        timestep=times,
+        encoder_hidden_states=condition.text.to(dtype),
+        return_dict=False,
+    )
+    return pin(x0_from_velocity(x_t, velocity.float(), sigma.float()), condition)
+
+
+def denoiser(net: nn.Module, dtype: torch.dtype) -> Denoiser:
+    """The network as a function to x0."""
+    return partial(denoise, net, dtype=dtype)
+
+
+def guided(plain: Denoiser, *, negative_text: Tensor, scale: float) -> Denoiser:
+    """Classifier-free guidance, uncond + scale (cond - uncond), both branches in one batch.
+
+    negative_text: (L D), padded like the batch's text. Scale 1 needs no second branch (arXiv 2207.12598).
+    """
+    if scale == 1:
+        return plain
+
+    def denoise_guided(x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        negative = negative_text.to(condition.text).expand_as(condition.text)
+        frame = condition.first_frame
+        both = Condition(
+            first_frame=None if frame is None else torch.cat([frame, frame]),
+            text=torch.cat([condition.text, negative]),
+        )
+        cond, uncond = plain(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    return denoise_guided
