@@ -1,17 +1,20 @@
 """The manifest of a data set: what its shards are, what made them, and whether a model fits them."""
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from common.video import VideoSpec
 
 SCHEMA = 1
 MANIFEST, NEGATIVE = "manifest.json", "negative.safetensors"
+UNSIGNED = "0" * 64  # stands for the manifest's own hash while that hash is taken
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Encoder:
     negative_prompt: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One finished tar."""
 
@@ -36,6 +39,7 @@ class Shard:
     rows: int  # CSV rows it stands for: records + failures
     sha256: str
     size: int  # bytes
+    index_sha256: str = ""  # of the sidecar; empty within the sidecar itself
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Manifest:
     encoder: Encoder
     shards: tuple[Shard, ...]
     failures: int
+    negative_sha256: str = ""  # of the file; filled in by write_manifest
 
     @property
     def records(self) -> int:
@@ -66,8 +71,12 @@ def write_file(path: Path, data: bytes) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest, negative: Tensor) -> None:
     """Finish a data set: the negative prompt's embedding (L D), then the manifest, which is written last."""
-    write_file(folder / NEGATIVE, save({"text": negative.contiguous()}))
-    write_file(folder / MANIFEST, (json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n").encode())
+    embedding = save({"text": negative.contiguous()})
+    signed = asdict(manifest) | {"negative_sha256": hashlib.sha256(embedding).hexdigest()}
+    unsigned = json.dumps({"sha256": UNSIGNED} | signed, indent=1, ensure_ascii=False) + "\n"
+    digest = hashlib.sha256(unsigned.encode()).hexdigest()
+    write_file(folder / NEGATIVE, embedding)
+    write_file(folder / MANIFEST, unsigned.replace(UNSIGNED, digest, 1).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -76,18 +85,30 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         state = "is unfinished: run the same encode command again" if folder.is_dir() else "does not exist"
         raise ValueError(f"shards={folder}: {state} (no {MANIFEST})")
+    return parse_manifest(path.read_bytes(), str(folder))
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """The manifest in the bytes of its file; ValueError naming `where` when it is damaged, empty or too new."""
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(data)
         if fields["schema"] != SCHEMA:
-            raise ValueError(f"{path}: schema is {fields['schema']}, this version reads {SCHEMA}; encode again")
-        shards = tuple(Shard(**shard) for shard in fields["shards"])
+            raise ValueError(f"{where}/{MANIFEST}: schema is {fields['schema']}, this version reads {SCHEMA}")
+        unsigned = data.replace(fields["sha256"].encode(), UNSIGNED.encode(), 1)
+        if hashlib.sha256(unsigned).hexdigest() != fields["sha256"]:
+            raise ValueError(f"{where}/{MANIFEST}: is damaged (its hash differs); run the encode command again")
         manifest = Manifest(
-            SCHEMA, VideoSpec(**fields["spec"]), Encoder(**fields["encoder"]), shards, fields["failures"]
+            SCHEMA,
+            VideoSpec(**fields["spec"]),
+            Encoder(**fields["encoder"]),
+            tuple(Shard(**shard) for shard in fields["shards"]),
+            fields["failures"],
+            fields["negative_sha256"],
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a manifest ({error}); encode again") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}/{MANIFEST}: not a manifest ({error}); encode again") from error
     if manifest.records == 0:
-        raise ValueError(f"shards={folder}: the data set is empty")
+        raise ValueError(f"shards={where}: the data set is empty")
     return manifest
 
 
@@ -96,7 +117,17 @@ def read_negative(folder: Path) -> Tensor:
     path = folder / NEGATIVE
     if not path.is_file():
         raise ValueError(f"{path}: missing; it is made by encode and cannot be replaced by zeros")
-    return load_file(path)["text"]
+    return parse_negative(path.read_bytes(), str(folder))
+
+
+def parse_negative(data: bytes, where: str, sha256: str = "") -> Tensor:
+    """The embedding (L D) in the bytes of its file; ValueError when they are damaged or do not have this hash."""
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{where}/{NEGATIVE}: is damaged (its hash differs); run the encode command again")
+    try:
+        return load(data)["text"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{where}/{NEGATIVE}: not an embedding ({error}); encode again") from error
 
 
 def differing(expected: dict[str, object], found: dict[str, object]) -> list[str]:

@@ -9,7 +9,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import webdataset
@@ -78,8 +78,9 @@ def write_shard(
     shard = Shard(name, count, count + len(failed), hashlib.sha256(data).hexdigest(), len(data))
     index = Index(shard, rows_sha256, placed, failed)
     write_file(folder / name, data)
-    write_file(index_path(folder, name), (json.dumps(asdict(index), ensure_ascii=False) + "\n").encode())
-    return index
+    sidecar = (json.dumps(asdict(index), ensure_ascii=False) + "\n").encode()
+    write_file(index_path(folder, name), sidecar)
+    return parse_index(sidecar)
 
 
 def read_index(folder: Path, name: str) -> Index | None:
@@ -87,9 +88,14 @@ def read_index(folder: Path, name: str) -> Index | None:
     sidecar, tar = index_path(folder, name), folder / name
     if not sidecar.is_file() or not tar.is_file():
         return None
-    fields = json.loads(sidecar.read_bytes())
+    return parse_index(sidecar.read_bytes())
+
+
+def parse_index(data: bytes) -> Index:
+    """The content of a sidecar, its own hash added to the shard's facts."""
+    fields = json.loads(data)
     return Index(
-        Shard(**fields["shard"]),
+        replace(Shard(**fields["shard"]), index_sha256=hashlib.sha256(data).hexdigest()),
         fields["rows_sha256"],
         tuple(Member(**member) for member in fields["members"]),
         tuple(Failure(**failure) for failure in fields["failures"]),
