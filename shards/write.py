@@ -52,9 +52,14 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
+def index_name(name: str) -> str:
+    """File name of the sidecar of the tar `name`."""
+    return name.removesuffix(".tar") + ".json"
+
+
 def index_path(folder: Path, name: str) -> Path:
     """Path of the sidecar of the tar `name`."""
-    return folder / name.replace(".tar", ".json")
+    return folder / index_name(name)
 
 
 def write_shard(

@@ -1,0 +1,47 @@
+"""The shuffled order of an epoch, computed one index at a time: nothing is stored, whatever the number of records.
+
+A Feistel network permutes the numbers of just enough bits, and numbers outside range(count) are sent through again
+(cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+"""
+
+from functools import lru_cache
+
+from common.seed import derive
+
+ROUNDS = 8
+MASK = (1 << 64) - 1
+
+
+@lru_cache(maxsize=64)
+def _keys(seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(derive(seed, epoch, number, "order") for number in range(ROUNDS))
+
+
+def mix(value: int) -> int:
+    """Scramble 64 bits (the finaliser of splitmix64: Steele, Lea and Flood, 2014)."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
+
+
+def _shuffle_bits(value: int, bits: int, keys: tuple[int, ...]) -> int:
+    """A bijection on the numbers of `bits` bits: each round scrambles one half by the other."""
+    low_bits = bits // 2
+    low, high = value & ((1 << low_bits) - 1), value >> low_bits
+    for number, key in enumerate(keys):
+        if number % 2:
+            high ^= mix(low ^ key) >> (64 - (bits - low_bits))
+        else:
+            low ^= mix(high ^ key) >> (64 - low_bits)
+    return high << low_bits | low
+
+
+def permuted(index: int, *, count: int, seed: int, epoch: int) -> int:
+    """Where the shuffle of (seed, epoch) sends `index` of range(count): a bijection on range(count)."""
+    assert 0 <= index < count, (index, count)
+    bits = max(2, (count - 1).bit_length())
+    keys = _keys(seed, epoch)
+    value = _shuffle_bits(index, bits, keys)
+    while value >= count:
+        value = _shuffle_bits(value, bits, keys)
+    return value

@@ -1,0 +1,159 @@
+"""The endless, shuffled, rank-disjoint, exactly resumable stream of records.
+
+A position in the stream is one integer: position // count is its epoch, and the order of an epoch is computed
+(`shards/order.py`), so any rank can read any position at any time, and resuming needs nothing but the position.
+"""
+
+import hashlib
+import threading
+from array import array
+from bisect import bisect_right
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from shards.manifest import MANIFEST, NEGATIVE, Manifest, parse_manifest, parse_negative
+from shards.order import permuted
+from shards.place import Place, open_place
+from shards.record import TENSORS, Batch, Record, collate, from_members
+from shards.write import Index, index_name, parse_index
+
+T = TypeVar("T")
+R = TypeVar("R")
+KEPT = 200_000  # records whose offsets are held at once, about 0.2 kB each
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Where the members of one shard lie, in little memory; member 2i and 2i+1 belong to record i."""
+
+    names: tuple[str, ...]
+    offsets: "array[int]"
+    sizes: "array[int]"
+    hashes: bytes  # 32 a member
+
+    @staticmethod
+    def of(index: Index) -> "Offsets":
+        """The sidecar's facts without the rest."""
+        members = index.members
+        return Offsets(
+            tuple(member.name for member in members),
+            array("q", (member.offset for member in members)),
+            array("q", (member.size for member in members)),
+            b"".join(bytes.fromhex(member.sha256) for member in members),
+        )
+
+
+def read_checked(
+    place: Place, name: str, span: tuple[int, int | None], parts: Sequence[tuple[str, slice, bytes]]
+) -> bytes:
+    """Bytes of a file, (start, size), whose parts (label, slice, sha256) are verified; a bad read is done once more.
+
+    Raises ValueError naming file and part where the second read is bad too.
+    """
+    bad: list[str] = []
+    for fresh in (False, True):
+        data = place.read(name, *span, fresh=fresh)
+        view = memoryview(data)
+        bad = [label for label, part, digest in parts if hashlib.sha256(view[part]).digest() != digest]
+        if not bad:
+            return data
+    raise ValueError(f"{place.where}/{name}: damaged at {', '.join(bad)} (hash differs, read twice); verify --repair")
+
+
+class DataSet:
+    """A finished data set, read by record number."""
+
+    def __init__(self, place: Place, manifest: Manifest, negative: Tensor) -> None:
+        self.place, self.manifest, self.negative = place, manifest, negative  # negative (L D)
+        self.starts = array("q", chain([0], accumulate(shard.records for shard in manifest.shards)))
+        self._touched: OrderedDict[int, Offsets] = OrderedDict()
+        self._most = max(1, KEPT * len(manifest.shards) // self.records)  # shards whose offsets are held
+        self._lock = threading.Lock()
+
+    @property
+    def records(self) -> int:
+        """Number of records."""
+        return self.starts[-1]
+
+    def record(self, index: int) -> Record:
+        """Record `index` of 0..records-1; its hash is verified. Safe to call from several threads."""
+        if not 0 <= index < self.records:
+            raise IndexError(f"record {index} of {self.records}")
+        number = bisect_right(self.starts, index) - 1
+        first = 2 * (index - self.starts[number])
+        known = self._offsets(number)
+        start, facts = known.offsets[first], known.offsets[first + 1] - known.offsets[first]
+        parts = (slice(0, known.sizes[first]), slice(facts, facts + known.sizes[first + 1]))
+        checks = [
+            (known.names[first + i], part, known.hashes[32 * (first + i) : 32 * (first + i + 1)])
+            for i, part in enumerate(parts)
+        ]
+        data = read_checked(self.place, self.manifest.shards[number].name, (start, parts[1].stop), checks)
+        return from_members(known.names[first].removesuffix(f".{TENSORS}"), data[parts[0]], data[parts[1]])
+
+    def _offsets(self, number: int) -> Offsets:
+        """Member offsets of a shard: read when it is first touched, forgotten when many others were since."""
+        with self._lock:
+            if number in self._touched:
+                self._touched.move_to_end(number)
+                return self._touched[number]
+        shard = self.manifest.shards[number]
+        whole = ("the sidecar", slice(None), bytes.fromhex(shard.index_sha256))
+        loaded = Offsets.of(parse_index(read_checked(self.place, index_name(shard.name), (0, None), [whole])))
+        with self._lock:
+            self._touched[number] = loaded
+            while len(self._touched) > self._most:
+                self._touched.popitem(last=False)
+        return loaded
+
+
+def open_data_set(prefix: str | Path) -> DataSet:
+    """Open the finished data set in a folder or at an object-store prefix; ValueError where there is none."""
+    place = open_place(str(prefix))
+    try:
+        manifest = parse_manifest(place.read(MANIFEST), place.where)
+    except FileNotFoundError as error:
+        raise ValueError(f"shards={place.where}: does not exist or is unfinished (no {MANIFEST})") from error
+    try:
+        negative = parse_negative(place.read(NEGATIVE), place.where, manifest.negative_sha256)
+    except FileNotFoundError as error:
+        raise ValueError(f"{place.where}/{NEGATIVE}: missing; it is made by encode") from error
+    return DataSet(place, manifest, negative)
+
+
+class Stream:
+    """The endless order of a data set's records; `seed` decides it."""
+
+    def __init__(self, data_set: DataSet, *, seed: int) -> None:
+        self.data_set, self.seed = data_set, seed
+
+    def index(self, position: int) -> int:
+        """Number of the record at a position: each one exactly once in every epoch."""
+        epoch, place = divmod(position, self.data_set.records)
+        return permuted(place, count=self.data_set.records, seed=self.seed, epoch=epoch)
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """The records at these positions, collated."""
+        return collate([self.data_set.record(self.index(position)) for position in positions])
+
+
+def prefetch(load: Callable[[T], R], items: Iterable[T], *, depth: int, threads: int) -> Iterator[R]:
+    """`load` of each item, in order, up to `depth` of them ahead of the consumer; errors surface in their place."""
+    waiting: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
+    try:
+        for item in items:
+            waiting.append(pool.submit(load, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
