@@ -1,12 +1,16 @@
 """Flow matching in sigma: x_t = (1 - sigma) x0 + sigma eps, v = eps - x0. Shapes: B batch, K ladder steps."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from einops import rearrange
-from torch import Tensor
 
-Number = TypeVar("Number", float, Tensor)
+if TYPE_CHECKING:  # torch stays out, so that a configuration can check its ladder and `--help` is quick
+    from torch import Tensor
+
+Number = TypeVar("Number", float, "Tensor")
 
 
 def shift(u: Number, s: float) -> Number:

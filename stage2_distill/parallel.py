@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from diffusers import WanTransformer3DModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+
+from stage2_distill.wan import Network
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def start(device: str) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), place)
 
 
-def shard(net: WanTransformer3DModel, ranks: Ranks, dtype: torch.dtype) -> WanTransformer3DModel:
+def shard(net: Network, ranks: Ranks, dtype: torch.dtype) -> Network:
     """Move to the device and apply FSDP2: each block, then the root.
 
     The network computes in `dtype`, gradients are reduced in float32. Inputs are not cast: the times must stay

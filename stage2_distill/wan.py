@@ -15,9 +15,10 @@ from common.flow import x0_from_velocity
 from common.video import CHANNELS
 
 TIME_SCALE = 1000  # the network's time is 1000 sigma
+Network = WanTransformer3DModel
 
 
-def load(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
+def load(folder: Path, dtype: torch.dtype) -> Network:
     """Read the transformer of a model folder, all parameters in `dtype`, the rope tables in float32.
 
     Raises ValueError where it is not a Wan2.2 TI2V transformer.
@@ -28,7 +29,7 @@ def load(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
     return cast_parameters(net, dtype)
 
 
-def cast_parameters(net: WanTransformer3DModel, dtype: torch.dtype) -> WanTransformer3DModel:
+def cast_parameters(net: Network, dtype: torch.dtype) -> Network:
     """Cast parameters in place and leave buffers alone: `.to(dtype)` would round the rope tables."""
     for parameter in net.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,130 @@
+"""The doorbell: parses, calls one function a step, turns the user's mistakes into one line.
+
+Torch and the stages are imported inside the commands, so that `--help` answers at once.
+"""
+
+import csv
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from common.options import config_options, resolve, write_config
+from stage1_encode.config import DecodeConfig, EncodeConfig
+from stage2_distill.config import DistillConfig, SampleConfig
+
+
+@click.group(context_settings={"show_default": True, "max_content_width": 110})
+def cli() -> None:
+    """Distil Wan2.2-TI2V-5B to a few steps: encode clips, distill, sample."""
+
+
+@cli.command("encode")
+@config_options(EncodeConfig)
+def encode_command(**given: object) -> None:
+    """Encode a CSV of clips and prompts into shards."""
+    from stage1_encode.encode import encode
+
+    report = encode(resolve(EncodeConfig, given))
+    click.echo(f"{report.records} records in {report.shards} shards, {report.failures} failed rows: {given['out']}")
+
+
+@cli.command("distill")
+@config_options(DistillConfig)
+def distill_command(**given: object) -> None:
+    """Distil the model on shards; the same command again goes on."""
+    from stage2_distill.run import distill
+
+    click.echo(f"checkpoint: {distill(resolve(DistillConfig, given))}")
+
+
+@cli.command("sample")
+@config_options(SampleConfig)
+def sample_command(**given: object) -> None:
+    """Make videos from a checkpoint, a prompt and a first frame."""
+    for path in sample_videos(resolve(SampleConfig, given)):
+        click.echo(str(path))
+
+
+@cli.command("decode")
+@config_options(DecodeConfig)
+def decode_command(**given: object) -> None:
+    """Decode a zarr store of latents into mp4 files and a contact sheet."""
+    from stage1_encode.decode import decode
+
+    for path in decode(resolve(DecodeConfig, given)):
+        click.echo(str(path))
+
+
+def sample_videos(config: SampleConfig) -> list[Path]:
+    """Encode the conditions (stage one), sample latents (stage two), decode them (stage one); the files made.
+
+    Only files pass between the steps: conditions as shards in a temporary folder, latents as X.zarr beside the videos.
+    """
+    from stage1_encode.decode import decode, decode_to
+    from stage1_encode.encode import encode
+
+    from stage2_distill.checkpoint import newest, read_facts
+    from stage2_distill.sample import sample
+
+    out, single = Path(config.out), config.prompt is not None
+    spec = read_facts(newest(Path(config.checkpoint))).spec
+    open_output(out, config)
+    latents = out.with_suffix(".zarr") if single else out / "latents.zarr"
+    with tempfile.TemporaryDirectory() as work:
+        table = write_prompt(Path(work) / "prompt.csv", config) if single else str(config.data)
+        asked = EncodeConfig(
+            table, config.model, f"{work}/conditions", spec.num_frames, spec.height, spec.width, spec.fps,
+            max_failures=1.0, text_only=True, device=config.device,
+        )  # fmt: skip
+        report = encode(asked)
+        if report.failures:
+            raise ValueError(f"{table}: {report.failures} rows cannot be used: {report.first_reason}")
+        sample(config, Path(asked.out), latents)
+    decoded = DecodeConfig(str(latents), config.model, str(out), device=config.device)
+    return [decode_to(decoded, out)] if single else decode(decoded)
+
+
+def open_output(out: Path, config: SampleConfig) -> None:
+    """Make the output's folder and write the configuration beside it; refuse a folder that holds something else."""
+    single = config.prompt is not None
+    stored = out.with_suffix(".yaml") if single else out / "sample.yaml"
+    if not single and out.exists() and not stored.is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out={out}: holds something that sample did not make; name an empty folder")
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    write_config(stored, config)
+
+
+def write_prompt(path: Path, config: SampleConfig) -> str:
+    """A CSV of one row for the one prompt; its path."""
+    image = "" if config.image is None else str(Path(config.image).resolve())
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("prompt", "image", "seed"), (config.prompt, image, config.seed)])
+    return str(path)
+
+
+def main() -> None:
+    """Run a command; exit code 2 for the user's mistakes, 1 for what went wrong on the way."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
+    except ValueError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except (RuntimeError, OSError) as error:
+        if type(error) in (RuntimeError, NotImplementedError):
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()
