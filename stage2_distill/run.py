@@ -1,7 +1,7 @@
 """A run: open the data and the roles, go on from the newest checkpoint, iterate, save."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -92,7 +92,8 @@ def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that training changes, as live tensors."""
-    roles, groups = trainer.roles, {}
+    roles = trainer.roles
+    groups: dict[str, Mapping[str, Tensor]] = {}
     groups["student"] = dict(roles.student.named_parameters())
     groups["critic"] = dict(roles.critic.named_parameters())
     groups["ema"] = trainer.ema.weights

@@ -127,7 +127,7 @@ def accumulate(
             x0 = simulate(trainer, part, condition, exit_at)
         sigma, eps = score_draws(trainer, part, x0, exit_at)
         value = loss(x0, condition, sigma, eps) * part.share
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         total += value.detach()
         if part.last:
             break

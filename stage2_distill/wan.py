@@ -5,6 +5,7 @@ Shapes: B batch, C channels, T latent frames, H W latent size, L text rows, D te
 
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -15,7 +16,7 @@ from common.flow import x0_from_velocity
 from common.video import CHANNELS
 
 TIME_SCALE = 1000  # the network's time is 1000 sigma
-Network = WanTransformer3DModel
+Network: TypeAlias = WanTransformer3DModel
 
 
 def load(folder: Path, dtype: torch.dtype) -> Network:
