@@ -96,21 +96,20 @@ def _shard_or_dict(fields: dict[str, Any]) -> object:
     return Shard(**fields) if "index_sha256" in fields else fields
 
 
-def signature(data: bytes) -> tuple[str, str]:
-    """The hash that a manifest's bytes state, and the one that they have with the stated one zeroed."""
+def intact(data: bytes) -> bool:
+    """Whether a manifest's bytes have the hash that they state, taken with the stated one zeroed."""
     stated = SIGNED.match(data)
     if stated is None:
-        return "", UNSIGNED
+        return False
     digest, view = hashlib.sha256(data[: stated.start(1)]), memoryview(data)
     digest.update(UNSIGNED.encode())
     digest.update(view[stated.end(1) :])
-    return stated.group(1).decode(), digest.hexdigest()
+    return stated.group(1).decode() == digest.hexdigest()
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """The manifest in the bytes of its file; ValueError naming `where` when it is damaged, empty or too new."""
-    stated, found = signature(data)
-    if stated != found:
+    if not intact(data):
         raise ValueError(f"{where}/{MANIFEST}: is damaged (its hash differs), or none: run the encode command again")
     try:
         fields = json.loads(data, object_hook=_shard_or_dict)
@@ -139,10 +138,8 @@ def read_negative(folder: Path) -> Tensor:
     return parse_negative(path.read_bytes(), str(folder))
 
 
-def parse_negative(data: bytes, where: str, sha256: str = "") -> Tensor:
-    """The embedding (L D) in the bytes of its file; ValueError when they are damaged or do not have this hash."""
-    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{where}/{NEGATIVE}: is damaged (its hash differs); run the encode command again")
+def parse_negative(data: bytes, where: str) -> Tensor:
+    """The embedding (L D) in the bytes of its file; ValueError when they hold none."""
     try:
         return load(data)["text"]
     except (SafetensorError, KeyError) as error:

@@ -1,11 +1,16 @@
 """Where a data set lies: a folder, or an object-store prefix. Nothing that could run a program is ever opened."""
 
+import hashlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-SCHEMES = ("https", "http", "s3", "gs", "hf")
+from shards.cache import Cache
+from shards.remote import CLIENT_ERRORS, Remote
+
+SCHEMES = tuple(CLIENT_ERRORS)
 
 
 class Place(Protocol):
@@ -44,8 +49,30 @@ def scheme(prefix: str) -> str:
     return name
 
 
-def open_place(prefix: str) -> Place:
-    """A folder or an object-store prefix, not yet looked at."""
+def cache_folder() -> Path:
+    """Where bytes from object stores are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ti2v-distill"
+
+
+def open_place(prefix: str, *, cache_bytes: int) -> Place:
+    """A folder, or an object-store prefix of which up to `cache_bytes` are kept on disk; not yet looked at."""
     if scheme(prefix):
-        raise ValueError(f"shards={prefix}: object stores are not read yet")
+        return Remote(prefix, cache=Cache(cache_folder(), cache_bytes))
     return Folder(prefix)
+
+
+def read_checked(
+    place: Place, name: str, span: tuple[int, int | None], parts: Sequence[tuple[str, slice, bytes]]
+) -> bytes:
+    """Bytes of a file, (start, size), whose parts (label, slice, sha256) are verified; a bad read is done once more.
+
+    Raises ValueError naming file and part where the second read is bad too.
+    """
+    bad: list[str] = []
+    for fresh in (False, True):
+        data = place.read(name, *span, fresh=fresh)
+        view = memoryview(data)
+        bad = [label for label, part, digest in parts if hashlib.sha256(view[part]).digest() != digest]
+        if not bad:
+            return data
+    raise ValueError(f"{place.where}/{name}: damaged at {', '.join(bad)} (hash differs, read twice); verify --repair")

@@ -4,7 +4,6 @@ A position in the stream is one integer: position // count is its epoch, and the
 (`shards/order.py`), so any rank can read any position at any time, and resuming needs nothing but the position.
 """
 
-import hashlib
 import threading
 from array import array
 from bisect import bisect_right
@@ -18,15 +17,16 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from shards.manifest import MANIFEST, NEGATIVE, Manifest, parse_manifest, parse_negative
+from shards.manifest import MANIFEST, NEGATIVE, Manifest, intact, parse_manifest, parse_negative
 from shards.order import permuted
-from shards.place import Place, open_place
+from shards.place import Place, open_place, read_checked
 from shards.record import TENSORS, Batch, Record, collate, from_members
 from shards.write import Index, index_name, parse_index
 
 T = TypeVar("T")
 R = TypeVar("R")
 KEPT = 200_000  # records whose offsets are held at once, about 0.2 kB each
+CACHE_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,6 @@ class Offsets:
             array("q", (member.size for member in members)),
             b"".join(bytes.fromhex(member.sha256) for member in members),
         )
-
-
-def read_checked(
-    place: Place, name: str, span: tuple[int, int | None], parts: Sequence[tuple[str, slice, bytes]]
-) -> bytes:
-    """Bytes of a file, (start, size), whose parts (label, slice, sha256) are verified; a bad read is done once more.
-
-    Raises ValueError naming file and part where the second read is bad too.
-    """
-    bad: list[str] = []
-    for fresh in (False, True):
-        data = place.read(name, *span, fresh=fresh)
-        view = memoryview(data)
-        bad = [label for label, part, digest in parts if hashlib.sha256(view[part]).digest() != digest]
-        if not bad:
-            return data
-    raise ValueError(f"{place.where}/{name}: damaged at {', '.join(bad)} (hash differs, read twice); verify --repair")
 
 
 class DataSet:
@@ -114,17 +97,23 @@ class DataSet:
         return loaded
 
 
-def open_data_set(prefix: str | Path) -> DataSet:
-    """Open the finished data set in a folder or at an object-store prefix; ValueError where there is none."""
-    place = open_place(str(prefix))
+def open_data_set(prefix: str | Path, *, cache_bytes: int = CACHE_BYTES) -> DataSet:
+    """Open the finished data set in a folder or at an object-store prefix; ValueError where there is none.
+
+    Of an object store, up to `cache_bytes` are kept on the local disk.
+    """
+    place = open_place(str(prefix), cache_bytes=cache_bytes)
     try:
-        manifest = parse_manifest(place.read(MANIFEST), place.where)
-    except FileNotFoundError as error:
-        raise ValueError(f"shards={place.where}: does not exist or is unfinished (no {MANIFEST})") from error
-    try:
-        negative = parse_negative(place.read(NEGATIVE), place.where, manifest.negative_sha256)
-    except FileNotFoundError as error:
-        raise ValueError(f"{place.where}/{NEGATIVE}: missing; it is made by encode") from error
+        data = place.read(MANIFEST, fresh=True)
+        if not intact(data):
+            data = place.read(MANIFEST, fresh=True)
+        manifest = parse_manifest(data, place.where)
+        whole = ("the embedding", slice(None), bytes.fromhex(manifest.negative_sha256))
+        negative = parse_negative(read_checked(place, NEGATIVE, (0, None), [whole]), place.where)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"shards={prefix}: does not exist or is unfinished, run encode again ({error})") from error
+    except ConnectionError as error:
+        raise ValueError(f"shards={error}") from error
     return DataSet(place, manifest, negative)
 
 
