@@ -1,11 +1,13 @@
 """Options of stage one."""
 
+import re
 from dataclasses import dataclass
 
 from common.options import at_least, one_of, option
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
+ENGINES = ("local", "ray")
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
@@ -31,15 +33,35 @@ class EncodeConfig:
     negative_prompt: str = option(NEGATIVE_PROMPT, "Prompt of the unconditional branch, embedded once.")
     vae_dtype: str = option("float32", "Precision of the VAE.", choices=DTYPES)
     text_dtype: str = option("bfloat16", "Precision of the text encoder.", choices=DTYPES)
+    text_only: bool = option(False, "Allow rows without a video; they become records without a first frame.")
+    text_tokens: int = option(8192, "Prompt tokens embedded at once, padding included.")
+    workers: int = option(0, "Processes that read files; 0 = one a CPU core, at most 16.")
+    engine: str = option("local", "Who encodes: this process (or torchrun's ranks), or a Ray cluster.", choices=ENGINES)
+    shards: str = option("", "Encode only shards A:B (B not included), as in a job array; empty = all.")
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.")
 
     def __post_init__(self) -> None:
-        _ = self.spec
+        _ = self.spec, self.shard_range
         at_least("shard_size", self.shard_size, 1)
         at_least("batch_size", self.batch_size, 1)
         at_least("max_failures", self.max_failures, 0)
+        at_least("text_tokens", self.text_tokens, 1)
+        at_least("workers", self.workers, 0)
+        if self.time_limit <= 0:
+            raise ValueError(f"time_limit={self.time_limit}: must be more than 0")
         one_of("vae_dtype", self.vae_dtype, DTYPES)
         one_of("text_dtype", self.text_dtype, DTYPES)
+        one_of("engine", self.engine, ENGINES)
+
+    @property
+    def shard_range(self) -> tuple[int, int | None]:
+        """First shard to encode, and the one after the last; None = to the end."""
+        if not self.shards:
+            return 0, None
+        found = re.fullmatch(r"(\d+):(\d+)", self.shards)
+        if not found or int(found[1]) >= int(found[2]):
+            raise ValueError(f"shards={self.shards}: must be two whole numbers A:B with A < B, as 0:100")
+        return int(found[1]), int(found[2])
 
     @property
     def spec(self) -> VideoSpec:

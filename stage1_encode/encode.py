@@ -1,0 +1,105 @@
+"""`encode`: a CSV of clips and prompts becomes a data set. The same command again continues where it stopped."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards.fingerprint import locate
+from shards.manifest import MANIFEST, Manifest
+from stage1_encode.config import EncodeConfig
+from stage1_encode.engine import ENGINES, rank_and_world
+from stage1_encode.pipeline import PARTS
+from stage1_encode.plan import (
+    FAILURES,
+    FINISHING,
+    SETTLING,
+    Survey,
+    alone,
+    check_folder,
+    check_plan,
+    finish,
+    finished,
+    hold_shards,
+    make_plan,
+    opened_lock,
+    survey,
+    write_plan,
+)
+
+POLL = 0.5  # seconds between two looks for the shards of other ranks
+
+
+class TooManyFailuresError(RuntimeError):
+    """The data set is finished, but more of its rows failed than `max_failures` allows."""
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What a data set holds after a run."""
+
+    folder: Path
+    records: int
+    failures: int
+    shards: int
+    done: bool  # False: shards are missing that are not this run's to make
+
+
+def encode(config: EncodeConfig) -> EncodeReport:
+    """Make the data set that a configuration describes, or what is missing of it.
+
+    Raises ValueError for the user's mistakes, and `TooManyFailuresError` once the data set is finished.
+    """
+    folder = Path(config.out)
+    plan = make_plan(config, locate(config.model, PARTS))
+    check_folder(folder)
+    check_plan(folder, plan)
+    found = survey(folder, config)
+    with opened_lock(folder) as lock:
+        mine = share(config, len(found.rows))
+        hold_shards(lock, folder, mine)
+        with alone(lock, SETTLING):
+            check_plan(folder, plan)
+            write_plan(folder, config, plan)
+            if found.unfinished:
+                (folder / MANIFEST).unlink(missing_ok=True)
+        numbers = [number for number in found.unfinished if number in mine]
+        if numbers:
+            ENGINES[config.engine](config, numbers)
+        if rank_and_world()[0] == 0 and config.shards == "":
+            wait_for_others(folder, found)
+        with alone(lock, FINISHING):
+            manifest = finish(folder, plan, found)
+    return report(config, found, manifest)
+
+
+def share(config: EncodeConfig, shards: int) -> range:
+    """Numbers of the shards that this process makes, of `shards` in all."""
+    first, end = config.shard_range
+    rank, world = rank_and_world()
+    if first >= shards:
+        raise ValueError(f"shards={config.shards}: the CSV gives shards 0:{shards} only")
+    return range(first, min(shards if end is None else end, shards))[rank::world]
+
+
+def wait_for_others(folder: Path, found: Survey) -> None:
+    """Wait until the shards of all ranks are there; torchrun ends every rank when one dies."""
+    missing = list(found.unfinished)
+    while missing:
+        missing = [number for number in missing if finished(folder, number, found.rows[number]) is None]
+        if missing:
+            time.sleep(POLL)
+
+
+def report(config: EncodeConfig, found: Survey, manifest: Manifest | None) -> EncodeReport:
+    """Say what is there; `TooManyFailuresError` where too many rows failed."""
+    folder, rows = Path(config.out), sum(found.rows)
+    if manifest is None:
+        there = [index for index in (finished(folder, number) for number in range(len(found.rows))) if index]
+        records, failures = sum(index.shard.records for index in there), sum(len(index.failures) for index in there)
+        return EncodeReport(folder, records, failures, len(there), False)
+    if manifest.failures > config.max_failures * rows:
+        raise TooManyFailuresError(
+            f"{manifest.failures} of {rows} rows failed, more than max_failures={config.max_failures:g} allows; "
+            f"the reasons are in {folder / FAILURES}, the other {manifest.records} records are in place"
+        )
+    return EncodeReport(folder, manifest.records, manifest.failures, len(manifest.shards), True)

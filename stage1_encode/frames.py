@@ -1,0 +1,169 @@
+"""Video or picture file -> its first frame, upright, cropped to the wanted size. Shapes: H W pixels.
+
+decord reads ordinary local videos; PyAV reads what decord cannot read, reads badly, or would read whole:
+AV1, GIF, more than 8 bits, transparency, files over `SCANNED` bytes, web addresses (REFERENCE: decord scans the file).
+"""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy
+from av.video.stream import VideoStream
+from PIL import Image, ImageOps
+
+from stage1_encode.rows import REMOTE
+
+try:
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+    DECORD_ERRORS: tuple[type[Exception], ...] = (decord.DECORDError, RuntimeError, IndexError)
+except ImportError:  # no wheel for this machine
+    decord = None
+    DECORD_ERRORS = ()
+
+PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "PPM")  # EPS and the like would start a program
+PICTURE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp8", "vp9", "mjpeg")
+SCANNED = 16 * 2**20  # bytes up to which decord may read the whole file to find one frame
+PIXELS = 2**27  # more than any camera makes; above it a header lies
+ROUNDS = {0: None, 90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+
+
+class UnreadableError(ValueError):
+    """A file that gives no first frame, and why."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A first frame."""
+
+    pixels: numpy.ndarray  # (H W 3) uint8
+    size: tuple[int, int]  # (height, width) of the upright source frame
+
+
+def first_frame(path: str, *, height: int, width: int) -> Frame:
+    """Read the first frame of a video or picture file; `UnreadableError` says why it cannot."""
+    if not path.startswith(REMOTE):
+        _check_file(Path(path))
+        picture = _read_picture(path)
+        if picture is not None:
+            return Frame(fit(picture, height=height, width=width), (picture.height, picture.width))
+    image, aspect = _read_video(path)
+    return Frame(fit(image, height=height, width=width, aspect=aspect), (image.height, image.width))
+
+
+def fit(image: Image.Image, *, height: int, width: int, aspect: float = 1.0) -> numpy.ndarray:
+    """Resize an image so that it covers (height, width), aspect kept, and crop around its centre; (H W 3) uint8.
+
+    `aspect` is the width of one source pixel over its height. Antialiased bicubic.
+    """
+    scale = max(width / (image.width * aspect), height / image.height)
+    crop_width, crop_height = width / (scale * aspect), height / scale
+    left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
+    box = (max(left, 0.0), max(top, 0.0), min(left + crop_width, image.width), min(top + crop_height, image.height))
+    return numpy.asarray(_to_rgb(image).resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB; 16-bit greys are scaled, transparency lies on white."""
+    if image.mode.startswith("I"):
+        grey = numpy.asarray(image).astype(numpy.float32) / 257
+        image = Image.fromarray(grey.round().clip(0, 255).astype(numpy.uint8))
+    if image.mode == "F":
+        raise UnreadableError("is a floating-point picture, whose white is unknown")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if not path.is_file():
+            raise UnreadableError("is a folder" if path.is_dir() else "does not exist")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise UnreadableError("is empty")
+    except OSError as error:
+        raise UnreadableError(f"cannot be opened: {error.strerror}") from error
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > PIXELS:
+        raise UnreadableError(f"claims {width} x {height} pixels")
+
+
+def _read_picture(path: str) -> Image.Image | None:
+    """The picture in a file, upright; None where it is no picture."""
+    try:
+        image = Image.open(path, formats=PICTURES)
+    except Image.UnidentifiedImageError:
+        return None
+    except PICTURE_ERRORS as error:
+        raise UnreadableError(f"is a broken picture: {error}") from error
+    with image:
+        _check_pixels(image.width, image.height)
+        try:
+            return ImageOps.exif_transpose(_to_rgb(image) if image.mode.startswith("I") else image)
+        except PICTURE_ERRORS as error:
+            raise UnreadableError(f"is a broken picture: {error}") from error
+
+
+def _read_video(path: str) -> tuple[Image.Image, float]:
+    """The first frame of a video, upright, and the width of its pixels over their height."""
+    try:
+        with av.open(path, metadata_errors="ignore") as file:
+            stream = _video_stream(file)
+            _check_pixels(stream.width, stream.height)
+            if not _suits_decord(path, stream):
+                return _decode(file, stream)
+            if next(file.demux(stream)).is_corrupt:
+                raise UnreadableError("is cut off within its first frame")
+    except av.FFmpegError as error:
+        raise UnreadableError(f"is no readable video: {error.strerror}") from error
+    return _read_with_decord(path), 1.0
+
+
+def _video_stream(file: av.container.InputContainer) -> VideoStream:
+    for stream in file.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:  # an album cover is no video
+            return stream
+    raise UnreadableError("has no video stream")
+
+
+def _suits_decord(path: str, stream: VideoStream) -> bool:
+    """Whether decord gives the right frame of a video and finds it without reading for long."""
+    if decord is None or path.startswith(REMOTE) or Path(path).stat().st_size > SCANNED:
+        return False
+    layout, aspect = stream.format, stream.sample_aspect_ratio
+    plain = layout is not None and all(part.bits == 8 and not part.is_alpha for part in layout.components)
+    return plain and aspect in (None, 0, 1) and stream.codec_context.name in DECORD_CODECS
+
+
+def _read_with_decord(path: str) -> Image.Image:
+    try:
+        reader = decord.VideoReader(path, num_threads=1)
+        pixels = reader[0].asnumpy().copy()
+        del reader  # an open one decodes ahead without bound
+    except DECORD_ERRORS as error:
+        raise UnreadableError(f"is no readable video: {str(error).splitlines()[-1]}") from error
+    return Image.fromarray(pixels)
+
+
+def _decode(file: av.container.InputContainer, stream: VideoStream) -> tuple[Image.Image, float]:
+    """The first frame by PyAV, upright, and the width of its pixels over their height."""
+    stream.thread_type = "NONE"  # threads decode ahead
+    for frame in file.decode(stream):
+        if frame.is_corrupt:
+            raise UnreadableError("is damaged within its first frame")
+        _check_pixels(frame.width, frame.height)
+        alpha = any(part.is_alpha for part in frame.format.components)
+        image = Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24"))
+        turn, aspect = frame.rotation % 360, float(stream.sample_aspect_ratio or 1)
+        method = ROUNDS[round(turn / 90) % 4 * 90]
+        upright = image if method is None else image.transpose(method)
+        return upright, 1 / aspect if turn in (90, 270) else aspect
+    raise UnreadableError("holds no frame")

@@ -1,0 +1,45 @@
+"""What all tests share: the tiny model, clips, and a data set encoded from them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stage1_encode.config import EncodeConfig
+from stage1_encode.encode import encode
+from tests import tiny
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random model."""
+    return tiny.make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of 6 clips of 64x96 and their clips.csv."""
+    return tiny.make_clips(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory, model: Path, clips: Path) -> Path:
+    """Folder of the clips' data set: 9 frames of 64x96, two shards of 4 and 2 records, float32 encoders."""
+    out = tmp_path_factory.mktemp("data") / "set"
+    encode(
+        EncodeConfig(
+            data=str(clips / "clips.csv"),
+            model=str(model),
+            out=str(out),
+            num_frames=9,
+            height=64,
+            width=96,
+            shard_size=4,
+            text_dtype="float32",
+            device="cpu",
+            workers=1,
+        )
+    )
+    return out
