@@ -153,7 +153,14 @@ def differing(expected: dict[str, object], found: dict[str, object]) -> list[str
     ]
 
 
-def check_manifest(folder: Path, manifest: Manifest, *, spec: VideoSpec, encoder: dict[str, object]) -> None:
+def different_makers(expected: Manifest, found: Manifest) -> list[str]:
+    """One line for each field of spec and encoder that two data sets do not share."""
+    return differing(asdict(expected.spec), asdict(found.spec)) + differing(
+        asdict(expected.encoder), asdict(found.encoder)
+    )
+
+
+def check_manifest(folder: Path | str, manifest: Manifest, *, spec: VideoSpec, encoder: dict[str, object]) -> None:
     """Refuse shards of another size than `spec` or of other encoders than the known fields in `encoder`."""
     lines = differing(asdict(spec), asdict(manifest.spec)) + differing(encoder, asdict(manifest.encoder))
     if lines:

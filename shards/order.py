@@ -45,3 +45,9 @@ def permuted(index: int, *, count: int, seed: int, epoch: int) -> int:
     while value >= count:
         value = _shuffle_bits(value, bits, keys)
     return value
+
+
+def shuffled(position: int, *, count: int, seed: int) -> int:
+    """The number in range(count) at a position of the endless order: each one exactly once in every epoch."""
+    epoch, index = divmod(position, count)
+    return permuted(index, count=count, seed=seed, epoch=epoch)

@@ -13,12 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from shards.manifest import MANIFEST, NEGATIVE, Manifest, intact, parse_manifest, parse_negative
-from shards.order import permuted
+from shards.order import shuffled
 from shards.place import Place, open_place, read_checked
 from shards.record import TENSORS, Batch, Record, collate, from_members
 from shards.write import Index, index_name, parse_index
@@ -81,6 +81,10 @@ class DataSet:
         data = read_checked(self.place, self.manifest.shards[number].name, (start, parts[1].stop), checks)
         return from_members(known.names[first].removesuffix(f".{TENSORS}"), data[parts[0]], data[parts[1]])
 
+    def index(self, position: int, *, seed: int) -> int:
+        """Number of the record at a position of the endless order that `seed` decides."""
+        return shuffled(position, count=self.records, seed=seed)
+
     def _offsets(self, number: int) -> Offsets:
         """Member offsets of a shard: read when it is first touched, forgotten when many others were since."""
         with self._lock:
@@ -117,20 +121,36 @@ def open_data_set(prefix: str | Path, *, cache_bytes: int = CACHE_BYTES) -> Data
     return DataSet(place, manifest, negative)
 
 
-class Stream:
-    """The endless order of a data set's records; `seed` decides it."""
+class Records(Protocol):
+    """A data set, or several as one."""
 
-    def __init__(self, data_set: DataSet, *, seed: int) -> None:
-        self.data_set, self.seed = data_set, seed
+    @property
+    def records(self) -> int:
+        """Number of records."""
+        ...
+
+    def record(self, index: int) -> Record:
+        """Record `index` of 0..records-1."""
+        ...
+
+    def index(self, position: int, *, seed: int) -> int:
+        """Number of the record at a position of the endless order that `seed` decides."""
+        ...
+
+
+class Stream:
+    """The endless order of records; `seed` decides it."""
+
+    def __init__(self, data: Records, *, seed: int) -> None:
+        self.data, self.seed = data, seed
 
     def index(self, position: int) -> int:
-        """Number of the record at a position: each one exactly once in every epoch."""
-        epoch, place = divmod(position, self.data_set.records)
-        return permuted(place, count=self.data_set.records, seed=self.seed, epoch=epoch)
+        """Number of the record at a position."""
+        return self.data.index(position, seed=self.seed)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """The records at these positions, collated."""
-        return collate([self.data_set.record(self.index(position)) for position in positions])
+        return collate([self.data.record(self.index(position)) for position in positions])
 
 
 def prefetch(load: Callable[[T], R], items: Iterable[T], *, depth: int, threads: int) -> Iterator[R]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shards.order import permuted
-from shards.read import Stream, open_data_set, prefetch
+from shards.read import DataSet, Stream, open_data_set, prefetch
 from tests.shards.data_sets import make_data_set, make_record
 
 PINNED, PINNED_LARGE = [5, 1, 0, 4, 6, 9, 3, 2, 8, 7], 47_609_603
@@ -30,6 +30,8 @@ def trips(seed, number):
 
 class Counting:
     """Stands for a data set where only its size matters."""
+
+    index = DataSet.index
 
     def __init__(self, records):
         self.records = records
