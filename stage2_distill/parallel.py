@@ -53,7 +53,8 @@ def shard(net: Network, ranks: Ranks, dtype: torch.dtype) -> Network:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in net.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(net, mesh=mesh, mp_policy=policy)
+    # the root too goes back to shards after a forward: a rollout has no backward pass that would do it
+    fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return net
 
 

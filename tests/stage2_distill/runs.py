@@ -31,7 +31,7 @@ def make_shards(folder: Path, model: Path, *, records: int = 24, text_only: bool
 
     def record(number: int) -> Record:
         frame = None if text_only else torch.randn(SPEC.first_frame_shape, generator=draws)
-        text = torch.randn((4 + number % 5, TEXT_DIM), generator=draws)
+        text = 30 * torch.randn((4 + number % 5, TEXT_DIM), generator=draws)  # so that the text is heard
         return Record(
             f"{number:09d}", Source(f"prompt {number}", f"{number}.mp4", number + 2, size=(64, 64)), frame, text
         )

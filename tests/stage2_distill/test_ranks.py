@@ -1,4 +1,8 @@
-"""Gloo ranks against one process: the same global batch gives the same run."""
+"""Gloo ranks against one process: the same global batch gives the same run.
+
+A large guidance and a large AdamW eps keep float32 rounding from being amplified: the random model hardly reads its
+text, and a sign-like step would turn noise into a full step.
+"""
 
 import json
 from pathlib import Path
@@ -22,14 +26,21 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.parametrize(("world", "batch_size"), [(2, 2), (2, 1), (4, 1)])
 def test_ranks_equal_one_process(model: Path, shards: Path, tmp_path: Path, world: int, batch_size: int) -> None:
-    options = {"iterations": 5, "checkpoint_every": 5, "student_lr": 1e-4, "critic_lr": 1e-4}
+    options = {
+        "iterations": 5,
+        "checkpoint_every": 5,
+        "student_lr": 1e-2,
+        "critic_lr": 1e-2,
+        "eps": 1e-2,
+        "grad_clip": 1.0,
+    }
     alone = run_here(make_config(shards, model, tmp_path / "one", batch_size=4, **options))
     run = run_ranks(make_config(shards, model, tmp_path / "many", batch_size=batch_size, **options), world, tmp_path)
-    assert losses(run) == pytest.approx(losses(alone.parent), rel=1e-5)
+    assert losses(run) == pytest.approx(losses(alone.parent), rel=1e-6)
     expected = tensors(alone)
     found = {name: torch.zeros_like(value) for name, value in expected.items()}
     load(newest(run), found)
-    for name, value in expected.items():
-        if name.startswith(("student.", "critic.", "ema.")):
-            off = (found[name] - value).norm() / value.norm()
-            assert off < 1e-4, f"{name}: {off}"
+    for role in ("student.", "critic.", "ema."):
+        names = [name for name in expected if name.startswith(role)]
+        off = sum((found[name] - expected[name]).square().sum() for name in names)
+        assert (off / sum(expected[name].square().sum() for name in names)).sqrt() < 1e-6, role
