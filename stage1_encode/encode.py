@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.fingerprint import locate
-from shards.manifest import MANIFEST, Manifest
+from shards.manifest import MANIFEST
 from stage1_encode.config import EncodeConfig
 from stage1_encode.engine import ENGINES, rank_and_world
 from stage1_encode.pipeline import PARTS
@@ -42,6 +42,7 @@ class EncodeReport:
     failures: int
     shards: int
     done: bool  # False: shards are missing that are not this run's to make
+    first_reason: str = ""  # of the failures
 
 
 def encode(config: EncodeConfig) -> EncodeReport:
@@ -69,7 +70,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
             wait_for_others(folder, found)
         with alone(lock, FINISHING):
             manifest = finish(folder, plan, found)
-    return report(config, found, manifest)
+    return report(config, found, done=manifest is not None)
 
 
 def share(config: EncodeConfig, shards: int) -> range:
@@ -90,16 +91,14 @@ def wait_for_others(folder: Path, found: Survey) -> None:
             time.sleep(POLL)
 
 
-def report(config: EncodeConfig, found: Survey, manifest: Manifest | None) -> EncodeReport:
+def report(config: EncodeConfig, found: Survey, *, done: bool) -> EncodeReport:
     """Say what is there; `TooManyFailuresError` where too many rows failed."""
     folder, rows = Path(config.out), sum(found.rows)
-    if manifest is None:
-        there = [index for index in (finished(folder, number) for number in range(len(found.rows))) if index]
-        records, failures = sum(index.shard.records for index in there), sum(len(index.failures) for index in there)
-        return EncodeReport(folder, records, failures, len(there), False)
-    if manifest.failures > config.max_failures * rows:
+    there = [index for index in (finished(folder, number) for number in range(len(found.rows))) if index]
+    records, failures = sum(index.shard.records for index in there), [f for index in there for f in index.failures]
+    if done and len(failures) > config.max_failures * rows:
         raise TooManyFailuresError(
-            f"{manifest.failures} of {rows} rows failed, more than max_failures={config.max_failures:g} allows; "
-            f"the reasons are in {folder / FAILURES}, the other {manifest.records} records are in place"
+            f"{len(failures)} of {rows} rows failed, more than max_failures={config.max_failures:g} allows; "
+            f"the reasons are in {folder / FAILURES}, the other {records} records are in place"
         )
-    return EncodeReport(folder, manifest.records, manifest.failures, len(manifest.shards), True)
+    return EncodeReport(folder, records, len(failures), len(there), done, failures[0].reason if failures else "")

@@ -34,7 +34,7 @@ def serve(connection: Connection, height: int, width: int, time_limit: float) ->
     while True:
         try:
             path = connection.recv_bytes().decode()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return
         signal.setitimer(signal.ITIMER_REAL, time_limit)  # its default action ends the process, inside a decoder too
         try:

@@ -1,0 +1,129 @@
+"""`decode`: latents become videos, the way back through the same VAE. Shapes: F frames, X Y pixel height and width."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy
+import torch
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from PIL import Image
+
+from common.options import write_config
+from common.progress import track
+from shards import latents
+from shards.fingerprint import locate
+from shards.latents import LatentGroup
+from stage1_encode import vae
+from stage1_encode.config import DecodeConfig
+from stage1_encode.pipeline import pick_device
+
+CONTACT, CONFIG = "contact.png", "decode.yaml"
+OURS = re.compile(rf"{CONTACT}|{CONFIG}|sample\.yaml|.*\.zarr|.*\.mp4(\.partial)?|step-.*|sample")
+H264 = {
+    "crf": "16",  # visually lossless
+    "threads": "1",
+    "x264-params": "b-adapt=0:scenecut=0:rc-lookahead=0:mbtree=0",  # its lookahead does not repeat itself bit for bit
+}
+THUMBNAIL, MOST_ROWS = 256, 64  # of the contact sheet: pixels in width, videos
+
+
+def decode(config: DecodeConfig) -> list[Path]:
+    """Write KEY.mp4 for every video of a store, and a contact sheet; one folder a step if there are several."""
+    store, out = Path(config.latents), Path(config.out)
+    steps = finished_steps(store)
+    check_folder(out)
+    model = load_vae(config)
+    made: list[Path] = []
+    for step in steps:
+        folder = out if len(steps) == 1 else out / step
+        folder.mkdir(parents=True, exist_ok=True)
+        made += decode_step(config, model, latents.describe(store, step), folder)
+    write_config(out / CONFIG, config)
+    return made
+
+
+def decode_to(config: DecodeConfig, path: Path) -> Path:
+    """Write the only video of a store to `path`."""
+    store = Path(config.latents)
+    group = latents.describe(store, finished_steps(store)[-1])
+    if len(group.keys) != 1:
+        raise ValueError(f"latents={store}: holds {len(group.keys)} videos; give a folder for them")
+    write_video(path, read_pixels(load_vae(config), store, group, 0), fps=group.spec.fps)
+    return path
+
+
+def finished_steps(store: Path) -> list[str]:
+    """Names of the steps to decode; ValueError where there are none."""
+    steps = latents.steps(store)
+    if not steps:
+        raise ValueError(f"latents={store}: holds no finished step")
+    return steps
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds anything but videos made here."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out={folder}: is a file; give a folder")
+    foreign = sorted(path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)) if folder.is_dir() else []
+    if foreign:
+        raise ValueError(f"out={folder}: holds something else ({', '.join(foreign[:3])}); give a new folder")
+
+
+def load_vae(config: DecodeConfig) -> vae.Vae:
+    """Read the VAE onto the device."""
+    folder = locate(config.model, ("vae",))
+    return vae.load(folder, dtype=getattr(torch, config.vae_dtype), device=pick_device(config.device))
+
+
+def decode_step(config: DecodeConfig, model: vae.Vae, group: LatentGroup, folder: Path) -> list[Path]:
+    """Write the videos of one step and their contact sheet; the files made."""
+    made, sheet = [], []
+    for row in track(range(len(group.keys)), total=len(group.keys), label="decode"):
+        pixels = read_pixels(model, Path(config.latents), group, row)
+        made.append(write_video(folder / f"{group.keys[row]}.mp4", pixels, fps=group.spec.fps))
+        if row < MOST_ROWS:
+            sheet.append(thumbnails(pixels, columns=config.columns))
+    Image.fromarray(numpy.concatenate(sheet)).save(folder / CONTACT)
+    return [*made, folder / CONTACT]
+
+
+def read_pixels(model: vae.Vae, store: Path, group: LatentGroup, row: int) -> numpy.ndarray:
+    """Decode one video (F X Y 3) uint8; ValueError where its latents are damaged."""
+    video = latents.read(store, group.step, row)
+    if not torch.isfinite(video).all():
+        raise ValueError(f"latents={store}: {group.step}/{group.keys[row]} is not finite")
+    return vae.decode_video(model, video).numpy()
+
+
+def thumbnails(pixels: numpy.ndarray, *, columns: int) -> numpy.ndarray:
+    """Evenly spaced frames of a video (F X Y 3), first and last included, side by side, (x columns*y 3) uint8."""
+    places = numpy.linspace(0, len(pixels) - 1, columns).round().astype(int)
+    height, width = pixels.shape[1:3]
+    size = (min(width, THUMBNAIL), round(height * min(1.0, THUMBNAIL / width)))
+    return numpy.concatenate([numpy.asarray(Image.fromarray(pixels[place]).resize(size)) for place in places], axis=1)
+
+
+def write_video(path: Path, pixels: numpy.ndarray, *, fps: int) -> Path:
+    """Write a video (F X Y 3) uint8 whole or not at all: H.264 that plays in a browser, the same bytes each time."""
+    partial = path.with_name(path.name + ".partial")
+    options = {"movflags": "+faststart", "fflags": "+bitexact"}
+    with av.open(str(partial), "w", format="mp4", options=options) as file:
+        stream = file.add_stream("libx264", rate=fps, options=H264)
+        stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
+        context = stream.codec_context
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        for frame in to_frames(pixels):
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    partial.replace(path)
+    return path
+
+
+def to_frames(pixels: numpy.ndarray) -> Iterator[av.VideoFrame]:
+    """Frames in the colours that the file says it has: untagged or BT.601 ones are shown wrong."""
+    for picture in pixels:
+        rgb = av.VideoFrame.from_ndarray(numpy.ascontiguousarray(picture), format="rgb24")
+        yield rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
