@@ -86,8 +86,8 @@ class Remote:
     def _fetch_once(self, name: str, start: int, size: int | None) -> bytes:
         path = f"{self.root}/{name}"
         if size is None:
-            data: bytes = self.files.cat_file(path)
-            return data[start:]
+            whole: bytes = self.files.cat_file(path, start=start) if start else self.files.cat_file(path)
+            return whole
         data = self.files.cat_file(path, start=start, end=start + size)
         if len(data) > size:
             raise ValueError(f"{self.where}: the server sends whole files where ranges are asked for")

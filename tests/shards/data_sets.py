@@ -22,7 +22,7 @@ def make_record(number: int, *, spec: VideoSpec = SPEC, name: str = "clip") -> R
     draws = generator(0, number, 0, name)
     frame = torch.randn(spec.first_frame_shape, generator=draws).bfloat16()
     text = torch.randn((3 + number % 5, TEXT_DIM), generator=draws).bfloat16()
-    source = Source(f"prompt {number} é", f"{name}-{number}.mp4", number + 2, size=(72, 128))
+    source = Source(f"prompt {number} é", f"{name}-{number}.mp4", number + 3, size=(72, 128))
     return Record(f"{name}-{number:06d}", source, frame, text)
 
 

@@ -43,9 +43,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(int(fault or 404))
             return
         body, code = path.read_bytes(), 200
-        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if span and fault != "whole":
-            body, code = body[int(span[1]) : int(span[2]) + 1], 206
+            body, code = body[int(span[1]) : int(span[2]) + 1 if span[2] else None], 206
         self.answer(code, body, fault)
 
     def answer(self, code: int, body: bytes, fault: str) -> None:
