@@ -1,0 +1,182 @@
+"""The command line as a user meets it: the whole way on real clips, and one clear line for each mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy
+import pytest
+from PIL import Image
+from tiny import make_model, picture, write_csv
+
+from shards.latents import read
+
+ROOT = Path(__file__).parent.parent
+SIZE = ["--num-frames", "9", "--height", "64", "--width", "96", "--fps", "12"]
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "cli.py", *(str(argument) for argument in arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def works(*arguments: object) -> str:
+    done = call(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refuses(*arguments: object, code: int = 2) -> str:
+    """The one line on stderr that says what is wrong."""
+    done = call(*arguments)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.lower().startswith("error")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set and a short run made by the commands themselves."""
+    folder = tmp_path_factory.mktemp("way")
+    works("encode", "--data", clips / "clips.csv", "--model", model, "--out", folder / "data", *SIZE)
+    options = ["--iterations", 2, "--global-batch", 2, "--dtype", "float32", *SIZE]
+    works("distill", "--shards", folder / "data", "--model", model, "--out", folder / "run", *options)
+    Image.fromarray(picture(90, 160, seed=3)).save(folder / "first.png")
+    return folder
+
+
+def sample(run: Path, model: Path, out: Path, *more: object) -> str:
+    return works(
+        "sample", "--checkpoint", run / "run", "--model", model, "--out", out, "--dtype", "float32", *more
+    )  # fmt: skip
+
+
+def test_prompt_and_picture_become_a_video(run: Path, model: Path, tmp_path: Path) -> None:
+    options = ["--prompt", "a circle moves", "--image", run / "first.png", "--seed", 3]
+    for name in ("one.mp4", "two.mp4"):
+        assert sample(run, model, tmp_path / name, *options).strip() == str(tmp_path / name)
+    with av.open(str(tmp_path / "one.mp4")) as file:
+        stream = file.streams.video[0]
+        assert (stream.codec.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 12)
+        assert len(list(file.decode(stream))) == 9
+    first, second = (read(tmp_path / f"{name}.zarr", "sample", 0) for name in ("one", "two"))
+    assert first.shape == (48, 3, 4, 6)
+    assert first.numpy().tobytes() == second.numpy().tobytes(), "same seed, same bytes"
+    sample(run, model, tmp_path / "three.mp4", *options[:-1], 4)
+    assert not numpy.array_equal(first, read(tmp_path / "three.zarr", "sample", 0))
+    assert (tmp_path / "one.yaml").is_file()
+
+
+def test_csv_of_prompts_becomes_a_folder(run: Path, model: Path, tmp_path: Path) -> None:
+    write_csv(run / "p.csv", [("a", "first.png", 1), ("b", "", 2), ("a", "first.png", 1)], ("prompt", "image", "seed"))
+    made = sample(run, model, tmp_path / "out", "--data", run / "p.csv", "--batch-size", 2).split()
+    assert [Path(path).suffix for path in made] == [".mp4", ".mp4", ".mp4", ".png"]
+    latents = [read(tmp_path / "out" / "latents.zarr", "sample", row) for row in range(3)]
+    assert numpy.array_equal(latents[0], latents[2])
+    assert not numpy.array_equal(latents[0], latents[1])
+    sheet = Image.open(tmp_path / "out" / "contact.png")
+    assert sheet.height > 3 * 64 * 0.9
+
+
+def test_resolved_configuration_beside_every_output(run: Path) -> None:
+    assert "shard_size" in (run / "data" / "encode.yaml").read_text()
+    assert "guidance_scale: 7.0" in (run / "run" / "distill.yaml").read_text()
+    facts = json.loads(next((run / "run").glob("step-*/student.json")).read_text())
+    assert facts["config"]["student_lr"] == 5e-7
+
+
+def test_yaml_then_options(run: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("seed: 3\nstudent_lr: 1.0e-4\niterations: 1\nglobal_batch: 1\ndtype: float32\n")
+    options = ["--config", tmp_path / "c.yaml", "--student-lr", "2e-4", *SIZE]
+    works("distill", "--shards", run / "data", "--model", model, "--out", tmp_path / "run", *options)
+    resolved = (tmp_path / "run" / "distill.yaml").read_text()
+    assert "seed: 3\n" in resolved
+    assert "student_lr: 0.0002\n" in resolved
+    assert "critic_lr: 1.0e-07\n" in resolved
+
+
+def test_mistakes_of_encode(model: Path, clips: Path, tmp_path: Path) -> None:
+    def encode(table: Path, *more: object, out: Path = tmp_path / "out", code: int = 2) -> str:
+        return refuses("encode", "--data", table, "--model", model, "--out", out, *SIZE, *more, code=code)
+
+    assert "none.csv" in encode(tmp_path / "none.csv")
+    columns = encode(write_csv(tmp_path / "c.csv", [("x", "y")], ("file", "caption")))
+    assert all(word in columns for word in ("video", "prompt", "file", "caption"))
+    assert "no rows" in encode(write_csv(tmp_path / "e.csv", []))
+    assert "height=70" in encode(clips / "clips.csv", "--height", 70)
+    assert "num_frames=10" in encode(clips / "clips.csv", "--num-frames", 10)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    assert "full" in encode(clips / "clips.csv", out=tmp_path / "full")
+    half = make_model(tmp_path / "half")
+    (half / "vae" / "config.json").unlink()
+    assert "vae" in refuses("encode", "--data", clips / "clips.csv", "--model", half, "--out", tmp_path / "o", *SIZE)
+    assert not (tmp_path / "o").exists()
+    assert "no such option" in refuses("encode", "--colour", "red").lower()
+
+
+def test_broken_rows_are_reported_and_the_rest_encoded(model: Path, clips: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("not a video")
+    good = [(clips / f"clip-{i}.mp4", "fine") for i in range(2)]
+    bad = [("gone.mp4", "x"), ("empty.mp4", "x"), ("text.mp4", "x"), (clips / "clip-0.mp4", "  ")]
+    table = write_csv(tmp_path / "c.csv", [*good, *bad])
+    line = refuses("encode", "--data", table, "--model", model, "--out", tmp_path / "out", *SIZE, code=1)
+    assert "4 of 6 rows failed" in line
+    failures = (tmp_path / "out" / "failures.csv").read_text()
+    assert [row.split(",")[0] for row in failures.splitlines()[1:]] == ["4", "5", "6", "7"]
+    works("encode", "--data", table, "--model", model, "--out", tmp_path / "out", *SIZE, "--max-failures", "0.7")
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["shards"][0]["records"] == 2
+
+
+def test_mistakes_of_distill(run: Path, model: Path, tmp_path: Path) -> None:
+    def distill(shards: Path, *more: object) -> str:
+        return refuses("distill", "--shards", shards, "--model", model, "--out", tmp_path / "run", *SIZE, *more)
+
+    assert "does not exist" in distill(tmp_path / "none")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "encode.yaml").write_text("")
+    assert "unfinished" in distill(tmp_path / "half")
+    assert "height: 64, expected 96" in distill(run / "data", "--height", 96)
+    assert "ladder" in distill(run / "data", "--ladder", "250,500")
+    assert "must be int" in distill(run / "data", "--config", _yaml(tmp_path, "iterations: many"))
+    assert "unknown" in distill(run / "data", "--config", _yaml(tmp_path, "learning_rate: 1"))
+    assert "global_batch=64" in distill(run / "data", "--batch-size", 3)
+    assert not (tmp_path / "run").exists()
+
+
+def _yaml(folder: Path, text: str) -> Path:
+    (folder / "bad.yaml").write_text(text)
+    return folder / "bad.yaml"
+
+
+def test_mistakes_of_sample(run: Path, model: Path, tmp_path: Path) -> None:
+    def mistake(*more: object, checkpoint: Path = run / "run", base: Path = model) -> str:
+        return refuses("sample", "--checkpoint", checkpoint, "--model", base, *more)
+
+    out = ["--out", tmp_path / "v.mp4"]
+    assert "no checkpoint" in mistake("--prompt", "a", *out, checkpoint=tmp_path)
+    assert "prompt is empty" in mistake("--prompt", " ", *out)
+    assert ".mp4" in mistake("--prompt", "a", "--out", tmp_path / "v.avi")
+    assert "gone.png" in mistake("--prompt", "a", "--image", tmp_path / "gone.png", *out)
+    other = make_model(tmp_path / "other", seed=1)
+    assert "vae" in mistake("--prompt", "a", *out, base=other)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    write_csv(tmp_path / "p.csv", [("a", "")], ("prompt", "image"))
+    assert "full" in mistake("--data", tmp_path / "p.csv", "--out", tmp_path / "full")
+
+
+def test_another_ladder_must_be_said_explicitly(run: Path, model: Path, tmp_path: Path) -> None:
+    """The checkpoint's ladder is used unless --ladder is there; then two steps differ from four."""
+    options = ["--prompt", "a", "--seed", 1]
+    sample(run, model, tmp_path / "own.mp4", *options)
+    sample(run, model, tmp_path / "same.mp4", *options, "--ladder", "1000,750,500,250")
+    sample(run, model, tmp_path / "two.mp4", *options, "--ladder", "1000,500")
+    own, same, two = (read(tmp_path / f"{name}.zarr", "sample", 0) for name in ("own", "same", "two"))
+    assert numpy.array_equal(own, same)
+    assert not numpy.array_equal(own, two)
