@@ -1,0 +1,269 @@
+"""Encode: what a record holds, equal bytes, resume, and the user's mistakes."""
+
+import csv
+import hashlib
+import json
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+from PIL import Image
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from shards.manifest import read_manifest, read_negative
+from shards.record import Record, from_members, pad_text
+from stage1_encode.config import EncodeConfig
+from stage1_encode.encode import TooManyFailuresError, encode
+from stage1_encode.frames import first_frame
+from tests import tiny
+
+
+def configure(data: Path, model: Path, out: Path, **options: object) -> EncodeConfig:
+    base = EncodeConfig(
+        str(data), str(model), str(out), 9, 64, 96, shard_size=4, text_dtype="float32", device="cpu", workers=1
+    )
+    return replace(base, **options)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Hash of each file that must be the same in two runs."""
+    names = [path for path in sorted(folder.iterdir()) if path.name not in ("encode.yaml", "encode.lock")]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
+
+
+def records(folder: Path) -> list[Record]:
+    found = []
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            names = tar.getnames()
+            data = {name: tar.extractfile(name).read() for name in names}
+        for name in names[::2]:
+            key = name.split(".")[0]
+            found.append(from_members(key, data[f"{key}.safetensors"], data[f"{key}.json"]))
+    return found
+
+
+def failures(folder: Path) -> list[dict[str, str]]:
+    with (folder / "failures.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_two_runs_give_equal_bytes(dataset: Path, clips: Path, model: Path, tmp_path: Path) -> None:
+    encode(configure(clips / "clips.csv", model, tmp_path / "again"))
+    again = hashes(tmp_path / "again")
+    assert again == hashes(dataset)
+    assert {"shard-000000.tar", "shard-000001.tar", "manifest.json", "negative.safetensors"} <= set(again)
+
+
+def test_latents_are_the_normalised_mode_of_diffusers(dataset: Path, clips: Path, model: Path) -> None:
+    vae = AutoencoderKLWan.from_pretrained(model / "vae")
+    mean, std = (torch.tensor(v).view(1, 48, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    for index, record in enumerate(records(dataset)):
+        frame = first_frame(str(clips / f"clip-{index}.mp4"), height=64, width=96)
+        pixels = torch.from_numpy(frame.pixels.copy()).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+        with torch.no_grad():
+            wanted = (vae.encode(pixels).latent_dist.mode() - mean) / std
+        assert record.first_frame.shape == (48, 1, 4, 6) and record.first_frame.dtype == torch.bfloat16
+        torch.testing.assert_close(record.first_frame.float(), wanted[0], rtol=2**-8, atol=1e-4)
+
+
+def test_embeddings_are_those_of_the_wan_pipeline(dataset: Path, clips: Path, model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
+    text_encoder = UMT5EncoderModel.from_pretrained(model / "text_encoder")
+    pipeline = WanPipeline(tokenizer, text_encoder, vae=None, scheduler=None, transformer=None)
+    with (clips / "clips.csv").open() as file:
+        prompts = [row["prompt"] for row in csv.DictReader(file)]
+    negative = read_manifest(dataset).encoder.negative_prompt
+    wanted, _ = pipeline.encode_prompt(
+        [*prompts, negative], do_classifier_free_guidance=False, max_sequence_length=512, device="cpu"
+    )
+    texts = [record.text for record in records(dataset)] + [read_negative(dataset)]
+    for text, padded in zip(texts, wanted, strict=True):
+        assert padded[len(text) - 1].abs().sum() > 0  # the true rows, and no more
+        torch.testing.assert_close(pad_text(text).float(), padded, rtol=2**-8, atol=1e-4)
+
+
+def test_a_long_prompt_is_cut_to_512_tokens_with_the_end_token(clips: Path, model: Path, tmp_path: Path) -> None:
+    table = tiny.write_csv(tmp_path / "long.csv", [(clips / "clip-0.mp4", "word " * 10_000)])
+    encode(configure(table, model, tmp_path / "out"))
+    (record,) = records(tmp_path / "out")
+    assert record.text.shape == (512, tiny.TEXT_DIM)
+
+
+def test_a_record_says_where_it_comes_from(dataset: Path) -> None:
+    third = records(dataset)[2]
+    assert third.key == "000000002"
+    assert third.source.prompt == "A green triangle turns around, slowly, in front of a grey wall."
+    assert (third.source.path, third.source.line, third.source.size) == ("clip-2.mp4", 4, (64, 96))
+    assert records(dataset)[1].source.prompt == "A blue square falls & bounces."
+
+
+def test_text_only_rows_and_seeds(clips: Path, model: Path, tmp_path: Path) -> None:
+    rows = [("a", "", 7), ("b", clips / "clip-0.mp4", ""), ("c", "", "x")]
+    table = tiny.write_csv(tmp_path / "prompts.csv", rows, ["prompt", "image", "seed"])
+    report = encode(configure(table, model, tmp_path / "out", text_only=True, max_failures=1.0))
+    first, second = records(tmp_path / "out")
+    assert first.first_frame is None and first.source.seed == 7 and first.source.path == ""
+    assert second.first_frame is not None and second.source.seed is None
+    assert report.failures == 1 and report.first_reason == "seed 'x' is not a whole number"
+    table = tiny.write_csv(tmp_path / "only.csv", [("a",)], ["prompt"])
+    assert encode(configure(table, model, tmp_path / "only", text_only=True)).records == 1
+
+
+def test_the_same_command_again_does_nothing(clips: Path, model: Path, dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "set")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").glob("*") if path.name != "encode.lock"}
+    report = encode(configure(clips / "clips.csv", model, tmp_path / "set"))
+    assert (report.records, report.shards, report.failures, report.done) == (6, 2, 0, True)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize("lost", ["shard-000001.json", "shard-000001.tar", "manifest.json", "negative.safetensors"])
+def test_only_what_is_missing_is_made_again(lost: str, clips: Path, model: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    shutil.copytree(dataset, out)
+    (out / lost).unlink()
+    (out / "shard-000001.tar.partial").write_bytes(b"half")
+    kept = (out / "shard-000000.tar").stat().st_mtime_ns
+    encode(configure(clips / "clips.csv", model, out))
+    found = hashes(out)
+    found.pop("shard-000001.tar.partial", None)
+    assert found == hashes(dataset)
+    assert lost == "negative.safetensors" or (out / "shard-000000.tar").stat().st_mtime_ns == kept
+
+
+def test_rows_added_at_the_end_are_encoded_alone(clips: Path, model: Path, tmp_path: Path) -> None:
+    rows = [(clips / f"clip-{i}.mp4", f"prompt {i}") for i in range(6)]
+    table = tmp_path / "rows.csv"
+    tiny.write_csv(table, rows)
+    encode(configure(table, model, tmp_path / "whole"))
+    tiny.write_csv(table, rows[:5])
+    encode(configure(table, model, tmp_path / "grown"))
+    kept = (tmp_path / "grown/shard-000000.tar").stat().st_mtime_ns
+    tiny.write_csv(table, rows)
+    report = encode(configure(table, model, tmp_path / "grown"))
+    assert report.records == 6
+    assert hashes(tmp_path / "grown") == hashes(tmp_path / "whole")
+    assert (tmp_path / "grown/shard-000000.tar").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"height": 96}, "spec.height: 64, expected 96"),
+        ({"shard_size": 3}, "shard_size: 4, expected 3"),
+        ({"vae_dtype": "bfloat16"}, "encoder.vae_dtype: 'float32', expected 'bfloat16'"),
+        ({"negative_prompt": "ugly"}, "encoder.negative_prompt"),
+    ],
+)
+def test_changed_settings_are_refused(
+    change: dict[str, object], said: str, clips: Path, model: Path, dataset: Path
+) -> None:
+    before = hashes(dataset)
+    with pytest.raises(ValueError, match=said):
+        encode(configure(clips / "clips.csv", model, dataset, **change))
+    assert hashes(dataset) == before
+
+
+def test_another_model_is_refused(clips: Path, dataset: Path, tmp_path: Path) -> None:
+    other = tiny.make_model(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"encoder\.vae.*encoder\.text_encoder"):
+        encode(configure(clips / "clips.csv", other, dataset))
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda lines: [lines[0], "clip-0.mp4,another prompt", *lines[2:]], "lines 2 to 5 changed"),
+        (lambda lines: [lines[0], *lines[2:]], "lines 2 to 5 changed"),
+        (lambda lines: lines[:6], "lines 6 to 6 changed"),
+        (lambda lines: lines[:5], "fewer rows"),
+    ],
+    ids=["changed", "removed first", "removed last", "removed shard"],
+)
+def test_a_changed_csv_is_refused(edit: object, said: str, clips: Path, model: Path, dataset: Path, tmp_path: Path):
+    shutil.copytree(clips, tmp_path / "clips")
+    table = tmp_path / "clips/clips.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(edit(lines)) + "\n")
+    with pytest.raises(ValueError, match=said):
+        encode(configure(table, model, dataset))
+
+
+def test_failed_rows_are_reported_and_the_rest_encoded(clips: Path, model: Path, tmp_path: Path) -> None:
+    good, work = clips / "clip-0.mp4", tmp_path
+    (work / "empty.mp4").touch()
+    (work / "text.mp4").write_text("this is no video\n" * 100)
+    (work / "cut.mp4").write_bytes(good.read_bytes()[:400])
+    rows = [
+        (good, "a"),
+        ("missing.mp4", "b"),
+        ("empty.mp4", "c"),
+        ("text.mp4", "d"),
+        ("cut.mp4", "e"),
+        (good, "  "),
+        ("", "g"),
+        (good, "h"),
+    ]
+    table = tiny.write_csv(work / "rows.csv", rows)
+    report = encode(configure(table, model, work / "out", max_failures=1.0))
+    assert (report.records, report.failures) == (2, 6)
+    assert [record.key for record in records(work / "out")] == ["000000000", "000000007"]
+    found = failures(work / "out")
+    assert [int(row["line"]) for row in found] == [3, 4, 5, 6, 7, 8]
+    reasons = ["does not exist", "is empty", "no readable video", "no readable video", "prompt is empty", "no video"]
+    assert all(reason in row["reason"] for row, reason in zip(found, reasons, strict=True)), found
+    with pytest.raises(TooManyFailuresError, match=r"6 of 8 rows failed.*max_failures=0.05"):
+        encode(configure(table, model, work / "out"))
+    assert read_manifest(work / "out").failures == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "No such file"),
+        ("", "is empty; needs a header line"),
+        ("video,prompt\n", "has a header and no rows"),
+        ("file,caption\na,b\n", r"lacks the column video \(or path\) and prompt \(or text\); found file, caption"),
+        ("video,caption\na,b\n", r"lacks the column prompt \(or text\); found video, caption"),
+        ('video,prompt\na,"b\n', "line 2.*is a quote left open"),
+    ],
+)
+def test_a_bad_csv_is_one_clear_line_and_writes_nothing(text: str, said: str, model: Path, tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    if text is not None:
+        table.write_text(text)
+    with pytest.raises(ValueError, match=said) as raised:
+        encode(configure(table, model, tmp_path / "out"))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
+def test_a_model_without_a_part_is_refused(part: str, clips: Path, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / part)
+    with pytest.raises(ValueError, match=f"{part}/.* is missing"):
+        encode(configure(clips / "clips.csv", tmp_path / "model", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_else_is_refused(clips: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds something else \(thesis.txt\)"):
+        encode(configure(clips / "clips.csv", model, tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_picture_stands_in_for_a_video(clips: Path, model: Path, tmp_path: Path) -> None:
+    Image.fromarray(tiny.picture(80, 160, seed=3)).save(tmp_path / "picture.png")
+    table = tiny.write_csv(tmp_path / "rows.csv", [("picture.png", "a picture")], ["path", "text"])
+    encode(configure(table, model, tmp_path / "out"))
+    (record,) = records(tmp_path / "out")
+    assert record.source.size == (80, 160)
+    assert json.loads((tmp_path / "out/plan.json").read_text())["shard_size"] == 4
