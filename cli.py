@@ -65,7 +65,6 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     """
     from stage1_encode.decode import decode, decode_to
     from stage1_encode.encode import encode
-
     from stage2_distill.checkpoint import newest, read_facts
     from stage2_distill.sample import sample
 
@@ -81,7 +80,7 @@ def sample_videos(config: SampleConfig) -> list[Path]:
         )  # fmt: skip
         report = encode(asked)
         if report.failures:
-            raise ValueError(f"{table}: {report.failures} rows cannot be used: {report.first_reason}")
+            raise ValueError(f"{report.failures} of the conditions cannot be used; {report.first_failure}")
         sample(config, Path(asked.out), latents)
     decoded = DecodeConfig(str(latents), config.model, str(out), device=config.device)
     return [decode_to(decoded, out)] if single else decode(decoded)

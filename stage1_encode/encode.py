@@ -42,7 +42,7 @@ class EncodeReport:
     failures: int
     shards: int
     done: bool  # False: shards are missing that are not this run's to make
-    first_reason: str = ""  # of the failures
+    first_failure: str = ""  # line, file and reason
 
 
 def encode(config: EncodeConfig) -> EncodeReport:
@@ -101,4 +101,5 @@ def report(config: EncodeConfig, found: Survey, *, done: bool) -> EncodeReport:
             f"{len(failures)} of {rows} rows failed, more than max_failures={config.max_failures:g} allows; "
             f"the reasons are in {folder / FAILURES}, the other {records} records are in place"
         )
-    return EncodeReport(folder, records, len(failures), len(there), done, failures[0].reason if failures else "")
+    first = f"line {failures[0].line}, {failures[0].path}: {failures[0].reason}" if failures else ""
+    return EncodeReport(folder, records, len(failures), len(there), done, first)

@@ -4,6 +4,7 @@ A child is a new interpreter, never a fork (a forked decord hangs). It serves on
 when it dies. It bounds its own time and memory, so that it ends even when the run itself was killed.
 """
 
+import contextlib
 import json
 import queue
 import resource
@@ -34,7 +35,7 @@ def serve(connection: Connection, height: int, width: int, time_limit: float) ->
     while True:
         try:
             path = connection.recv_bytes().decode()
-        except (EOFError, ConnectionResetError):
+        except EOFError:
             return
         signal.setitimer(signal.ITIMER_REAL, time_limit)  # its default action ends the process, inside a decoder too
         try:
@@ -139,4 +140,5 @@ class Readers:
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    with contextlib.suppress(ConnectionError):  # the parent is gone, perhaps before this process was ready
+        serve(Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

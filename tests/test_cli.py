@@ -1,9 +1,12 @@
 """The command line as a user meets it: the whole way on real clips, and one clear line for each mistake."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import av
 import numpy
@@ -11,6 +14,7 @@ import pytest
 from PIL import Image
 from tiny import make_model, picture, write_csv
 
+import cli
 from shards.latents import read
 
 ROOT = Path(__file__).parent.parent
@@ -18,8 +22,23 @@ SIZE = ["--num-frames", "9", "--height", "64", "--width", "96", "--fps", "12"]
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "cli.py", *(str(argument) for argument in arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    """Run a command in this process, which has torch loaded already."""
+    out, err = io.StringIO(), io.StringIO()
+    words = ["cli.py", *(str(argument) for argument in arguments)]
+    with mock.patch.object(sys, "argv", words), redirect_stdout(out), redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as end:
+            return subprocess.CompletedProcess(words, int(end.code or 0), out.getvalue(), err.getvalue())
+    raise AssertionError("main ends with an exit code")
+
+
+def test_a_mistake_in_a_process_of_its_own() -> None:
+    """What `call` stands for: exit code 2 and one line, from the real process."""
+    command = [sys.executable, "cli.py", "encode", "--data", "none.csv", "--model", "m", "--out", "o"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def works(*arguments: object) -> str:
