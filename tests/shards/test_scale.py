@@ -1,0 +1,48 @@
+"""A hundred million records in 200,000 shards, simulated: one small shard stands for each of them."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import torch
+
+from shards.manifest import Manifest, write_manifest
+from shards.write import shard_name
+from tests.shards.data_sets import ENCODER, SPEC, TEXT_DIM, make_shards
+
+SHARDS, RECORDS = 200_000, 500
+SCRIPT = """
+import resource, sys
+from shards.place import Folder
+from shards.read import KEPT, Stream, open_data_set
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
+
+imported = peak()
+data = open_data_set(sys.argv[1])
+opened = peak()
+
+class OneShard(Folder):
+    def read(self, name, *span, fresh=False):
+        return super().read("shard-000000" + name[-5 if name.endswith("json") else -4:], *span)
+
+data.place = OneShard(sys.argv[1])
+stream = Stream(data, seed=1)
+seen = [stream.index(position * 99_991) for position in range(600)]
+keys = [stream.data.record(index).key for index in seen]
+assert keys == [f"clip-{index % 500:06d}" for index in seen]
+assert len(data._touched) == KEPT // 500 < len({index // 500 for index in seen})
+print(data.records, len(set(seen)), round(opened - imported), round(peak() - opened))
+"""
+
+
+def test_a_hundred_million_records(tmp_path):
+    one = make_shards(tmp_path, [RECORDS])[0].shard
+    shards = tuple(replace(one, name=shard_name(number)) for number in range(SHARDS))
+    write_manifest(tmp_path, Manifest(1, SPEC, ENCODER, shards, 0), torch.zeros(2, TEXT_DIM))
+    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records, different, opening, reading = (int(word) for word in done.stdout.split())
+    assert records == SHARDS * RECORDS and different == 600
+    assert opening < 260 and reading < 140  # MB beside the libraries, of the 500 a rank may take
