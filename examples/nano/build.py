@@ -1,0 +1,147 @@
+"""Rebuilds the nano models: `python -m examples.nano.build --out examples/nano/model` (one GPU, under 25 minutes in all).
+
+Stages skip when their output is there: text encoder, VAE, teacher, then the gate and the card's pictures.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from examples.nano.captions import NEGATIVE_PROMPT, captions
+from examples.nano.dit import SHIFT, Pool, train_dit, use_compact_text
+from examples.nano.gate import Conditions, answers, distances, few, generate, make_conditions, pixels, table
+from examples.nano.render import render, to_network
+from examples.nano.show import sheet
+from examples.nano.text import embed, train_text
+from examples.nano.vae import channels_last, encode, train_vae
+from examples.nano.world import draw_scenes
+
+SEED = 1
+INDEX = {
+    "_class_name": "WanImageToVideoPipeline",
+    "expand_timesteps": True,
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "AutoTokenizer"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("examples/nano/model"))
+    parser.add_argument("--pictures", type=Path, default=Path("examples/nano/pictures"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--vae-seconds", type=float, default=240)
+    parser.add_argument("--dit-seconds", type=float, default=360)
+    parser.add_argument("--vae-batch", type=int, default=32)
+    parser.add_argument("--dit-batch", type=int, default=512)
+    parser.add_argument("--pool", type=int, default=120_000)
+    parser.add_argument("--conditions", type=int, default=2048)
+    parser.add_argument("--judged", type=int, default=2048, help="conditions whose pixels the analyser reads")
+    parser.add_argument("--steps", type=int, default=50, help="the teacher's steps in the gate")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scale", type=float, default=1.0, help="guidance of the gate's samplers; 1 is none")
+    parser.add_argument("--limit", type=int, default=10**9, help="iterations of each training stage, for trying it out")
+    parser.add_argument("--more", action="store_true", help="train the teacher on from the one that is there")
+    return parser.parse_args()
+
+
+class Texts:
+    """The trained text encoder as a function from prompts to compact embeddings on one device."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self.encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").float().to(device)
+
+    def __call__(self, prompts: list[str]) -> torch.Tensor:
+        """Embeddings (B L D)."""
+        return embed(self.encoder, self.tokenizer, prompts)
+
+
+def make_pool(vae: AutoencoderKLWan, texts: Texts, device: torch.device, count: int, batch: int = 500) -> Pool:
+    """Encode `count` training clips once."""
+    channels_last(vae)
+    latents, rows = [], []
+    for start in range(0, count, batch):
+        scenes = draw_scenes(SEED + 5, torch.arange(start, start + batch, device=device), held=False)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            latents.append(encode(vae, to_network(render(scenes))).half())
+        rows.append(texts(captions(scenes)).half())
+    return Pool(torch.cat(latents), torch.cat(rows), texts([NEGATIVE_PROMPT])[0].half())
+
+
+def write_pictures(net: WanTransformer3DModel, vae: AutoencoderKLWan, c: Conditions, args: argparse.Namespace) -> None:
+    """The card's pictures: VAE reconstructions, teacher samples, and the three samplers side by side."""
+    args.pictures.mkdir(parents=True, exist_ok=True)
+    device = c.real.device
+    true = render(draw_scenes(SEED + 9, torch.arange(6, device=device), held=None))
+    again = pixels(vae, encode(vae, to_network(true)), 8)
+    sheet(torch.stack([true, again], dim=1).flatten(0, 1), args.pictures / "vae.png", gap_every=2)
+    c = few(c, 12)
+    kinds = ("teacher 50", "teacher 4", "undistilled 4")
+    sets = [
+        pixels(vae, generate(net, c, kind, seed=9, scale=args.scale, steps=args.steps, batch=16), 16) for kind in kinds
+    ]
+    sheet(sets[0], args.pictures / "teacher.png")
+    sheet(torch.stack([part[:8] for part in sets], dim=1).flatten(0, 1), args.pictures / "compare.png", gap_every=3)
+
+
+def write_index(out: Path) -> None:
+    """The files that make the folder a diffusers pipeline."""
+    FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT).save_pretrained(out / "scheduler")
+    (out / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
+
+
+def main() -> None:
+    """Run every stage that is not done."""
+    args = arguments()
+    device = torch.device(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    start = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - start:6.1f} s] {text}", flush=True)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_index(args.out)
+    if not (args.out / "text_encoder").exists():
+        right = train_text(args.out, seed=SEED, iterations=min(args.limit, 1500))
+        say(f"text encoder: {right:.4f} of the words right")
+    if not (args.out / "vae").exists():
+        done = train_vae(
+            args.out, device, seed=SEED, seconds=args.vae_seconds, limit=args.limit, batch=args.vae_batch, report=say
+        )
+        say(f"vae: {done} iterations")
+    texts = Texts(args.out, device)
+    vae = AutoencoderKLWan.from_pretrained(args.out / "vae").float().to(device)
+    if args.more or not (args.out / "transformer").exists():
+        pool = make_pool(vae, texts, device, args.pool)
+        say(f"pool: {len(pool.latents)} clips, std {pool.latents[:1000].float().std():.3f}")
+        done = train_dit(
+            args.out, pool, seed=SEED, seconds=args.dit_seconds, limit=args.limit, batch=args.dit_batch, report=say
+        )
+        say(f"dit: {done} iterations")
+    net = WanTransformer3DModel.from_pretrained(args.out / "transformer").float().to(device).eval()
+    use_compact_text(net)
+    conditions = make_conditions(vae, texts, texts([NEGATIVE_PROMPT]), args.conditions, 256)
+    write_pictures(net, vae, conditions, args)
+    say("pictures")
+    common = {"scale": args.scale, "steps": args.steps, "batch": 1024}
+    rows = [distances(net, conditions, seed=seed, **common) for seed in range(args.seeds)]
+    report = table(rows, answers(net, vae, few(conditions, args.judged), **common))
+    (args.pictures / "gate.md").write_text(report + "\n")
+    say("gate\n" + report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The nano teacher: a WanTransformer3DModel trained by flow matching on a pool of encoded clips.
+
+Shapes: B clips, C 48 channels, T 5 latent frames, H W latent size, N tokens, L text rows, D text width.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention
+from einops import rearrange, repeat
+from torch import Tensor
+from torch.nn import functional
+
+from common.flow import add_noise, per_sample, shift
+from examples.nano.graph import captured, optimizer, train
+from examples.nano.text import ROWS, WIDTH
+
+SHIFT, TEXT_ROWS = 5.0, 512
+DROPOUT, TEXT_ONLY = 0.10, 0.15  # shares of prompts replaced by the negative prompt, of samples without a first frame
+RATE, EMA = 1e-3, 0.9995
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Encoded training clips on the device."""
+
+    latents: Tensor  # (P C T H W) float16, normalised
+    text: Tensor  # (P L D) float16, zero rows past each prompt's end
+    negative: Tensor  # (L D) float16, the negative prompt
+
+
+class CompactTextAttention:
+    """Cross-attention over L rows that equals attention over 512 of which all from row L-1 on are zero.
+
+    Equal rows have equal keys and values, so one of them with log(count) added to its logit stands for all.
+    """
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: None = None,
+        rotary_emb: None = None,
+    ) -> Tensor:
+        """Attend from hidden_states (B N D') to encoder_hidden_states (B L D')."""
+        parts = (
+            attn.norm_q(attn.to_q(hidden_states)),
+            attn.norm_k(attn.to_k(encoder_hidden_states)),
+            attn.to_v(encoder_hidden_states),
+        )
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=attn.heads) for part in parts)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        bias = torch.zeros(k.shape[2], device=k.device, dtype=v.dtype)
+        bias[-1:].fill_(math.log(TEXT_ROWS - ROWS + 1))
+        bias = bias.expand(q.shape[2], -1).contiguous()[None, None]
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return attn.to_out[0](rearrange(out, "b h n d -> b n (h d)"))
+
+
+def make_dit(layers: int = 8) -> WanTransformer3DModel:
+    """The nano denoiser with fresh weights and a zero output."""
+    net = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=6, attention_head_dim=32, in_channels=48, out_channels=48,
+        text_dim=WIDTH, freq_dim=256, ffn_dim=768, num_layers=layers, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", eps=1e-6, rope_max_seq_len=64,
+    )  # fmt: skip
+    torch.nn.init.zeros_(net.proj_out.weight)
+    torch.nn.init.zeros_(net.proj_out.bias)
+    return net
+
+
+def use_compact_text(net: WanTransformer3DModel) -> None:
+    """Make `net` take texts of L rows for 512 (same result, a sixteenth of the work)."""
+    for block in net.blocks:
+        block.attn2.set_processor(CompactTextAttention())
+
+
+def velocity(net: WanTransformer3DModel, x: Tensor, sigma: Tensor, text: Tensor, pinned: Tensor) -> Tensor:
+    """Velocity (B C T H W) at sigma (B); frame 0 carries time 0 where `pinned` (B) is 1."""
+    frames = repeat(sigma, "b -> b t", t=x.shape[2]).clone()
+    frames[:, 0] = sigma * (1 - pinned)
+    times = 1000 * repeat(frames, "b t -> b (t n)", n=(x.shape[3] // 2) * (x.shape[4] // 2))
+    return net(x, times, text, return_dict=False)[0]
+
+
+def dit_loss(net: WanTransformer3DModel, pool: Pool, batch: int, generator: torch.Generator) -> Tensor:
+    """Flow-matching loss of a random batch of the pool, over the free frames."""
+    device = pool.latents.device
+    index = torch.randint(len(pool.latents), (batch,), generator=generator, device=device)
+    u, drop, alone = torch.rand((3, batch), generator=generator, device=device)
+    x0 = pool.latents[index].float()
+    eps = torch.randn(x0.shape, generator=generator, device=device)
+    text = torch.where((drop < DROPOUT)[:, None, None], pool.negative, pool.text[index]).float()
+    pinned = (alone >= TEXT_ONLY).float()
+    sigma = shift(u, SHIFT)
+    free = torch.ones_like(x0[:, :1, :, :1, :1])
+    free[:, :, 0] -= per_sample(pinned)[:, :, 0]
+    x_t = torch.where(free > 0, add_noise(x0, eps, sigma), x0)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+        v = velocity(net, x_t, sigma, text, pinned)
+    return (free * (v.float() - (eps - x0)).square()).sum() / (free.sum() * x0[0, :, 0].numel())
+
+
+def train_dit(
+    folder: Path,
+    pool: Pool,
+    *,
+    seed: int,
+    seconds: float,
+    limit: int,
+    batch: int,
+    report: Callable[[str], None],
+) -> int:
+    """Train and save the teacher (EMA weights, float16); continues from `transformer/` if it is there. Returns iterations."""
+    device = pool.latents.device
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = make_dit().to(device)
+    if (folder / "transformer").exists():
+        net.load_state_dict(WanTransformer3DModel.from_pretrained(folder / "transformer").float().state_dict())
+    use_compact_text(net)
+    parameters = list(net.parameters())
+    average = [p.detach().clone() for p in parameters]
+    generator = torch.Generator(device).manual_seed(seed + 1)
+    adam = optimizer(parameters, device, beta2=0.99)
+    loss = torch.ones((), device=device)
+
+    def step() -> Tensor:
+        adam.zero_grad(set_to_none=True)
+        value = dit_loss(net, pool, batch, generator)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step()
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - EMA)
+        loss.lerp_(value.detach(), 0.01)
+        return value
+
+    done = train(
+        captured(step, generator), adam.param_groups[0]["lr"], RATE,
+        seconds=seconds, limit=limit, report=lambda i: report(f"dit {i} loss {loss.item():.4f}"),
+    )  # fmt: skip
+    for p, mean in zip(parameters, average, strict=True):
+        p.data.copy_(mean)
+    final = make_dit()
+    final.load_state_dict(net.state_dict())
+    final.half().save_pretrained(folder / "transformer", max_shard_size="6MB")
+    return done

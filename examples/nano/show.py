@@ -1,0 +1,22 @@
+"""Pictures for the model card: rows are clips, columns are frames. Shapes: N clips, T frames, H W pixels."""
+
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+COLUMNS = (0, 2, 4, 6, 8, 10, 12, 14, 16)
+
+
+def sheet(clips: Tensor, path: Path, *, gap_every: int = 1) -> None:
+    """Write uint8 clips (N T H W 3) as one PNG, a light line after every `gap_every` rows."""
+    frames = clips[:, list(COLUMNS)].cpu()
+    rows = rearrange(frames, "n t h w c -> n h t w c")
+    rows = torch.nn.functional.pad(rows.float(), (0, 0, 1, 1), value=255)
+    lines = rearrange(rows, "n h t w c -> n h (t w) c").to(torch.uint8)
+    blocks = []
+    for i, line in enumerate(lines):
+        blocks += [line, torch.full((4 if (i + 1) % gap_every == 0 else 1, *line.shape[1:]), 255, dtype=torch.uint8)]
+    Image.fromarray(torch.cat(blocks).numpy()).save(path, optimize=True)

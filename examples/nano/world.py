@@ -1,0 +1,199 @@
+"""The nano world: clips of coloured shapes on a still background, each a pure function of (seed, index).
+
+Shapes: B clips, K candidates, S object slots (0 and 1 are there from the start, 2 enters later), T frames, H W pixels.
+Every draw is a hash of (seed, index, slot), so the CPU and the GPU make the same clips in any order and batch size.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+FRAMES, HEIGHT, WIDTH, FPS = 17, 64, 96, 12
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")
+RGB = ((225, 40, 40), (235, 215, 40), (40, 195, 60), (40, 210, 225), (50, 70, 235), (225, 50, 215))
+BACKGROUNDS = ("plain", "shaded", "striped", "split")
+DIRECTIONS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")  # y grows downwards
+MOTIONS = (*DIRECTIONS, "grow", "shrink", "bounce", "stay", "free")  # "free" is left open by the caption
+GROW, SHRINK, BOUNCE, STAY, FREE = range(8, 13)
+SLOTS = 3
+NEVER = FRAMES  # entry frame of an object that is not in the clip
+REACH = 1.25  # a shape stays within this many radii of its centre (the triangle's tips are thinner than the gap)
+GAP = 3.0  # pixels kept free between objects
+TRIES, PLACES = 24, 40  # candidates for the two paths, and for the entering object's place
+PATH_DRAWS, PLACE_DRAWS, SCENE_DRAWS = 9, 2, 28  # uniform draws a candidate path, a candidate place, a scene
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """A batch of clips before rendering; pixel units."""
+
+    shape: Tensor  # (B S) int64, into SHAPES
+    colour: Tensor  # (B S) int64, into COLOURS; the three differ
+    motion: Tensor  # (B 2) int64, into MOTIONS
+    entry: Tensor  # (B S) int64, first frame in which the object is seen; NEVER if it is not in the clip
+    named: Tensor  # (B) bool: the caption names the entering object
+    centre: Tensor  # (B S T 2) float32, x and y
+    radius: Tensor  # (B S T) float32
+    background: Tensor  # (B) int64, into BACKGROUNDS
+    tones: Tensor  # (B 2 3) float32, the background's two colours in 0..255
+    phase: Tensor  # (B) float32 in [0, 1), where stripes or the split lie
+    wording: Tensor  # (B 8) float32 in [0, 1), choices of words
+
+
+def uniforms(seed: int, index: Tensor, count: int) -> Tensor:
+    """Uniform draws (B count) in [0, 1), a hash (splitmix64, Steele et al. 2014) of seed, index (B) and column."""
+    x = index[:, None] * 4096 + torch.arange(count, device=index.device) + seed * 0x1000003D
+    x = x * -7046029254386353131
+    for right, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        x = (x ^ ((x >> right) & ((1 << (64 - right)) - 1))) * factor
+    return ((x >> 40) & 0xFFFFFF).float() / (1 << 24)
+
+
+def held_out(shape: Tensor, colour: Tensor, motion: Tensor) -> Tensor:
+    """True for the shape x colour x motion combinations that are never trained on (a sixth of the named, a quarter of the free)."""
+    return torch.where(motion == FREE, (shape + colour) % 4 == 3, (shape + colour + motion) % 6 == 0)
+
+
+@cache
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """A float32 tensor made once a device, since a CUDA graph cannot capture a copy from the host."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def choose(u: Tensor, count: int) -> Tensor:
+    """An integer in [0, count) from a uniform draw of any shape."""
+    return (u * count).long().clamp(max=count - 1)
+
+
+def third_colour(pick: Tensor, taken: Tensor) -> Tensor:
+    """Number `pick` in 0..3 of the five other colours 0..4 without `taken`."""
+    return pick + (pick >= taken)
+
+
+def attributes(u: Tensor, colour: Tensor, split: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Shape and motion (B) for a colour (B) from draws u (B 3); split (B) asks for held-out combinations or none, None for any.
+
+    Half of the motions are FREE. Walks from a random start through all shape x motion pairs to the first allowed one.
+    """
+    named = len(MOTIONS) - 1
+    free = u[:, 0] < 0.5
+    steps = torch.arange(len(SHAPES) * named, device=u.device)
+    pair = (choose(u[:, 1], len(SHAPES) * named)[:, None] + steps * 7) % (len(SHAPES) * named)  # 7 and 48 are coprime
+    shape = torch.where(free[:, None], pair % len(SHAPES), pair // named)
+    motion = torch.where(free[:, None], FREE, pair % named)
+    if split is None:
+        return shape[:, 0], motion[:, 0]
+    allowed = held_out(shape, colour[:, None], motion) == split[:, None]
+    first = allowed.float().argmax(dim=1, keepdim=True)
+    return shape.gather(1, first)[:, 0], motion.gather(1, first)[:, 0]
+
+
+def headings(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
+    """Heading (... T-1) in radians and speed (...) in pixels a frame, from draws u (... 9) and motion (...).
+
+    A free motion is straight, turned at a random frame, curved, or bounced; a bounce is a turn by pi.
+    """
+    frame = torch.arange(FRAMES - 1, device=u.device)
+    kind = choose(u[..., 0], 4)
+    free = motion == FREE
+    start = torch.where(motion < 8, motion * (math.pi / 4), u[..., 1] * 2 * math.pi)
+    sign = torch.where(u[..., 2] < 0.5, -1.0, 1.0)
+    bounces = (motion == BOUNCE) | (free & (kind == 3))
+    turn = torch.where(free & (kind == 1), sign * (math.pi / 3 + u[..., 3] * math.pi / 3), torch.where(bounces, math.pi, 0.0))
+    curve = torch.where(free & (kind == 2), sign * (math.pi / 2 + u[..., 3] * math.pi / 2) / (FRAMES - 2), 0.0)
+    when = 5 + choose(u[..., 4], 7)
+    heading = start[..., None] + curve[..., None] * frame + turn[..., None] * (frame >= when[..., None])
+    still = (motion == GROW) | (motion == SHRINK) | (motion == STAY)
+    speed = torch.where(still, 0.0, 1.2 + u[..., 5] * 1.0)
+    return heading, speed
+
+
+def paths(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres (... T 2) that stay inside the picture and radii (... T), from draws u (... 9) and motion (...)."""
+    heading, speed = headings(u, motion)
+    steps = torch.stack([heading.cos(), heading.sin()], dim=-1) * speed[..., None, None]
+    offset = torch.cat([torch.zeros_like(steps[..., :1, :]), steps.cumsum(dim=-2)], dim=-2)
+    start = torch.where(motion == GROW, 7.0, torch.where(motion == SHRINK, 11.5, 8.0 + 2.0 * u[..., 6]))
+    factor = torch.where(motion == GROW, 1.65, torch.where(motion == SHRINK, 0.6, 1.0))
+    clock = torch.linspace(0, 1, FRAMES, device=u.device)
+    radius = start[..., None] * (1 + (factor[..., None] - 1) * clock)
+    margin = REACH * radius.amax(dim=-1)[..., None] + 1
+    low = margin - offset.amin(dim=-2)
+    high = constant((WIDTH, HEIGHT), u.device) - margin - offset.amax(dim=-2)
+    return (low + (high - low) * u[..., 7:9])[..., None, :] + offset, radius
+
+
+def apart(a: Tensor, b: Tensor, ra: Tensor, rb: Tensor) -> Tensor:
+    """True (... T) where objects at a and b (... T 2) with radii ra and rb (... T) keep their gap."""
+    return (a - b).norm(dim=-1) > REACH * (ra + rb) + GAP
+
+
+def take(values: Tensor, first: Tensor) -> Tensor:
+    """values (B K ...) at first (B) -> (B ...)."""
+    return values[torch.arange(len(first), device=first.device), first]
+
+
+def draw_paths(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Centres (B 2 T 2), radii (B 2 T) of the first candidate pair whose paths never touch, and whether there was one (B)."""
+    u = rearrange(u, "b (k s d) -> b k s d", k=TRIES, s=2)
+    centre, radius = paths(u, motion[:, None].expand(-1, TRIES, -1))
+    clear = apart(centre[:, :, 0], centre[:, :, 1], radius[:, :, 0], radius[:, :, 1]).all(dim=-1)
+    first = clear.float().argmax(dim=1)
+    return take(centre, first), take(radius, first), clear.any(dim=1)
+
+
+def draw_place(u: Tensor, centre: Tensor, radius: Tensor, size: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
+    """A place (B 2) for an object of radius `size` (B) clear of the S' others from frame `entry` (B) on, and whether there is one (B)."""
+    u = rearrange(u, "b (k d) -> b k d", k=PLACES)
+    margin = REACH * size[:, None, None] + 1
+    place = margin + u * (constant((WIDTH, HEIGHT), u.device) - 2 * margin)
+    clear = apart(place[:, :, None, None], centre[:, None], size[:, None, None, None], radius[:, None])
+    clear = (clear | (torch.arange(FRAMES, device=u.device) < entry[:, None, None, None])).all(dim=-1).all(dim=-1)
+    return take(place, clear.float().argmax(dim=1)), clear.any(dim=1)
+
+
+def draw_background(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Background kind (B) and two muted tones (B 2 3) in 0..255 from draws u (B 9)."""
+    grey = 25 + 120 * u[:, 1]
+    other = torch.where(u[:, 2] < 0.5, 25 + 0.6 * (grey - 25), grey + 0.4 * (150 - grey))
+    tint = 24 * (torch.stack([u[:, 3:6], u[:, 6:9]], dim=1) - 0.5)
+    return choose(u[:, 0], len(BACKGROUNDS)), torch.stack([grey, other], dim=1)[..., None] + tint
+
+
+def draw_scenes(seed: int, index: Tensor, *, held: bool | None) -> Scenes:
+    """Scenes of the given indices (B): held=False for training, True for combinations never trained on, None for either."""
+    pairs, places = TRIES * 2 * PATH_DRAWS, PLACES * PLACE_DRAWS
+    u, v, w = uniforms(seed, index, SCENE_DRAWS + pairs + places).split([SCENE_DRAWS, pairs, places], dim=1)
+    split = None if held is None else torch.full_like(index, held, dtype=torch.bool)
+    a = choose(u[:, 0], 6)
+    b = (a + 1 + choose(u[:, 1], 5)) % 6
+    c = (a + 1 + third_colour(choose(u[:, 2], 4), (b - a - 1) % 6)) % 6
+    shape_a, motion_a = attributes(u[:, 3:6], a, split)
+    shape_b, motion_b = attributes(u[:, 6:9], b, None if held else split)
+    motion = torch.stack([motion_a, motion_b], dim=1)
+    centre, radius, clear = draw_paths(v, motion)
+    second = torch.where(clear & (u[:, 9] < 0.8), 0, NEVER)
+    entry = 3 + choose(u[:, 10], 11)
+    size = 7.0 + u[:, 11]
+    radius_there = torch.where(torch.stack([torch.zeros_like(second), second], 1)[..., None] == 0, radius, -1e3)
+    place, found = draw_place(w, centre, radius_there, size, entry)
+    entry = torch.where(found & (u[:, 12] < 0.8), entry, NEVER)
+    background, tones = draw_background(u[:, 13:22])
+    return Scenes(
+        shape=torch.stack([shape_a, shape_b, choose(u[:, 22], 4)], dim=1),
+        colour=torch.stack([a, b, c], dim=1),
+        motion=motion,
+        entry=torch.stack([torch.zeros_like(second), second, entry], dim=1),
+        named=u[:, 23] < 0.2,
+        centre=torch.cat([centre, place[:, None, None].expand(-1, 1, FRAMES, -1)], dim=1),
+        radius=torch.cat([radius, size[:, None, None].expand(-1, 1, FRAMES)], dim=1),
+        background=background,
+        tones=tones,
+        phase=u[:, 24],
+        wording=uniforms(seed + 1, index, 8),
+    )
