@@ -1,7 +1,7 @@
 """Video or picture file -> its first frame, upright, cropped to the wanted size. Shapes: H W pixels.
 
-decord reads ordinary local videos; PyAV reads what decord cannot read, reads badly, or would read whole:
-AV1, GIF, more than 8 bits, transparency, files over `SCANNED` bytes, web addresses (REFERENCE: decord scans the file).
+decord reads ordinary local videos. PyAV reads what decord cannot (AV1, GIF, whatever it gives up on), gets wrong
+(transparency, wide pixels) or would scan whole before it gives a frame (files over `SCANNED` bytes, web addresses).
 """
 
 import struct
@@ -29,7 +29,8 @@ PICTURE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Imag
 DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp8", "vp9", "mjpeg")
 SCANNED = 16 * 2**20  # bytes up to which decord may read the whole file to find one frame
 PIXELS = 2**27  # more than any camera makes; above it a header lies
-ROUNDS = {0: None, 90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+REMOTE_TIMEOUT = 10.0  # seconds without an answer
 
 
 class UnreadableError(ValueError):
@@ -83,7 +84,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _check_file(path: Path) -> None:
     try:
         if not path.is_file():
-            raise UnreadableError("is a folder" if path.is_dir() else "does not exist")
+            raise UnreadableError(
+                "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
+            )
         with path.open("rb") as file:
             if not file.read(1):
                 raise UnreadableError("is empty")
@@ -115,16 +118,33 @@ def _read_picture(path: str) -> Image.Image | None:
 def _read_video(path: str) -> tuple[Image.Image, float]:
     """The first frame of a video, upright, and the width of its pixels over their height."""
     try:
-        with av.open(path, metadata_errors="ignore") as file:
+        with _open(path) as file:
             stream = _video_stream(file)
             _check_pixels(stream.width, stream.height)
             if not _suits_decord(path, stream):
-                return _decode(file, stream)
+                return _read_with_av(file, stream)
             if next(file.demux(stream)).is_corrupt:
                 raise UnreadableError("is cut off within its first frame")
+        try:
+            return _read_with_decord(path), 1.0
+        except DECORD_ERRORS:  # it cannot read all that it should
+            with _open(path) as file:
+                return _read_with_av(file, _video_stream(file))
     except av.FFmpegError as error:
         raise UnreadableError(f"is no readable video: {error.strerror}") from error
-    return _read_with_decord(path), 1.0
+
+
+def _open(path: str) -> av.container.InputContainer:
+    """Open a container by what its header says; decode a part of it only where that is too little."""
+    timeout = REMOTE_TIMEOUT if path.startswith(REMOTE) else None
+    try:
+        file = av.open(path, metadata_errors="ignore", options={"probesize": "32"}, timeout=timeout)
+        if file.streams.video and all(stream.width for stream in file.streams.video):
+            return file
+        file.close()
+    except av.InvalidDataError:
+        pass
+    return av.open(path, metadata_errors="ignore", timeout=timeout)
 
 
 def _video_stream(file: av.container.InputContainer) -> VideoStream:
@@ -138,32 +158,40 @@ def _suits_decord(path: str, stream: VideoStream) -> bool:
     """Whether decord gives the right frame of a video and finds it without reading for long."""
     if decord is None or path.startswith(REMOTE) or Path(path).stat().st_size > SCANNED:
         return False
-    layout, aspect = stream.format, stream.sample_aspect_ratio
-    plain = layout is not None and all(part.bits == 8 and not part.is_alpha for part in layout.components)
-    return plain and aspect in (None, 0, 1) and stream.codec_context.name in DECORD_CODECS
+    clear = stream.format is None or not any(part.is_alpha for part in stream.format.components)
+    return clear and stream.sample_aspect_ratio in (None, 0, 1) and stream.codec_context.name in DECORD_CODECS
 
 
 def _read_with_decord(path: str) -> Image.Image:
-    try:
-        reader = decord.VideoReader(path, num_threads=1)
-        pixels = reader[0].asnumpy().copy()
-        del reader  # an open one decodes ahead without bound
-    except DECORD_ERRORS as error:
-        raise UnreadableError(f"is no readable video: {str(error).splitlines()[-1]}") from error
+    reader = decord.VideoReader(path, num_threads=1)
+    pixels = reader[0].asnumpy().copy()
+    del reader  # an open one decodes ahead without bound
     return Image.fromarray(pixels)
 
 
-def _decode(file: av.container.InputContainer, stream: VideoStream) -> tuple[Image.Image, float]:
+def _read_with_av(file: av.container.InputContainer, stream: VideoStream) -> tuple[Image.Image, float]:
     """The first frame by PyAV, upright, and the width of its pixels over their height."""
+    frame = _first(file, stream)
+    _check_pixels(frame.width, frame.height)
+    alpha = any(part.is_alpha for part in frame.format.components)
+    image = Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24"))
+    quarters, aspect = round(frame.rotation / 90) % 4, float(stream.sample_aspect_ratio or 1)
+    turn = TURNS[quarters]
+    return (image if turn is None else image.transpose(turn)), 1 / aspect if quarters % 2 else aspect
+
+
+def _first(file: av.container.InputContainer, stream: VideoStream) -> av.VideoFrame:
     stream.thread_type = "NONE"  # threads decode ahead
-    for frame in file.decode(stream):
-        if frame.is_corrupt:
+    decoder = stream.codec_context
+    for packet in file.demux(stream):
+        if packet.is_corrupt:
+            raise UnreadableError("is cut off within its first frame")
+        frames = decoder.decode(packet)
+        if not frames and packet.is_keyframe and packet.pts is not None and packet.pts == stream.start_time:
+            frames = decoder.decode(None)  # nothing is shown before it: do not wait for the frames after it
+            decoder.flush_buffers()
+        if frames and frames[0].is_corrupt:
             raise UnreadableError("is damaged within its first frame")
-        _check_pixels(frame.width, frame.height)
-        alpha = any(part.is_alpha for part in frame.format.components)
-        image = Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24"))
-        turn, aspect = frame.rotation % 360, float(stream.sample_aspect_ratio or 1)
-        method = ROUNDS[round(turn / 90) % 4 * 90]
-        upright = image if method is None else image.transpose(method)
-        return upright, 1 / aspect if turn in (90, 270) else aspect
+        if frames:
+            return frames[0]
     raise UnreadableError("holds no frame")

@@ -72,7 +72,7 @@ def test_both_readers_turn_a_video_upright_and_agree(rotation: int, tmp_path: Pa
     path = video(tmp_path / "turned.mp4", stripes(64, 96), rotation=rotation)
     by_decord = numpy.asarray(frames._read_with_decord(path))
     with av.open(path) as file:
-        by_av, _ = frames._decode(file, file.streams.video[0])
+        by_av, _ = frames._read_with_av(file, file.streams.video[0])
     wanted = numpy.rot90(stripes(64, 96), rotation // 90)  # the display matrix counts against the clock
     assert by_decord.shape == wanted.shape
     assert numpy.array_equal(by_decord, numpy.asarray(by_av))
