@@ -4,7 +4,7 @@ Layout: one group a step, holding `latents` (N C T H W) float32, one chunk a vid
 `VideoSpec`, the keys, prompts and seeds, and `done`, written last: a group without it is still being written.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,9 +51,17 @@ def write(path: Path, step: str, rows: Sequence[int], latents: Tensor) -> None:
         array[row] = video
 
 
-def finish(path: Path, step: str) -> None:
-    """Mark a step as complete."""
-    zarr.open_group(path / step, mode="r+").attrs.update({"done": True})
+def finish(path: Path, step: str, *, facts: Mapping[str, str | float] | None = None) -> None:
+    """Mark a step as complete, and keep `facts` of it."""
+    zarr.open_group(path / step, mode="r+").attrs.update({"facts": dict(facts or {}), "done": True})
+
+
+def facts(path: Path, step: str) -> dict[str, str | float]:
+    """What `finish` was told of a step; empty where the step is not there or not complete."""
+    if not (path / step / "zarr.json").is_file():
+        return {}
+    attributes = zarr.open_group(path / step, mode="r").attrs.asdict()
+    return dict(attributes.get("facts", {})) if attributes.get("done") else {}
 
 
 def steps(path: Path) -> list[str]:
@@ -76,3 +84,9 @@ def read(path: Path, step: str, row: int) -> Tensor:
     """One video's latents (C T H W) float32."""
     video = zarr.open_array(path / step / "latents", mode="r")[row]
     return torch.from_numpy(numpy.asarray(video))
+
+
+def read_rows(path: Path, step: str, start: int, stop: int) -> Tensor:
+    """The latents (B C T H W) float32 of rows start..stop-1."""
+    videos = zarr.open_array(path / step / "latents", mode="r")[start:stop]
+    return torch.from_numpy(numpy.asarray(videos))

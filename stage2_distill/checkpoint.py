@@ -5,6 +5,7 @@ any other number wrote, and nothing is pickled. `student.json` says what the stu
 """
 
 import json
+import logging
 import shutil
 import warnings
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from common.flow import ladder
 from common.video import VideoSpec
 from shards.manifest import write_file
 
-STUDENT = "student.json"
+STUDENT, BEST = "student.json", "best"
 SAMPLER = "renoise"  # x0, then fresh noise at the next sigma
 
 
@@ -65,6 +66,24 @@ def newest(folder: Path) -> Path:
     return found[-1]
 
 
+def chosen(folder: Path) -> Path:
+    """The checkpoint that `folder` is, or of a run the one in its file `best`, or its newest; a log line says which."""
+    if (folder / STUDENT).is_file() or not (folder / BEST).is_file():
+        return newest(folder)
+    best = folder / str(json.loads((folder / BEST).read_bytes())["checkpoint"])
+    if not (best / STUDENT).is_file():
+        raise ValueError(f"checkpoint={folder}: its best, {best.name}, is gone; run evaluate --select again")
+    logging.info("%s: using %s, the best by evaluate --select", folder, best.name)
+    return best
+
+
+def write_best(run: Path, name: str, *, distance: float, iteration: int) -> Path:
+    """Say in the file `best` which step folder of a run is to be used."""
+    facts = {"checkpoint": name, "distance": distance, "iteration": iteration}
+    write_file(run / BEST, (json.dumps(facts, indent=1) + "\n").encode())
+    return run / BEST
+
+
 def read_facts(checkpoint: Path) -> StudentFacts:
     """What the student of a checkpoint is."""
     fields = json.loads((checkpoint / STUDENT).read_bytes())
@@ -99,6 +118,8 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+    """Delete all but the newest `keep` checkpoints and the one in the file `best`."""
+    best = json.loads((run / BEST).read_bytes())["checkpoint"] if (run / BEST).is_file() else None
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        if old.name != best:
+            shutil.rmtree(old)

@@ -36,7 +36,7 @@ def square_root(matrix: Tensor) -> Tensor:
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Squared Frechet distance of Gaussians fitted to features a (N D) and b (M D), in float64 (Dowson & Landau 1982)."""
+    """Squared Frechet distance of Gaussians fitted to a (N D) and b (M D), in float64 (Dowson & Landau 1982)."""
     a, b = a.double().cpu(), b.double().cpu()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     root = square_root(cov_a)

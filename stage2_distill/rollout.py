@@ -1,4 +1,4 @@
-"""The few-step student: denoise, noise again less, and so on down the ladder.
+"""The few-step student: denoise, noise again less, and so on down the ladder; and plain Euler steps, to compare.
 
 Shapes: B batch, C channels, T latent frames, H W latent size.
 """
@@ -35,3 +35,13 @@ def rollout(
             x0 = denoiser(x_t, sigmas[step], condition)
             x_t = add_noise(x0, normal(x0.shape[1:], generators), sigmas[step + 1])
     return denoiser(x_t, sigmas[last], condition)
+
+
+@torch.no_grad()
+def euler(denoiser: Denoiser, noise: Tensor, condition: Condition, *, sigmas: Sequence[float]) -> Tensor:
+    """x0 (B C T H W) after Euler steps of the flow from `noise` along `sigmas` and at last to 0."""
+    x_t = noise
+    for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        x0 = denoiser(x_t, noise.new_full((noise.shape[0],), sigma), condition)
+        x_t = x0 + (following / sigma) * (x_t - x0)
+    return x_t

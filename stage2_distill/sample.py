@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from shards.read import DataSet, open_data_set
 from torch import nn
 
 from common.condition import Condition
@@ -12,9 +11,10 @@ from common.seed import generator, normal
 from shards import latents
 from shards.fingerprint import fingerprint, locate
 from shards.manifest import check_manifest
+from shards.read import DataSet, open_data_set
 from shards.record import collate
-from stage2_distill.checkpoint import StudentFacts, load, newest, read_facts
-from stage2_distill.config import SampleConfig
+from stage2_distill.checkpoint import StudentFacts, chosen, load, read_facts
+from stage2_distill.config import EvaluateConfig, SampleConfig
 from stage2_distill.rollout import rollout
 from stage2_distill.wan import cast_parameters, denoiser
 from stage2_distill.wan import load as load_network
@@ -24,20 +24,22 @@ GROUP = "sample"
 
 def sample(config: SampleConfig, conditions: Path, out: Path) -> Path:
     """Sample a video for each record of the data set `conditions` into the zarr store `out`."""
-    checkpoint = newest(Path(config.checkpoint))
+    checkpoint = chosen(Path(config.checkpoint))
     facts = read_facts(checkpoint)
     data = open_data_set(str(conditions))
     encoders: dict[str, object] = {"vae": facts.vae, "text_encoder": facts.text_encoder}
     check_manifest(conditions, data.manifest, spec=facts.spec, encoder=encoders)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
-    net = load_student(config, checkpoint, facts).to(device)
+    net = load_student(config, checkpoint, facts).to(pick_device(config.device))
     write_samples(net, config, facts, data, out)
     return out
 
 
-def load_student(config: SampleConfig, checkpoint: Path, facts: StudentFacts) -> nn.Module:
+def pick_device(name: str) -> torch.device:
+    """The device that is named; auto is the GPU where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def load_student(config: SampleConfig | EvaluateConfig, checkpoint: Path, facts: StudentFacts) -> nn.Module:
     """The student's network; ValueError where MODEL is another base than it was distilled from."""
     model = locate(config.model, ("transformer",))
     if fingerprint(model / "transformer") != facts.transformer:
