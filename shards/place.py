@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -61,18 +61,24 @@ def open_place(prefix: str, *, cache_bytes: int) -> Place:
     return Folder(prefix)
 
 
-def read_checked(
-    place: Place, name: str, span: tuple[int, int | None], parts: Sequence[tuple[str, slice, bytes]]
-) -> bytes:
-    """Bytes of a file, (start, size), whose parts (label, slice, sha256) are verified; a bad read is done once more.
+def read_checked(place: Place, name: str, span: tuple[int, int | None], damaged: Callable[[bytes], list[str]]) -> bytes:
+    """Bytes of a file, (start, size), in which `damaged` finds nothing to name; a bad read is done once more.
 
-    Raises ValueError naming file and part where the second read is bad too.
+    Raises ValueError naming the file and what is damaged where the second read is bad too.
     """
     bad: list[str] = []
     for fresh in (False, True):
         data = place.read(name, *span, fresh=fresh)
-        view = memoryview(data)
-        bad = [label for label, part, digest in parts if hashlib.sha256(view[part]).digest() != digest]
+        bad = damaged(data)
         if not bad:
             return data
     raise ValueError(f"{place.where}/{name}: damaged at {', '.join(bad)} (hash differs, read twice); verify --repair")
+
+
+def read_whole(place: Place, name: str, sha256: str) -> bytes:
+    """A whole small file, its hash checked; see `read_checked`."""
+
+    def damaged(data: bytes) -> list[str]:
+        return [] if hashlib.sha256(data).hexdigest() == sha256 else ["the whole file"]
+
+    return read_checked(place, name, (0, None), damaged)

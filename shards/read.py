@@ -5,6 +5,7 @@ A position in the stream is one integer: position // count is its epoch, and the
 """
 
 import threading
+import zlib
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict, deque
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from shards.manifest import MANIFEST, NEGATIVE, Manifest, intact, parse_manifest, parse_negative
 from shards.order import shuffled
-from shards.place import Place, open_place, read_checked
+from shards.place import Place, open_place, read_checked, read_whole
 from shards.record import TENSORS, Batch, Record, collate, from_members
 from shards.write import Index, index_name, parse_index
 
@@ -36,7 +37,7 @@ class Offsets:
     names: tuple[str, ...]
     offsets: "array[int]"
     sizes: "array[int]"
-    hashes: bytes  # 32 a member
+    sums: "array[int]"  # crc32
 
     @staticmethod
     def of(index: Index) -> "Offsets":
@@ -46,7 +47,7 @@ class Offsets:
             tuple(member.name for member in members),
             array("q", (member.offset for member in members)),
             array("q", (member.size for member in members)),
-            b"".join(bytes.fromhex(member.sha256) for member in members),
+            array("I", (member.crc32 for member in members)),
         )
 
 
@@ -72,13 +73,15 @@ class DataSet:
         number = bisect_right(self.starts, index) - 1
         first = 2 * (index - self.starts[number])
         known = self._offsets(number)
-        start, facts = known.offsets[first], known.offsets[first + 1] - known.offsets[first]
-        parts = (slice(0, known.sizes[first]), slice(facts, facts + known.sizes[first + 1]))
-        checks = [
-            (known.names[first + i], part, known.hashes[32 * (first + i) : 32 * (first + i + 1)])
-            for i, part in enumerate(parts)
-        ]
-        data = read_checked(self.place, self.manifest.shards[number].name, (start, parts[1].stop), checks)
+        start = known.offsets[first]
+        stops = [known.offsets[i] + known.sizes[i] - start for i in (first, first + 1)]
+        parts = (slice(0, stops[0]), slice(stops[1] - known.sizes[first + 1], stops[1]))
+
+        def damaged(data: bytes) -> list[str]:
+            sums = [zlib.crc32(memoryview(data)[part]) for part in parts]
+            return [known.names[first + i] for i in (0, 1) if sums[i] != known.sums[first + i]]
+
+        data = read_checked(self.place, self.manifest.shards[number].name, (start, stops[1]), damaged)
         return from_members(known.names[first].removesuffix(f".{TENSORS}"), data[parts[0]], data[parts[1]])
 
     def index(self, position: int, *, seed: int) -> int:
@@ -92,8 +95,7 @@ class DataSet:
                 self._touched.move_to_end(number)
                 return self._touched[number]
         shard = self.manifest.shards[number]
-        whole = ("the sidecar", slice(None), bytes.fromhex(shard.index_sha256))
-        loaded = Offsets.of(parse_index(read_checked(self.place, index_name(shard.name), (0, None), [whole])))
+        loaded = Offsets.of(parse_index(read_whole(self.place, index_name(shard.name), shard.index_sha256)))
         with self._lock:
             self._touched[number] = loaded
             while len(self._touched) > self._most:
@@ -112,8 +114,7 @@ def open_data_set(prefix: str | Path, *, cache_bytes: int = CACHE_BYTES) -> Data
         if not intact(data):
             data = place.read(MANIFEST, fresh=True)
         manifest = parse_manifest(data, place.where)
-        whole = ("the embedding", slice(None), bytes.fromhex(manifest.negative_sha256))
-        negative = parse_negative(read_checked(place, NEGATIVE, (0, None), [whole]), place.where)
+        negative = parse_negative(read_whole(place, NEGATIVE, manifest.negative_sha256), place.where)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"shards={prefix}: does not exist or is unfinished, run encode again ({error})") from error
     except ConnectionError as error:

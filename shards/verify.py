@@ -10,7 +10,7 @@ from common.progress import track
 from shards.describe import Report, outliers, sources, spreads
 from shards.examine import Findings, Problem, examine
 from shards.manifest import MANIFEST, NEGATIVE, Manifest, intact, parse_manifest, parse_negative
-from shards.place import Folder, Place, open_place, read_checked
+from shards.place import Folder, Place, open_place, read_whole
 from shards.read import prefetch
 from shards.write import index_name
 
@@ -63,9 +63,8 @@ def _verify_opening(place: Place) -> tuple[Manifest | None, list[Problem]]:
         raise ValueError(f"shards={place.where}: does not exist or is unfinished (no {MANIFEST})") from error
     except ValueError as error:
         return None, [Problem(MANIFEST, "", str(error))]
-    whole = ("text", slice(None), bytes.fromhex(manifest.negative_sha256))
     try:
-        negative = parse_negative(read_checked(place, NEGATIVE, (0, None), [whole]), place.where)
+        negative = parse_negative(read_whole(place, NEGATIVE, manifest.negative_sha256), place.where)
     except (OSError, ValueError) as error:
         return manifest, [Problem(NEGATIVE, "text", str(error))]
     if negative.ndim != 2 or negative.shape[1] != manifest.encoder.text_dim or not negative.isfinite().all():

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ class Member:
     name: str
     offset: int
     size: int
+    crc32: int  # of the data; cheap enough to check at every read
     sha256: str
 
 
@@ -73,11 +75,11 @@ def write_shard(
             for member, data in to_members(record).items():
                 key, extension = member.split(".", 1)
                 tar.write({"__key__": key, extension: data})
-                members.append(Member(member, 0, len(data), hashlib.sha256(data).hexdigest()))
+                members.append(Member(member, 0, len(data), zlib.crc32(data), hashlib.sha256(data).hexdigest()))
     data = buffer.getvalue()
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         offsets = [info.offset_data for info in tar]
-    placed = tuple(Member(m.name, offset, m.size, m.sha256) for m, offset in zip(members, offsets, strict=True))
+    placed = tuple(replace(m, offset=offset) for m, offset in zip(members, offsets, strict=True))
     failed = tuple(failures)
     count = len(placed) // 2
     shard = Shard(name, count, count + len(failed), hashlib.sha256(data).hexdigest(), len(data))

@@ -102,7 +102,7 @@ def test_damage_that_stays_is_read_twice_and_named(server):
     assert sum(name == "shard-000001.tar" for name, _ in server.asked) == 2
     assert same(data, [0, 12])
     server.fault = lambda name, number: "flip" if name == "shard-000001.json" else ""
-    with pytest.raises(ValueError, match="shard-000001.json: damaged at the sidecar"):
+    with pytest.raises(ValueError, match="shard-000001.json: damaged at the whole file"):
         open_data_set(server.url, cache_bytes=0).record(6)
 
 

@@ -62,8 +62,8 @@ def test_any_flipped_bit_is_found_and_named(folder):
     paths = sorted(folder.iterdir())
     spots = [(path, draw.randrange(path.stat().st_size), draw.randrange(8)) for path in paths for _ in range(40)]
     tar = folder / shard_name(0)
-    spots += [(tar, position, draw.randrange(8)) for position in range(512)]  # a whole header
-    assert len(spots) == 40 * 7 + 512
+    spots += [(tar, position, draw.randrange(8)) for position in range(0, 512, 2)]  # a header
+    assert len(spots) == 40 * 7 + 256
     for path, position, bit in spots:
         expected = owner(path, position)
         flip(path, position, bit)

@@ -1,0 +1,172 @@
+"""What reading shards costs: opening, ordering, throughput against plain reading and webdataset, data wait at pace.
+
+    python -m benchmarks.stream [--records 1536] [--folder FOLDER]
+
+Records have the true size (704x1280, about 130 text rows). Cold means that the page cache was told to drop the files.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import webdataset
+from safetensors.torch import load
+
+from benchmarks.report import append
+from common.seed import generator
+from common.video import VideoSpec
+from shards.manifest import Encoder, Manifest, Shard, write_manifest
+from shards.order import permuted
+from shards.read import DataSet, Stream, open_data_set, prefetch
+from shards.record import Record, Source
+from shards.write import shard_name, write_shard
+
+SPEC, TEXT_DIM, SHARD = VideoSpec(), 4096, 256
+ENCODER = Encoder("vae", "text", "tokenizer", "float32", "bfloat16", TEXT_DIM, "")
+PACE, UPDATES = 6.7, 8  # seconds of one critic update on one H100 (REFERENCE section 5); updates replayed
+
+
+def make(folder: Path, records: int) -> None:
+    """Write a data set of the true record size, if it is not there."""
+    if (folder / "manifest.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for number in range(-(-records // SHARD)):
+        made = (record(index) for index in range(number * SHARD, min(records, (number + 1) * SHARD)))
+        shards.append(write_shard(folder, shard_name(number), made, failures=[], rows_sha256="").shard)
+    write_manifest(folder, Manifest(1, SPEC, ENCODER, tuple(shards), 0), torch.zeros(8, TEXT_DIM))
+
+
+def record(index: int) -> Record:
+    """A record of the true size."""
+    draws = generator(0, index, 0, "benchmark")
+    rows = int(torch.randint(40, 220, (1,), generator=draws))
+    frame = torch.randn(SPEC.first_frame_shape, generator=draws).bfloat16()
+    text = torch.randn((rows, TEXT_DIM), generator=draws).bfloat16()
+    return Record(f"{index:09d}", Source("a prompt", f"{index}.mp4", index + 2), frame, text)
+
+
+def drop(folder: Path) -> None:
+    """Tell the page cache to forget the tars."""
+    os.sync()
+    for path in folder.glob("*.tar"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def peak(*, reset: bool = False) -> float:
+    """Highest resident memory since the last reset, in MB (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
+
+
+def plain(folder: Path) -> int:
+    """Read the tars one after another, a megabyte at a time."""
+    total = 0
+    for path in sorted(folder.glob("*.tar")):
+        with path.open("rb", buffering=0) as file:
+            while piece := file.read(1 << 20):
+                total += len(piece)
+    return total
+
+
+def by_webdataset(folder: Path) -> int:
+    """Stream the tars with webdataset, in order, tensors decoded, nothing checked."""
+    handler = webdataset.handle_extension("safetensors", load)
+    tars = [str(path) for path in sorted(folder.glob("*.tar"))]
+    samples = webdataset.WebDataset(tars, shardshuffle=False).decode(handler)
+    return sum(tensor.nbytes for sample in samples for tensor in sample["safetensors"].values())
+
+
+def by_stream(data: DataSet, threads: int) -> int:
+    """One shuffled epoch: every hash checked, tensors decoded, two records at a time by each thread."""
+    stream = Stream(data, seed=0)
+
+    def read(position: int) -> int:
+        made = data.record(stream.index(position))
+        return sum(x.nbytes for x in (made.first_frame, made.text) if x is not None)
+
+    return sum(prefetch(read, range(data.records), depth=2 * threads, threads=threads))
+
+
+def rate(folder: Path, read: Callable[[], int], *, cold: bool) -> float:
+    """Megabytes a second, best of three."""
+    best = 0.0
+    for _ in range(3):
+        if cold:
+            drop(folder)
+        began = time.perf_counter()
+        total = read()
+        best = max(best, total / (time.perf_counter() - began) / 1e6)
+    return best
+
+
+def throughput(folder: Path) -> Iterable[tuple[str, str]]:
+    """Plain reading, webdataset and the stream in one run."""
+    data = open_data_set(folder)
+    for cold in (True, False):
+        name = "cold" if cold else "warm"
+        base = rate(folder, lambda: plain(folder), cold=cold)
+        yield f"{name}: plain sequential reading", f"{base:.0f} MB/s"
+        peer = rate(folder, lambda: by_webdataset(folder), cold=cold)
+        yield f"{name}: webdataset, in order, unchecked", f"{peer:.0f} MB/s, {peer / base:.2f} of plain"
+        for threads in (1, 2, 4):
+            before = peak(reset=True)
+            own = rate(folder, lambda threads=threads: by_stream(data, threads), cold=cold)  # type: ignore[misc]
+            note = f"{own:.0f} MB/s, {own / base:.2f} of plain, {own / peer:.2f} of webdataset"
+            yield f"{name}: shuffled and checked, {threads} threads", f"{note}, peak memory {peak() - before:+.0f} MB"
+
+
+def opening(folder: Path) -> Iterable[tuple[str, str]]:
+    """A manifest of 100 million records."""
+    shards = tuple(Shard(shard_name(n), 500, 500, f"{n:064x}", 650_000_000, f"{n:064x}") for n in range(200_000))
+    write_manifest(folder, Manifest(1, SPEC, ENCODER, shards, 0), torch.zeros(8, TEXT_DIM))
+    del shards
+    began, before = time.perf_counter(), peak(reset=True)
+    data = open_data_set(folder)
+    took, now = time.perf_counter() - began, peak()
+    yield "open 100 M records in 200,000 shards", f"{took:.2f} s, peak {now:.0f} MB ({now - before:+.0f} MB)"
+    began = time.perf_counter()
+    for index in range(100_000):
+        permuted(index, count=data.records, seed=0, epoch=0)
+    yield "order, per index", f"{(time.perf_counter() - began) * 10:.1f} us"
+
+
+def pace(folder: Path, ranks: int) -> Iterable[tuple[str, str]]:
+    """Wait for data while `ranks` GPUs' worth of records is used up at the 5B's pace, from cold files."""
+    drop(folder)
+    stream = Stream(open_data_set(folder), seed=1)
+    plans = (range(u * ranks, (u + 1) * ranks) for u in range(UPDATES))
+    batches, waited = prefetch(stream.batch, plans, depth=2, threads=2), 0.0
+    for _ in range(UPDATES):
+        began = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - began
+        time.sleep(PACE)
+    share = waited / (waited + UPDATES * PACE)
+    yield f"data wait of {ranks} GPUs at {PACE} s an update, first batch included", f"{share:.3%}"
+
+
+def main() -> None:
+    """Measure, print and append to the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--records", type=int, default=1536)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ti2v-stream")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as empty:
+        rows = list(opening(Path(empty)))
+    make(given.folder, given.records)
+    rows += throughput(given.folder)
+    rows += pace(given.folder, 8)
+    append("stream", rows)
+
+
+if __name__ == "__main__":
+    main()
