@@ -58,6 +58,31 @@ def decode_command(**given: object) -> None:
         click.echo(str(path))
 
 
+@cli.command("demo")
+@click.option("--out", default="demo", show_default=True, help="Folder for all that the demo makes.")
+def demo_command(out: str) -> None:
+    """Walk the whole way on the small model of examples/nano."""
+    for name, path in run_demo(Path(out)).items():
+        click.echo(f"{name + ':':16}{path}")
+
+
+def run_demo(out: Path) -> dict[str, Path]:
+    """Encode, distil, sample and decode in `out`; what was made. What is there already is kept."""
+    from stage1_encode.encode import encode
+    from stage2_distill.run import distill
+
+    nano = Path(__file__).parent / "examples" / "nano"
+    common = {"model": str(nano / "model"), "device": "cpu"}
+    data, run, videos = out / "data", out / "run", out / "videos"
+    table = str(nano / "clips.csv")
+    encode(resolve(EncodeConfig, common | {"config": nano / "encode.yaml", "data": table, "out": str(data)}))
+    shards = (str(data),)
+    distill(resolve(DistillConfig, common | {"config": nano / "demo.yaml", "shards": shards, "out": str(run)}))
+    asked = {"checkpoint": str(run), "data": str(nano / "prompts.csv"), "out": str(videos), "dtype": "float32"}
+    made = sample_videos(resolve(SampleConfig, common | asked | {"batch_size": 8}))
+    return {"shards": data, "checkpoint": run, "videos": videos, "contact sheet": made[-1]}
+
+
 def sample_videos(config: SampleConfig) -> list[Path]:
     """Encode the conditions (stage one), sample latents (stage two), decode them (stage one); the files made.
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from shards.read import DataSet, Stream, open_data_set, prefetch
 from torch import Tensor
 
 from common.condition import Condition
@@ -14,6 +13,8 @@ from common.options import read_yaml, write_config
 from common.progress import Progress
 from shards.fingerprint import fingerprint, locate
 from shards.manifest import Manifest, check_manifest
+from shards.mix import Mixture, open_data_sets
+from shards.read import DataSet, Stream, prefetch
 from shards.record import pad_text
 from stage2_distill.checkpoint import SAMPLER, StudentFacts, checkpoints, load, prune, save
 from stage2_distill.config import DistillConfig
@@ -33,7 +34,7 @@ def distill(config: DistillConfig) -> Path:
     """Train, or go on training, and return the newest checkpoint."""
     ranks = start(config.device)
     model = locate(config.model, ("transformer",))
-    data = open_data_set(config.shards[0])
+    data = open_data_sets(config.shards)
     check_manifest(Path(config.shards[0]), data.manifest, spec=config.spec, encoder=expected_encoder(model))
     accumulation(config, ranks.world)
     out = Path(config.out)
@@ -70,7 +71,7 @@ def open_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
         write_config(stored, config)
 
 
-def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet) -> Trainer:
+def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet | Mixture) -> Trainer:
     """The three roles from one folder, sharded, with their optimizers."""
     compute = getattr(torch, config.dtype)
     student, critic = (load_network(model, torch.float32) for _ in range(2))
@@ -127,7 +128,7 @@ def student_facts(config: DistillConfig, model: Path, manifest: Manifest) -> Stu
     )
 
 
-def iterate(out: Path, trainer: Trainer, data: DataSet, facts: StudentFacts, done: int) -> None:
+def iterate(out: Path, trainer: Trainer, data: DataSet | Mixture, facts: StudentFacts, done: int) -> None:
     """Iterations `done`..end, each logged, with a checkpoint now and then and at the end."""
     config, ranks = trainer.config, trainer.ranks
     journal = Journal(out / METRICS, start=done) if ranks.rank == 0 else None
@@ -156,7 +157,7 @@ def iterate(out: Path, trainer: Trainer, data: DataSet, facts: StudentFacts, don
         journal.close()
 
 
-def conditions(trainer: Trainer, data: DataSet, done: int) -> Iterator[tuple[Part, Condition]]:
+def conditions(trainer: Trainer, data: DataSet | Mixture, done: int) -> Iterator[tuple[Part, Condition]]:
     """This rank's micro-batches from iteration `done` on, read ahead by threads, on the device."""
     config, ranks = trainer.config, trainer.ranks
     stream = Stream(data, seed=config.seed)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from common.condition import Condition, Denoiser, pin, token_sigma
@@ -24,6 +25,7 @@ def load(folder: Path, dtype: torch.dtype) -> Network:
 
     Raises ValueError where it is not a Wan2.2 TI2V transformer.
     """
+    logging.disable_progress_bar()
     net = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
     if net.config.in_channels != CHANNELS or net.config.out_channels != CHANNELS:
         raise ValueError(f"model={folder}: transformer has {net.config.in_channels} channels, TI2V needs {CHANNELS}")

@@ -103,7 +103,7 @@ HOOK = """
 import sys
 class Wall:
     def find_spec(self, name, path=None, target=None):
-        bad = ("stage1_encode", "decord", "diffusers.models.autoencoders.autoencoder_kl_wan", "transformers.models.umt5")
+        bad = ("stage1_encode", "decord", "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.umt5")
         if name.startswith(bad):
             raise ImportError("behind the wall: " + name)
 sys.meta_path.insert(0, Wall())

@@ -1,0 +1,67 @@
+"""Writes clips of the nano world as files: `python -m examples.nano.clips --count 192 --out examples/nano`.
+
+Makes `clips/*.mp4` with `clips.csv` (video, prompt) for training, and `images/*.png` with `prompts.csv`
+(prompt, image, seed) of held-out scenes for sampling; every fifth of those has no image: the prompt alone decides.
+"""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from examples.nano.captions import captions
+from examples.nano.render import render
+from examples.nano.world import FPS, draw_scenes
+from stage1_encode.decode import write_video
+
+CLIPS_SEED, PROMPTS_SEED = 77, 78
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+
+
+def write_clips(out: Path, count: int) -> None:
+    """`count` training clips and their CSV."""
+    (out / "clips").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for first in range(0, count, 64):
+        scenes = draw_scenes(CLIPS_SEED, torch.arange(first, min(first + 64, count)), held=False)
+        for place, (video, prompt) in enumerate(zip(render(scenes), captions(scenes), strict=True)):
+            name = f"clips/{first + place:06d}.mp4"
+            write_video(out / name, video.numpy(), fps=FPS)
+            rows.append((name, prompt))
+    write_table(out / "clips.csv", ("video", "prompt"), rows)
+
+
+def write_prompts(out: Path, count: int) -> None:
+    """`count` held-out first frames and prompts and their CSV."""
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    scenes = draw_scenes(PROMPTS_SEED, torch.arange(count), held=True)
+    rows = []
+    for place, (video, prompt) in enumerate(zip(render(scenes), captions(scenes), strict=True)):
+        name = "" if place % 5 == 4 else f"images/{place:02d}.png"
+        if name:
+            Image.fromarray(video[0].numpy()).save(out / name)
+        rows.append((prompt, name, place))
+    write_table(out / "prompts.csv", ("prompt", "image", "seed"), rows)
+
+
+def main() -> None:
+    """Write both sets."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("examples/nano"))
+    parser.add_argument("--count", type=int, default=192)
+    parser.add_argument("--prompts", type=int, default=10)
+    args = parser.parse_args()
+    write_clips(args.out, args.count)
+    write_prompts(args.out, args.prompts)
+
+
+if __name__ == "__main__":
+    main()

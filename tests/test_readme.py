@@ -1,0 +1,54 @@
+"""The README's tables say what the code says."""
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+
+from stage1_encode.config import DecodeConfig, EncodeConfig
+from stage2_distill.config import DistillConfig, SampleConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONFIGS = [EncodeConfig, DistillConfig, SampleConfig, DecodeConfig]
+
+
+def shown(default: object) -> str:
+    """A default as the README writes it."""
+    if default is MISSING:
+        return "needed"
+    if isinstance(default, tuple):
+        return "`" + ",".join(f"{x:g}" for x in default) + "`"
+    if default is None or default == "":
+        return ""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return "the official one" if len(str(default)) > 60 else f"`{default}`"
+
+
+def row(item: object) -> str:
+    """One line of an option table."""
+    return f"| `--{item.name.replace('_', '-')}` | {shown(item.default)} | {item.metadata['help']} |"
+
+
+def table(config: type) -> str:
+    """A whole table, to be pasted into the README."""
+    return "\n".join(["| option | default | meaning |", "|---|---|---|", *(row(item) for item in fields(config))])
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_option_with_its_default(config: type) -> None:
+    assert table(config) in README, f"paste into README.md:\n{table(config)}"
+
+
+def test_one_line_for_every_file() -> None:
+    folders = ("common", "shards", "stage1_encode", "stage2_distill")
+    files = [path for folder in folders for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]
+    missing = [path for path in files if f"| `{path.relative_to(ROOT)}` |" not in README]
+    assert not missing
+
+
+def test_every_file_named_is_there() -> None:
+    named = [line.split("`")[1] for line in README.splitlines() if line.startswith("| `") and ".py`" in line]
+    assert named
+    assert [name for name in named if not (ROOT / name).is_file()] == []
