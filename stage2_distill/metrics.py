@@ -1,9 +1,12 @@
 """Distances between sets of latents, with one fixed random feature map that needs no download.
 
-Shapes: N videos, C channels, T latent frames, H W latent size, D = 64 features.
+Shapes: N videos, B of them at once, C channels, T latent frames, H W latent size, D = 64 features.
 """
 
 import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,3 +45,38 @@ def frechet(a: Tensor, b: Tensor) -> float:
     root = square_root(cov_a)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 % points, 1..10 degrees
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One figure a seed, summed up."""
+
+    mean: float
+    deviation: float | None  # standard deviation over the seeds; None = one seed
+    low: float | None  # of the 95 % interval of the mean, Student's t
+    high: float | None
+    values: tuple[float, ...]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean, standard deviation and 95 % interval (Student's t) of one figure a seed."""
+    mean, count = statistics.fmean(values), len(values)
+    if count < 2:
+        return Spread(mean, None, None, None, tuple(values))
+    deviation = statistics.stdev(values)
+    half = (STUDENT_T[count - 2] if count - 2 < len(STUDENT_T) else 2.2) * deviation / math.sqrt(count)
+    return Spread(mean, deviation, mean - half, mean + half, tuple(values))
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """Root mean squared difference (B) of the free frames 1..T-1 of latents a and b (B C T H W)."""
+    return (a[:, :, 1:].float() - b[:, :, 1:].float()).square().mean(dim=(1, 2, 3, 4)).sqrt()
+
+
+def diversity(sets: Sequence[Tensor]) -> Tensor:
+    """Mean distance (B) between the pairs of two or more sets (B C T H W): how much the seed decides."""
+    pairs = [distance(a, b) for place, a in enumerate(sets) for b in sets[:place]]
+    return torch.stack(pairs).mean(dim=0)
