@@ -51,7 +51,7 @@ class Prepared:
 class Encoders:
     """The two models of stage one."""
 
-    vae: vae.Vae
+    vae: vae.FrameEncoder
     text: text.TextEncoder
 
 
@@ -67,8 +67,9 @@ def pick_device(name: str) -> torch.device:
 def load_encoders(config: EncodeConfig) -> Encoders:
     """Read both models onto the device."""
     folder, device = locate(config.model, PARTS), pick_device(config.device)
+    whole = vae.load(folder, dtype=getattr(torch, config.vae_dtype), device=device)
     return Encoders(
-        vae.load(folder, dtype=getattr(torch, config.vae_dtype), device=device),
+        vae.frame_encoder(whole, compiled_batch=config.batch_size if config.compile else 0),
         text.load(folder, dtype=getattr(torch, config.text_dtype), device=device),
     )
 
@@ -144,6 +145,16 @@ class Made:
     failures: list[Failure]
 
 
+@dataclass(frozen=True)
+class Good:
+    """A row that becomes a record."""
+
+    row: Row
+    prompt: str
+    text: Tensor  # (L D)
+    size: tuple[int, int] | None  # of the upright source frame; None = text only
+
+
 def encode_shard(
     config: EncodeConfig,
     encoders: Encoders,
@@ -152,7 +163,7 @@ def encode_shard(
 ) -> Made:
     """Encode one task; takes exactly its rows from `frames`."""
     texts = text.embed(encoders.text, prepared.tokens, budget=config.text_tokens)
-    good: list[tuple[Row, str, Tensor, tuple[int, int] | None]] = []
+    good: list[Good] = []
     failures: list[Failure] = []
     batches = Batches(encoders.vae, config.batch_size)
     for prompt, embedding, (row, coming) in zip(prepared.prompts, texts, frames, strict=False):
@@ -164,26 +175,29 @@ def encode_shard(
         if problem:
             failures.append(Failure(row.line, row.path, problem))
             continue
-        good.append((row, prompt, embedding, frame.size if frame else None))
+        good.append(Good(row, prompt, embedding, frame.size if frame else None))
         if frame:
             batches.add(frame.pixels)
-    latents = iter(batches.finish())
-    records = [
-        Record(
-            row.key,
-            Source(prompt, row.path, row.line, 0, size, row.seed),
-            next(latents) if size else None,
-            embedding,
-        )
-        for row, prompt, embedding, size in good
-    ]
-    return Made(records, failures)
+    return Made(to_records(config, good, batches.finish()), failures)
+
+
+def to_records(config: EncodeConfig, good: list[Good], latents: list[Tensor]) -> list[Record]:
+    """Join rows with their latents (C 1 H W); ValueError where a precision was too small for a model."""
+    waiting, records = iter(latents), []
+    for item in good:
+        latent = next(waiting) if item.size else None
+        for name, tensor, dtype in (("vae", latent, config.vae_dtype), ("text", item.text, config.text_dtype)):
+            if tensor is not None and not tensor.isfinite().all():
+                raise ValueError(f"{name}_dtype={dtype}: line {item.row.line} overflows; choose float32 or bfloat16")
+        source = Source(item.prompt, item.row.path, item.row.line, 0, item.size, item.row.seed)
+        records.append(Record(item.row.key, source, latent, item.text))
+    return records
 
 
 class Batches:
     """Pictures collected into batches for the VAE; the latents stay on its device until the end."""
 
-    def __init__(self, model: vae.Vae, size: int) -> None:
+    def __init__(self, model: vae.FrameEncoder, size: int) -> None:
         self.model, self.size = model, size
         self.waiting: list[numpy.ndarray] = []
         self.latents: list[Tensor] = []

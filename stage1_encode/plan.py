@@ -48,6 +48,7 @@ class Plan:
     encoder: Encoder
     shard_size: int
     text_only: bool
+    compile: bool  # rounds otherwise
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def make_plan(config: EncodeConfig, model: Path) -> Plan:
         text_dim=width,
         negative_prompt=config.negative_prompt,
     )
-    return Plan(SCHEMA, config.spec, encoder, config.shard_size, config.text_only)
+    return Plan(SCHEMA, config.spec, encoder, config.shard_size, config.text_only, config.compile)
 
 
 def check_folder(folder: Path) -> None:
