@@ -18,7 +18,7 @@ FLOORS = {
 }
 DOORS = {  # library -> the only files that may import it
     "diffusers": {"stage1_encode/vae.py", "stage2_distill/wan.py", "stage2_distill/export.py"},
-    "transformers": {"stage1_encode/text.py"},
+    "transformers": {"stage1_encode/text.py", "stage1_encode/clip.py"},
     "decord": {"stage1_encode/frames.py"},
     "av": {"stage1_encode/frames.py", "stage1_encode/decode.py"},
     "zarr": {"shards/latents.py"},

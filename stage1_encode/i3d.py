@@ -1,0 +1,33 @@
+"""Features of an I3D network that the user names, for the Frechet video distance (arXiv 1812.01717).
+
+Shapes: F frames, X Y pixels, D features.
+"""
+
+from pathlib import Path
+
+import numpy
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional
+
+SIZE = 224
+
+
+def load(path: str, device: torch.device) -> torch.jit.ScriptModule:
+    """Read a TorchScript file, as `i3d_torchscript.pt` of StyleGAN-V; ValueError where it is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"i3d={path}: no such file")
+    try:
+        return torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        raise ValueError(f"i3d={path}: is not a TorchScript file") from error
+
+
+@torch.no_grad()
+def features(net: torch.jit.ScriptModule, video: numpy.ndarray, device: torch.device) -> Tensor:
+    """Features (D) of a video (F X Y 3) uint8, stretched to 224x224 in [-1, 1]."""
+    frames = rearrange(torch.from_numpy(video).to(device).float(), "f x y c -> f c x y") / 127.5 - 1
+    small = functional.interpolate(frames, size=(SIZE, SIZE), mode="bilinear", antialias=True)
+    found = net(rearrange(small, "f c x y -> 1 c f x y"), rescale=False, resize=False, return_features=True)
+    return found[0].float().cpu()
