@@ -13,7 +13,7 @@ import click
 
 from common.options import config_options, resolve, write_config
 from stage1_encode.config import DecodeConfig, EncodeConfig
-from stage2_distill.config import DistillConfig, SampleConfig
+from stage2_distill.config import DistillConfig, EvaluateConfig, SampleConfig
 
 
 @click.group(context_settings={"show_default": True, "max_content_width": 110})
@@ -46,6 +46,13 @@ def sample_command(**given: object) -> None:
     """Make videos from a checkpoint, a prompt and a first frame."""
     for path in sample_videos(resolve(SampleConfig, given)):
         click.echo(str(path))
+
+
+@cli.command("evaluate")
+@config_options(EvaluateConfig)
+def evaluate_command(**given: object) -> None:
+    """Compare students with their teacher and write report.json and report.html."""
+    click.echo(str(evaluate(resolve(EvaluateConfig, given))))
 
 
 @cli.command("decode")
@@ -109,6 +116,24 @@ def sample_videos(config: SampleConfig) -> list[Path]:
         sample(config, Path(asked.out), latents)
     decoded = DecodeConfig(str(latents), config.model, str(out), device=config.device)
     return [decode_to(decoded, out)] if single else decode(decoded)
+
+
+def evaluate(config: EvaluateConfig) -> Path:
+    """Sample all contestants (stage two), look at their videos (stage one), report (stage two); the page."""
+    from stage1_encode.measure import Looks, measure, open_tools
+    from stage2_distill.evaluate import sample_contest
+    from stage2_distill.report import write_report
+
+    looks = Looks(
+        config.out, config.shards, config.model, config.videos, config.shown,
+        config.analyser, config.i3d, config.clip, config.device,
+    )  # fmt: skip
+    if config.videos:
+        open_tools(looks)  # a mistake there comes out before hours of sampling
+    sample_contest(config)
+    if config.videos:
+        measure(looks)
+    return write_report(config)
 
 
 def open_output(out: Path, config: SampleConfig) -> None:
