@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from stage1_encode.config import DecodeConfig, EncodeConfig
-from stage2_distill.config import DistillConfig, SampleConfig
+from stage2_distill.config import DistillConfig, EvaluateConfig, SampleConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONFIGS = [EncodeConfig, DistillConfig, SampleConfig, DecodeConfig]
+CONFIGS = [EncodeConfig, DistillConfig, SampleConfig, DecodeConfig, EvaluateConfig]
 
 
 def shown(default: object) -> str:

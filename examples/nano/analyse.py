@@ -1,6 +1,7 @@
 """Reads objects, shapes, colours, motions and faults back from the pixels of nano clips.
 
-Shapes: B clips, K 6 colours, O 3 largest colours, T frames, H W pixels. The objects of a clip differ in colour, so a colour
+Shapes: B clips, K 6 colours, O 3 largest colours, T frames, H W pixels. The objects of a clip differ in colour, so a
+colour
 is an object; a second blob of the same colour, a ghost or a blur shows as a bad fit to every shape template.
 """
 
@@ -182,7 +183,9 @@ def judge(reading: Reading, clip: int, asked: Sequence[Asked]) -> Verdict:
 
 
 def score(video: Tensor, asked: Sequence[Sequence[Asked]], batch: int = 64) -> dict[str, float]:
-    """Shares of right colours, shapes and named motions and of valid clips, for uint8 clips (N T H W 3) and their prompts."""
+    """Shares of right colours, shapes and named motions and of valid clips, for uint8 clips (N T H W 3) and
+    their prompts.
+    """
     verdicts = []
     for start in range(0, len(video), batch):
         seen = read(video[start : start + batch])

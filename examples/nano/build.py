@@ -1,4 +1,5 @@
-"""Rebuilds the nano models: `python -m examples.nano.build --out examples/nano/model` (one GPU, under 25 minutes in all).
+"""Rebuilds the nano models: `python -m examples.nano.build --out examples/nano/model` (one GPU, under 25 minutes
+in all).
 
 Stages skip when their output is there: text encoder, VAE, teacher, then the gate and the card's pictures.
 """

@@ -66,7 +66,9 @@ def motion_phrase(motion: int, u: float, v: float) -> str:
 
 
 def write_caption(shape: list[int], colour: list[int], motion: list[int], there: list[bool], words: list[float]) -> str:
-    """The clauses of a caption from one scene's attributes, a list entry a slot (an open entering object has colour -1)."""
+    """The clauses of a caption from one scene's attributes, a list entry a slot (an open entering object has
+    colour -1).
+    """
     names = [f"{pick(ARTICLES, words[0])} {COLOURS[c]} {SHAPES[s]}" for s, c in zip(shape, colour, strict=True)]
     clauses = [f"{names[0]} {motion_phrase(motion[0], words[1], words[2])}"]
     if there[1]:

@@ -116,7 +116,9 @@ def train_dit(
     batch: int,
     report: Callable[[str], None],
 ) -> int:
-    """Train and save the teacher (EMA weights, float16); continues from `transformer/` if it is there. Returns iterations."""
+    """Train and save the teacher (EMA weights, float16); continues from `transformer/` if it is there. Returns
+    iterations.
+    """
     device = pool.latents.device
     with torch.random.fork_rng():
         torch.manual_seed(seed)

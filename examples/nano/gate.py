@@ -77,7 +77,9 @@ def pixels(vae: AutoencoderKLWan, latents: Tensor, batch: int) -> Tensor:
     return torch.cat([to_pixels(decode(vae, part)) for part in latents.split(batch)])
 
 
-def distances(net: WanTransformer3DModel, c: Conditions, *, seed: int, scale: float, steps: int, batch: int) -> dict[str, float]:
+def distances(
+    net: WanTransformer3DModel, c: Conditions, *, seed: int, scale: float, steps: int, batch: int
+) -> dict[str, float]:
     """The floor and the distances to it of the true clips and both 4-step baselines, for one seed."""
     sets = {kind: features(generate(net, c, kind, seed=seed, scale=scale, steps=steps, batch=batch)) for kind in KINDS}
     teacher = sets["teacher 50"]
@@ -108,5 +110,7 @@ def table(per_seed: list[dict[str, float]], shares: dict[str, dict[str, float]])
         lines.append(f"| {name} | {mean(values):.4g} ± {spread:.2g} | {mean(values) / floor:.1f} |")
     lines += ["", "| set | colour | shape | motion | valid |", "|---|---|---|---|---|"]
     for name, row in shares.items():
-        lines.append(f"| {name} | {row['colour']:.3f} | {row['shape']:.3f} | {row['motion']:.3f} | {row['valid']:.3f} |")
+        lines.append(
+            f"| {name} | {row['colour']:.3f} | {row['shape']:.3f} | {row['motion']:.3f} | {row['valid']:.3f} |"
+        )
     return "\n".join(lines)

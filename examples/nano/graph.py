@@ -1,4 +1,6 @@
-"""Training loops of tiny models: one CUDA graph an iteration (they are launch-bound), a wall-clock budget, a schedule."""
+"""Training loops of tiny models: one CUDA graph an iteration (they are launch-bound), a wall-clock budget, a
+schedule.
+"""
 
 import math
 import time
@@ -14,7 +16,9 @@ def optimizer(parameters: Iterable[torch.nn.Parameter], device: torch.device, *,
     """AdamW whose learning rate is a tensor, so that a captured graph follows the schedule."""
     cuda = device.type == "cuda"
     rate = torch.zeros((), device=device)
-    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, beta2), weight_decay=0.01, capturable=cuda, fused=cuda or None)
+    return torch.optim.AdamW(
+        parameters, lr=rate, betas=(0.9, beta2), weight_decay=0.01, capturable=cuda, fused=cuda or None
+    )
 
 
 def captured(step: Callable[[], Tensor], generator: torch.Generator) -> Callable[[], None]:
@@ -44,7 +48,9 @@ def schedule(progress: float, peak: float) -> float:
 def train(
     step: Callable[[], None], rate: Tensor, peak: float, *, seconds: float, limit: int, report: Callable[[int], None]
 ) -> int:
-    """Repeat `step` until `seconds` or `limit` iterations are over, moving `rate` along the schedule; returns the iterations."""
+    """Repeat `step` until `seconds` or `limit` iterations are over, moving `rate` along the schedule; returns
+    the iterations.
+    """
     start = time.monotonic()
     done, progress = 0, 0.0
     while progress < 1:

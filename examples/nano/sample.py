@@ -1,4 +1,6 @@
-"""Samplers that the gate compares; text is compact (L rows). Shapes: B clips, C channels, T latent frames, H W latent size."""
+"""Samplers that the gate compares; text is compact (L rows). Shapes: B clips, C channels, T latent frames, H W
+latent size.
+"""
 
 from collections.abc import Callable
 

@@ -93,7 +93,9 @@ def label_batch(prompts: list[str]) -> Tensor:
 
 
 def train_text(folder: Path, *, seed: int, iterations: int, batch: int = 128) -> float:
-    """Train and save `tokenizer/` and `text_encoder/` under `folder`; returns the share of right answers in the last batches."""
+    """Train and save `tokenizer/` and `text_encoder/` under `folder`; returns the share of right answers in the
+    last batches.
+    """
     tokenizer = make_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(seed)

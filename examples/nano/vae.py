@@ -1,6 +1,7 @@
 """The nano VAE: Wan2.2's structure at small widths, trained on the renderer's clips.
 
-Shapes: B clips, T frames, H W pixels, 48 latent channels. diffusers codes a clip chunk by chunk through a cache; the two
+Shapes: B clips, T frames, H W pixels, 48 latent channels. diffusers codes a clip chunk by chunk through a cache; the
+two
 `*_whole` functions compute the same in one pass over all frames, which is what makes training fast.
 """
 
@@ -131,7 +132,9 @@ def vae_loss(vae: AutoencoderKLWan, video: Tensor, eps: Tensor) -> Tensor:
     return (weight * (error.abs() + error.square())).mean() / weight.mean() + KL * kl
 
 
-def measure(vae: AutoencoderKLWan, device: torch.device, seed: int, batches: int = 16) -> tuple[list[float], list[float]]:
+def measure(
+    vae: AutoencoderKLWan, device: torch.device, seed: int, batches: int = 16
+) -> tuple[list[float], list[float]]:
     """Mean and std of each latent channel over training clips."""
     with torch.no_grad():
         index = torch.arange(64, device=device)
@@ -149,7 +152,14 @@ def save_vae(vae: AutoencoderKLWan, folder: Path, device: torch.device, seed: in
 
 
 def train_vae(
-    folder: Path, device: torch.device, *, seed: int, seconds: float, limit: int, batch: int, report: Callable[[str], None]
+    folder: Path,
+    device: torch.device,
+    *,
+    seed: int,
+    seconds: float,
+    limit: int,
+    batch: int,
+    report: Callable[[str], None],
 ) -> int:
     """Train and save the VAE; returns the number of iterations. Continues from `vae/` if it is there."""
     with torch.random.fork_rng():

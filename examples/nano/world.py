@@ -55,7 +55,9 @@ def uniforms(seed: int, index: Tensor, count: int) -> Tensor:
 
 
 def held_out(shape: Tensor, colour: Tensor, motion: Tensor) -> Tensor:
-    """True for the shape x colour x motion combinations that are never trained on (a sixth of the named, a quarter of the free)."""
+    """True for the shape x colour x motion combinations that are never trained on (a sixth of the named, a
+    quarter of the free).
+    """
     return torch.where(motion == FREE, (shape + colour) % 4 == 3, (shape + colour + motion) % 6 == 0)
 
 
@@ -76,7 +78,8 @@ def third_colour(pick: Tensor, taken: Tensor) -> Tensor:
 
 
 def attributes(u: Tensor, colour: Tensor, split: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Shape and motion (B) for a colour (B) from draws u (B 3); split (B) asks for held-out combinations or none, None for any.
+    """Shape and motion (B) for a colour (B) from draws u (B 3); split (B) asks for held-out combinations or
+    none, None for any.
 
     Half of the motions are FREE. Walks from a random start through all shape x motion pairs to the first allowed one.
     """
@@ -104,7 +107,9 @@ def headings(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
     start = torch.where(motion < 8, motion * (math.pi / 4), u[..., 1] * 2 * math.pi)
     sign = torch.where(u[..., 2] < 0.5, -1.0, 1.0)
     bounces = (motion == BOUNCE) | (free & (kind == 3))
-    turn = torch.where(free & (kind == 1), sign * (math.pi / 3 + u[..., 3] * math.pi / 3), torch.where(bounces, math.pi, 0.0))
+    turn = torch.where(
+        free & (kind == 1), sign * (math.pi / 3 + u[..., 3] * math.pi / 3), torch.where(bounces, math.pi, 0.0)
+    )
     curve = torch.where(free & (kind == 2), sign * (math.pi / 2 + u[..., 3] * math.pi / 2) / (FRAMES - 2), 0.0)
     when = 5 + choose(u[..., 4], 7)
     heading = start[..., None] + curve[..., None] * frame + turn[..., None] * (frame >= when[..., None])
@@ -139,7 +144,9 @@ def take(values: Tensor, first: Tensor) -> Tensor:
 
 
 def draw_paths(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Centres (B 2 T 2), radii (B 2 T) of the first candidate pair whose paths never touch, and whether there was one (B)."""
+    """Centres (B 2 T 2), radii (B 2 T) of the first candidate pair whose paths never touch, and whether there
+    was one (B).
+    """
     u = rearrange(u, "b (k s d) -> b k s d", k=TRIES, s=2)
     centre, radius = paths(u, motion[:, None].expand(-1, TRIES, -1))
     clear = apart(centre[:, :, 0], centre[:, :, 1], radius[:, :, 0], radius[:, :, 1]).all(dim=-1)
@@ -148,7 +155,9 @@ def draw_paths(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def draw_place(u: Tensor, centre: Tensor, radius: Tensor, size: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
-    """A place (B 2) for an object of radius `size` (B) clear of the S' others from frame `entry` (B) on, and whether there is one (B)."""
+    """A place (B 2) for an object of radius `size` (B) clear of the S' others from frame `entry` (B) on, and
+    whether there is one (B).
+    """
     u = rearrange(u, "b (k d) -> b k d", k=PLACES)
     margin = REACH * size[:, None, None] + 1
     place = margin + u * (constant((WIDTH, HEIGHT), u.device) - 2 * margin)
@@ -166,7 +175,9 @@ def draw_background(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_scenes(seed: int, index: Tensor, *, held: bool | None) -> Scenes:
-    """Scenes of the given indices (B): held=False for training, True for combinations never trained on, None for either."""
+    """Scenes of the given indices (B): held=False for training, True for combinations never trained on, None for
+    either.
+    """
     pairs, places = TRIES * 2 * PATH_DRAWS, PLACES * PLACE_DRAWS
     u, v, w = uniforms(seed, index, SCENE_DRAWS + pairs + places).split([SCENE_DRAWS, pairs, places], dim=1)
     split = None if held is None else torch.full_like(index, held, dtype=torch.bool)

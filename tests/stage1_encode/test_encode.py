@@ -83,9 +83,9 @@ def test_embeddings_are_those_of_the_wan_pipeline(dataset: Path, clips: Path, mo
         [*prompts, negative], do_classifier_free_guidance=False, max_sequence_length=512, device="cpu"
     )
     texts = [record.text for record in records(dataset)] + [read_negative(dataset)]
-    for text, padded in zip(texts, wanted, strict=True):
-        assert padded[len(text) - 1].abs().sum() > 0  # the true rows, and no more
-        torch.testing.assert_close(pad_text(text).float(), padded, rtol=2**-8, atol=1e-4)
+    for embedding, padded in zip(texts, wanted, strict=True):
+        assert padded[len(embedding) - 1].abs().sum() > 0  # the true rows, and no more
+        torch.testing.assert_close(pad_text(embedding).float(), padded, rtol=2**-8, atol=1e-4)
 
 
 def test_a_long_prompt_is_cut_to_512_tokens_with_the_end_token(clips: Path, model: Path, tmp_path: Path) -> None:
