@@ -1,0 +1,116 @@
+"""Nothing lost: killed runs, ranks, shard ranges, the lock, a full disk, a vanished input."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shards import write
+from shards.manifest import read_manifest
+from stage1_encode.encode import encode
+from stage1_encode.engine import tasks
+from stage1_encode.plan import hold_shards, opened_lock
+from tests import tiny
+from tests.stage1_encode.test_encode import configure, hashes
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: Path) -> Path:
+    """An unbroken run, three shards of two."""
+    out = tmp_path_factory.mktemp("whole") / "set"
+    encode(configure(clips / "clips.csv", model, out, shard_size=2))
+    return out
+
+
+@pytest.mark.parametrize(("kills", "world"), [(30, 1), (6, 2)])
+def test_kill_at_any_moment_and_the_bytes_are_the_same(
+    kills: int, world: int, whole: Path, clips: Path, model: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("victim.py")), str(model), str(clips / "clips.csv")]
+    command += [str(tmp_path / "out"), str(kills), str(world)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) >= kills
+    found = {name: digest for name, digest in hashes(tmp_path / "out").items() if not name.endswith(".partial")}
+    assert found == hashes(whole)
+
+
+def test_ranks_share_the_shards(clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    report = encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2))
+    assert (report.shards, report.records, report.done) == (1, 2, False)
+    assert (tmp_path / "out/shard-000001.tar").exists() and not (tmp_path / "out/manifest.json").exists()
+
+
+def test_a_job_array_makes_its_ranges(whole: Path, clips: Path, model: Path, tmp_path: Path) -> None:
+    config = configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2)
+    assert not encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="1:3")).done
+    with pytest.raises(ValueError, match="is unfinished"):
+        read_manifest(tmp_path / "out")
+    assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="0:1")).done
+    assert hashes(tmp_path / "out") == hashes(whole)
+    with pytest.raises(ValueError, match=r"the CSV gives shards 0:3 only"):
+        encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="3:9"))
+    with pytest.raises(ValueError, match="two whole numbers A:B"):
+        configure(clips / "clips.csv", model, tmp_path / "out", shards="3:1")
+    assert [task.number for task in tasks(config, [0, 2])] == [0, 2]
+
+
+def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_path: Path) -> None:
+    ready, ready_to = os.pipe()
+    child = os.fork()
+    if not child:
+        with opened_lock(tmp_path / "out") as lock:
+            hold_shards(lock, tmp_path / "out", range(1, 2))
+            os.write(ready_to, b"x")
+            time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    config = configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2)
+    with pytest.raises(ValueError, match="another encode is working on it"):
+        encode(config)
+    assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="0:1")).shards == 1
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert encode(config).records == 6
+
+
+def test_a_full_disk_is_one_line_and_leaves_whole_shards(
+    whole: Path, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = write.write_file
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "shard-000001.tar":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, data)
+
+    config = configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2)
+    monkeypatch.setattr(write, "write_file", full)
+    with pytest.raises(ValueError, match="No space left on device; mend that and run the same command again"):
+        encode(config)
+    monkeypatch.setattr(write, "write_file", real)
+    kept = (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns
+    encode(config)
+    assert hashes(tmp_path / "out") == hashes(whole)
+    assert (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns == kept
+
+
+def test_an_engine_that_is_not_installed_is_named(clips: Path, model: Path, tmp_path: Path) -> None:
+    table = tiny.write_csv(tmp_path / "rows.csv", [(clips / "clip-0.mp4", "a")])
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match=r"engine=ray: Ray is not installed; pip install 'ti2v-distill\[ray\]'"):
+            encode(configure(table, model, tmp_path / "out", engine="ray"))
+        return
+    assert encode(configure(table, model, tmp_path / "out", engine="ray")).records == 1
