@@ -1,0 +1,85 @@
+"""Pixel metrics on pictures whose answers are known; the judge; stand-ins for CLIP and I3D."""
+
+from pathlib import Path
+
+import numpy
+import pytest
+import tiny
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+from stage1_encode import analyser, appearance, clip, i3d
+
+GREY = numpy.full((32, 32, 3), 100, numpy.uint8)
+
+
+class StandIn(torch.nn.Module):
+    """The call of an I3D file: two features, the mean of the first channel and the number of frames."""
+
+    def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+        return torch.stack([x[:, 0].mean(dim=(1, 2, 3)), torch.full((x.shape[0],), float(x.shape[2]))], dim=1)
+
+
+def test_psnr() -> None:
+    assert appearance.psnr(GREY, GREY) == 100
+    assert appearance.psnr(GREY, GREY + 10) == pytest.approx(20 * numpy.log10(255 / 10))
+
+
+def test_perceptual_distance_orders_damage() -> None:
+    picture = tiny.picture(64, 64, seed=1)
+    moved, noise = tiny.picture(64, 64, seed=1, shift=2), numpy.random.default_rng(0).integers(0, 255, picture.shape)
+    assert appearance.perceptual(picture, picture) == 0
+    assert 0 < appearance.perceptual(picture, moved) < appearance.perceptual(picture, noise.astype(numpy.uint8))
+
+
+def test_motion_saturation_contrast() -> None:
+    video = numpy.stack([GREY, GREY + 51, GREY])
+    assert appearance.motion(video) == pytest.approx(0.2)
+    assert (appearance.saturation(video), appearance.contrast(video)) == (0, 0)
+    video[..., 0] = 255  # the others are 100, 151, 100
+    assert appearance.saturation(video) == pytest.approx((155 + 104 + 155) / 3 / 255)
+    half = numpy.zeros((1, 4, 4, 3), numpy.uint8)
+    half[:, :2] = 255
+    assert appearance.contrast(half) == pytest.approx(0.5)
+
+
+def test_a_judge_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text("def judge(video, prompt):\n    return {'red': bool(video[0, 0, 0, 0] > 128)}\n")
+    judge = analyser.load(str(tmp_path / "judge.py"))
+    assert judge(GREY[None], "a") == {"red": False}
+    found = analyser.shares([{"a": True, "b": [True, False]}, {"a": False}, {"a": True, "b": [False, False]}])
+    assert found == {"a": pytest.approx(2 / 3), "b": 0.25}
+    (tmp_path / "none.py").write_text("x = 1\n")
+    for name in ("none.py", "gone.py"):
+        with pytest.raises(ValueError, match=f"analyser=.*{name}"):
+            analyser.load(str(tmp_path / name))
+
+
+def test_i3d_stand_in(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    torch.jit.script(StandIn()).save(str(tmp_path / "i3d.pt"))
+    video = numpy.stack([GREY] * 5)
+    found = i3d.features(i3d.load(str(tmp_path / "i3d.pt"), cpu), video, cpu)
+    assert found.tolist() == pytest.approx([100 / 127.5 - 1, 5])
+    (tmp_path / "bad.pt").write_text("no")
+    with pytest.raises(ValueError, match="bad.pt"):
+        i3d.load(str(tmp_path / "bad.pt"), cpu)
+
+
+def test_clip_stand_in(tmp_path: Path) -> None:
+    size = tiny.make_tokenizer(tmp_path)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = {"vocab_size": size, "max_position_embeddings": 24, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 0}
+    config = CLIPConfig(
+        text_config=small | words, vision_config=small | {"image_size": 32, "patch_size": 16}, projection_dim=8
+    )
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(tmp_path)
+    model = clip.load(str(tmp_path), torch.device("cpu"))
+    video = numpy.stack([tiny.picture(40, 64, seed=2)] * 3)
+    score = clip.score(model, video, "moves right")
+    assert -100 <= score <= 100
+    assert score == pytest.approx(clip.score(model, video[:1], "moves right"), abs=1e-3), "a mean over equal frames"
+    assert score != pytest.approx(clip.score(model, video, "the left left left"), abs=1e-3)
+    with pytest.raises(ValueError, match="config.json"):
+        clip.load(str(tmp_path / "none"), torch.device("cpu"))
