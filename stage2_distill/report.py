@@ -20,6 +20,7 @@ from stage2_distill.scores import Scores, score
 REPORT, PAGE = "report.json", "report.html"
 RATIOS = ("motion", "saturation", "contrast")  # stated relative to the teacher's
 PLAIN = ("psnr", "perceptual", "clip")
+ENOUGH = 2048  # conditions; 192 could not tell 4 steps of a teacher from 50
 
 
 def write_report(config: EvaluateConfig) -> Path:
@@ -112,6 +113,8 @@ def render(config: EvaluateConfig, contest: Contest, report: dict[str, Any], row
         f"Distance: Frechet distance of latents, by fixed random features, to the teacher's videos of another seed; "
         f"between two sets of the teacher itself it is {shown(report['floor'])}, the floor.</p>"
     )
+    if contest.count < ENOUGH:
+        said += f"<p><b>Under {ENOUGH} conditions the distance cannot tell a good sampler from the floor.</b></p>"
     sections = [("Distance to the teacher", said + distances(report))]
     if report["videos"]:
         sections += [("Videos", videos(config, contest, rows)), ("In pixels", pixel_table(report))]
