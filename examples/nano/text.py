@@ -45,7 +45,8 @@ def make_encoder(tokens: int) -> UMT5EncoderModel:
     """A small UMT5 encoder with fresh weights."""
     config = UMT5Config(
         vocab_size=tokens, d_model=WIDTH, d_kv=16, d_ff=128, num_layers=3, num_heads=4, dropout_rate=0.0,
-        tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, relative_attention_max_distance=64,
+        tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        relative_attention_max_distance=64,
     )  # fmt: skip
     return UMT5EncoderModel(config)
 
