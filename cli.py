@@ -31,6 +31,17 @@ def encode_command(**given: object) -> None:
     click.echo(f"{report.records} records in {report.shards} shards, {report.failures} failed rows: {given['out']}")
 
 
+@cli.command("verify")
+@click.argument("shards")
+def verify_command(shards: str) -> int:
+    """Check every byte, row and record of a data set, and describe it."""
+    from shards.verify import verify
+
+    report = verify(shards)
+    click.echo("\n".join(report.lines()))
+    return int(bool(report.problems))
+
+
 @cli.command("distill")
 @config_options(DistillConfig)
 def distill_command(**given: object) -> None:
