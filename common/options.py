@@ -26,6 +26,9 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
 
 
+DEVICES = ("auto", "cpu", "cuda")
+
+
 def at_least(name: str, value: float, low: float) -> None:
     """Raise ValueError where value < low."""
     if value < low:
@@ -112,7 +115,11 @@ def resolve(config: type[Config], given: Mapping[str, object]) -> Config:
     if missing:
         raise ValueError(f"missing --{missing[0].replace('_', '-')}: {known[missing[0]].metadata['help']}")
     hints = get_type_hints(config)
-    return config(**{name: typed(name, value, hints[name]) for name, value in values.items()})
+    checked = {name: typed(name, value, hints[name]) for name, value in values.items()}
+    for name, value in checked.items():
+        if known[name].metadata["choices"]:
+            one_of(name, str(value), known[name].metadata["choices"])
+    return config(**checked)
 
 
 def typed(name: str, value: object, hint: Any) -> object:  # noqa: ANN401

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from common.options import at_least, one_of, option
+from common.options import DEVICES, at_least, one_of, option
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
@@ -40,7 +40,7 @@ class EncodeConfig:
     workers: int = option(0, "Processes that read files; 0 = one a CPU core, at most 16.")
     engine: str = option("local", "Who encodes: this process (or torchrun's ranks), or a Ray cluster.", choices=ENGINES)
     shards: str = option("", "Encode only shards A:B (B not included), as in a job array; empty = all.")
-    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.")
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
 
     def __post_init__(self) -> None:
         _ = self.spec, self.shard_range
@@ -80,7 +80,7 @@ class DecodeConfig:
     out: str = option(help="Folder for the mp4 files and the contact sheet.")
     columns: int = option(6, "Frames of each video on the contact sheet.")
     vae_dtype: str = option("float32", "Precision of the VAE.", choices=DTYPES)
-    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.")
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
 
     def __post_init__(self) -> None:
         at_least("columns", self.columns, 1)

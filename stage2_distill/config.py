@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from common.flow import ladder
-from common.options import at_least, one_of, option
+from common.options import DEVICES, at_least, one_of, option
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
@@ -54,7 +54,7 @@ class DistillConfig:
     seed: int = option(0, "Seed of data order, noise and exits.")
     dtype: str = option("bfloat16", "Precision of the networks; master weights are float32.", choices=DTYPES)
     activation_checkpointing: bool = option(True, "Recompute activations in the backward pass to save memory.")
-    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.")
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
 
     def __post_init__(self) -> None:
         _ = self.spec, self.sigmas
@@ -96,7 +96,7 @@ class SampleConfig:
     weights: str = option("ema", "Weights to sample from.", choices=WEIGHTS)
     batch_size: int = option(1, "Videos sampled at once.")
     dtype: str = option("bfloat16", "Precision of the network.", choices=DTYPES)
-    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.")
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.data is None):
@@ -137,7 +137,7 @@ class EvaluateConfig:
     clip: str | None = option(None, "Folder of a CLIP model in the layout of transformers, for the CLIP score.")
     batch_size: int = option(1, "Videos sampled, and decoded, at once.")
     dtype: str = option("bfloat16", "Precision of the networks.", choices=DTYPES)
-    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.")
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
 
     def __post_init__(self) -> None:
         if not self.checkpoint:

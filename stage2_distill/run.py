@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from common.condition import Condition
@@ -66,6 +67,7 @@ def open_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
             raise ValueError(f"out={out}: holds a run with other options: {'; '.join(changed)}")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={out}: holds something that is not a run of distill; name an empty folder")
+    dist.barrier()  # every rank has looked before the first one writes
     if first:
         out.mkdir(parents=True, exist_ok=True)
         write_config(stored, config)

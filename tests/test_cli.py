@@ -163,6 +163,7 @@ def test_mistakes_of_distill(run: Path, model: Path, tmp_path: Path) -> None:
     assert "height: 64, expected 96" in distill(run / "data", "--height", 96)
     assert "ladder" in distill(run / "data", "--ladder", "250,500")
     assert "must be int" in distill(run / "data", "--config", _yaml(tmp_path, "iterations: many"))
+    assert "device=gpu" in distill(run / "data", "--config", _yaml(tmp_path, "device: gpu"))
     assert "unknown" in distill(run / "data", "--config", _yaml(tmp_path, "learning_rate: 1"))
     assert "global_batch=64" in distill(run / "data", "--batch-size", 3)
     assert not (tmp_path / "run").exists()
