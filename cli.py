@@ -13,7 +13,8 @@ import click
 
 from common.options import config_options, resolve, write_config
 from stage1_encode.config import DecodeConfig, EncodeConfig
-from stage2_distill.config import DistillConfig, EvaluateConfig, SampleConfig
+from stage2_distill.config import DistillConfig
+from stage2_distill.config_sample import EvaluateConfig, SampleConfig
 
 
 @click.group(context_settings={"show_default": True, "max_content_width": 110})

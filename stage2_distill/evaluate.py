@@ -26,7 +26,7 @@ from shards.manifest import check_manifest, write_file
 from shards.read import open_data_set
 from shards.record import Record, collate, pad_text
 from stage2_distill.checkpoint import StudentFacts, checkpoints, chosen, newest, read_facts, write_best
-from stage2_distill.config import EvaluateConfig
+from stage2_distill.config_sample import EvaluateConfig
 from stage2_distill.metrics import Spread, spread
 from stage2_distill.rollout import euler, rollout
 from stage2_distill.sample import batches, load_student, pick_device, to_device

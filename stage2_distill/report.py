@@ -11,7 +11,7 @@ from safetensors.torch import load as load_tensors
 from shards import latents
 from shards.contest import LATENTS, Contest, read_contest, set_name
 from shards.manifest import write_file
-from stage2_distill.config import EvaluateConfig
+from stage2_distill.config_sample import EvaluateConfig
 from stage2_distill.evaluate import SELECTION
 from stage2_distill.metrics import frechet, spread
 from stage2_distill.page import curve, page, table, video

@@ -14,7 +14,7 @@ from shards.manifest import check_manifest
 from shards.read import DataSet, open_data_set
 from shards.record import collate
 from stage2_distill.checkpoint import StudentFacts, chosen, load, read_facts
-from stage2_distill.config import EvaluateConfig, SampleConfig
+from stage2_distill.config_sample import EvaluateConfig, SampleConfig
 from stage2_distill.rollout import rollout
 from stage2_distill.wan import cast_parameters, denoiser
 from stage2_distill.wan import load as load_network

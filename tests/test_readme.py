@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from stage1_encode.config import DecodeConfig, EncodeConfig
-from stage2_distill.config import DistillConfig, EvaluateConfig, SampleConfig
+from stage2_distill.config import DistillConfig
+from stage2_distill.config_sample import EvaluateConfig, SampleConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

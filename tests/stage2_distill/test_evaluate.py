@@ -13,7 +13,7 @@ from common.condition import Condition
 from shards import latents
 from shards.contest import Contest, set_name
 from stage2_distill.checkpoint import checkpoints, chosen, prune, write_best
-from stage2_distill.config import EvaluateConfig
+from stage2_distill.config_sample import EvaluateConfig
 from stage2_distill.evaluate import references, sample_contest
 from stage2_distill.metrics import distance, diversity, frechet, spread
 from stage2_distill.rollout import euler, rollout

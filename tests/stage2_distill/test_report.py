@@ -10,7 +10,7 @@ import pytest
 import runs
 
 import cli
-from stage2_distill.config import EvaluateConfig
+from stage2_distill.config_sample import EvaluateConfig
 from stage2_distill.page import curve, table
 
 BROWSER = next(

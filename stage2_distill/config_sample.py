@@ -1,0 +1,83 @@
+"""Options of sampling and of evaluation."""
+
+from dataclasses import dataclass
+
+from common.flow import ladder
+from common.options import DEVICES, at_least, one_of, option
+
+DTYPES = ("float32", "bfloat16")
+WEIGHTS = ("ema", "student")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What `sample` makes of a checkpoint."""
+
+    checkpoint: str = option(
+        help="Folder of a run (its best checkpoint is used, else its newest) or of one checkpoint."
+    )
+    model: str = option(help="Model folder or hub name.")
+    out: str = option(help="An .mp4 file for --prompt, a folder for --data.")
+    prompt: str | None = option(None, "Text of one video.")
+    image: str | None = option(None, "First frame of one video; without it the prompt alone decides.")
+    data: str | None = option(None, "CSV of many videos, columns prompt, image, seed.")
+    seed: int = option(0, "Seed of the noise; a seed in the CSV wins.")
+    ladder: tuple[float, ...] | None = option(None, "Sample with other steps than the checkpoint was trained on.")
+    weights: str = option("ema", "Weights to sample from.", choices=WEIGHTS)
+    batch_size: int = option(1, "Videos sampled at once.")
+    dtype: str = option("bfloat16", "Precision of the network.", choices=DTYPES)
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.data is None):
+            raise ValueError("give either --prompt TEXT or --data CSV")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("prompt is empty: say what the video shows")
+        if self.prompt is not None and not self.out.endswith(".mp4"):
+            raise ValueError(f"out={self.out}: must end in .mp4 for a single video")
+        if self.data is not None and self.image is not None:
+            raise ValueError("--image goes with --prompt; a CSV names its images in the column image")
+        at_least("batch_size", self.batch_size, 1)
+        one_of("weights", self.weights, WEIGHTS)
+        one_of("dtype", self.dtype, DTYPES)
+
+    def sigmas(self, shift: float) -> tuple[float, ...] | None:
+        """Noise levels of an explicit ladder; None = the checkpoint's own."""
+        return None if self.ladder is None else ladder(self.ladder, s=shift)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What `evaluate` compares, and how."""
+
+    checkpoint: tuple[str, ...] = option(help="Folder of a run or of one checkpoint; several times adds others.")
+    shards: str = option(help="Data set made by encode: the conditions.")
+    model: str = option(help="Model folder or hub name: the teacher, and the VAE for the videos.")
+    out: str = option(help="Folder for latents, videos, report.json and report.html; the same command goes on.")
+    count: int = option(2048, "Records compared, from the first; all where there are fewer.")
+    seeds: tuple[int, ...] = option((0, 1, 2), "Seeds of the noise.")
+    teacher_steps: int = option(50, "Steps of the teacher.")
+    guidance_scale: float | None = option(None, "Of the teacher; without it, what the checkpoint was distilled at.")
+    weights: str = option("ema", "Weights of the checkpoints.", choices=WEIGHTS)
+    select: bool = option(False, "First score every checkpoint of the run and write the name of the best to RUN/best.")
+    videos: int = option(256, "Videos a set that are decoded and looked at; 0 = latents only.")
+    shown: int = option(4, "Conditions whose videos are in the report.")
+    analyser: str | None = option(None, "Python file with judge(video, prompt) -> {question: True or False}.")
+    i3d: str | None = option(None, "TorchScript file of an I3D network, for the Frechet video distance.")
+    clip: str | None = option(None, "Folder of a CLIP model in the layout of transformers, for the CLIP score.")
+    batch_size: int = option(1, "Videos sampled, and decoded, at once.")
+    dtype: str = option("bfloat16", "Precision of the networks.", choices=DTYPES)
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise ValueError("checkpoint: name at least one run")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={','.join(map(str, self.seeds))}: needs numbers that differ")
+        at_least("count", self.count, 2)
+        for name in ("teacher_steps", "batch_size"):
+            at_least(name, vars(self)[name], 1)
+        for name in ("videos", "shown"):
+            at_least(name, vars(self)[name], 0)
+        one_of("weights", self.weights, WEIGHTS)
+        one_of("dtype", self.dtype, DTYPES)
