@@ -2,15 +2,17 @@
 
 A given first frame is never noised: frame 0 of every video that a network sees or returns is the clean latent,
 its tokens carry time 0, and only the frames after it are free (Wan2.2 TI2V, `expand_timesteps` in diffusers).
+A batch may hold both kinds: each sample is pinned, timed and averaged by itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor
 
+from common.flow import per_sample
 from common.video import tokens_per_frame
 
 
@@ -20,26 +22,65 @@ class Condition:
 
     first_frame: Tensor | None  # (B C 1 H W); None = text only
     text: Tensor  # (B L D), zero rows after each prompt's end
+    given: Tensor | None = None  # (B) bool: which samples have their first frame; None = all
+    frame_time: Tensor | None = None  # (B): time of a given frame's tokens, as a share of the video's; None = 0
+
+    def to(self, device: torch.device) -> "Condition":
+        """The same on a device."""
+        parts = (self.first_frame, self.text, self.given, self.frame_time)
+        frame, text, given, time = (None if part is None else part.to(device) for part in parts)
+        assert text is not None
+        return Condition(frame, text, given, time)
 
 
 Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]  # (x_t (B C T H W), sigma (B), condition) -> x0 (B C T H W)
+
+
+def join(conditions: Sequence[Condition]) -> Condition:
+    """One batch of several with the same fields."""
+
+    def cat(parts: list[Tensor | None]) -> Tensor | None:
+        there = [part for part in parts if part is not None]
+        return torch.cat(there) if there else None
+
+    return Condition(
+        cat([c.first_frame for c in conditions]),
+        torch.cat([c.text for c in conditions]),
+        cat([c.given for c in conditions]),
+        cat([c.frame_time for c in conditions]),
+    )
 
 
 def pin(x: Tensor, condition: Condition) -> Tensor:
     """Replace frame 0 of x (B C T H W) by the given first frame; x itself stays as it is."""
     if condition.first_frame is None:
         return x
-    return torch.cat([condition.first_frame.to(x.dtype), x[:, :, 1:]], dim=2)
+    frame = condition.first_frame.to(x.dtype)
+    if condition.given is not None:
+        frame = torch.where(per_sample(condition.given), frame, x[:, :, :1])
+    return torch.cat([frame, x[:, :, 1:]], dim=2)
 
 
-def free(x: Tensor, condition: Condition) -> Tensor:
-    """The frames of x (B C T H W) that are not given: all of them, or all but frame 0."""
-    return x if condition.first_frame is None else x[:, :, 1:]
+def free_frames(x: Tensor, condition: Condition) -> Tensor:
+    """Which frames (B T) of x (B C T H W) are not given."""
+    mask = torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device)
+    if condition.first_frame is not None:
+        mask[:, 0] = False if condition.given is None else ~condition.given
+    return mask
+
+
+def free_mean(x: Tensor, condition: Condition) -> Tensor:
+    """Mean (B) over the free frames of each sample of x (B C T H W)."""
+    mask = free_frames(x, condition)
+    return torch.where(mask, x.mean(dim=(1, 3, 4)), 0).sum(dim=1) / mask.sum(dim=1)
 
 
 def token_sigma(sigma: Tensor, shape: torch.Size, condition: Condition) -> Tensor:
     """Sigma of every token (B tokens), frame-major, of a video of `shape` (B C T H W): 0 where the frame is given."""
     frames = repeat(sigma, "b -> b t", t=shape[2])
     if condition.first_frame is not None:
-        frames = torch.cat([torch.zeros_like(frames[:, :1]), frames[:, 1:]], dim=1)
+        first = torch.zeros_like(sigma) if condition.frame_time is None else condition.frame_time.to(sigma) * sigma
+        if condition.given is not None:
+            first = torch.where(condition.given, first, sigma)
+        frames = torch.cat([rearrange(first, "b -> b 1"), frames[:, 1:]], dim=1)
     return repeat(frames, "b t -> b (t n)", n=tokens_per_frame(shape[3], shape[4]))

@@ -73,12 +73,13 @@ def pad_text(text: Tensor, length: int = TEXT_LENGTH) -> Tensor:
 
 
 def collate(records: Sequence[Record]) -> Batch:
-    """Stack records of one kind (all with a first frame, or all without) into a batch."""
-    frames = [record.first_frame for record in records if record.first_frame is not None]
-    if frames and len(frames) != len(records):
-        raise ValueError(f"{records[0].key}: records with and without a first frame cannot share a batch")
+    """Stack records into a batch; beside records with a first frame, one without gets zeros and `given` False."""
+    frames = [record.first_frame for record in records]
+    some = next((frame for frame in frames if frame is not None), None)
+    full = [] if some is None else [torch.zeros_like(some) if frame is None else frame for frame in frames]
     condition = Condition(
-        first_frame=torch.stack(frames) if frames else None,
+        first_frame=torch.stack(full) if full else None,
         text=torch.stack([pad_text(record.text) for record in records]),
+        given=torch.tensor([frame is not None for frame in frames]) if full and None in frames else None,
     )
     return Batch(tuple(r.key for r in records), tuple(r.source for r in records), condition)

@@ -8,6 +8,9 @@ from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
 CRITIC_LOSSES = ("x0", "flow", "noise")
+EXIT_SCHEDULES = ("random", "stratified")
+NOT_NEGATIVE = ("critic_warmup", "warmup", "grad_clip", "ema_start", "student_lr", "critic_lr", "eps", "weight_decay")
+SHARES = ("ema_decay", "beta1", "beta2", "score_low", "score_high", "text_only_fraction", "first_frame_jitter")
 
 
 def _check_share(name: str, value: float) -> None:
@@ -32,6 +35,7 @@ class DistillConfig:
     guidance_scale: float = option(7.0, "Teacher: uncond + scale * (cond - uncond).")
     student_lr: float = option(5e-7, "Learning rate of the student.")
     critic_lr: float = option(1e-7, "Learning rate of the critic.")
+    warmup: int = option(0, "Updates of each role over which its learning rate rises to the full one.")
     beta1: float = option(0.0, "AdamW.")
     beta2: float = option(0.999, "AdamW.")
     eps: float = option(1e-8, "AdamW.")
@@ -40,6 +44,13 @@ class DistillConfig:
     student_every: int = option(5, "Iterations from one student update to the next.")
     critic_warmup: int = option(0, "First iterations that leave the student alone.")
     critic_loss: str = option("x0", "Critic regresses x0, flow (velocity) or noise.", choices=CRITIC_LOSSES)
+    text_only_fraction: float = option(0.0, "Share of samples trained without their first frame.")
+    first_frame_jitter: float = option(
+        0.0, "Share of samples whose first frame has about 3 % of the video's time, not 0."
+    )
+    exit_schedule: str = option(
+        "random", "Exits of the rollout: drawn, or each step equally often.", choices=EXIT_SCHEDULES
+    )
     ts_schedule: bool = option(False, "Score times from the next ladder step upwards.")
     ts_schedule_max: bool = option(False, "Score times up to the current ladder step.")
     score_low: float = option(0.02, "Lowest sigma at which scores are compared.")
@@ -59,12 +70,14 @@ class DistillConfig:
         _ = self.spec, self.sigmas
         for name in ("student_every", "batch_size", "global_batch", "checkpoint_every", "keep", "iterations"):
             at_least(name, vars(self)[name], 1)
-        for name in ("ema_decay", "beta1", "beta2", "score_low", "score_high"):
+        for name in SHARES:
             _check_share(name, vars(self)[name])
-        at_least("critic_warmup", self.critic_warmup, 0)
-        at_least("grad_clip", self.grad_clip, 0)
+        for name in NOT_NEGATIVE:
+            at_least(name, vars(self)[name], 0)
+        at_least("num_frames", self.num_frames, 5)  # one latent frame more than the first
         at_least("shift", self.shift, 1)
         one_of("critic_loss", self.critic_loss, CRITIC_LOSSES)
+        one_of("exit_schedule", self.exit_schedule, EXIT_SCHEDULES)
         one_of("dtype", self.dtype, DTYPES)
 
     @property

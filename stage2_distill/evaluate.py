@@ -29,7 +29,7 @@ from stage2_distill.checkpoint import StudentFacts, checkpoints, chosen, newest,
 from stage2_distill.config_sample import EvaluateConfig
 from stage2_distill.metrics import Spread, spread
 from stage2_distill.rollout import euler, rollout
-from stage2_distill.sample import batches, load_student, pick_device, to_device
+from stage2_distill.sample import batches, load_student, pick_device
 from stage2_distill.scores import score
 from stage2_distill.wan import denoiser, guided
 from stage2_distill.wan import load as load_network
@@ -217,7 +217,7 @@ def sample_set(setting: Setting, sampler: Sampler, plain: Denoiser, seed: int) -
 def sample_rows(setting: Setting, sampler: Sampler, plain: Denoiser, rows: Sequence[int], seed: int) -> Tensor:
     """Latents (B C T H W) of some conditions; the noise depends on the seed and the row alone."""
     device = pick_device(setting.config.device)
-    condition: Condition = to_device(collate([setting.records[row] for row in rows]).condition, device)
+    condition: Condition = collate([setting.records[row] for row in rows]).condition.to(device)
     draws = [generator(seed, 0, row, "evaluate", device) for row in rows]
     noise = normal(setting.facts.spec.latent_shape, draws)
     denoise = guided(plain, negative_text=setting.negative_text.to(device), scale=sampler.scale)

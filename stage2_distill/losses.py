@@ -4,35 +4,37 @@ They know networks only as `Denoiser`s. Shapes: B batch, C channels, T latent fr
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from common.condition import Condition, Denoiser, free
+from common.condition import Condition, Denoiser, free_frames, free_mean
 from common.flow import add_noise, per_sample
 
 
 def dmd_gradient(
     x0: Tensor, condition: Condition, *, teacher: Denoiser, critic: Denoiser, sigma: Tensor, eps: Tensor
 ) -> Tensor:
-    """Direction (free frames of B C T H W) from the teacher's law to the student's, normalised a sample.
+    """Direction (B C T H W) from the teacher's law to the student's, normalised a sample, 0 in the given frames.
 
     (fake - real) / mean|x0 - real| at x_t = add_noise(x0, eps, sigma) (DMD eq. 7 and 8). No gradient flows.
     """
     with torch.no_grad():
         x_t = add_noise(x0, eps, sigma)
-        fake = free(critic(x_t, sigma, condition), condition)
-        real = free(teacher(x_t, sigma, condition), condition)
-        weight = (free(x0, condition) - real).abs().mean(dim=(1, 2, 3, 4))
-        return (fake - real) / per_sample(weight)
+        fake, real = critic(x_t, sigma, condition), teacher(x_t, sigma, condition)
+        direction = (fake - real) / per_sample(free_mean((x0 - real).abs(), condition))
+        return torch.where(rearrange(free_frames(x0, condition), "b t -> b 1 t 1 1"), direction, 0)
 
 
 def dmd_loss(
     x0: Tensor, condition: Condition, *, teacher: Denoiser, critic: Denoiser, sigma: Tensor, eps: Tensor
 ) -> Tensor:
-    """Scalar whose derivative by the free frames of x0 is `dmd_gradient` / numel (DMD2, section 3)."""
+    """Scalar whose derivative by the free elements of x0 is `dmd_gradient` / their number (DMD2, section 3).
+
+    Every sample counts the same, whether its first frame is given or free.
+    """
     gradient = dmd_gradient(x0, condition, teacher=teacher, critic=critic, sigma=sigma, eps=eps)
-    student = free(x0, condition)
-    target = (student - gradient).detach()
-    return 0.5 * torch.nn.functional.mse_loss(student, target)
+    target = (x0 - gradient).detach()
+    return 0.5 * free_mean((x0 - target) ** 2, condition).mean()
 
 
 def critic_weight(sigma: Tensor, kind: str) -> Tensor:
@@ -48,5 +50,5 @@ def critic_loss(
     """Denoising error of the critic on the student's x0 over the free frames, a scalar (DMD2 section 4.2)."""
     x0 = x0.detach()
     predicted = critic(add_noise(x0, eps, sigma), sigma, condition)
-    error = (free(predicted, condition) - free(x0, condition)) ** 2
-    return (per_sample(critic_weight(sigma, kind)) * error).mean()
+    error = free_mean((predicted - x0) ** 2, condition)
+    return (critic_weight(sigma, kind) * error).mean()

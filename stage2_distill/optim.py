@@ -24,6 +24,12 @@ def adamw(net: nn.Module, lr: float, config: DistillConfig) -> torch.optim.AdamW
     return optimizer
 
 
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def state_tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as {parameter.slot: tensor}, the live tensors themselves."""
     return {

@@ -20,6 +20,7 @@ from shards.record import pad_text
 from stage2_distill.checkpoint import SAMPLER, StudentFacts, checkpoints, load, prune, save
 from stage2_distill.config import DistillConfig
 from stage2_distill.ema import Ema
+from stage2_distill.first_frame import vary
 from stage2_distill.journal import Journal
 from stage2_distill.optim import adamw, state_tensors
 from stage2_distill.parallel import Ranks, shard, start
@@ -165,9 +166,8 @@ def conditions(trainer: Trainer, data: DataSet | Mixture, done: int) -> Iterator
     stream = Stream(data, seed=config.seed)
 
     def read(part: Part) -> tuple[Part, Condition]:
-        return part, stream.batch(part.positions).condition
+        return part, vary(stream.batch(part.positions).condition, part, config)
 
     todo = parts(config, start=done, rank=ranks.rank, world=ranks.world)
     for part, condition in prefetch(read, todo, depth=8, threads=2):
-        frame = condition.first_frame
-        yield part, Condition(None if frame is None else frame.to(ranks.device), condition.text.to(ranks.device))
+        yield part, condition.to(ranks.device)

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.condition import Condition
 from common.progress import Progress
 from common.seed import generator, normal
 from shards import latents
@@ -62,7 +61,7 @@ def write_samples(net: nn.Module, config: SampleConfig, facts: StudentFacts, dat
     sigmas = config.sigmas(facts.shift) or facts.sigmas
     with Progress(count, done=0, label="sample") as progress:
         for rows in batches([r.first_frame is not None for r in records], config.batch_size):
-            condition = to_device(collate([records[row] for row in rows]).condition, device)
+            condition = collate([records[row] for row in rows]).condition.to(device)
             draws = [generator(seeds[row], 0, 0, "sample", device) for row in rows]
             with torch.no_grad():
                 x0 = rollout(
@@ -81,9 +80,3 @@ def batches(kinds: list[bool], size: int) -> list[list[int]]:
     """Rows in batches of at most `size`, those with and those without a first frame apart."""
     groups = ([row for row, kind in enumerate(kinds) if kind is wanted] for wanted in (True, False))
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
-
-
-def to_device(condition: Condition, device: torch.device) -> Condition:
-    """Move a condition."""
-    frame = condition.first_frame
-    return Condition(None if frame is None else frame.to(device), condition.text.to(device))

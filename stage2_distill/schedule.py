@@ -28,13 +28,24 @@ def student_turn(iteration: int, config: DistillConfig) -> bool:
     return iteration >= config.critic_warmup and iteration % config.student_every == 0
 
 
-def updates_before(iteration: int, config: DistillConfig) -> int:
-    """Number of updates of either role in iterations 0..iteration-1: the stream's position in global batches."""
+def updates_of(role: str, iteration: int, config: DistillConfig) -> int:
+    """Number of updates of a role in iterations 0..iteration-1."""
 
     def turns(end: int) -> int:
         return -(-end // config.student_every)
 
-    return iteration + max(0, turns(iteration) - turns(config.critic_warmup))
+    return iteration if role == CRITIC else max(0, turns(iteration) - turns(config.critic_warmup))
+
+
+def updates_before(iteration: int, config: DistillConfig) -> int:
+    """Number of updates of either role in iterations 0..iteration-1: the stream's position in global batches."""
+    return sum(updates_of(role, iteration, config) for role in (STUDENT, CRITIC))
+
+
+def learning_rate(iteration: int, role: str, config: DistillConfig) -> float:
+    """Rises evenly over the role's first `warmup` updates, then stays."""
+    full = config.student_lr if role == STUDENT else config.critic_lr
+    return full * min(1.0, (updates_of(role, iteration, config) + 1) / max(1, config.warmup))
 
 
 def accumulation(config: DistillConfig, world: int) -> int:
@@ -65,9 +76,17 @@ def parts(config: DistillConfig, *, start: int, rank: int, world: int) -> Iterat
 
 
 def exit_index(iteration: int, role: str, config: DistillConfig) -> int:
-    """The ladder step at which this update leaves the rollout, uniform (DMD2 section 4.5)."""
+    """The ladder step at which this update leaves the rollout, uniform (DMD2 section 4.5).
+
+    Stratified: of every len(ladder) updates of the role each takes another step, in an order drawn anew.
+    """
+    steps = len(config.ladder)
+    if config.exit_schedule == "stratified":
+        window, place = divmod(updates_of(role, iteration, config), steps)
+        draw = generator(config.seed, window, 0, f"{role} exits")
+        return int(torch.randperm(steps, generator=draw)[place])
     draw = generator(config.seed, iteration, 0, f"{role} exit")
-    return int(torch.randint(len(config.ladder), (1,), generator=draw))
+    return int(torch.randint(steps, (1,), generator=draw))
 
 
 def score_bounds(exit_at: int, config: DistillConfig) -> tuple[float, float]:

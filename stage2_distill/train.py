@@ -15,9 +15,10 @@ from common.seed import generator, normal, uniform
 from stage2_distill.config import DistillConfig
 from stage2_distill.ema import Ema
 from stage2_distill.losses import critic_loss, dmd_loss
+from stage2_distill.optim import set_rate
 from stage2_distill.parallel import Ranks, clip, mean_over_ranks, reduce_gradients
 from stage2_distill.rollout import rollout
-from stage2_distill.schedule import CRITIC, STUDENT, Part, exit_index, score_bounds, student_turn
+from stage2_distill.schedule import CRITIC, STUDENT, Part, exit_index, learning_rate, score_bounds, student_turn
 from stage2_distill.wan import denoiser, guided
 
 
@@ -101,6 +102,7 @@ def update_student(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, 
 
     exit_at = exit_index(iteration, STUDENT, trainer.config)
     value = accumulate(trainer, data, loss, net=trainer.roles.student, exit_at=exit_at)
+    set_rate(trainer.student_optimizer, learning_rate(iteration, STUDENT, trainer.config))
     return apply(trainer, trainer.roles.student, trainer.student_optimizer, value, exit_at)
 
 
@@ -113,6 +115,7 @@ def update_critic(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, C
 
     exit_at = exit_index(iteration, CRITIC, trainer.config)
     value = accumulate(trainer, data, loss, net=trainer.roles.critic, exit_at=exit_at)
+    set_rate(trainer.critic_optimizer, learning_rate(iteration, CRITIC, trainer.config))
     return apply(trainer, trainer.roles.critic, trainer.critic_optimizer, value, exit_at)
 
 

@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, T latent frames, H W latent size, L text rows, D text width.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -12,7 +13,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from common.condition import Condition, Denoiser, pin, token_sigma
+from common.condition import Condition, Denoiser, join, pin, token_sigma
 from common.flow import x0_from_velocity
 from common.video import CHANNELS
 
@@ -67,11 +68,7 @@ def guided(plain: Denoiser, *, negative_text: Tensor, scale: float) -> Denoiser:
 
     def denoise_guided(x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         negative = negative_text.to(condition.text).expand_as(condition.text)
-        frame = condition.first_frame
-        both = Condition(
-            first_frame=None if frame is None else torch.cat([frame, frame]),
-            text=torch.cat([condition.text, negative]),
-        )
+        both = join([condition, replace(condition, text=negative)])
         cond, uncond = plain(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).chunk(2)
         return uncond + scale * (cond - uncond)
 
