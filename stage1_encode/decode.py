@@ -10,6 +10,7 @@ import torch
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 
+from common.device import pick_device
 from common.options import write_config
 from common.progress import track
 from shards import latents
@@ -17,7 +18,6 @@ from shards.fingerprint import locate
 from shards.latents import LatentGroup
 from stage1_encode import vae
 from stage1_encode.config import DecodeConfig
-from stage1_encode.pipeline import pick_device
 
 CONTACT, CONFIG = "contact.png", "decode.yaml"
 OURS = re.compile(rf"{CONTACT}|{CONFIG}|sample\.yaml|.*\.zarr|.*\.mp4(\.partial)?|step-.*|sample")

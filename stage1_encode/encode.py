@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.device import pick_device
 from shards.fingerprint import locate
 from shards.manifest import MANIFEST
 from stage1_encode.config import EncodeConfig
@@ -51,6 +52,8 @@ def encode(config: EncodeConfig) -> EncodeReport:
     Raises ValueError for the user's mistakes, and `TooManyFailuresError` once the data set is finished.
     """
     folder = Path(config.out)
+    if config.engine == "local":
+        pick_device(config.device)  # a mistake there comes out before anything is written
     plan = make_plan(config, locate(config.model, PARTS))
     check_folder(folder)
     check_plan(folder, plan)

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
+from common.device import pick_device
 from common.progress import Progress
 from shards import latents
 from shards.contest import LATENTS, Contest, read_contest, set_name
@@ -24,7 +25,6 @@ from shards.manifest import write_file
 from shards.read import DataSet, open_data_set
 from stage1_encode import analyser, appearance, clip, i3d, vae
 from stage1_encode.decode import read_pixels, write_video
-from stage1_encode.pipeline import pick_device
 
 PIXELS, FEATURES, VIDEOS = "pixels.json", "i3d.safetensors", "videos"
 WIDEST = 480  # pixels of a video in the report

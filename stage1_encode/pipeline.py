@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from common.device import pick_device
 from common.progress import track
 from shards.fingerprint import locate
 from shards.manifest import NEGATIVE, write_file
@@ -53,15 +54,6 @@ class Encoders:
 
     vae: vae.FrameEncoder
     text: text.TextEncoder
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this process; on a machine with several, the one of its local rank."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device(name)
 
 
 def load_encoders(config: EncodeConfig) -> Encoders:

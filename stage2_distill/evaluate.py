@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.condition import Condition, Denoiser
+from common.device import pick_device
 from common.flow import shift
 from common.options import write_config
 from common.progress import Progress
@@ -29,7 +30,7 @@ from stage2_distill.checkpoint import StudentFacts, checkpoints, chosen, newest,
 from stage2_distill.config_sample import EvaluateConfig
 from stage2_distill.metrics import Spread, spread
 from stage2_distill.rollout import euler, rollout
-from stage2_distill.sample import batches, load_student, pick_device
+from stage2_distill.sample import batches, load_student
 from stage2_distill.scores import score
 from stage2_distill.wan import denoiser, guided
 from stage2_distill.wan import load as load_network

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from common.device import pick_device
 from stage2_distill.wan import Network
 
 
@@ -23,20 +24,15 @@ class Ranks:
 
 def start(device: str) -> Ranks:
     """Join the process group that torchrun describes; without torchrun, a group of one."""
-    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if wanted not in ("cpu", "cuda"):
-        raise ValueError(f"device={device}: choose cpu, cuda or auto")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: torch sees no GPU here")
-    if wanted == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    place = pick_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
     if not dist.is_initialized():
-        backend = "nccl" if wanted == "cuda" else "gloo"
+        backend = "nccl" if place.type == "cuda" else "gloo"
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(f"cpu:gloo,cuda:{backend}" if wanted == "cuda" else backend)
+            dist.init_process_group(f"cpu:gloo,cuda:{backend}" if place.type == "cuda" else backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    place = torch.device(wanted, torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)
     return Ranks(dist.get_rank(), dist.get_world_size(), place)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.device import pick_device
 from common.progress import Progress
 from common.seed import generator, normal
 from shards import latents
@@ -31,11 +32,6 @@ def sample(config: SampleConfig, conditions: Path, out: Path) -> Path:
     net = load_student(config, checkpoint, facts).to(pick_device(config.device))
     write_samples(net, config, facts, data, out)
     return out
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that is named; auto is the GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def load_student(config: SampleConfig | EvaluateConfig, checkpoint: Path, facts: StudentFacts) -> nn.Module:

@@ -11,6 +11,7 @@ from unittest import mock
 import av
 import numpy
 import pytest
+import torch
 from PIL import Image
 from tiny import make_model, picture, write_csv
 
@@ -136,6 +137,21 @@ def test_mistakes_of_encode(model: Path, clips: Path, tmp_path: Path) -> None:
     assert "vae" in refuses("encode", "--data", clips / "clips.csv", "--model", half, "--out", tmp_path / "o", *SIZE)
     assert not (tmp_path / "o").exists()
     assert "no such option" in refuses("encode", "--colour", "red").lower()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_one_line_in_every_command(run: Path, model: Path, clips: Path, tmp_path: Path) -> None:
+    common = ["--model", model, "--out", tmp_path / "out", "--device", "cuda"]
+    checkpoint = ["--checkpoint", run / "run"]
+    for command in (
+        ["encode", "--data", clips / "clips.csv", *SIZE],
+        ["distill", "--shards", run / "data", *SIZE],
+        ["sample", "--data", write_csv(tmp_path / "p.csv", [("a", "")], ("prompt", "image")), *checkpoint],
+        ["evaluate", "--shards", run / "data", *checkpoint],
+    ):
+        assert "device=cuda: " in refuses(*command, *common)
+    sample(run, model, tmp_path / "one.mp4", "--prompt", "a")
+    assert "device=cuda: " in refuses("decode", "--latents", tmp_path / "one.zarr", *common)
 
 
 def test_broken_rows_are_reported_and_the_rest_encoded(model: Path, clips: Path, tmp_path: Path) -> None:

@@ -1,0 +1,23 @@
+"""Which device a process computes on."""
+
+import os
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process: cpu, cuda or auto, which is the GPU where there is one.
+
+    On a machine with several GPUs, the one of torchrun's local rank. ValueError for a GPU that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device={name}: choose cpu, cuda or auto")
+    if name == "cpu":
+        return torch.device("cpu")
+    number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= there:
+        seen = f"has {there} of them" if there else "torch sees none here"
+        raise ValueError(f"device=cuda: local rank {number} needs a GPU of its own, and {seen}; give --device cpu")
+    return torch.device("cuda", number)
