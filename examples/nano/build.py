@@ -7,6 +7,7 @@ Stages skip when their output is there: text encoder, VAE, teacher, then the gat
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,16 +41,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("examples/nano/model"))
     parser.add_argument("--pictures", type=Path, default=Path("examples/nano/pictures"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--vae-seconds", type=float, default=240)
-    parser.add_argument("--dit-seconds", type=float, default=360)
+    parser.add_argument("--vae-seconds", type=float, default=190)
+    parser.add_argument("--dit-seconds", type=float, default=400)
     parser.add_argument("--vae-batch", type=int, default=32)
     parser.add_argument("--dit-batch", type=int, default=512)
-    parser.add_argument("--pool", type=int, default=120_000)
+    parser.add_argument("--pool", type=int, default=200_000)
     parser.add_argument("--conditions", type=int, default=2048)
     parser.add_argument("--judged", type=int, default=2048, help="conditions whose pixels the analyser reads")
     parser.add_argument("--steps", type=int, default=50, help="the teacher's steps in the gate")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--scale", type=float, default=1.0, help="guidance of the gate's samplers; 1 is none")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.25, 1.5], help="guidance; the best is used")
     parser.add_argument("--limit", type=int, default=10**9, help="iterations of each training stage, for trying it out")
     parser.add_argument("--more", action="store_true", help="train the teacher on from the one that is there")
     return parser.parse_args()
@@ -67,19 +68,21 @@ class Texts:
         return embed(self.encoder, self.tokenizer, prompts)
 
 
-def make_pool(vae: AutoencoderKLWan, texts: Texts, device: torch.device, count: int, batch: int = 500) -> Pool:
+def make_pool(vae: AutoencoderKLWan, texts: Texts, device: torch.device, count: int, batch: int = 1000) -> Pool:
     """Encode `count` training clips once."""
     channels_last(vae)
     latents, rows = [], []
     for start in range(0, count, batch):
         scenes = draw_scenes(SEED + 5, torch.arange(start, start + batch, device=device), held=False)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
             latents.append(encode(vae, to_network(render(scenes))).half())
         rows.append(texts(captions(scenes)).half())
     return Pool(torch.cat(latents), torch.cat(rows), texts([NEGATIVE_PROMPT])[0].half())
 
 
-def write_pictures(net: WanTransformer3DModel, vae: AutoencoderKLWan, c: Conditions, args: argparse.Namespace) -> None:
+def write_pictures(
+    net: WanTransformer3DModel, vae: AutoencoderKLWan, c: Conditions, args: argparse.Namespace, scale: float
+) -> None:
     """The card's pictures: VAE reconstructions, teacher samples, and the three samplers side by side."""
     args.pictures.mkdir(parents=True, exist_ok=True)
     device = c.real.device
@@ -88,9 +91,7 @@ def write_pictures(net: WanTransformer3DModel, vae: AutoencoderKLWan, c: Conditi
     sheet(torch.stack([true, again], dim=1).flatten(0, 1), args.pictures / "vae.png", gap_every=2)
     c = few(c, 12)
     kinds = ("teacher 50", "teacher 4", "undistilled 4")
-    sets = [
-        pixels(vae, generate(net, c, kind, seed=9, scale=args.scale, steps=args.steps, batch=16), 16) for kind in kinds
-    ]
+    sets = [pixels(vae, generate(net, c, kind, seed=9, scale=scale, steps=args.steps, batch=16), 16) for kind in kinds]
     sheet(sets[0], args.pictures / "teacher.png")
     sheet(torch.stack([part[:8] for part in sets], dim=1).flatten(0, 1), args.pictures / "compare.png", gap_every=3)
 
@@ -101,10 +102,49 @@ def write_index(out: Path) -> None:
     (out / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
 
 
+def train(args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Train whatever is not there: text encoder, VAE, teacher."""
+    out, device = args.out, torch.device(args.device)
+    if not (out / "text_encoder").exists():
+        right = train_text(out, seed=SEED, iterations=min(args.limit, 1500))
+        say(f"text encoder: {right:.4f} of the words right")
+    if not (out / "vae").exists():
+        done = train_vae(
+            out, device, seed=SEED, seconds=args.vae_seconds, limit=args.limit, batch=args.vae_batch, report=say
+        )
+        say(f"vae: {done} iterations")
+    if args.more or not (out / "transformer").exists():
+        vae = AutoencoderKLWan.from_pretrained(out / "vae").float().to(device)
+        pool = make_pool(vae, Texts(out, device), device, args.pool)
+        say(f"pool: {len(pool.latents)} clips, std {pool.latents[:1000].float().std():.3f}")
+        done = train_dit(
+            out, pool, seed=SEED, seconds=args.dit_seconds, limit=args.limit, batch=args.dit_batch, report=say
+        )
+        say(f"dit: {done} iterations")
+
+
+def gate(args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Judge the teacher at the guidance at which it is best, and take the card's pictures."""
+    device = torch.device(args.device)
+    texts = Texts(args.out, device)
+    vae = AutoencoderKLWan.from_pretrained(args.out / "vae").float().to(device)
+    net = WanTransformer3DModel.from_pretrained(args.out / "transformer").float().to(device).eval()
+    use_compact_text(net)
+    conditions = make_conditions(vae, texts, texts([NEGATIVE_PROMPT]), args.conditions, 256)
+    common = {"steps": args.steps, "batch": 1024}
+    real = {scale: distances(net, conditions, seed=0, scale=scale, **common)["real"] for scale in args.scales}
+    scale = min(real, key=lambda one: real[one])
+    say(f"distance of true clips by guidance {real}; {scale} is used")
+    write_pictures(net, vae, conditions, args, scale)
+    rows = [distances(net, conditions, seed=seed, scale=scale, **common) for seed in range(args.seeds)]
+    report = table(rows, answers(net, vae, few(conditions, args.judged), scale=scale, **common))
+    (args.pictures / "gate.md").write_text(report + "\n")
+    say("gate\n" + report)
+
+
 def main() -> None:
     """Run every stage that is not done."""
     args = arguments()
-    device = torch.device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
@@ -115,33 +155,8 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     write_index(args.out)
-    if not (args.out / "text_encoder").exists():
-        right = train_text(args.out, seed=SEED, iterations=min(args.limit, 1500))
-        say(f"text encoder: {right:.4f} of the words right")
-    if not (args.out / "vae").exists():
-        done = train_vae(
-            args.out, device, seed=SEED, seconds=args.vae_seconds, limit=args.limit, batch=args.vae_batch, report=say
-        )
-        say(f"vae: {done} iterations")
-    texts = Texts(args.out, device)
-    vae = AutoencoderKLWan.from_pretrained(args.out / "vae").float().to(device)
-    if args.more or not (args.out / "transformer").exists():
-        pool = make_pool(vae, texts, device, args.pool)
-        say(f"pool: {len(pool.latents)} clips, std {pool.latents[:1000].float().std():.3f}")
-        done = train_dit(
-            args.out, pool, seed=SEED, seconds=args.dit_seconds, limit=args.limit, batch=args.dit_batch, report=say
-        )
-        say(f"dit: {done} iterations")
-    net = WanTransformer3DModel.from_pretrained(args.out / "transformer").float().to(device).eval()
-    use_compact_text(net)
-    conditions = make_conditions(vae, texts, texts([NEGATIVE_PROMPT]), args.conditions, 256)
-    write_pictures(net, vae, conditions, args)
-    say("pictures")
-    common = {"scale": args.scale, "steps": args.steps, "batch": 1024}
-    rows = [distances(net, conditions, seed=seed, **common) for seed in range(args.seeds)]
-    report = table(rows, answers(net, vae, few(conditions, args.judged), **common))
-    (args.pictures / "gate.md").write_text(report + "\n")
-    say("gate\n" + report)
+    train(args, say)
+    gate(args, say)
 
 
 if __name__ == "__main__":

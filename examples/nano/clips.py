@@ -2,6 +2,7 @@
 
 Makes `clips/*.mp4` with `clips.csv` (video, prompt) for training, and `images/*.png` with `prompts.csv`
 (prompt, image, seed) of held-out scenes for sampling; every fifth of those has no image: the prompt alone decides.
+With `--conditions 8192 --out WORK` it makes the many first frames that distilling and evaluating on a GPU take.
 """
 
 import argparse
@@ -39,28 +40,35 @@ def write_clips(out: Path, count: int) -> None:
     write_table(out / "clips.csv", ("video", "prompt"), rows)
 
 
-def write_prompts(out: Path, count: int) -> None:
-    """`count` held-out first frames and prompts and their CSV."""
+def write_conditions(out: Path, table: str, *, seed: int, count: int, held: bool, alone: int = 0) -> None:
+    """`count` first frames in `out`/images and the CSV `table` with their prompts; every `alone`-th has no image."""
     (out / "images").mkdir(parents=True, exist_ok=True)
-    scenes = draw_scenes(PROMPTS_SEED, torch.arange(count), held=True)
     rows = []
-    for place, (video, prompt) in enumerate(zip(render(scenes), captions(scenes), strict=True)):
-        name = "" if place % 5 == 4 else f"images/{place:02d}.png"
-        if name:
-            Image.fromarray(video[0].numpy()).save(out / name)
-        rows.append((prompt, name, place))
-    write_table(out / "prompts.csv", ("prompt", "image", "seed"), rows)
+    for first in range(0, count, 64):
+        scenes = draw_scenes(seed, torch.arange(first, min(first + 64, count)), held=held)
+        for place, (video, prompt) in enumerate(zip(render(scenes), captions(scenes), strict=True), start=first):
+            name = "" if alone and place % alone == alone - 1 else f"images/{place:02d}.png"
+            if name:
+                Image.fromarray(video[0].numpy()).save(out / name)
+            rows.append((prompt, name, place))
+    write_table(out / table, ("prompt", "image", "seed"), rows)
 
 
 def main() -> None:
-    """Write both sets."""
+    """Write clips and prompts, or with --conditions many first frames to distil on and to evaluate with."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("examples/nano"))
-    parser.add_argument("--count", type=int, default=192)
-    parser.add_argument("--prompts", type=int, default=10)
+    parser.add_argument("--count", type=int, default=192, help="clips")
+    parser.add_argument("--prompts", type=int, default=10, help="held-out prompts with their images")
+    parser.add_argument("--conditions", type=int, default=0, help="instead: so many first frames in OUT/train")
+    parser.add_argument("--held-out", type=int, default=2048, help="and so many held-out ones in OUT/held")
     args = parser.parse_args()
+    if args.conditions:
+        write_conditions(args.out / "train", "train.csv", seed=CLIPS_SEED, count=args.conditions, held=False)
+        write_conditions(args.out / "held", "held.csv", seed=PROMPTS_SEED, count=args.held_out, held=True)
+        return
     write_clips(args.out, args.count)
-    write_prompts(args.out, args.prompts)
+    write_conditions(args.out, "prompts.csv", seed=PROMPTS_SEED, count=args.prompts, held=True, alone=5)
 
 
 if __name__ == "__main__":

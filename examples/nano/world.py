@@ -1,5 +1,8 @@
 """The nano world: clips of coloured shapes on a still background, each a pure function of (seed, index).
 
+It is discrete where a tiny network must choose: centres start on a lattice, objects turn and enter where a latent
+frame begins, and move one stride a latent frame. What the caption leaves open is drawn at random.
+
 Shapes: B clips, K candidates, S object slots (0 and 1 are there from the start, 2 enters later), T frames, H W pixels.
 Every draw is a hash of (seed, index, slot), so the CPU and the GPU make the same clips in any order and batch size.
 """
@@ -22,10 +25,13 @@ MOTIONS = (*DIRECTIONS, "grow", "shrink", "bounce", "stay", "free")  # "free" is
 GROW, SHRINK, BOUNCE, STAY, FREE = range(8, 13)
 SLOTS = 3
 NEVER = FRAMES  # entry frame of an object that is not in the clip
+CHUNK = 4  # pixel frames a latent frame, after the first; objects turn and enter at frames 1 + 4k
+LATTICE, STRIDE = 4.0, 8.0  # pixels between places where objects start, and an object moves in a chunk
+SIZE, SMALL, LARGE = 8.0, 7.0, 11.0  # radius of most objects; a growing one goes from SMALL to LARGE
 REACH = 1.25  # a shape stays within this many radii of its centre (the triangle's tips are thinner than the gap)
 GAP = 3.0  # pixels kept free between objects
 TRIES, PLACES = 24, 40  # candidates for the two paths, and for the entering object's place
-PATH_DRAWS, PLACE_DRAWS, SCENE_DRAWS = 9, 2, 28  # uniform draws a candidate path, a candidate place, a scene
+PATH_DRAWS, PLACE_DRAWS, SCENE_DRAWS = 6, 2, 28  # uniform draws a candidate path, a candidate place, a scene
 
 
 @dataclass(frozen=True)
@@ -96,41 +102,46 @@ def attributes(u: Tensor, colour: Tensor, split: Tensor | None) -> tuple[Tensor,
     return shape.gather(1, first)[:, 0], motion.gather(1, first)[:, 0]
 
 
-def headings(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
-    """Heading (... T-1) in radians and speed (...) in pixels a frame, from draws u (... 9) and motion (...).
+def headings(u: Tensor, motion: Tensor) -> Tensor:
+    """Heading (... T-1) in radians of each step, from draws u (... 6) and motion (...).
 
-    A free motion is straight, turned at a random frame, curved, or bounced; a bounce is a turn by pi.
+    A free motion is straight, turned by a right angle or bounced where some chunk begins, or curved by half a right
+    angle a chunk; a bounce is a turn by pi.
     """
-    frame = torch.arange(FRAMES - 1, device=u.device)
+    chunk = torch.arange(FRAMES - 1, device=u.device) // CHUNK
     kind = choose(u[..., 0], 4)
     free = motion == FREE
-    start = torch.where(motion < 8, motion * (math.pi / 4), u[..., 1] * 2 * math.pi)
+    start = torch.where(motion < 8, motion, choose(u[..., 1], 8)) * (math.pi / 4)
     sign = torch.where(u[..., 2] < 0.5, -1.0, 1.0)
     bounces = (motion == BOUNCE) | (free & (kind == 3))
-    turn = torch.where(
-        free & (kind == 1), sign * (math.pi / 3 + u[..., 3] * math.pi / 3), torch.where(bounces, math.pi, 0.0)
-    )
-    curve = torch.where(free & (kind == 2), sign * (math.pi / 2 + u[..., 3] * math.pi / 2) / (FRAMES - 2), 0.0)
-    when = 5 + choose(u[..., 4], 7)
-    heading = start[..., None] + curve[..., None] * frame + turn[..., None] * (frame >= when[..., None])
-    still = (motion == GROW) | (motion == SHRINK) | (motion == STAY)
-    speed = torch.where(still, 0.0, 1.2 + u[..., 5] * 1.0)
-    return heading, speed
+    turn = torch.where(free & (kind == 1), sign * (math.pi / 2), torch.where(bounces, math.pi, 0.0))
+    curve = torch.where(free & (kind == 2), sign * (math.pi / 4), 0.0)
+    when = 1 + choose(u[..., 3], (FRAMES - 1) // CHUNK - 1)
+    return start[..., None] + curve[..., None] * chunk + turn[..., None] * (chunk >= when[..., None])
+
+
+def on_lattice(u: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """A place on the lattice in [low, high] from draws u of the same shape; the first at or after low if none is."""
+    first = (low / LATTICE).ceil()
+    count = ((high / LATTICE).floor() - first + 1).clamp(min=1)
+    return LATTICE * (first + (u * count).floor().minimum(count - 1))
 
 
 def paths(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
-    """Centres (... T 2) that stay inside the picture and radii (... T), from draws u (... 9) and motion (...)."""
-    heading, speed = headings(u, motion)
-    steps = torch.stack([heading.cos(), heading.sin()], dim=-1) * speed[..., None, None]
+    """Centres (... T 2) that stay inside the picture and radii (... T), from draws u (... 6) and motion (...)."""
+    heading = headings(u, motion)
+    still = (motion == GROW) | (motion == SHRINK) | (motion == STAY)
+    speed = torch.where(still, 0.0, STRIDE / CHUNK)
+    steps = torch.stack([heading.cos(), heading.sin()], dim=-1).round() * speed[..., None, None]
     offset = torch.cat([torch.zeros_like(steps[..., :1, :]), steps.cumsum(dim=-2)], dim=-2)
-    start = torch.where(motion == GROW, 7.0, torch.where(motion == SHRINK, 11.5, 8.0 + 2.0 * u[..., 6]))
-    factor = torch.where(motion == GROW, 1.65, torch.where(motion == SHRINK, 0.6, 1.0))
+    start = torch.where(motion == GROW, SMALL, torch.where(motion == SHRINK, LARGE, SIZE))
+    end = torch.where(motion == GROW, LARGE, torch.where(motion == SHRINK, SMALL, SIZE))
     clock = torch.linspace(0, 1, FRAMES, device=u.device)
-    radius = start[..., None] * (1 + (factor[..., None] - 1) * clock)
+    radius = start[..., None] + (end - start)[..., None] * clock
     margin = REACH * radius.amax(dim=-1)[..., None] + 1
     low = margin - offset.amin(dim=-2)
     high = constant((WIDTH, HEIGHT), u.device) - margin - offset.amax(dim=-2)
-    return (low + (high - low) * u[..., 7:9])[..., None, :] + offset, radius
+    return on_lattice(u[..., 4:6], low, high)[..., None, :] + offset, radius
 
 
 def apart(a: Tensor, b: Tensor, ra: Tensor, rb: Tensor) -> Tensor:
@@ -160,7 +171,7 @@ def draw_place(u: Tensor, centre: Tensor, radius: Tensor, size: Tensor, entry: T
     """
     u = rearrange(u, "b (k d) -> b k d", k=PLACES)
     margin = REACH * size[:, None, None] + 1
-    place = margin + u * (constant((WIDTH, HEIGHT), u.device) - 2 * margin)
+    place = on_lattice(u, margin.expand_as(u), (constant((WIDTH, HEIGHT), u.device) - margin).expand_as(u))
     clear = apart(place[:, :, None, None], centre[:, None], size[:, None, None, None], radius[:, None])
     clear = (clear | (torch.arange(FRAMES, device=u.device) < entry[:, None, None, None])).all(dim=-1).all(dim=-1)
     return take(place, clear.float().argmax(dim=1)), clear.any(dim=1)
@@ -189,8 +200,8 @@ def draw_scenes(seed: int, index: Tensor, *, held: bool | None) -> Scenes:
     motion = torch.stack([motion_a, motion_b], dim=1)
     centre, radius, clear = draw_paths(v, motion)
     second = torch.where(clear & (u[:, 9] < 0.8), 0, NEVER)
-    entry = 3 + choose(u[:, 10], 11)
-    size = 7.0 + u[:, 11]
+    entry = 1 + CHUNK * (1 + choose(u[:, 10], (FRAMES - 1) // CHUNK - 1))
+    size = torch.full_like(u[:, 11], SIZE)
     radius_there = torch.where(torch.stack([torch.zeros_like(second), second], 1)[..., None] == 0, radius, -1e3)
     place, found = draw_place(w, centre, radius_there, size, entry)
     entry = torch.where(found & (u[:, 12] < 0.8), entry, NEVER)
