@@ -1,8 +1,7 @@
 """Reads objects, shapes, colours, motions and faults back from the pixels of nano clips.
 
 Shapes: B clips, K 6 colours, O 3 largest colours, T frames, H W pixels. The objects of a clip differ in colour, so a
-colour
-is an object; a second blob of the same colour, a ghost or a blur shows as a bad fit to every shape template.
+colour is an object; a second blob of the same colour, a ghost or a blur shows as a bad fit to every shape template.
 """
 
 from collections.abc import Sequence
@@ -191,7 +190,11 @@ def score(video: Tensor, asked: Sequence[Sequence[Asked]], batch: int = 64) -> d
         seen = read(video[start : start + batch])
         seen = Reading(**{name: value.cpu() for name, value in vars(seen).items()})
         verdicts += [judge(seen, i, asked[start + i]) for i in range(len(seen.area))]
-    totals = {name: [getattr(v, name) for v in verdicts] for name in ("colour", "shape", "motion")}
+    totals = {
+        "colour": [verdict.colour for verdict in verdicts],
+        "shape": [verdict.shape for verdict in verdicts],
+        "motion": [verdict.motion for verdict in verdicts],
+    }
     shares = {name: sum(r for r, _ in pairs) / max(1, sum(n for _, n in pairs)) for name, pairs in totals.items()}
     return shares | {"valid": sum(v.valid for v in verdicts) / len(verdicts)}
 

@@ -1,8 +1,7 @@
 """The nano VAE: Wan2.2's structure at small widths, trained on the renderer's clips.
 
 Shapes: B clips, T frames, H W pixels, 48 latent channels. diffusers codes a clip chunk by chunk through a cache; the
-two
-`*_whole` functions compute the same in one pass over all frames, which is what makes training fast.
+two `*_whole` functions compute the same in one pass over all frames, which is what makes training fast.
 """
 
 from collections.abc import Callable
