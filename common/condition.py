@@ -9,11 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor
 
 from common.flow import per_sample
-from common.video import tokens_per_frame
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,11 @@ def free_mean(x: Tensor, condition: Condition) -> Tensor:
     return torch.where(mask, x.mean(dim=(1, 3, 4)), 0).sum(dim=1) / mask.sum(dim=1)
 
 
-def token_sigma(sigma: Tensor, shape: torch.Size, condition: Condition) -> Tensor:
-    """Sigma of every token (B tokens), frame-major, of a video of `shape` (B C T H W): 0 where the frame is given."""
-    frames = repeat(sigma, "b -> b t", t=shape[2])
-    if condition.first_frame is not None:
-        first = torch.zeros_like(sigma) if condition.frame_time is None else condition.frame_time.to(sigma) * sigma
-        if condition.given is not None:
-            first = torch.where(condition.given, first, sigma)
-        frames = torch.cat([rearrange(first, "b -> b 1"), frames[:, 1:]], dim=1)
-    return repeat(frames, "b t -> b (t n)", n=tokens_per_frame(shape[3], shape[4]))
+def frame_sigma(sigma: Tensor, condition: Condition) -> Tensor:
+    """Sigmas (B K) of a video at sigma (B): that of a given frame 0, then that of all free frames."""
+    if condition.first_frame is None:
+        return sigma[:, None]
+    first = torch.zeros_like(sigma) if condition.frame_time is None else condition.frame_time.to(sigma) * sigma
+    if condition.given is not None:
+        first = torch.where(condition.given, first, sigma)
+    return torch.stack([first, sigma], dim=1)

@@ -7,6 +7,8 @@ from common.options import DEVICES, at_least, one_of, option
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
+KEEPS = ("none", "attention", "all")
+ATTENTIONS = ("auto", "torch", "cudnn", "flash", "efficient", "math")
 CRITIC_LOSSES = ("x0", "flow", "noise")
 EXIT_SCHEDULES = ("random", "stratified")
 NOT_NEGATIVE = ("critic_warmup", "warmup", "grad_clip", "ema_start", "student_lr", "critic_lr", "eps", "weight_decay")
@@ -63,7 +65,11 @@ class DistillConfig:
     keep: int = option(3, "Newest checkpoints to keep.")
     seed: int = option(0, "Seed of data order, noise and exits.")
     dtype: str = option("bfloat16", "Precision of the networks; master weights are float32.", choices=DTYPES)
-    activation_checkpointing: bool = option(True, "Recompute activations in the backward pass to save memory.")
+    keep_activations: str = option(
+        "attention", "What a block keeps for its backward pass; the rest is computed again.", choices=KEEPS
+    )
+    attention: str = option("auto", "Kernel of attention; auto is cuDNN in bf16 on a GPU.", choices=ATTENTIONS)
+    compile: bool = option(False, "Compile the blocks first: a minute at the start, then a quarter faster on a GPU.")
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from stage2_distill.config import DistillConfig
 from stage2_distill.ema import Ema
 from stage2_distill.first_frame import vary
 from stage2_distill.journal import Journal
+from stage2_distill.network import Plan
 from stage2_distill.optim import adamw, state_tensors
 from stage2_distill.parallel import Ranks, shard, start
 from stage2_distill.schedule import Part, accumulation, parts
@@ -29,7 +30,8 @@ from stage2_distill.train import DivergedError, Roles, Trainer, train_step
 from stage2_distill.wan import load as load_network
 
 CONFIG, METRICS = "distill.yaml", "metrics.jsonl"
-MAY_CHANGE = {"iterations", "checkpoint_every", "keep", "device", "batch_size", "activation_checkpointing", "model"}
+SPEED = {"keep_activations", "attention", "compile"}
+MAY_CHANGE = {"iterations", "checkpoint_every", "keep", "device", "batch_size", "model"} | SPEED
 
 
 def distill(config: DistillConfig) -> Path:
@@ -77,11 +79,9 @@ def open_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
 def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet | Mixture) -> Trainer:
     """The three roles from one folder, sharded, with their optimizers."""
     compute = getattr(torch, config.dtype)
-    student, critic = (load_network(model, torch.float32) for _ in range(2))
-    teacher = load_network(model, compute).requires_grad_(False)
-    if config.activation_checkpointing:
-        student.enable_gradient_checkpointing()
-        critic.enable_gradient_checkpointing()
+    plan = Plan(config.attention, config.keep_activations, config.compile)
+    student, critic = (load_network(model, torch.float32, plan) for _ in range(2))
+    teacher = load_network(model, compute, plan).requires_grad_(False)
     roles = Roles(*(shard(net, ranks, compute) for net in (student, teacher, critic)))
     return Trainer(
         config,

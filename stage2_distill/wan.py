@@ -6,22 +6,21 @@ Shapes: B batch, C channels, T latent frames, H W latent size, L text rows, D te
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from common.condition import Condition, Denoiser, join, pin, token_sigma
+from common.condition import Condition, Denoiser, frame_sigma, join, pin
 from common.flow import x0_from_velocity
 from common.video import CHANNELS
+from stage2_distill.network import Network, Plan, adopt
 
 TIME_SCALE = 1000  # the network's time is 1000 sigma
-Network: TypeAlias = WanTransformer3DModel
 
 
-def load(folder: Path, dtype: torch.dtype) -> Network:
+def load(folder: Path, dtype: torch.dtype, plan: Plan | None = None) -> Network:
     """Read the transformer of a model folder, all parameters in `dtype`, the rope tables in float32.
 
     Raises ValueError where it is not a Wan2.2 TI2V transformer.
@@ -30,7 +29,7 @@ def load(folder: Path, dtype: torch.dtype) -> Network:
     net = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
     if net.config.in_channels != CHANNELS or net.config.out_channels != CHANNELS:
         raise ValueError(f"model={folder}: transformer has {net.config.in_channels} channels, TI2V needs {CHANNELS}")
-    return cast_parameters(net, dtype)
+    return cast_parameters(adopt(net, plan), dtype)
 
 
 def cast_parameters(net: Network, dtype: torch.dtype) -> Network:
@@ -43,7 +42,7 @@ def cast_parameters(net: Network, dtype: torch.dtype) -> Network:
 def denoise(net: nn.Module, x_t: Tensor, sigma: Tensor, condition: Condition, *, dtype: torch.dtype) -> Tensor:
     """Predict x0 (B C T H W) float32 from x_t at sigma (B); the network computes in `dtype`, the rest in float32."""
     x_t = pin(x_t.float(), condition)
-    times = TIME_SCALE * token_sigma(sigma.float(), x_t.shape, condition)
+    times = TIME_SCALE * frame_sigma(sigma.float(), condition)
     (velocity,) = net(
         hidden_states=x_t.to(dtype),
         timestep=times,

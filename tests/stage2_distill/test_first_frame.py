@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import make_config, make_shards, run_here, tensors
 
-from common.condition import Condition, free_mean, join, pin, token_sigma
+from common.condition import Condition, frame_sigma, free_mean, join, pin
 from shards.record import Record, Source, collate
 from stage2_distill.config import DistillConfig
 from stage2_distill.first_frame import vary
@@ -77,11 +77,9 @@ def test_pin_and_times_follow_each_sample() -> None:
     assert torch.equal(pinned[0, :, 0], whole.first_frame[0, :, 0])
     assert torch.equal(pinned[1], x[1])
     assert torch.equal(pinned[2, :, 1:], x[2, :, 1:])
-    times = token_sigma(torch.tensor([0.5, 0.5, 0.5]), x.shape, whole)
-    assert times.shape == (3, 12)
+    times = frame_sigma(torch.tensor([0.5, 0.5, 0.5]), whole)
     assert times[:, 0].tolist() == pytest.approx([0, 0.5, 0.015])
-    assert times[:, 3].tolist() == pytest.approx([0, 0.5, 0.015])
-    assert (times[:, 4:] == 0.5).all()
+    assert times[:, 1].tolist() == [0.5] * 3
     assert free_mean(x, whole)[0].item() == pytest.approx(x[0, :, 1:].mean().item(), abs=1e-6)
     assert free_mean(x, whole)[1].item() == pytest.approx(x[1].mean().item(), abs=1e-6)
     assert torch.equal(join([whole, whole]).given, whole.given.repeat(2))

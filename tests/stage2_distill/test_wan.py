@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImag
 from diffusers.utils import logging
 from tiny import TEXT_DIM
 
-from common.condition import Condition, pin, token_sigma
+from common.condition import Condition, frame_sigma, pin
 from common.flow import ladder, x0_from_velocity
 from stage2_distill.wan import denoise, denoiser, guided, load
 
@@ -125,11 +125,11 @@ def test_frame_zero_of_the_input_is_ignored_and_of_the_output_pinned(net: torch.
     assert (other[:, :, 0] == 7.0).all(), "the input must stay as it is"
 
 
-def test_token_sigma_is_frame_major_and_zero_where_given() -> None:
-    sigma, shape = torch.tensor([0.5, 0.9375]), torch.Size((2, 48, 3, 4, 6))
-    tokens = token_sigma(sigma, shape, Condition(torch.zeros(2, 48, 1, 4, 6), torch.zeros(2, 1, 1)))
-    assert tokens.tolist() == [[0.0] * 6 + [0.5] * 12, [0.0] * 6 + [0.9375] * 12]
-    assert token_sigma(sigma, shape, Condition(None, torch.zeros(2, 1, 1))).tolist() == [[0.5] * 18, [0.9375] * 18]
+def test_a_given_frame_has_time_zero() -> None:
+    sigma = torch.tensor([0.5, 0.9375])
+    given = Condition(torch.zeros(2, 48, 1, 4, 6), torch.zeros(2, 1, 1))
+    assert frame_sigma(sigma, given).tolist() == [[0.0, 0.5], [0.0, 0.9375]]
+    assert frame_sigma(sigma, Condition(None, torch.zeros(2, 1, 1))).tolist() == [[0.5], [0.9375]]
 
 
 def test_times_reach_the_network_unrounded(net: torch.nn.Module) -> None:

@@ -1,0 +1,177 @@
+"""Wan's transformer as this project runs it: diffusers' modules and names, forward passes of our own.
+
+A video has two times at most, 0 for a given first frame and one for the rest, so the modulation has two rows (6 D)
+and every kernel picks between them; diffusers makes one row a token (B N 6 D). The numbers are the same.
+Shapes: B batch, N tokens, G tokens of the given frame, K times (1 or 2), D width, L text rows, H heads, d head size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TypeAlias
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+from einops import rearrange
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from stage2_distill.attention import attend
+
+Rope: TypeAlias = tuple[Tensor, Tensor]  # cos and sin (1 N 1 d/2) float32
+KEEP_NONE, KEEP_ATTENTION, KEEP_ALL = "none", "attention", "all"
+# attention is half of a block's arithmetic and its result one tensor of the block's size: worth keeping
+ATTENTION_OPS = [
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_attention_math.default,
+]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How blocks are run; no field changes the numbers beyond rounding."""
+
+    kernel: str = "auto"  # of attention
+    keep: str = KEEP_ALL  # what a block keeps for its backward pass; the rest is computed again
+    compiled: bool = False
+
+
+class Block(WanTransformerBlock):
+    """A block whose modulation has one row a time."""
+
+    plan = Plan()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: Rope,
+        given: int | None = None,
+    ) -> Tensor:
+        """Hidden states (B N D) after attention, text attention and feed-forward; temb: (B K 6 D), `given`: G.
+
+        Without `given` it is diffusers' own forward, with one row of temb a token.
+        """
+        if given is None:
+            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+        return runner(self.plan)(self, hidden_states, encoder_hidden_states, temb, rotary_emb, given)
+
+
+class Network(WanTransformer3DModel):
+    """The transformer with times (B K); other time tensors take diffusers' own path."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, object] | None = None,
+    ) -> tuple[Tensor] | object:
+        """Velocity (B C T H W), in a tuple, from latents (B C T H W), times (B K) and text (B L D)."""
+        if timestep.ndim != 2 or timestep.shape[1] > 2 or return_dict:
+            return super().forward(
+                hidden_states,
+                timestep,
+                encoder_hidden_states,
+                encoder_hidden_states_image,
+                return_dict,
+                attention_kwargs,
+            )
+        frames, height, width = (s // p for s, p in zip(hidden_states.shape[2:], self.config.patch_size, strict=True))
+        given = height * width if timestep.shape[1] == 2 else 0
+        rope = self.rope(hidden_states)
+        rope = rope[0][..., 0::2].contiguous(), rope[1][..., 1::2].contiguous()
+        x = rearrange(self.patch_embedding(hidden_states), "b d t h w -> b (t h w) d").contiguous()
+        temb, modulation, text, _ = self.condition_embedder(
+            timestep.flatten(), encoder_hidden_states, timestep_seq_len=timestep.shape[1]
+        )
+        modulation = rearrange(modulation, "b k (m d) -> b k m d", m=6)
+        for block in self.blocks:
+            x = block(x, text, modulation, rope, given)
+        shift, scale = (self.scale_shift_table[:, None] + temb[:, :, None]).unbind(2)
+        x = modulate(self.norm_out(x.float()), shift, scale, given).type_as(x)
+        patch = dict(zip(("pt", "ph", "pw"), self.config.patch_size, strict=True))
+        pattern = "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
+        return (rearrange(self.proj_out(x), pattern, t=frames, h=height, w=width, **patch),)
+
+
+Network.__name__ = WanTransformer3DModel.__name__  # save_pretrained writes it, and diffusers must find its class
+
+
+def adopt(net: WanTransformer3DModel, plan: Plan | None = None) -> Network:
+    """Give a diffusers transformer these forward passes, in place: the same modules, parameters and names."""
+    net.__class__ = Network
+    for block in net.blocks:
+        block.__class__ = Block
+        block.plan = plan or Plan()
+    return net
+
+
+def per_time(rows: Tensor, tokens: int, given: int) -> Tensor:
+    """The row of each token, (B N D) or (B 1 D), from rows (B K D): the first for `given` tokens, the last after."""
+    if rows.shape[1] == 1:
+        return rows
+    first = torch.arange(tokens, device=rows.device)[:, None] < given
+    return torch.where(first, rows[:, :1], rows[:, 1:])
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, given: int) -> Tensor:
+    """x (B N D) * (1 + scale) + shift, with rows (B K D)."""
+    return x * (1 + per_time(scale, x.shape[1], given)) + per_time(shift, x.shape[1], given)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn the pairs of x (B N H d) by their place's angles, in float32 (RoFormer, arXiv 2104.09864)."""
+    cos, sin = rope
+    first, second = rearrange(x, "b n h (p two) -> two b n h p", two=2)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def attention(module: WanAttention, x: Tensor, source: Tensor, rope: Rope | None, kernel: str) -> Tensor:
+    """Attention of x (B N D) over `source` (B M D), queries and keys normalised over all heads."""
+    split = partial(rearrange, pattern="b n (h d) -> b n h d", h=module.heads)
+    query = split(module.norm_q(module.to_q(x)))
+    key = split(module.norm_k(module.to_k(source)))
+    if rope is not None:
+        query, key = rotate(query, rope), rotate(key, rope)
+    return module.to_out[0](attend(query, key, split(module.to_v(source)), kernel))
+
+
+def block_forward(
+    block: WanTransformerBlock, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int, kernel: str
+) -> Tensor:
+    """One block: x (B N D), text (B L D), temb (B K 6 D) -> (B N D). Norms and modulation are float32."""
+    rows = (block.scale_shift_table[:, None] + temb.float()).unbind(2)
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows
+    tokens = x.shape[1]
+    y = modulate(block.norm1(x.float()), shift, scale, given).type_as(x)
+    y = attention(block.attn1, y, y, rope, kernel)
+    x = (x.float() + y * per_time(gate, tokens, given)).type_as(x)
+    y = block.norm2(x.float()).type_as(x)
+    x = x + attention(block.attn2, y, text, None, kernel)
+    y = block.ffn(modulate(block.norm3(x.float()), ffn_shift, ffn_scale, given).type_as(x))
+    return (x.float() + y.float() * per_time(ffn_gate, tokens, given)).type_as(x)
+
+
+@cache
+def runner(plan: Plan) -> Callable[..., Tensor]:
+    """The function (block, *inputs) -> x of a plan; all blocks of all roles share it, and one compiled graph."""
+    compute = partial(block_forward, kernel=plan.kernel)
+    contexts = partial(create_selective_checkpoint_contexts, ATTENTION_OPS)
+
+    def run(block: Block, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int) -> Tensor:
+        if plan.keep == KEEP_ALL or not torch.is_grad_enabled():
+            return compute(block, x, text, temb, rope, given)
+        inputs = (block, x, text, temb, rope, given)
+        if plan.keep == KEEP_ATTENTION:
+            return checkpoint(compute, *inputs, use_reentrant=False, context_fn=contexts)
+        return checkpoint(compute, *inputs, use_reentrant=False)
+
+    return torch.compile(run, dynamic=False, fullgraph=True) if plan.compiled else run
