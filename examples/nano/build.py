@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTran
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from examples.nano.captions import NEGATIVE_PROMPT, captions
+from examples.nano.card import write_card
 from examples.nano.dit import SHIFT, Pool, train_dit, use_compact_text
 from examples.nano.gate import Conditions, answers, distances, few, generate, make_conditions, pixels, table
 from examples.nano.render import render, to_network
@@ -24,6 +25,11 @@ from examples.nano.vae import channels_last, encode, train_vae
 from examples.nano.world import draw_scenes
 
 SEED = 1
+GATE = (
+    "{conditions} held-out conditions, {seeds} seeds, guidance {scale:g} (the best of {scales}), Frechet distance of "
+    "`stage2_distill/metrics.py`; the analyser read {judged} clips a row. `floor` is the distance between two sets of "
+    "the teacher at {steps} steps."
+)
 INDEX = {
     "_class_name": "WanImageToVideoPipeline",
     "expand_timesteps": True,
@@ -138,7 +144,7 @@ def gate(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     write_pictures(net, vae, conditions, args, scale)
     rows = [distances(net, conditions, seed=seed, scale=scale, **common) for seed in range(args.seeds)]
     report = table(rows, answers(net, vae, few(conditions, args.judged), scale=scale, **common))
-    (args.pictures / "gate.md").write_text(report + "\n")
+    (args.pictures / "gate.md").write_text(f"{GATE.format(scale=scale, **vars(args))}\n\n{report}\n")
     say("gate\n" + report)
 
 
@@ -157,6 +163,7 @@ def main() -> None:
     write_index(args.out)
     train(args, say)
     gate(args, say)
+    write_card(args.out, args.pictures, sections={"The gate": (args.pictures / "gate.md").read_text()})
 
 
 if __name__ == "__main__":
