@@ -15,6 +15,7 @@ from common.options import config_options, resolve, write_config
 from stage1_encode.config import DecodeConfig, EncodeConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.config_sample import EvaluateConfig, SampleConfig
+from stage2_distill.foreign import understood
 
 
 @click.group(context_settings={"show_default": True, "max_content_width": 110})
@@ -49,6 +50,8 @@ def distill_command(**given: object) -> None:
     """Distil the model on shards; the same command again goes on."""
     from stage2_distill.run import distill
 
+    given, notes = understood(given)
+    click.echo("\n".join(notes), nl=bool(notes), err=True)
     click.echo(f"checkpoint: {distill(resolve(DistillConfig, given))}")
 
 
