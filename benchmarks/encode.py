@@ -1,202 +1,207 @@
-"""Speed of encode against the reference's way (whole clip decoded, one sample at a time), in one run.
+"""Stage one: reading, then random encoders of the true size by precision and batch, then encode from end to end.
 
-From the repository's folder, with it on PYTHONPATH:
+    python -m benchmarks.encode --reading                    (CPU: first frames only)
+    python -m benchmarks.encode [--tiny] [--clips 512] [--rows 2048] [--budget 90]
 
-    python benchmarks/encode.py --clip tests/data/bigbuckbunny.mp4  (reading only)
-    python benchmarks/encode.py --clip CLIP --model MODEL [--rows 512] [--vae-dtype float16] [--compile]
-
-Prints a table and appends it to benchmarks/results/encode.md with the hardware, the date and the command.
+The clips are made on the spot (`benchmarks/clips.py`), the shards are written by `stage1_encode.pipeline.make_shards`.
+Parts that the time budget no longer allows are left out.
 """
 
 import argparse
+import copy
 import csv
-import platform
-import sys
+import os
 import tempfile
 import time
-from collections.abc import Callable
-from datetime import date
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-import av
-import decord
 import numpy
 import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import clips
+from benchmarks.models import BATCHES, PRECISIONS, fresh, memory, of_text, of_vae, pictures, seconds, settle, some_text
+from benchmarks.random_models import TINY, TRUE, WORDS, random_text, random_vae
+from benchmarks.reading import reading, whole_clip
+from benchmarks.report import append
+from common.device import begin_copy, pick_device
 from common.video import VideoSpec
-from shards.fingerprint import locate
-from stage1_encode import frames, text, vae
+from shards.record import TEXT_LENGTH
+from stage1_encode import text, vae
 from stage1_encode.config import EncodeConfig
-from stage1_encode.encode import encode
-from stage1_encode.isolate import Readers
-from stage1_encode.pipeline import PARTS, load_encoders, pick_device
+from stage1_encode.engine import tasks
+from stage1_encode.pipeline import Encoders, make_ready, make_shards, write_negative
+from stage1_encode.rows import read_shards
 
-RESULTS = Path(__file__).parent / "results" / "encode.md"
+SOURCE = "tests/data/bigbuckbunny.mp4"
 Row = tuple[str, str]
 
 
-def seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Best time of a piece of work, after one run that is not counted."""
-    work()
-    found = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return min(found)
+def show(rows: Iterator[Row]) -> list[Row]:
+    """Print rows as they come."""
+    made = []
+    for row in rows:
+        print(f"{row[0]:70} {row[1]}", flush=True)
+        made.append(row)
+    return made
 
 
-def whole_clip(path: str, spec: VideoSpec) -> torch.Tensor:
-    """The reference's way: every frame decoded and stretched, then a float tensor."""
-    reader = decord.VideoReader(path, width=spec.width, height=spec.height)
-    pixels = reader.get_batch(range(min(spec.num_frames, len(reader)))).asnumpy()
-    return torch.from_numpy(pixels).permute(3, 0, 1, 2).float() / 127.5 - 1
-
-
-def by_av(path: str) -> object:
-    """The first frame by PyAV alone."""
-    with frames._open(path) as file:
-        return frames._read_with_av(file, frames._video_stream(file))
-
-
-def bytes_read(work: Callable[[], object]) -> int:
-    """Bytes that this process asked the system for during a piece of work (Linux)."""
-    counter = Path("/proc/self/io")
-    before = int(counter.read_text().split()[1])
-    work()
-    return int(counter.read_text().split()[1]) - before
-
-
-def longer(clip: str, folder: Path, minutes: float) -> str:
-    """The clip's packets repeated into a file of that many minutes."""
-    path = folder / f"{minutes:g}-minutes.mp4"
-    with av.open(clip) as source, av.open(str(path), "w") as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        packets = [packet for packet in source.demux(video=0) if packet.dts is not None]
-        length = max(packet.pts + packet.duration for packet in packets) - min(packet.dts for packet in packets)
-        times = [(packet.pts, packet.dts) for packet in packets]
-        turns = max(1, round(minutes * 60 / float(length * packets[0].time_base)))
-        for turn in range(turns):
-            for packet, (pts, dts) in zip(packets, times, strict=True):
-                packet.pts, packet.dts, packet.stream = pts + turn * length, dts + turn * length, stream
-                target.mux(packet)
-    return str(path)
-
-
-def reading(clip: str, spec: VideoSpec, folder: Path) -> list[Row]:
-    """First frames against whole clips; short files against long ones; both readers side by side."""
-    size = {"height": spec.height, "width": spec.width}
-    first = seconds(lambda: frames.first_frame(clip, **size))
-    plain = seconds(lambda: decord.VideoReader(clip).get_batch(range(spec.num_frames)).asnumpy(), 3)
-    whole = seconds(lambda: whole_clip(clip, spec), 2)
-    rows = [
-        ("first frame, resized, this process", f"{first * 1e3:.1f} ms"),
-        ("whole clip, decoded only", f"{plain * 1e3:.0f} ms = {plain / first:.0f} x"),
-        ("whole clip as the reference does, to a float tensor", f"{whole * 1e3:.0f} ms = {whole / first:.0f} x"),
-    ]
-    files = {"5 s": longer(clip, folder, 5 / 60), "10 min": longer(clip, folder, 10)}
-    for name, path in files.items():
-        megabytes = Path(path).stat().st_size / 2**20
-        for reader, work in (
-            ("decord", lambda path=path: frames._read_with_decord(path)),
-            ("PyAV", lambda path=path: by_av(path)),
-            ("as chosen", lambda path=path: frames.first_frame(path, **size)),
-        ):
-            read = bytes_read(work) / 2**20
-            label = f"{name} ({megabytes:.1f} MiB), {reader}"
-            rows.append((label, f"{seconds(work, 3) * 1e3:.1f} ms, {read:.2f} MiB read"))
-    children = Readers(2, spec, 30.0)
-    isolated = seconds(lambda: [future.result() for future in [children.submit(clip) for _ in range(16)]], 2) / 16
-    children.close()
-    return [*rows, ("first frame, two isolated children", f"{isolated * 1e3:.1f} ms a file")]
-
-
-def write_rows(clip: str, folder: Path, count: int) -> Path:
-    """A CSV of `count` rows with prompts of 30 to 150 words."""
-    path, draw = folder / "rows.csv", numpy.random.default_rng(0)
-    with path.open("w", newline="") as file:
-        rows = [(Path(clip).absolute(), "word " * int(draw.integers(30, 150))) for _ in range(count)]
+def write_rows(folder: Path, paths: list[Path], count: int) -> Path:
+    """A CSV of `count` rows with prompts of 30 to 150 tokens, the end token included."""
+    table, draw = folder / "rows.csv", numpy.random.default_rng(0)
+    lengths = draw.integers(29, 150, count)
+    prompts = [" ".join(f"w{word}" for word in draw.integers(0, WORDS, length)) for length in lengths]
+    with table.open("w", newline="") as file:
+        rows = [(paths[row % len(paths)], prompt) for row, prompt in enumerate(prompts)]
         csv.writer(file).writerows([("video", "prompt"), *rows])
-    return path
+    return table
 
 
-def models(config: EncodeConfig, clip: str) -> list[Row]:
-    """The two models alone, the reference's way of running them, and the error of a lower precision."""
-    encoders, device = load_encoders(config), pick_device(config.device)
-    frame = frames.first_frame(clip, height=config.height, width=config.width).pixels
-    pixels = torch.from_numpy(numpy.stack([frame] * config.batch_size))
-    plain = vae.load(locate(config.model, PARTS), dtype=torch.float32, device=device)
-    images = pixels.permute(0, 3, 1, 2)[:, :, None].to(device).float() / 127.5 - 1
-    with torch.inference_mode():
-        slow = seconds(lambda: plain.model.encode(images[:1]).latent_dist.mode().cpu())
-        exact = (plain.model.encode(images).latent_dist.mode() - plain.mean) / plain.std
-    error = ((vae.encode_frames(encoders.vae, pixels) - exact).norm() / exact.norm()).item()
-    fast = seconds(lambda: vae.encode_frames(encoders.vae, pixels).cpu()) / config.batch_size
-    tokens = text.tokenize(encoders.text, ["word " * words for words in range(30, 150, 4)])
-    one = seconds(lambda: [text.embed(encoders.text, [line], budget=1) for line in tokens[:4]], 2) / 4
-    many = seconds(lambda: text.embed(encoders.text, tokens, budget=config.text_tokens)) / len(tokens)
-    ours = f"VAE, one frame of {config.batch_size}, {config.vae_dtype}, here"
-    return [
-        ("VAE, one frame, float32, diffusers", f"{slow * 1e3:.2f} ms"),
-        (
-            ours,
-            f"{fast * 1e3:.2f} ms = {slow / fast:.1f} x",
-        ),
-        ("relative error of the latents against float32", f"{error:.2e}"),
-        ("UMT5, one prompt at a time", f"{one * 1e3:.2f} ms"),
-        ("UMT5, a prompt in batches by length", f"{many * 1e3:.2f} ms = {one / many:.1f} x"),
-        ("both models alone", f"{1 / (fast + many):.1f} records/s"),
-    ]
-
-
-def end_to_end(config: EncodeConfig) -> list[Row]:
-    """The whole of encode, loading included and not."""
+def alone(config: EncodeConfig, encoders: Encoders, pixels: Tensor) -> float:
+    """Seconds that the two models alone take for the rows of a CSV, in the same batches, all inputs being there."""
+    device, batches, count = encoders.vae.mean.device, [], 0
+    for shard in read_shards(Path(config.data), shard_size=config.shard_size, text_only=False):
+        tokens = text.tokenize(encoders.text, [text.clean(row.prompt) for row in shard])
+        grouped = [[tokens[place] for place in batch] for batch in text.group(tokens, config.text_tokens)]
+        batches += [tuple(begin_copy(x, device) for x in text.padded(group, 0)) for group in grouped]
+        count += len(shard)
+    settle()
     began = time.perf_counter()
-    report = encode(config)
+    with torch.no_grad():
+        for ids, mask in batches:
+            encoders.text.model(ids, mask)
+    for _ in range(0, count, config.batch_size):
+        vae.encode_frames(encoders.vae, pixels[: config.batch_size])
+    settle()
+    return time.perf_counter() - began
+
+
+def from_end_to_end(config: EncodeConfig, encoders: Encoders, pixels: Tensor, rows: int) -> Iterator[Row]:
+    """Shards made by the product, against the models alone on the same batches in the same run."""
+    write_negative(config, encoders)  # warms the text encoder up
+    vae.encode_frames(encoders.vae, pixels[: config.batch_size])
+    numbers = range(-(-rows // config.shard_size))
+    models = alone(config, encoders, pixels)
+    memory()
+    began = time.perf_counter()
+    made = list(make_shards(config, encoders, tasks(config, numbers), total=rows))
     took = time.perf_counter() - began
+    records, size = sum(index.shard.records for index in made), sum(index.shard.size for index in made)
+    models = min(models, alone(config, encoders, pixels))
+    name = f"{config.vae_dtype}, batch {config.batch_size}{', compiled' if config.compile else ''}"
+    yield f"both models alone, {name}", f"{rows / models:.1f} records/s"
+    figure = f"{records / took:.1f} records/s ({records} of {rows} in {took:.1f} s, {size / took / 1e6:.0f} MB/s)"
+    yield f"encode from end to end, {name}", f"{figure}, {models / took:.2f} of the models alone, {memory()}"
+
+
+def idle(config: EncodeConfig, encoders: Encoders) -> Iterator[Row]:
+    """Share of the time between the first and the last piece of GPU work in which the GPU did nothing."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in make_shards(config, encoders, tasks(config, range(3)), total=3 * config.shard_size):
+            pass
+        settle()
+    found = [event for event in seen.events() if event.device_type == DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in found)
+    busy, reached, longest = 0.0, spans[0][0], Counter[str]()
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    for event in found:
+        longest[event.name] += event.time_range.end - event.time_range.start
+    whole = reached - spans[0][0]
+    yield "GPU idle share, 3 shards", f"{1 - busy / whole:.1%} of {whole / 1e6:.1f} s"
+    for name, took in longest.most_common(14):
+        print(f"    {took / busy:6.1%}  {name[:100]}", flush=True)
+
+
+def reference(config: EncodeConfig, base: vae.Vae, encoder: text.TextEncoder, paths: list[Path]) -> Iterator[Row]:
+    """The reference's way: the whole clip decoded and stretched, the prompt padded to 512, one sample at a time."""
+    device = base.mean.device
+    ids = torch.randint(3, WORDS, (1, TEXT_LENGTH), device=device)
+
+    def sample(path: Path) -> None:
+        first = whole_clip(str(path), config.spec)[:, :1].to(device)
+        with torch.inference_mode():
+            base.model.encode(first[None]).latent_dist.mode().cpu()
+            encoder.model(ids, torch.ones_like(ids)).last_hidden_state.cpu()
+
+    sample(paths[0])
     began = time.perf_counter()
-    load_encoders(config)
-    loading = time.perf_counter() - began
-    rows = [
-        ("encode, models loaded", f"{report.records / max(took - loading, 1e-9):.1f} records/s"),
-        ("encode, all", f"{report.records / took:.1f} records/s ({report.records} in {took:.1f} s)"),
-    ]
-    if torch.cuda.is_available():
-        rows.append(("peak GPU memory", f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"))
-    return rows
+    for path in paths[1:4]:
+        sample(path)
+    took = (time.perf_counter() - began) / 3
+    yield "the reference's way, one sample at a time", f"{1 / took:.2f} records/s"
+
+
+def make_config(work: Path, table: Path, given: argparse.Namespace, name: str, **options: object) -> EncodeConfig:
+    """An encode into a folder of its own."""
+    size = TINY if given.tiny else TRUE
+    (work / name).mkdir()
+    return EncodeConfig(
+        str(table), "random", str(work / name), height=size.height, width=size.width,
+        shard_size=given.shard_size, **options,
+    )  # fmt: skip
+
+
+def measure(given: argparse.Namespace, work: Path, began: float) -> Iterator[Row]:
+    """All parts, the most important first."""
+    size, device = TINY if given.tiny else TRUE, pick_device("auto")
+    (work / "clips").mkdir()
+    makers = clips.start(SOURCE, work / "clips", given.clips, max(1, (os.cpu_count() or 2) - 2))
+    paths = [clips.clip_path(work / "clips", number) for number in range(given.clips)]
+    table = write_rows(work, paths, given.rows)
+    base, encoder = random_vae(size, device), random_text(size, device)
+    pixels = pictures(size, max(BATCHES), device)
+    settle()
+    yield "random models made after", f"{time.perf_counter() - began:.1f} s, {memory()}"
+    yield from of_vae(base, pixels)
+    exact = some_text(encoder)
+    encoder.model.bfloat16()
+    memory()
+    yield from of_text(encoder, "bfloat16", exact)
+    for maker in makers:
+        assert maker.wait() == 0, "the clips cannot be made"
+    yield "clips made after", f"{time.perf_counter() - began:.1f} s"
+    config = make_config(work, table, given, "eager", vae_dtype=given.vae_dtype)
+    encoders = Encoders(fresh(base, config.vae_dtype), encoder)
+    yield from from_end_to_end(config, encoders, pixels, given.rows)
+    if not given.tiny:
+        yield from idle(make_config(work, table, given, "idle", vae_dtype=given.vae_dtype), encoders)
+    yield from reference(config, base, encoder, paths)
+    for precision in given.compiled.split(","):
+        if not precision or time.perf_counter() - began > given.budget:
+            continue
+        config = make_config(work, table, given, f"compiled-{precision}", vae_dtype=precision, compile=True)
+        start = time.perf_counter()
+        own = vae.Vae(copy.deepcopy(base.model).to(vae.dtype_of(precision)), base.mean, base.std)
+        encoders = make_ready(config, own, encoder)
+        took = seconds(lambda net=encoders.vae: vae.encode_frames(net, pixels[:8])) / 8
+        yield f"VAE, one frame, here, {precision}, compiled, batch 8", f"{took * 1e3:.2f} ms a frame, {memory()}"
+        yield from of_text(encoders.text, "bfloat16, compiled", exact)
+        yield "compiling took", f"{time.perf_counter() - start:.1f} s"
+        yield from from_end_to_end(config, encoders, pixels, given.rows)
 
 
 def main() -> None:
-    """Measure, print and append."""
+    """Measure, print and append to the results."""
+    began = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clip", required=True)
-    parser.add_argument("--model")
-    for name, default in (("rows", 512), ("height", 704), ("width", 1280), ("batch-size", 8)):
+    parser.add_argument("--reading", action="store_true", help="only read files, which needs no GPU")
+    parser.add_argument("--tiny", action="store_true", help="small models, for trying this script")
+    for name, default in (("clips", 512), ("rows", 2048), ("shard-size", 256), ("budget", 90)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--vae-dtype", default="float16")
-    parser.add_argument("--text-dtype", default="bfloat16")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--vae-dtype", default="tf32", choices=PRECISIONS)
+    parser.add_argument("--compiled", default="float16", help="precisions to compile, separated by commas")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        folder, spec = Path(work), VideoSpec(121, given.height, given.width)
-        rows = reading(given.clip, spec, folder)
-        if given.model:
-            table = write_rows(given.clip, folder, given.rows)
-            config = EncodeConfig(
-                str(table), given.model, f"{work}/out", height=given.height, width=given.width,
-                batch_size=given.batch_size, vae_dtype=given.vae_dtype, text_dtype=given.text_dtype,
-                compile=given.compile,
-            )  # fmt: skip
-            rows += models(config, given.clip) + end_to_end(config)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    title = f"\n## {date.today()}, {device}, `PYTHONPATH=. python benchmarks/encode.py {' '.join(sys.argv[1:])}`\n\n"
-    lines = title + "| what | measured |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
-    print(lines)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(lines)
+        folder = Path(work)
+        rows = show(reading(SOURCE, VideoSpec(), folder) if given.reading else measure(given, folder, began))
+    if not given.tiny:
+        append("encode", rows, model="none" if given.reading else "random weights of the true size")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Manifest:
         return sum(shard.records for shard in self.shards)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write a whole file or nothing: `.partial`, fsync, rename."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:

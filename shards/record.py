@@ -54,7 +54,7 @@ def to_members(record: Record) -> dict[str, bytes]:
     tensors = {"text": record.text}
     if record.first_frame is not None:
         tensors["first_frame"] = record.first_frame
-    half = {name: tensor.detach().to("cpu", torch.bfloat16).clone().contiguous() for name, tensor in tensors.items()}
+    half = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     facts = json.dumps(vars(record.source), ensure_ascii=False, sort_keys=True)
     return {f"{record.key}.{TENSORS}": save_tensors(half), f"{record.key}.{FACTS}": facts.encode()}
 

@@ -76,15 +76,16 @@ def write_shard(
                 key, extension = member.split(".", 1)
                 tar.write({"__key__": key, extension: data})
                 members.append(Member(member, 0, len(data), zlib.crc32(data), hashlib.sha256(data).hexdigest()))
-    data = buffer.getvalue()
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+    buffer.seek(0)
+    with tarfile.open(fileobj=buffer) as tar:
         offsets = [info.offset_data for info in tar]
+    whole = buffer.getbuffer()
     placed = tuple(replace(m, offset=offset) for m, offset in zip(members, offsets, strict=True))
     failed = tuple(failures)
     count = len(placed) // 2
-    shard = Shard(name, count, count + len(failed), hashlib.sha256(data).hexdigest(), len(data))
+    shard = Shard(name, count, count + len(failed), hashlib.sha256(whole).hexdigest(), len(whole))
     index = Index(shard, rows_sha256, placed, failed)
-    write_file(folder / name, data)
+    write_file(folder / name, whole)
     sidecar = (json.dumps(asdict(index), ensure_ascii=False) + "\n").encode()
     write_file(index_path(folder, name), sidecar)
     return parse_index(sidecar)

@@ -7,7 +7,7 @@ from common.options import DEVICES, at_least, one_of, option
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
-VAE_DTYPES = ("float32", "float16", "bfloat16")
+VAE_DTYPES = ("float32", "tf32", "float16", "bfloat16")
 ENGINES = ("local", "ray")
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from common.device import pick_device
+from common.device import begin_copy, mark, pick_device
 from common.progress import track
 from shards.fingerprint import locate
 from shards.manifest import NEGATIVE, write_file
@@ -29,6 +29,7 @@ from stage1_encode.rows import Row, locate_file, rows_digest
 
 PARTS = ("vae", "text_encoder", "tokenizer")
 MOST_WORKERS = 16
+WRITERS = 2  # shards hashed and written at once
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,16 @@ class Encoders:
 def load_encoders(config: EncodeConfig) -> Encoders:
     """Read both models onto the device."""
     folder, device = locate(config.model, PARTS), pick_device(config.device)
-    whole = vae.load(folder, dtype=getattr(torch, config.vae_dtype), device=device)
-    return Encoders(
-        vae.frame_encoder(whole, compiled_batch=config.batch_size if config.compile else 0),
-        text.load(folder, dtype=getattr(torch, config.text_dtype), device=device),
-    )
+    whole = vae.load(folder, dtype=vae.dtype_of(config.vae_dtype), device=device)
+    return make_ready(config, whole, text.load(folder, dtype=getattr(torch, config.text_dtype), device=device))
+
+
+def make_ready(config: EncodeConfig, whole: vae.Vae, prompts: text.TextEncoder) -> Encoders:
+    """Fit two loaded models to their work, which for the VAE is single frames."""
+    tf32 = config.vae_dtype == vae.TF32
+    if not config.compile:
+        return Encoders(vae.frame_encoder(whole, tf32=tf32), prompts)
+    return Encoders(vae.frame_encoder(whole, compiled_batch=config.batch_size, tf32=tf32), text.compiled(prompts))
 
 
 def write_negative(config: EncodeConfig, encoders: Encoders) -> None:
@@ -71,7 +77,10 @@ def write_negative(config: EncodeConfig, encoders: Encoders) -> None:
     path = Path(config.out) / NEGATIVE
     if not path.is_file():
         tokens = text.tokenize(encoders.text, [text.clean(config.negative_prompt)])
-        write_file(path, save({"text": text.embed(encoders.text, tokens, budget=config.text_tokens)[0]}))
+        embedding = text.embed(encoders.text, tokens, budget=config.text_tokens)[0]
+        if ready := mark(encoders.text.model.device):
+            ready.synchronize()
+        write_file(path, save({"text": embedding}))
 
 
 def make_shards(config: EncodeConfig, encoders: Encoders, tasks: Iterable[Task], *, total: int) -> Iterator[Index]:
@@ -86,17 +95,22 @@ def make_shards(config: EncodeConfig, encoders: Encoders, tasks: Iterable[Task],
             total=total,
             label="encode",
         )
-        with ThreadPoolExecutor(1) as preparer, ThreadPoolExecutor(1) as writer:
-            written: Future[Index] | None = None
+        written: deque[Future[Index]] = deque()
+        with ThreadPoolExecutor(1) as preparer, ThreadPoolExecutor(WRITERS, initializer=one_thread) as writers:
             for prepared in prepare_ahead(later, encoders.text, preparer):
                 made = encode_shard(config, encoders, prepared, frames)
-                if written:
-                    yield written.result()
-                written = writer.submit(save_shard, config, prepared.task, made)
-            if written:
-                yield written.result()
+                written.append(writers.submit(save_shard, config, prepared.task, made))
+                if len(written) > WRITERS:
+                    yield written.popleft().result()
+            while written:
+                yield written.popleft().result()
     finally:
         readers.close()
+
+
+def one_thread() -> None:
+    """Let torch's small work in a thread begun now stay in it: threads of its own would wait for busy cores."""
+    torch.set_num_threads(1)
 
 
 def read_ahead(
@@ -130,14 +144,6 @@ def prepare_ahead(tasks: Iterable[Task], encoder: text.TextEncoder, preparer: Th
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a task gave."""
-
-    records: list[Record]
-    failures: list[Failure]
-
-
-@dataclass(frozen=True)
 class Good:
     """A row that becomes a record."""
 
@@ -147,13 +153,23 @@ class Good:
     size: tuple[int, int] | None  # of the upright source frame; None = text only
 
 
+@dataclass(frozen=True)
+class Made:
+    """What a task gives; its tensors may be read after `ready`."""
+
+    good: list[Good]
+    latents: list[Tensor]  # (C 1 H W) of those with a frame, in order
+    failures: list[Failure]
+    ready: torch.cuda.Event | None
+
+
 def encode_shard(
     config: EncodeConfig,
     encoders: Encoders,
     prepared: Prepared,
     frames: Iterator[tuple[Row, "Future[Frame] | None"]],
 ) -> Made:
-    """Encode one task; takes exactly its rows from `frames`."""
+    """Begin to encode one task; takes exactly its rows from `frames`."""
     texts = text.embed(encoders.text, prepared.tokens, budget=config.text_tokens)
     good: list[Good] = []
     failures: list[Failure] = []
@@ -170,7 +186,7 @@ def encode_shard(
         good.append(Good(row, prompt, embedding, frame.size if frame else None))
         if frame:
             batches.add(frame.pixels)
-    return Made(to_records(config, good, batches.finish()), failures)
+    return Made(good, batches.finish(), failures, mark(encoders.text.model.device))
 
 
 def to_records(config: EncodeConfig, good: list[Good], latents: list[Tensor]) -> list[Record]:
@@ -187,7 +203,7 @@ def to_records(config: EncodeConfig, good: list[Good], latents: list[Tensor]) ->
 
 
 class Batches:
-    """Pictures collected into batches for the VAE; the latents stay on its device until the end."""
+    """Pictures collected into batches for the VAE."""
 
     def __init__(self, model: vae.FrameEncoder, size: int) -> None:
         self.model, self.size = model, size
@@ -201,24 +217,30 @@ class Batches:
             self._encode()
 
     def _encode(self) -> None:
-        pixels = torch.from_numpy(numpy.stack(self.waiting))
-        self.latents.append(vae.encode_frames(self.model, pixels).to(torch.bfloat16))
+        shape = (len(self.waiting), *self.waiting[0].shape)
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.model.mean.device.type == "cuda")
+        numpy.stack(self.waiting, out=pixels.numpy())
+        latents = vae.encode_frames(self.model, pixels).to(torch.bfloat16)
+        self.latents += list(begin_copy(latents, torch.device("cpu")))
         self.waiting = []
 
     def finish(self) -> list[Tensor]:
-        """The latents (C 1 H W) bf16 on the CPU of all pictures in order."""
+        """The latents (C 1 H W) bf16 on the CPU of all pictures in order, perhaps not there yet."""
         if self.waiting:
             self._encode()
-        return list(torch.cat(self.latents).cpu()) if self.latents else []
+        return self.latents
 
 
 def save_shard(config: EncodeConfig, task: Task, made: Made) -> Index:
-    """Write one shard; ValueError where the folder cannot take it."""
+    """Wait for the models and write one shard; ValueError where the folder cannot take it."""
+    if made.ready:
+        made.ready.synchronize()
+    records = to_records(config, made.good, made.latents)
     try:
         return write_shard(
             Path(config.out),
             shard_name(task.number),
-            made.records,
+            records,
             failures=made.failures,
             rows_sha256=rows_digest(task.rows),
         )

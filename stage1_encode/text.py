@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.utils import logging
 
+from common.device import begin_copy
 from shards.record import TEXT_LENGTH
 
 
@@ -35,6 +36,13 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> TextEncod
     return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizer)
 
 
+def compiled(encoder: TextEncoder) -> TextEncoder:
+    """The same encoder with its blocks, which are all alike, compiled once for every batch shape."""
+    for block in encoder.model.encoder.block:
+        block.compile(dynamic=True)
+    return encoder
+
+
 def clean(prompt: str) -> str:
     """A prompt as the model was trained on it: repaired, HTML unescaped twice, one space between words."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
@@ -56,18 +64,26 @@ def group(tokens: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
     return batches
 
 
+def padded(tokens: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B L) padded to the longest of a batch, and where they are true (B L)."""
+    lengths = torch.tensor([len(line) for line in tokens])
+    longest = int(lengths.max())
+    ids = torch.tensor([[*line, *[pad] * (longest - len(line))] for line in tokens])
+    return ids, torch.arange(longest) < lengths[:, None]
+
+
 @torch.no_grad()
 def embed(encoder: TextEncoder, tokens: Sequence[Sequence[int]], *, budget: int) -> list[Tensor]:
-    """Embeddings (L D) bf16 on the CPU, the true rows only, in the order of `tokens`."""
+    """Embeddings (L D) bf16 on the CPU, the true rows only, in the order of `tokens`.
+
+    On a GPU the work is only begun when this returns: wait for the device before reading them.
+    """
+    device = encoder.model.device
     found: list[Tensor] = [torch.empty(0)] * len(tokens)
     for batch in group(tokens, budget):
-        lengths = torch.tensor([len(tokens[place]) for place in batch])
-        ids = torch.full((len(batch), int(lengths.max())), encoder.tokenizer.pad_token_id)
+        ids, mask = padded([tokens[place] for place in batch], encoder.tokenizer.pad_token_id)
+        hidden = encoder.model(begin_copy(ids, device), begin_copy(mask, device)).last_hidden_state
+        hidden = begin_copy(hidden.to(torch.bfloat16), torch.device("cpu"))
         for row, place in enumerate(batch):
-            ids[row, : lengths[row]] = torch.tensor(tokens[place])
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        device = encoder.model.device
-        hidden = encoder.model(ids.to(device), mask.to(device)).last_hidden_state.to("cpu", torch.bfloat16)
-        for row, place in enumerate(batch):
-            found[place] = hidden[row, : lengths[row]].clone()
+            found[place] = hidden[row, : len(tokens[place])]
     return found

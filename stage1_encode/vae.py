@@ -16,6 +16,7 @@ from torch.nn import functional
 from common.video import CHANNELS
 
 FRAME = torch.channels_last_3d
+TF32 = "tf32"  # float32 whose convolutions round their inputs to 10 bits of mantissa on a GPU
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class FrameEncoder:
     mean: Tensor  # (1 C 1 1 1)
     std: Tensor  # (1 C 1 1 1)
     batch: int  # pictures that the compiled network takes at once; 0 = any number
+    tf32: bool
 
 
 class FrameConv(nn.Module):
@@ -77,6 +79,11 @@ class FrameNet(nn.Module):
         return self.head(self.encoder(cells.contiguous(memory_format=FRAME))).chunk(2, dim=1)[0]
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """The type of the weights of a precision's name."""
+    return torch.float32 if precision == TF32 else getattr(torch, precision)
+
+
 def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Vae:
     """Read the VAE of a model folder; ValueError where it is not a Wan2.2 one."""
     model = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype)
@@ -89,26 +96,29 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Vae:
     return Vae(model.to(device).eval().requires_grad_(False), mean, std)
 
 
-def frame_encoder(vae: Vae, *, compiled_batch: int = 0) -> FrameEncoder:
+def frame_encoder(vae: Vae, *, compiled_batch: int = 0, tf32: bool = False) -> FrameEncoder:
     """The encoder half of a VAE for single frames, a third of the work; the VAE itself must not be used after.
 
     `compiled_batch` > 0 compiles it for batches of that many pictures.
     """
     plain = FrameNet(vae.model).eval()
     net = torch.compile(plain, dynamic=False) if compiled_batch else plain
-    return FrameEncoder(net, vae.model.dtype, vae.mean, vae.std, compiled_batch)
+    return FrameEncoder(net, vae.model.dtype, vae.mean, vae.std, compiled_batch, tf32)
 
 
 @torch.inference_mode()
 def encode_frames(encoder: FrameEncoder, pixels: Tensor) -> Tensor:
-    """First-frame latents (B C 1 H W) float32 of pictures (B X Y 3) uint8: the mode, normalised."""
+    """First-frame latents (B C 1 H W) float32 of pictures (B X Y 3) uint8: the mode, normalised.
+
+    On a GPU the work is only begun when this returns, and `pixels` should be pinned.
+    """
     count, device = len(pixels), encoder.mean.device
-    if device.type == "cuda":
-        pixels = pixels.pin_memory()
     images = rearrange(pixels.to(device, non_blocking=True), "b x y c -> b c 1 x y").float() / 127.5 - 1
     if encoder.batch > count:
         images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, 0, 0, encoder.batch - count))
-    return (encoder.net(images.to(encoder.dtype)).float()[:count] - encoder.mean) / encoder.std
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=encoder.tf32):
+        latents = encoder.net(images.to(encoder.dtype)).float()[:count]
+    return (latents - encoder.mean) / encoder.std
 
 
 @torch.inference_mode()
