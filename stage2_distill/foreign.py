@@ -42,7 +42,6 @@ RENAMED = {
     "num_frames": "num_frames",
     "h": "height",
     "w": "width",
-    "gradient_checkpointing": "activation_checkpointing",
 }
 ONLY: dict[str, tuple[tuple[object, ...], str]] = {
     "real_name": ((MODEL,), "only Wan2.2-TI2V models are distilled here"),
@@ -199,6 +198,9 @@ def defaults(values: Values, found: Translation) -> None:
     found.options.setdefault("ts_schedule", True)
     if "mixed_precision" in values:
         set_option(found, "mixed_precision", "dtype", "bfloat16" if values["mixed_precision"] else "float32")
+    if "gradient_checkpointing" in values:
+        kept = "attention" if values["gradient_checkpointing"] else "all"
+        set_option(found, "gradient_checkpointing", "keep_activations", kept)
     if values.get("seed") == 0:
         found.notes.append("seed: 0 is a seed like any other here, in the reference a drawn one")
     if float(str(values.get("ema_weight", -1))) <= 0:
@@ -235,6 +237,7 @@ TOGETHER: dict[str, Rule] = {  # keys that are read beside others
     "beta1_critic": critic_optimizer,
     "beta2_critic": critic_optimizer,
     "mixed_precision": defaults,
+    "gradient_checkpointing": defaults,
     "image_or_video_shape": shape,
     "num_training_frames": shape,
 }

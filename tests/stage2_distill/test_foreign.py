@@ -113,7 +113,7 @@ def test_the_command_line_wins_over_a_foreign_file(tmp_path: Path) -> None:
         ({"ema_weight": -1}, "ema_decay", 0.0),
         ({"dfake_gen_update_ratio": 3}, "student_every", 3),
         ({"ts_schedule_max": True}, "ts_schedule_max", True),
-        ({"gradient_checkpointing": False}, "activation_checkpointing", False),
+        ({"gradient_checkpointing": False}, "keep_activations", "all"),
         ({"log_iters": 50}, "checkpoint_every", 50),
     ],
 )
