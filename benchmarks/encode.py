@@ -29,8 +29,7 @@ from benchmarks.random_models import TINY, TRUE, WORDS, random_text, random_vae
 from benchmarks.reading import reading, whole_clip
 from benchmarks.report import append
 from common.device import begin_copy, pick_device
-from common.video import VideoSpec
-from shards.record import TEXT_LENGTH
+from common.video import TEXT_LENGTH, VideoSpec
 from stage1_encode import text, vae
 from stage1_encode.config import EncodeConfig
 from stage1_encode.engine import tasks

@@ -19,7 +19,7 @@ class Condition:
     """What a video is made from."""
 
     first_frame: Tensor | None  # (B C 1 H W); None = text only
-    text: Tensor  # (B L D), zero rows after each prompt's end
+    text: Tensor  # (B L D), zero rows after each prompt's end; of L < 512 the last one stands for all up to 512
     given: Tensor | None = None  # (B) bool: which samples have their first frame; None = all
     frame_time: Tensor | None = None  # (B): time of a given frame's tokens, as a share of the video's; None = 0
 

@@ -6,6 +6,7 @@ TIME_STRIDE = 4  # pixel frames a latent frame, after the first
 SPACE_STRIDE = 16  # pixels a latent, in height and in width
 PATCH = 2  # latents a token, in height and in width
 CHANNELS = 48  # latent channels
+TEXT_LENGTH = 512  # text rows that the denoiser attends to, zero rows included
 
 
 @dataclass(frozen=True)

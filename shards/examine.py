@@ -10,9 +10,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from common.video import TEXT_LENGTH
 from shards.manifest import Manifest, Shard
 from shards.place import Place
-from shards.record import FACTS, TENSORS, TEXT_LENGTH, Record, from_members
+from shards.record import FACTS, TENSORS, Record, from_members
 from shards.write import Index, Member, index_name, parse_index
 
 BLOCK = tarfile.BLOCKSIZE

@@ -18,6 +18,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from common.video import TEXT_LENGTH
 from shards.manifest import MANIFEST, NEGATIVE, Manifest, intact, parse_manifest, parse_negative
 from shards.order import shuffled
 from shards.place import Place, open_place, read_checked, read_whole
@@ -142,8 +143,8 @@ class Records(Protocol):
 class Stream:
     """The endless order of records; `seed` decides it."""
 
-    def __init__(self, data: Records, *, seed: int) -> None:
-        self.data, self.seed = data, seed
+    def __init__(self, data: Records, *, seed: int, text_rows: int = TEXT_LENGTH) -> None:
+        self.data, self.seed, self.text_rows = data, seed, text_rows
 
     def index(self, position: int) -> int:
         """Number of the record at a position."""
@@ -151,7 +152,7 @@ class Stream:
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """The records at these positions, collated."""
-        return collate([self.data.record(self.index(position)) for position in positions])
+        return collate([self.data.record(self.index(position)) for position in positions], text_rows=self.text_rows)
 
 
 def prefetch(load: Callable[[T], R], items: Iterable[T], *, depth: int, threads: int) -> Iterator[R]:

@@ -13,9 +13,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from common.condition import Condition
+from common.video import TEXT_LENGTH
 
 TENSORS, FACTS = "safetensors", "json"  # member names are KEY.safetensors and KEY.json
-TEXT_LENGTH = 512  # text rows that the denoiser attends to, zero rows included
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,23 @@ def from_members(key: str, tensors: bytes, facts: bytes) -> Record:
 
 
 def pad_text(text: Tensor, length: int = TEXT_LENGTH) -> Tensor:
-    """Append zero rows to text (L D), or cut it, to (length D)."""
+    """Append zero rows to text (L D), or cut it, to (length D).
+
+    Under 512 at least one row is zero, since it stands for the rest; ValueError where the text is too long for that.
+    """
+    if text.shape[0] >= length < TEXT_LENGTH:
+        raise ValueError(f"text_rows={length}: a prompt has {text.shape[0]} tokens; give at least {text.shape[0] + 1}")
     return torch.nn.functional.pad(text, (0, 0, 0, length - text.shape[0]))
 
 
-def collate(records: Sequence[Record]) -> Batch:
+def collate(records: Sequence[Record], *, text_rows: int = TEXT_LENGTH) -> Batch:
     """Stack records into a batch; beside records with a first frame, one without gets zeros and `given` False."""
     frames = [record.first_frame for record in records]
     some = next((frame for frame in frames if frame is not None), None)
     full = [] if some is None else [torch.zeros_like(some) if frame is None else frame for frame in frames]
     condition = Condition(
         first_frame=torch.stack(full) if full else None,
-        text=torch.stack([pad_text(record.text) for record in records]),
+        text=torch.stack([pad_text(record.text, text_rows) for record in records]),
         given=torch.tensor([frame is not None for frame in frames]) if full and None in frames else None,
     )
     return Batch(tuple(r.key for r in records), tuple(r.source for r in records), condition)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 from transformers.utils import logging
 
 from common.device import begin_copy
-from shards.record import TEXT_LENGTH
+from common.video import TEXT_LENGTH
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from common.flow import ladder
 from common.options import DEVICES, at_least, one_of, option
-from common.video import VideoSpec
+from common.video import TEXT_LENGTH, VideoSpec
 
 DTYPES = ("float32", "bfloat16")
 KEEPS = ("none", "attention", "all")
@@ -68,6 +68,7 @@ class DistillConfig:
     keep_activations: str = option(
         "attention", "What a block keeps for its backward pass; the rest is computed again.", choices=KEEPS
     )
+    text_rows: int = option(TEXT_LENGTH, "Text rows computed; fewer are quicker and the same, if prompts are short.")
     attention: str = option("auto", "Kernel of attention; auto is cuDNN in bf16 on a GPU.", choices=ATTENTIONS)
     compile: bool = option(False, "Compile the blocks first: a minute at the start, then a quarter faster on a GPU.")
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)

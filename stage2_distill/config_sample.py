@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from common.flow import ladder
 from common.options import DEVICES, at_least, one_of, option
+from common.video import TEXT_LENGTH
 
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("ema", "student")
@@ -25,6 +26,7 @@ class SampleConfig:
     ladder: tuple[float, ...] | None = option(None, "Sample with other steps than the checkpoint was trained on.")
     weights: str = option("ema", "Weights to sample from.", choices=WEIGHTS)
     batch_size: int = option(1, "Videos sampled at once.")
+    text_rows: int = option(TEXT_LENGTH, "Text rows computed; fewer are quicker and the same, if prompts are short.")
     dtype: str = option("bfloat16", "Precision of the network.", choices=DTYPES)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
 
@@ -66,6 +68,7 @@ class EvaluateConfig:
     i3d: str | None = option(None, "TorchScript file of an I3D network, for the Frechet video distance.")
     clip: str | None = option(None, "Folder of a CLIP model in the layout of transformers, for the CLIP score.")
     batch_size: int = option(1, "Videos sampled, and decoded, at once.")
+    text_rows: int = option(TEXT_LENGTH, "Text rows computed; fewer are quicker and the same, if prompts are short.")
     dtype: str = option("bfloat16", "Precision of the networks.", choices=DTYPES)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
 

@@ -97,7 +97,7 @@ def open_setting(config: EvaluateConfig) -> Setting:
         config,
         facts,
         tuple(data.record(index) for index in range(count)),
-        pad_text(data.negative),
+        pad_text(data.negative, config.text_rows),
         f"{count} of {made}",
         float(str(facts.config["guidance_scale"])) if scale is None else scale,
     )
@@ -218,7 +218,8 @@ def sample_set(setting: Setting, sampler: Sampler, plain: Denoiser, seed: int) -
 def sample_rows(setting: Setting, sampler: Sampler, plain: Denoiser, rows: Sequence[int], seed: int) -> Tensor:
     """Latents (B C T H W) of some conditions; the noise depends on the seed and the row alone."""
     device = pick_device(setting.config.device)
-    condition: Condition = collate([setting.records[row] for row in rows]).condition.to(device)
+    records = [setting.records[row] for row in rows]
+    condition: Condition = collate(records, text_rows=setting.config.text_rows).condition.to(device)
     draws = [generator(seed, 0, row, "evaluate", device) for row in rows]
     noise = normal(setting.facts.spec.latent_shape, draws)
     denoise = guided(plain, negative_text=setting.negative_text.to(device), scale=sampler.scale)

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from common.video import TEXT_LENGTH
 from stage2_distill.attention import attend
 
 Rope: TypeAlias = tuple[Tensor, Tensor]  # cos and sin (1 N 1 d/2) float32
@@ -135,13 +136,17 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 def attention(module: WanAttention, x: Tensor, source: Tensor, rope: Rope | None, kernel: str) -> Tensor:
-    """Attention of x (B N D) over `source` (B M D), queries and keys normalised over all heads."""
+    """Attention of x (B N D) over `source` (B M D), queries and keys normalised over all heads.
+
+    Without rope the source is text: of fewer than 512 rows the last one stands for all the zero rows left out.
+    """
     split = partial(rearrange, pattern="b n (h d) -> b n h d", h=module.heads)
     query = split(module.norm_q(module.to_q(x)))
     key = split(module.norm_k(module.to_k(source)))
     if rope is not None:
         query, key = rotate(query, rope), rotate(key, rope)
-    return module.to_out[0](attend(query, key, split(module.to_v(source)), kernel))
+    stands_for = 1 if rope is not None else TEXT_LENGTH - source.shape[1] + 1
+    return module.to_out[0](attend(query, key, split(module.to_v(source)), kernel, stands_for=stands_for))
 
 
 def block_forward(

@@ -90,7 +90,7 @@ def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet
         adamw(roles.student, config.student_lr, config),
         adamw(roles.critic, config.critic_lr, config),
         Ema(roles.student),
-        pad_text(data.negative).to(ranks.device),
+        pad_text(data.negative, config.text_rows).to(ranks.device),
     )
 
 
@@ -163,7 +163,7 @@ def iterate(out: Path, trainer: Trainer, data: DataSet | Mixture, facts: Student
 def conditions(trainer: Trainer, data: DataSet | Mixture, done: int) -> Iterator[tuple[Part, Condition]]:
     """This rank's micro-batches from iteration `done` on, read ahead by threads, on the device."""
     config, ranks = trainer.config, trainer.ranks
-    stream = Stream(data, seed=config.seed)
+    stream = Stream(data, seed=config.seed, text_rows=config.text_rows)
 
     def read(part: Part) -> tuple[Part, Condition]:
         return part, vary(stream.batch(part.positions).condition, part, config)

@@ -57,7 +57,7 @@ def write_samples(net: nn.Module, config: SampleConfig, facts: StudentFacts, dat
     sigmas = config.sigmas(facts.shift) or facts.sigmas
     with Progress(count, done=0, label="sample") as progress:
         for rows in batches([r.first_frame is not None for r in records], config.batch_size):
-            condition = collate([records[row] for row in rows]).condition.to(device)
+            condition = collate([records[row] for row in rows], text_rows=config.text_rows).condition.to(device)
             draws = [generator(seeds[row], 0, 0, "sample", device) for row in rows]
             with torch.no_grad():
                 x0 = rollout(

@@ -33,7 +33,7 @@ def gradients(net: WanTransformer3DModel, times: torch.Tensor) -> dict[str, torc
     x = normal(*SHAPE, seed=1).requires_grad_()
     net.zero_grad()
     (out,) = net(
-        hidden_states=x, timestep=times, encoder_hidden_states=normal(2, 8, TEXT_DIM, seed=2), return_dict=False
+        hidden_states=x, timestep=times, encoder_hidden_states=normal(2, 512, TEXT_DIM, seed=2), return_dict=False
     )
     (out * normal(*SHAPE, seed=3)).sum().backward()
     return {"out": out.detach(), "x": x.grad} | {name: p.grad.clone() for name, p in net.named_parameters()}

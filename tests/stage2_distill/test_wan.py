@@ -10,6 +10,7 @@ from tiny import TEXT_DIM
 
 from common.condition import Condition, frame_sigma, pin
 from common.flow import ladder, x0_from_velocity
+from shards.record import pad_text
 from stage2_distill.wan import denoise, denoiser, guided, load
 
 SIZE = {"num_frames": 9, "height": 64, "width": 96}
@@ -171,3 +172,14 @@ def test_half_precision_leaves_rope_and_score_arithmetic_in_float32(model: Path)
     velocity = (x_t - x0) / 0.02
     torch.testing.assert_close(x0, x0_from_velocity(x_t, velocity, sigma))
     assert not torch.equal(x0, x0.bfloat16().float()), "x0 must not be rounded to bf16"
+
+
+def test_fewer_text_rows_are_the_same_numbers(net: torch.nn.Module) -> None:
+    x_t, sigma = normal(2, *SHAPE[1:], seed=21), torch.tensor([0.9, 0.4])
+    frame, text = normal(2, 48, 1, *SHAPE[3:], seed=22), torch.zeros(2, 512, TEXT_DIM)
+    text[0, :5], text[1, :9] = normal(5, TEXT_DIM, seed=23), normal(9, TEXT_DIM, seed=24)
+    whole = denoise(net, x_t, sigma, Condition(frame, text), dtype=torch.float32)
+    few = denoise(net, x_t, sigma, Condition(frame, text[:, :16]), dtype=torch.float32)
+    torch.testing.assert_close(few, whole, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="text_rows=9: a prompt has 9 tokens; give at least 10"):
+        pad_text(text[1, :9], 9)
