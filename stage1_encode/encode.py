@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.device import pick_device
 from shards.fingerprint import locate
-from shards.manifest import MANIFEST
+from shards.manifest import MANIFEST, NEGATIVE
 from stage1_encode.config import EncodeConfig
 from stage1_encode.engine import ENGINES, rank_and_world
 from stage1_encode.pipeline import PARTS
@@ -64,11 +64,12 @@ def encode(config: EncodeConfig) -> EncodeReport:
         with alone(lock, SETTLING):
             check_plan(folder, plan)
             write_plan(folder, config, plan)
-            if found.unfinished:
+            if found.unfinished or not (folder / NEGATIVE).is_file():
                 (folder / MANIFEST).unlink(missing_ok=True)
         numbers = [number for number in found.unfinished if number in mine]
-        if numbers:
-            ENGINES[config.engine](config, numbers)
+        negative = 0 in mine and not (folder / NEGATIVE).is_file()  # one process writes it: the one with shard 0
+        if numbers or negative:
+            ENGINES[config.engine](config, numbers, negative=negative)
         if rank_and_world()[0] == 0 and config.shards == "":
             wait_for_others(folder, found)
         with alone(lock, FINISHING):

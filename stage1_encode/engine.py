@@ -3,15 +3,25 @@ its process died, the next run does.
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 from common.progress import Progress
 from stage1_encode.config import EncodeConfig
 from stage1_encode.pipeline import Task, load_encoders, make_shards, write_negative
+from stage1_encode.plan import finished
 from stage1_encode.rows import read_shards
 
-Engine = Callable[[EncodeConfig, Collection[int]], None]  # makes the shards of these numbers
+CHUNK = 4  # shards that a Ray worker is given at once, so that reading, models and writing overlap
+
+
+class Engine(Protocol):
+    """Makes shards by number, and before them the negative prompt's embedding where it is asked to."""
+
+    def __call__(self, config: EncodeConfig, numbers: Collection[int], *, negative: bool) -> None:
+        """Return when all is made."""
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -27,12 +37,14 @@ def tasks(config: EncodeConfig, numbers: Collection[int]) -> Iterator[Task]:
             yield Task(number, rows)
 
 
-def run_here(config: EncodeConfig, numbers: Collection[int]) -> None:
+def run_here(config: EncodeConfig, numbers: Collection[int], *, negative: bool) -> None:
     """Make the shards in this process."""
     encoders = load_encoders(config)
-    write_negative(config, encoders)
-    for _ in make_shards(config, encoders, tasks(config, numbers), total=len(numbers) * config.shard_size):
-        pass
+    if negative:
+        write_negative(config, encoders)
+    if numbers:
+        for _ in make_shards(config, encoders, tasks(config, numbers), total=len(numbers) * config.shard_size):
+            pass
 
 
 class Worker:
@@ -42,21 +54,23 @@ class Worker:
         self.config = config
         self.encoders = load_encoders(config)
 
-    def begin(self) -> None:
+    def write_negative(self) -> None:
         """Embed the negative prompt."""
         write_negative(self.config, self.encoders)
 
-    def make(self, task: Task) -> int:
-        """Make one shard; the number of rows that it stands for."""
-        for _ in make_shards(self.config, self.encoders, [task], total=len(task.rows)):
+    def make(self, chunk: Sequence[Task]) -> int:
+        """Make some shards, those left out that a lost worker finished; the number of rows that they stand for."""
+        rows = sum(len(task.rows) for task in chunk)
+        left = [task for task in chunk if finished(Path(self.config.out), task.number, len(task.rows)) is None]
+        for _ in make_shards(self.config, self.encoders, left, total=rows):
             pass
-        return len(task.rows)
+        return rows
 
 
-def run_on_ray(config: EncodeConfig, numbers: Collection[int]) -> None:
+def run_on_ray(config: EncodeConfig, numbers: Collection[int], *, negative: bool) -> None:
     """Make the shards on the Ray cluster of RAY_ADDRESS, or on this machine, with one worker a GPU.
 
-    A lost worker is started again and its shard made again. ValueError without Ray.
+    A lost worker is started again and its shards made again. ValueError without Ray, or without a GPU where one is due.
     """
     try:
         import ray
@@ -65,14 +79,23 @@ def run_on_ray(config: EncodeConfig, numbers: Collection[int]) -> None:
         raise ValueError("engine=ray: Ray is not installed; pip install 'ti2v-distill[ray]'") from error
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     gpus = 0 if config.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+    if config.device == "cuda" and not gpus:
+        raise ValueError("device=cuda: the Ray cluster has no GPU; give --device cpu")
     actor = ray.remote(num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=-1)(Worker)
-    workers = [actor.remote(config) for _ in range(gpus or 1)]
-    ray.get(workers[0].begin.remote())
-    with Progress(len(numbers) * config.shard_size, label="encode") as progress:
-        for rows in ActorPool(workers).map_unordered(
-            lambda worker, task: worker.make.remote(task), tasks(config, numbers)
-        ):
-            progress.advance(count=rows)
+    workers = [actor.remote(config) for _ in range(min(gpus or 1, max(1, -(-len(numbers) // CHUNK))))]
+    if negative:
+        ray.get(workers[0].write_negative.remote())
+    pool, waiting = ActorPool(workers), tasks(config, numbers)
+    try:
+        with Progress(len(numbers) * config.shard_size, label="encode") as progress:
+            while chunk := list(islice(waiting, CHUNK)):
+                if not pool.has_free():
+                    progress.advance(count=pool.get_next_unordered())
+                pool.submit(lambda worker, chunk: worker.make.remote(chunk), chunk)
+            while pool.has_next():
+                progress.advance(count=pool.get_next_unordered())
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # as this process would have said it
 
 
 ENGINES: dict[str, Engine] = {"local": run_here, "ray": run_on_ray}

@@ -6,12 +6,15 @@ when it dies. It bounds its own time and memory, so that it ends even when the r
 
 import contextlib
 import json
+import os
 import queue
 import resource
 import signal
 import socket
 import subprocess
 import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,10 +23,12 @@ import numpy
 
 from common.video import VideoSpec
 from stage1_encode.frames import Frame, UnreadableError, first_frame
+from stage1_encode.rows import Row, locate_file
 
 ROOT = Path(__file__).absolute().parent.parent  # from which a child imports this module
 MEMORY = 8 * 2**30  # bytes of address space of a child
 GRACE = 10.0  # seconds after the time limit in which a child's own alarm has ended it
+MOST_WORKERS = 16
 START = 60.0  # seconds in which a child is ready
 
 
@@ -137,6 +142,24 @@ class Readers:
         self.pool.shutdown(cancel_futures=True)
         for _ in range(self.count):
             self.children.get().close()
+
+
+def default_workers() -> int:
+    """Processes that read files, one a CPU core that this process and its neighbours under torchrun share."""
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min((os.cpu_count() or 1) // neighbours, MOST_WORKERS))
+
+
+def read_ahead(
+    rows: Iterable[Row], readers: Readers, table: Path, *, depth: int
+) -> Iterator[tuple[Row, "Future[Frame] | None"]]:
+    """Each row with its frame to come, `depth` of them begun ahead; None for a row without a file."""
+    begun: deque[tuple[Row, Future[Frame] | None]] = deque()
+    for row in rows:
+        begun.append((row, readers.submit(locate_file(table, row.path)) if row.path and not row.problem else None))
+        if len(begun) > depth:
+            yield begun.popleft()
+    yield from begun
 
 
 if __name__ == "__main__":

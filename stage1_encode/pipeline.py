@@ -2,7 +2,6 @@
 written behind; in between the two models work on batches. Shapes: B batch, C channels, H W latent size, L text rows.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,11 +23,10 @@ from shards.write import Failure, Index, shard_name, write_shard
 from stage1_encode import text, vae
 from stage1_encode.config import EncodeConfig
 from stage1_encode.frames import Frame, UnreadableError
-from stage1_encode.isolate import Readers
-from stage1_encode.rows import Row, locate_file, rows_digest
+from stage1_encode.isolate import Readers, default_workers, read_ahead
+from stage1_encode.rows import Row, rows_digest
 
 PARTS = ("vae", "text_encoder", "tokenizer")
-MOST_WORKERS = 16
 WRITERS = 2  # shards hashed and written at once
 
 
@@ -73,20 +71,18 @@ def make_ready(config: EncodeConfig, whole: vae.Vae, prompts: text.TextEncoder) 
 
 
 def write_negative(config: EncodeConfig, encoders: Encoders) -> None:
-    """Embed the negative prompt, unless that is done."""
-    path = Path(config.out) / NEGATIVE
-    if not path.is_file():
-        tokens = text.tokenize(encoders.text, [text.clean(config.negative_prompt)])
-        embedding = text.embed(encoders.text, tokens, budget=config.text_tokens)[0]
-        if ready := mark(encoders.text.model.device):
-            ready.synchronize()
-        write_file(path, save({"text": embedding}))
+    """Embed the negative prompt."""
+    tokens = text.tokenize(encoders.text, [text.clean(config.negative_prompt)])
+    embedding = text.embed(encoders.text, tokens, budget=config.text_tokens)[0]
+    if ready := mark(encoders.text.model.device):
+        ready.synchronize()
+    write_file(Path(config.out) / NEGATIVE, save({"text": embedding}))
 
 
 def make_shards(config: EncodeConfig, encoders: Encoders, tasks: Iterable[Task], *, total: int) -> Iterator[Index]:
     """Make shards one after the other and yield their sidecars' content; `total` rows are shown as progress."""
     ahead, later = tee(tasks)
-    workers = config.workers or min(os.cpu_count() or 1, MOST_WORKERS)
+    workers = config.workers or default_workers()
     readers = Readers(workers, config.spec, config.time_limit)
     try:
         rows = chain.from_iterable(task.rows for task in ahead)
@@ -111,18 +107,6 @@ def make_shards(config: EncodeConfig, encoders: Encoders, tasks: Iterable[Task],
 def one_thread() -> None:
     """Let torch's small work in a thread begun now stay in it: threads of its own would wait for busy cores."""
     torch.set_num_threads(1)
-
-
-def read_ahead(
-    rows: Iterable[Row], readers: Readers, table: Path, *, depth: int
-) -> Iterator[tuple[Row, "Future[Frame] | None"]]:
-    """Each row with its frame to come, `depth` of them begun ahead; None for a row without a file."""
-    begun: deque[tuple[Row, Future[Frame] | None]] = deque()
-    for row in rows:
-        begun.append((row, readers.submit(locate_file(table, row.path)) if row.path and not row.problem else None))
-        if len(begun) > depth:
-            yield begun.popleft()
-    yield from begun
 
 
 def prepare(task: Task, encoder: text.TextEncoder) -> Prepared:

@@ -163,7 +163,7 @@ def survey(folder: Path, config: EncodeConfig) -> Survey:
         index = finished(folder, number)
         if index is not None:
             _check_rows(config, rows, index)
-        if index is None or index.shard.rows < len(rows) or (number == 0 and not (folder / NEGATIVE).is_file()):
+        if index is None or index.shard.rows < len(rows):
             unfinished.append(number)
         counts.append(len(rows))
     if (folder / shard_name(len(counts))).exists():
@@ -192,10 +192,10 @@ def finished(folder: Path, number: int, rows: int | None = None) -> Index | None
 
 
 def finish(folder: Path, plan: Plan, found: Survey) -> Manifest | None:
-    """Write `failures.csv` and the manifest once all shards are there; None before that."""
+    """Write `failures.csv` and the manifest once all shards and the negative prompt are there; None before that."""
     indices = [finished(folder, number, rows) for number, rows in enumerate(found.rows)]
     there = [index for index in indices if index is not None]
-    if len(there) < len(indices):
+    if len(there) < len(indices) or not (folder / NEGATIVE).is_file():
         return None
     failures = [failure for index in there for failure in index.failures]
     manifest = Manifest(plan.schema, plan.spec, plan.encoder, tuple(index.shard for index in there), len(failures))
