@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from common.options import config_options, resolve, write_config
-from stage1_encode.config import DecodeConfig, EncodeConfig
+from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.config_sample import EvaluateConfig, SampleConfig
 from stage2_distill.foreign import understood
@@ -35,13 +35,10 @@ def encode_command(**given: object) -> None:
 
 @cli.command("verify")
 @click.argument("shards")
-def verify_command(shards: str) -> int:
+@config_options(VerifyConfig)
+def verify_command(shards: str, **given: object) -> int:
     """Check every byte, row and record of a data set, and describe it."""
-    from shards.verify import verify
-
-    report = verify(shards)
-    click.echo("\n".join(report.lines()))
-    return int(bool(report.problems))
+    return verify_data(shards, resolve(VerifyConfig, given))
 
 
 @cli.command("distill")
@@ -103,6 +100,25 @@ def run_demo(out: Path) -> dict[str, Path]:
     asked = {"checkpoint": str(run), "data": str(nano / "prompts.csv"), "out": str(videos), "dtype": "float32"}
     made = sample_videos(resolve(SampleConfig, common | asked | {"batch_size": 8}))
     return {"shards": data, "checkpoint": run, "videos": videos, "contact sheet": made[-1]}
+
+
+def verify_data(shards: str, config: VerifyConfig) -> int:
+    """Verify a data set (shards), mend it and draw its first frames where asked (stage one); the exit code."""
+    from shards.verify import verify
+
+    report = verify(shards)
+    click.echo("\n".join(report.lines()))
+    if config.repair and report.problems:
+        from stage1_encode.mend import mend
+
+        mend(report, config)
+        report = verify(shards)
+        click.echo(f"after the repair: {report.lines()[0]}")
+    if config.model and report.manifest:
+        from stage1_encode.mend import draw_sheet
+
+        click.echo(f"first frames: {draw_sheet(report, config)}")
+    return int(bool(report.problems))
 
 
 def sample_videos(config: SampleConfig) -> list[Path]:

@@ -80,10 +80,10 @@ def _click_option(item: Field[Any], hint: Any) -> Callable[[Any], Any]:  # noqa:
     return click.option(flag, item.name, default=None, help=text, type=kind)
 
 
-def config_options(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def config_options(config: type) -> Callable[[Callable[..., object]], Callable[..., object]]:
     """Decorate a click command with `--config` and one option a field of `config`."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Callable[..., object]) -> Callable[..., object]:
         hints = get_type_hints(config)
         for item in reversed(fields(config)):
             command = _click_option(item, hints[item.name])(command)

@@ -72,6 +72,20 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True)
+class VerifyConfig:
+    """What `verify` does besides checking a data set."""
+
+    repair: bool = option(False, "Encode again just what is broken, by the command that made it.")
+    model: str | None = option(None, "Model folder or hub name: adds a picture of decoded first frames.")
+    sheet: str = option("first-frames.png", "That picture's file.")
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
+
+    def __post_init__(self) -> None:
+        if not self.sheet.endswith((".png", ".jpg")):
+            raise ValueError(f"sheet={self.sheet}: must end in .png or .jpg")
+
+
+@dataclass(frozen=True)
 class DecodeConfig:
     """What `decode` makes of latents."""
 

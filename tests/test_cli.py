@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -137,6 +138,18 @@ def test_mistakes_of_encode(model: Path, clips: Path, tmp_path: Path) -> None:
     assert "vae" in refuses("encode", "--data", clips / "clips.csv", "--model", half, "--out", tmp_path / "o", *SIZE)
     assert not (tmp_path / "o").exists()
     assert "no such option" in refuses("encode", "--colour", "red").lower()
+
+
+def test_a_flipped_bit_is_named_and_mended(run: Path, model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run / "data", tmp_path / "data")
+    tar = folder / "shard-000000.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    done = call("verify", folder)
+    assert done.returncode == 1 and "broken: shard-000000.tar: 000000000.safetensors: hash differs" in done.stdout
+    said = works("verify", folder, "--repair", "--model", model, "--sheet", tmp_path / "frames.png")
+    assert "after the repair" in said and "0 problems" in said
+    assert tar.read_bytes() == whole and Image.open(tmp_path / "frames.png").width > 96
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

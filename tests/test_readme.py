@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from stage1_encode.config import DecodeConfig, EncodeConfig
+from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.config_sample import EvaluateConfig, SampleConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONFIGS = [EncodeConfig, DistillConfig, SampleConfig, DecodeConfig, EvaluateConfig]
+CONFIGS = [EncodeConfig, VerifyConfig, DistillConfig, SampleConfig, DecodeConfig, EvaluateConfig]
 
 
 def shown(default: object) -> str:

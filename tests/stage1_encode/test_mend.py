@@ -1,0 +1,104 @@
+"""`verify --repair` and its picture: just what is broken is made again, and the picture shows the records."""
+
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+from PIL import Image
+
+from shards.read import open_data_set
+from shards.verify import verify
+from stage1_encode.config import VerifyConfig
+from stage1_encode.encode import encode
+from stage1_encode.mend import CELL, COLUMNS, LABEL, draw_sheet, mend
+from tests import tiny
+from tests.stage1_encode.test_encode import configure, hashes
+
+CPU = VerifyConfig(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: Path) -> Path:
+    """Three shards of two rows, one of which failed."""
+    rows = [(clips / f"clip-{i}.mp4", f"prompt {i}") for i in range(5)]
+    folder = tmp_path_factory.mktemp("mend")
+    table = tiny.write_csv(folder / "rows.csv", [*rows, (folder / "gone.mp4", "lost")])
+    encode(configure(table, model, folder / "set", shard_size=2, max_failures=0.5))
+    return folder / "set"
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "made_again"),
+    [
+        ("shard-000001.tar", {"shard-000001.tar", "shard-000001.json"}),
+        ("shard-000002.json", {"shard-000002.tar", "shard-000002.json"}),
+        ("negative.safetensors", set()),
+        ("manifest.json", set()),
+        ("failures.csv", set()),
+    ],
+)
+def test_only_what_is_broken_is_made_again(name: str, made_again: set[str], whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "set")
+    flip(folder / name, (folder / name).stat().st_size // 2)
+    report = verify(folder)
+    assert {problem.file for problem in report.problems} == {name}
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    mend(report, CPU)
+    assert hashes(folder) == hashes(whole) and verify(folder).problems == ()
+    assert {path for path in before if (folder / path).stat().st_mtime_ns != before[path]} == made_again
+
+
+def test_nothing_is_deleted_where_the_command_cannot_run(whole: Path, clips: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "set")
+    flip(folder / "shard-000001.tar", 3000)
+    report, before = verify(folder), hashes(folder)
+    with pytest.raises(ValueError, match="no such folder"):
+        mend(report, VerifyConfig(model=str(tmp_path / "none"), device="cpu"))
+    other = tiny.make_model(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"was begun with other settings: encoder\.vae"):
+        mend(report, VerifyConfig(model=str(other), device="cpu"))
+    settings = (folder / "encode.yaml").read_text()
+    table = tiny.write_csv(tmp_path / "rows.csv", [(clips / "clip-0.mp4", "another prompt")] * 6)
+    (folder / "encode.yaml").write_text("\n".join([f"data: {table}", *settings.splitlines()[1:]]))
+    with pytest.raises(ValueError, match="changed since"):
+        mend(report, CPU)
+    assert hashes(folder) == before
+    (folder / "encode.yaml").unlink()
+    with pytest.raises(ValueError, match=r"holds no encode\.yaml"):
+        mend(report, CPU)
+
+
+def test_the_picture_shows_each_record(whole: Path, model: Path, tmp_path: Path) -> None:
+    report = verify(whole)
+    path = draw_sheet(report, VerifyConfig(model=str(model), sheet=str(tmp_path / "a" / "sheet.png"), device="cpu"))
+    sheet = numpy.asarray(Image.open(path))
+    height = CELL * 64 // 96
+    assert sheet.shape == (height + LABEL, COLUMNS * CELL, 3)
+    cells = [sheet[:height, i * CELL : (i + 1) * CELL].astype(float) for i in range(COLUMNS)]
+    assert open_data_set(whole).records == 5
+    assert all(cell.std() > 1 for cell in cells[:5]), "pictures"
+    assert all((cell == 255).all() for cell in cells[5:]), "the rest is empty"
+    assert any((cells[0] != cell).any() for cell in cells[1:5])
+
+
+def test_a_broken_record_is_left_out_of_the_picture(whole: Path, model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "set")
+    (folder / "shard-000000.tar").unlink()
+    config = VerifyConfig(model=str(model), sheet=str(tmp_path / "sheet.png"), device="cpu")
+    sheet = numpy.asarray(Image.open(draw_sheet(verify(folder), config)))
+    assert [(sheet[:, i * CELL : (i + 1) * CELL] != 255).any() for i in range(4)] == [True, True, True, False]
+
+
+def test_another_vae_draws_nothing(whole: Path, tmp_path: Path) -> None:
+    other = tiny.make_model(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="its VAE is not the one"):
+        draw_sheet(verify(whole), VerifyConfig(model=str(other), sheet=str(tmp_path / "s.png"), device="cpu"))
+    with pytest.raises(ValueError, match=r"must end in \.png or \.jpg"):
+        VerifyConfig(sheet="sheet")
