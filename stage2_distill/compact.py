@@ -1,0 +1,171 @@
+"""AdamW with betas (0, b) in few bytes a parameter, for weights that live in bf16.
+
+Beside a bf16 weight (2 bytes) stand the 16 bits that its float32 master has more (2 bytes) and the second moment
+(4, 2 or 1 bytes). With the first beta 0 the first moment is the gradient and needs none. 5 B parameters take 25 GB with
+8-bit moments, where float32 AdamW takes 60 and a bf16 copy to compute with another 10.
+"""
+
+from functools import cache
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import zeros as sharded_zeros
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from stage2_distill.master import join, split
+from stage2_distill.moment import BLOCK, chance, decode, encode, in_blocks, to_bf16
+
+MOMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
+
+
+class Advance(Protocol):
+    """The type of `advance`."""
+
+    def __call__(self, weight: Tensor, state: dict[str, Tensor], grad: Tensor, rates: Tensor, place: Tensor) -> None:
+        """Do the update."""
+
+
+def advance(weight: Tensor, state: dict[str, Tensor], grad: Tensor, rates: Tensor, place: Tensor) -> None:
+    """One AdamW update of all elements (N) of one parameter, in place; the order of operations is torch's.
+
+    rates: float32 (7): 1 - lr decay, -lr, beta2, 1 - beta2, sqrt(1 - beta2^step), eps, factor of the gradient.
+    place: int64 (2): step, number of the first element within the whole parameter.
+    """
+    shrink, minus_lr, beta2, rest, correction, eps, factor = rates.unbind()
+    grad = grad.float() * factor
+    moment = torch.addcmul(read_moment(state) * beta2, rest * grad, grad)
+    write_moment(state, moment, place)
+    master = join(weight, state["remainder"]) * shrink
+    master = master + (minus_lr * grad) / (moment.sqrt() / correction + eps)
+    high, low = split(master)
+    weight.copy_(high)
+    state["remainder"].copy_(low)
+
+
+def read_moment(state: dict[str, Tensor]) -> Tensor:
+    """The second moment (N) in float32."""
+    moment = state["exp_avg_sq"]
+    if moment.dtype != torch.uint8:
+        return moment.float()
+    return decode(moment.view(-1, BLOCK), state["exp_avg_sq_top"]).view(-1)
+
+
+def write_moment(state: dict[str, Tensor], moment: Tensor, place: Tensor) -> None:
+    """Store the second moment (N)."""
+    kept = state["exp_avg_sq"]
+    if kept.dtype == torch.float32:
+        kept.copy_(moment)
+        return
+    chances = chance(moment.numel(), start=place[1], step=place[0])
+    if kept.dtype == torch.bfloat16:
+        kept.copy_(to_bf16(moment, chances))
+        return
+    codes, tops = encode(moment.view(-1, BLOCK), chances.view(-1, BLOCK))
+    kept.copy_(codes.view(-1))
+    state["exp_avg_sq_top"].copy_(tops)
+
+
+@cache
+def fused() -> Advance:
+    """`advance` as one kernel a parameter."""
+    return torch.compile(advance, dynamic=True)
+
+
+class CompactAdamW(torch.optim.Optimizer):
+    """The optimizer; parameters are bf16, plain or sharded along dimension 0."""
+
+    def __init__(
+        self, net: nn.Module, *, lr: float, beta2: float, eps: float, weight_decay: float, moment: str = "8bit"
+    ) -> None:
+        defaults = {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+        super().__init__([p for p in net.parameters() if p.requires_grad], defaults)
+        self.factor: Tensor | None = None
+        self.starts = {p: first_element(p) for p in self.parameters()}
+        for parameter in self.parameters():
+            assert parameter.dtype == torch.bfloat16, parameter.dtype
+            self.state[parameter] = fresh_state(parameter, MOMENTS[moment])
+
+    def parameters(self) -> list[Tensor]:
+        """What is trained."""
+        return list(self.param_groups[0]["params"])
+
+    @torch.no_grad()
+    def clip(self, limit: float) -> Tensor:
+        """The global gradient norm; the next step scales gradients to one of at most `limit`, in float32."""
+        norm = global_norm([p.grad for p in self.parameters() if p.grad is not None])
+        self.factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        grads = {p: local(p.grad).view(-1) for p in self.parameters() if p.grad is not None}
+        for parameter in grads:
+            self.state[parameter]["step"] += 1
+        first = next(iter(grads))
+        count = int(self.state[first]["step"])
+        device = grads[first].device
+        rates = self.rates(count, device)
+        step = torch.tensor(count).to(device, non_blocking=True)
+        for parameter, grad in grads.items():
+            weight = local(parameter).view(-1)
+            state = {k: local(v).view(-1) for k, v in self.state[parameter].items() if k != "step"}
+            (fused() if weight.is_cuda else advance)(
+                weight, state, grad, rates, torch.stack([step, self.starts[parameter]])
+            )
+        self.factor = None
+
+    def rates(self, step: int, device: torch.device) -> Tensor:
+        """The numbers of one step (7), float32."""
+        group = self.param_groups[0]
+        lr, beta2 = group["lr"], group["beta2"]
+        correction = (1 - beta2**step) ** 0.5
+        numbers = [1 - lr * group["weight_decay"], -lr, beta2, 1 - beta2, correction, group["eps"]]
+        factor = torch.ones((), device=device) if self.factor is None else self.factor
+        return torch.cat([torch.tensor(numbers).to(device, non_blocking=True), factor[None]])
+
+
+def local(value: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, or the tensor itself."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def fresh_state(parameter: Tensor, moment: torch.dtype) -> dict[str, Tensor]:
+    """State before the first step, sharded as the parameter is."""
+    kept = moment if in_blocks(parameter.shape) else torch.float32
+    state = {
+        "step": torch.zeros((), dtype=torch.float32),
+        "remainder": torch.zeros_like(parameter, dtype=torch.int16),
+        "exp_avg_sq": torch.zeros_like(parameter, dtype=kept),
+    }
+    if kept == torch.uint8:
+        shape = (parameter.shape[0], parameter.shape[1:].numel() // BLOCK)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            state["exp_avg_sq_top"] = sharded_zeros(shape, dtype=torch.int16, device_mesh=mesh, placements=placements)
+        else:
+            state["exp_avg_sq_top"] = torch.zeros(shape, dtype=torch.int16, device=parameter.device)
+    return state
+
+
+def first_element(parameter: Tensor) -> Tensor:
+    """Number of this rank's first element within the whole parameter, int64."""
+    start = 0
+    if isinstance(parameter, DTensor):
+        _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        start = offset[0] * parameter.shape[1:].numel()
+    return torch.tensor(start, device=local(parameter).device)
+
+
+def global_norm(grads: list[Tensor]) -> Tensor:
+    """Norm of all gradients together, over all shards, summed in float32; no float32 copies are made."""
+    squares = torch.stack(torch._foreach_norm([local(g) for g in grads], 2, torch.float32)).square().sum()
+    mesh = next((g.device_mesh for g in grads if isinstance(g, DTensor)), None)
+    if mesh is not None:
+        dist.all_reduce(
+            squares, group=mesh.get_group(mesh.ndim - 1)
+        )  # the last dimension shards, one before replicates
+    return squares.sqrt()
