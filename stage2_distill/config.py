@@ -61,6 +61,7 @@ class DistillConfig:
     ema_start: int = option(200, "Iteration up to which the average is a plain copy.")
     batch_size: int = option(1, "Clips a GPU holds at once.")
     global_batch: int = option(64, "Clips an update averages over: batch size x GPUs x accumulation.")
+    replicate: int = option(1, "Copies of the networks, each sharded over GPUs / copies (HSDP).")
     checkpoint_every: int = option(500, "Iterations from one checkpoint to the next.")
     keep: int = option(3, "Newest checkpoints to keep.")
     seed: int = option(0, "Seed of data order, noise and exits.")
@@ -75,7 +76,15 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         _ = self.spec, self.sigmas
-        for name in ("student_every", "batch_size", "global_batch", "checkpoint_every", "keep", "iterations"):
+        for name in (
+            "student_every",
+            "batch_size",
+            "global_batch",
+            "replicate",
+            "checkpoint_every",
+            "keep",
+            "iterations",
+        ):
             at_least(name, vars(self)[name], 1)
         for name in SHARES:
             _check_share(name, vars(self)[name])

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from common.device import pick_device
-from stage2_distill.wan import Network
+from stage2_distill.wan import Network, materialise
 
 
 @dataclass(frozen=True)
@@ -20,44 +20,60 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    mesh: DeviceMesh
 
 
-def start(device: str) -> Ranks:
-    """Join the process group that torchrun describes; without torchrun, a group of one."""
+def start(device: str, *, replicate: int = 1) -> Ranks:
+    """Join the process group that torchrun describes; without torchrun, a group of one.
+
+    ValueError where the ranks cannot hold `replicate` whole networks.
+    """
     place = pick_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        backend = "nccl" if place.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"  # checkpoints and signals go over gloo
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(f"cpu:gloo,cuda:{backend}" if place.type == "cuda" else backend)
+            dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(dist.get_rank(), dist.get_world_size(), place)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return Ranks(rank, world, place, make_mesh(place.type, world, replicate))
+
+
+def make_mesh(kind: str, world: int, replicate: int) -> DeviceMesh:
+    """All ranks in a row, or `replicate` rows that each hold a whole network (HSDP)."""
+    if world % replicate:
+        fits = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ValueError(f"replicate={replicate}: does not divide {world} ranks; possible are {fits}")
+    if replicate == 1:
+        return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (replicate, world // replicate), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(net: Network, ranks: Ranks, dtype: torch.dtype) -> Network:
-    """Move to the device and apply FSDP2: each block, then the root.
+    """Apply FSDP2 to a skeleton, each block, then the root, and give this rank's part its memory.
 
     The network computes in `dtype`, gradients are reduced in float32. Inputs are not cast: the times must stay
     float32. One process in float32 needs no sharding.
     """
-    net.to(ranks.device)
-    if ranks.world == 1 and dtype == torch.float32:
-        return net
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in net.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    # the root too goes back to shards after a forward: a rollout has no backward pass that would do it
-    fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    return net
+    if ranks.world > 1 or dtype != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in net.blocks:
+            fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+        # the root too goes back to shards after a forward: a rollout has no backward pass that would do it
+        fully_shard(net, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
+    return materialise(net, ranks.device)
 
 
-def reduce_gradients(net: torch.nn.Module, now: bool) -> None:
-    """Say whether the next backward pass averages gradients over the ranks or only accumulates them."""
+def reduce_gradients(net: torch.nn.Module, last: bool) -> None:
+    """Say whether the next backward pass is the last of an update.
+
+    Each pass leaves a rank with its own part of the gradients only (20 GB whole, for 5 B parameters, would be too
+    much to accumulate); the replicas of HSDP are averaged in the last pass alone.
+    """
     if isinstance(net, FSDPModule):
-        net.set_requires_gradient_sync(now)
+        net.set_requires_all_reduce(last)
 
 
 def clip(net: torch.nn.Module, limit: float) -> torch.Tensor:

@@ -22,21 +22,22 @@ from stage2_distill.config import DistillConfig
 from stage2_distill.ema import Ema
 from stage2_distill.first_frame import vary
 from stage2_distill.journal import Journal
-from stage2_distill.network import Plan
+from stage2_distill.network import Network, Plan
 from stage2_distill.optim import adamw, state_tensors
 from stage2_distill.parallel import Ranks, shard, start
 from stage2_distill.schedule import Part, accumulation, parts
 from stage2_distill.train import DivergedError, Roles, Trainer, train_step
-from stage2_distill.wan import load as load_network
+from stage2_distill.wan import skeleton
+from stage2_distill.weights import read_weights
 
 CONFIG, METRICS = "distill.yaml", "metrics.jsonl"
 SPEED = {"keep_activations", "attention", "compile"}
-MAY_CHANGE = {"iterations", "checkpoint_every", "keep", "device", "batch_size", "model"} | SPEED
+MAY_CHANGE = {"iterations", "checkpoint_every", "keep", "device", "batch_size", "model", "replicate"} | SPEED
 
 
 def distill(config: DistillConfig) -> Path:
     """Train, or go on training, and return the newest checkpoint."""
-    ranks = start(config.device)
+    ranks = start(config.device, replicate=config.replicate)
     model = locate(config.model, ("transformer",))
     data = open_data_sets(config.shards)
     check_manifest(Path(config.shards[0]), data.manifest, spec=config.spec, encoder=expected_encoder(model))
@@ -78,11 +79,7 @@ def open_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
 
 def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet | Mixture) -> Trainer:
     """The three roles from one folder, sharded, with their optimizers."""
-    compute = getattr(torch, config.dtype)
-    plan = Plan(config.attention, config.keep_activations, config.compile)
-    student, critic = (load_network(model, torch.float32, plan) for _ in range(2))
-    teacher = load_network(model, compute, plan).requires_grad_(False)
-    roles = Roles(*(shard(net, ranks, compute) for net in (student, teacher, critic)))
+    roles = open_roles(config, ranks, model)
     return Trainer(
         config,
         ranks,
@@ -92,6 +89,19 @@ def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet
         Ema(roles.student),
         pad_text(data.negative, config.text_rows).to(ranks.device),
     )
+
+
+def open_roles(config: DistillConfig, ranks: Ranks, model: Path) -> Roles:
+    """Three networks, sharded before they have memory: trained ones in float32, the teacher as it computes."""
+    compute = getattr(torch, config.dtype)
+    plan = Plan(config.attention, config.keep_activations, config.compile)
+
+    def open_role(dtype: torch.dtype) -> Network:
+        net = shard(skeleton(model, dtype, plan), ranks, compute)
+        read_weights(model / "transformer", dict(net.named_parameters()))
+        return net
+
+    return Roles(open_role(torch.float32), open_role(compute).requires_grad_(False), open_role(torch.float32))
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:

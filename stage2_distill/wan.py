@@ -9,27 +9,46 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.utils import logging
 from torch import Tensor, nn
 
 from common.condition import Condition, Denoiser, frame_sigma, join, pin
 from common.flow import x0_from_velocity
 from common.video import CHANNELS
 from stage2_distill.network import Network, Plan, adopt
+from stage2_distill.weights import read_weights
 
 TIME_SCALE = 1000  # the network's time is 1000 sigma
 
 
-def load(folder: Path, dtype: torch.dtype, plan: Plan | None = None) -> Network:
-    """Read the transformer of a model folder, all parameters in `dtype`, the rope tables in float32.
+def skeleton(folder: Path, dtype: torch.dtype, plan: Plan | None = None) -> Network:
+    """The transformer of a model folder without memory: parameters in `dtype` on the meta device, no weights read.
 
     Raises ValueError where it is not a Wan2.2 TI2V transformer.
     """
-    logging.disable_progress_bar()
-    net = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    try:
+        config = WanTransformer3DModel.load_config(folder / "transformer")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model={folder}: has no readable transformer/config.json") from error
+    with torch.device("meta"):
+        net = WanTransformer3DModel.from_config(config)
     if net.config.in_channels != CHANNELS or net.config.out_channels != CHANNELS:
         raise ValueError(f"model={folder}: transformer has {net.config.in_channels} channels, TI2V needs {CHANNELS}")
-    return cast_parameters(adopt(net, plan), dtype)
+    return cast_parameters(adopt(net, plan), dtype).eval()
+
+
+def materialise(net: Network, device: torch.device) -> Network:
+    """Give a skeleton, sharded or not, its memory on `device`; the rope tables, which no file holds, are made anew."""
+    net.to_empty(device=device)
+    rope = net.rope
+    net.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
+    return net
+
+
+def load(folder: Path, dtype: torch.dtype, plan: Plan | None = None) -> Network:
+    """Read the whole transformer of a model folder, all parameters in `dtype`, the rope tables in float32."""
+    net = materialise(skeleton(folder, dtype, plan), torch.device("cpu"))
+    read_weights(folder / "transformer", dict(net.named_parameters()))
+    return net
 
 
 def cast_parameters(net: Network, dtype: torch.dtype) -> Network:

@@ -86,21 +86,21 @@ def run_here(config: DistillConfig) -> Path:
     return distill(config)
 
 
-def run_ranks(config: DistillConfig, world: int, folder: Path) -> Path:
-    """Run under torchrun on `world` gloo processes; the run's folder."""
-    write_config(folder / "config.yaml", config)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "cli.py", "distill"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command, "--config", str(folder / "config.yaml")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run_ranks(command: list[str], world: int) -> subprocess.CompletedProcess[str]:
+    """Run a script and its arguments under torchrun on `world` gloo processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*torchrun, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def run_worker(configs: list[DistillConfig], world: int, folder: Path) -> list[Path]:
+    """Make several runs in one launch of `world` ranks; their folders."""
+    files = [folder / f"{number}.yaml" for number in range(len(configs))]
+    for file, config in zip(files, configs, strict=True):
+        write_config(file, config)
+    done = run_ranks([str(Path(__file__).parent / "worker.py"), *map(str, files)], world)
     assert done.returncode == 0, done.stderr[-3000:]
-    return Path(config.out)
+    return [Path(config.out) for config in configs]
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
