@@ -10,6 +10,7 @@ DTYPES = ("float32", "bfloat16")
 KEEPS = ("none", "attention", "all")
 ATTENTIONS = ("auto", "torch", "cudnn", "flash", "efficient", "math")
 CRITIC_LOSSES = ("x0", "flow", "noise")
+WANDB = ("off", "online", "offline")
 EXIT_SCHEDULES = ("random", "stratified")
 NOT_NEGATIVE = ("critic_warmup", "warmup", "grad_clip", "ema_start", "student_lr", "critic_lr", "eps", "weight_decay")
 SHARES = ("ema_decay", "beta1", "beta2", "score_low", "score_high", "text_only_fraction", "first_frame_jitter")
@@ -72,6 +73,7 @@ class DistillConfig:
     text_rows: int = option(TEXT_LENGTH, "Text rows computed; fewer are quicker and the same, if prompts are short.")
     attention: str = option("auto", "Kernel of attention; auto is cuDNN in bf16 on a GPU.", choices=ATTENTIONS)
     compile: bool = option(False, "Compile the blocks first: a minute at the start, then a quarter faster on a GPU.")
+    wandb: str = option("off", "Curves on Weights & Biases too (needs the extra wandb).", choices=WANDB)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
 
     def __post_init__(self) -> None:
@@ -94,6 +96,7 @@ class DistillConfig:
         at_least("shift", self.shift, 1)
         one_of("critic_loss", self.critic_loss, CRITIC_LOSSES)
         one_of("exit_schedule", self.exit_schedule, EXIT_SCHEDULES)
+        one_of("wandb", self.wandb, WANDB)
         one_of("dtype", self.dtype, DTYPES)
 
     @property

@@ -1,38 +1,30 @@
 """`metrics.jsonl`: one line an iteration, without gaps or doubles however often a run is stopped."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from shards.manifest import write_file
-from stage2_distill.train import Step, Update
+
+METRICS = "metrics.jsonl"
 
 
 class Journal:
-    """Appends to `metrics.jsonl`; opening it drops the lines of iterations that will run again."""
+    """Appends to `metrics.jsonl`; opening it drops the lines of iterations that will run again, and keeps `lines`."""
 
     def __init__(self, path: Path, *, start: int) -> None:
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["iteration"] < start]
-        write_file(path, b"".join(kept))
+        written = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        read = [(raw, json.loads(raw)) for raw in written if raw.endswith(b"\n")]
+        kept = [(raw, line) for raw, line in read if line["iteration"] < start]
+        write_file(path, b"".join(raw for raw, _ in kept))
+        self.lines: list[dict[str, float]] = [line for _, line in kept]
         self.file = path.open("a", encoding="utf-8")
 
-    def write(self, iteration: int, step: Step, seconds: float) -> None:
+    def write(self, line: Mapping[str, float]) -> None:
         """Append one iteration."""
-        line: dict[str, float] = {"iteration": iteration, "seconds": round(seconds, 4)}
-        line |= _numbers("critic", step.critic)
-        if step.student is not None:
-            line |= _numbers("student", step.student)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self.file.close()
-
-
-def _numbers(role: str, update: Update) -> dict[str, float]:
-    return {
-        f"{role}_loss": update.loss.item(),
-        f"{role}_grad_norm": update.grad_norm.item(),
-        f"{role}_exit": update.exit_index,
-    }

@@ -82,9 +82,10 @@ def clip(net: torch.nn.Module, limit: float) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """Average of a tensor over all ranks."""
-    if dist.get_world_size() > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-    return value / dist.get_world_size()
+def of_all_ranks(figures: torch.Tensor) -> torch.Tensor:
+    """The figures (F) of every rank, in order (ranks F)."""
+    if dist.get_world_size() == 1:
+        return figures[None]
+    rows = [torch.empty_like(figures) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, figures)
+    return torch.stack(rows)

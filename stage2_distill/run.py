@@ -1,6 +1,5 @@
 """A run: open the data and the roles, go on from the newest checkpoint, iterate, save."""
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from common.condition import Condition
 from common.options import read_yaml, write_config
-from common.progress import Progress
 from shards.fingerprint import fingerprint, locate
 from shards.manifest import Manifest, check_manifest
 from shards.mix import Mixture, open_data_sets
@@ -20,19 +18,20 @@ from shards.record import pad_text
 from stage2_distill.checkpoint import SAMPLER, StudentFacts, checkpoints, load, prune, save
 from stage2_distill.config import DistillConfig
 from stage2_distill.ema import Ema
+from stage2_distill.figures import Clock
 from stage2_distill.first_frame import vary
-from stage2_distill.journal import Journal
 from stage2_distill.network import Network, Plan
 from stage2_distill.optim import adamw, state_tensors
 from stage2_distill.parallel import Ranks, shard, start
 from stage2_distill.schedule import Part, accumulation, parts
-from stage2_distill.train import DivergedError, Roles, Trainer, train_step
+from stage2_distill.train import DivergedError, Roles, Step, Trainer, train_step
 from stage2_distill.wan import skeleton
+from stage2_distill.watch import Watch
 from stage2_distill.weights import read_weights
 
-CONFIG, METRICS = "distill.yaml", "metrics.jsonl"
+CONFIG = "distill.yaml"
 SPEED = {"keep_activations", "attention", "compile"}
-MAY_CHANGE = {"iterations", "checkpoint_every", "keep", "device", "batch_size", "model", "replicate"} | SPEED
+MAY_CHANGE = {"wandb", "iterations", "checkpoint_every", "keep", "device", "batch_size", "model", "replicate"} | SPEED
 
 
 def distill(config: DistillConfig) -> Path:
@@ -88,6 +87,7 @@ def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet
         adamw(roles.critic, config.critic_lr, config),
         Ema(roles.student),
         pad_text(data.negative, config.text_rows).to(ranks.device),
+        Clock(ranks.device),
     )
 
 
@@ -144,30 +144,27 @@ def student_facts(config: DistillConfig, model: Path, manifest: Manifest) -> Stu
 def iterate(out: Path, trainer: Trainer, data: DataSet | Mixture, facts: StudentFacts, done: int) -> None:
     """Iterations `done`..end, each logged, with a checkpoint now and then and at the end."""
     config, ranks = trainer.config, trainer.ranks
-    journal = Journal(out / METRICS, start=done) if ranks.rank == 0 else None
     loaded = conditions(trainer, data, done)
-    with Progress(config.iterations, done=done, label="distill", quiet=ranks.rank > 0) as progress:
+    with Watch(out, config, ranks, start=done) as watch:
         for iteration in range(done, config.iterations):
-            began = time.perf_counter()
-            try:
-                step = train_step(trainer, iteration, loaded)
-            except DivergedError as error:
-                last = checkpoints(out)
-                good = last[-1].name if last else "none"
-                raise DivergedError(
-                    f"iteration {iteration}, rank {ranks.rank}: {error}; not finite, the update was not taken. "
-                    f"Last good checkpoint: {good}. Lower the learning rates or look at the data."
-                ) from error
-            if journal:
-                journal.write(iteration, step, time.perf_counter() - began)
-            progress.advance(f"critic loss {step.critic.loss.item():.4f}")
+            watch.write(iteration, attempt(out, trainer, iteration, loaded))
             now = iteration + 1
             if now % config.checkpoint_every == 0 or now == config.iterations:
                 save(out, state(trainer), replace(facts, iteration=now))
                 if ranks.rank == 0:
                     prune(out, config.keep)
-    if journal:
-        journal.close()
+
+
+def attempt(out: Path, trainer: Trainer, iteration: int, loaded: Iterator[tuple[Part, Condition]]) -> Step:
+    """One iteration; where it diverged, the error says what to do."""
+    try:
+        return train_step(trainer, iteration, loaded)
+    except DivergedError as error:
+        good = checkpoints(out)
+        raise DivergedError(
+            f"iteration {iteration}: {error}. The update was not taken. Last good checkpoint: "
+            f"{good[-1].name if good else 'none'}. Lower the learning rates or look at the data."
+        ) from error
 
 
 def conditions(trainer: Trainer, data: DataSet | Mixture, done: int) -> Iterator[tuple[Part, Condition]]:

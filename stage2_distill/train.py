@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, T latent frames, H W latent size.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ from common.flow import score_sigma
 from common.seed import generator, normal, uniform
 from stage2_distill.config import DistillConfig
 from stage2_distill.ema import Ema
+from stage2_distill.figures import LOOKS, Clock, look
 from stage2_distill.losses import critic_loss, dmd_loss
 from stage2_distill.optim import set_rate
-from stage2_distill.parallel import Ranks, clip, mean_over_ranks, reduce_gradients
+from stage2_distill.parallel import Ranks, clip, of_all_ranks, reduce_gradients
 from stage2_distill.rollout import rollout
 from stage2_distill.schedule import CRITIC, STUDENT, Part, exit_index, learning_rate, score_bounds, student_turn
 from stage2_distill.wan import denoiser, guided
@@ -46,6 +48,7 @@ class Trainer:
     critic_optimizer: torch.optim.Optimizer
     ema: Ema
     negative_text: Tensor  # (L D)
+    clock: Clock
 
     def denoiser(self, net: nn.Module) -> Denoiser:
         """A role as a function to x0."""
@@ -54,11 +57,12 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Update:
-    """What one update of one role gives."""
+    """What one update of one role gives, read from the device."""
 
-    loss: Tensor
-    grad_norm: Tensor
+    loss: float
+    grad_norm: float
     exit_index: int
+    looks: tuple[float, ...]  # of the rollout, as figures.LOOKS
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,9 @@ class Step:
 
     student: Update | None
     critic: Update
+    seconds: dict[str, float]  # by phase
 
 
-Load = Callable[[Part], Condition]
 Loss = Callable[[Tensor, Condition, Tensor, Tensor], Tensor]  # (x0, condition, sigma, eps) -> scalar
 
 
@@ -80,7 +84,7 @@ def train_step(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, Cond
         student = update_student(trainer, iteration, data)
         trainer.ema.update(trainer.roles.student, ema_decay(iteration, trainer.config))
     critic = update_critic(trainer, iteration, data)
-    return Step(student, critic)
+    return Step(student, critic, trainer.clock.read())
 
 
 def ema_decay(iteration: int, config: DistillConfig) -> float:
@@ -122,19 +126,21 @@ def update_critic(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, C
 def accumulate(
     trainer: Trainer, data: Iterator[tuple[Part, Condition]], loss: Loss, *, net: nn.Module, exit_at: int
 ) -> Tensor:
-    """Add up the gradients of `net` over the micro-batches of one update; the mean loss."""
-    total = torch.zeros((), device=trainer.ranks.device)
-    for part, condition in data:
+    """Add up the gradients of `net` over the micro-batches of one update; this rank's mean loss and looks (4)."""
+    total = torch.zeros(1 + len(LOOKS), device=trainer.ranks.device)
+    for part, condition in trainer.clock.each(data, "data"):
         reduce_gradients(net, part.last)
-        with torch.set_grad_enabled(part.role == STUDENT):
+        with trainer.clock("rollout"), torch.set_grad_enabled(part.role == STUDENT):
             x0 = simulate(trainer, part, condition, exit_at)
-        sigma, eps = score_draws(trainer, part, x0, exit_at)
-        value = loss(x0, condition, sigma, eps) * part.share
-        value.backward()
-        total += value.detach()
+        with trainer.clock("scores"):
+            sigma, eps = score_draws(trainer, part, x0, exit_at)
+            value = loss(x0, condition, sigma, eps)
+        with trainer.clock("backward"):
+            (value * part.share).backward()
+        total += torch.cat([value.detach()[None], look(x0, condition)]) * part.share
         if part.last:
             break
-    return mean_over_ranks(total)
+    return total
 
 
 def simulate(trainer: Trainer, part: Part, condition: Condition, exit_at: int) -> Tensor:
@@ -167,11 +173,16 @@ def score_draws(trainer: Trainer, part: Part, x0: Tensor, exit_at: int) -> tuple
     return sigma, normal(x0.shape[1:], draws)
 
 
-def apply(trainer: Trainer, net: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, exit_at: int) -> Update:
-    """Clip, refuse what is not finite, step."""
+def apply(trainer: Trainer, net: nn.Module, optimizer: torch.optim.Optimizer, figures: Tensor, exit_at: int) -> Update:
+    """Clip, refuse what is not finite, step. The figures of all ranks are read here: the one wait of an update."""
     norm = clip(net, trainer.config.grad_clip)
-    if not torch.isfinite(loss + norm):
-        raise DivergedError(f"loss {loss.item():g}, gradient norm {norm.item():g}")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return Update(loss, norm, exit_at)
+    *rows, (grad_norm, *_) = torch.cat([of_all_ranks(figures), norm.expand(1, len(figures))]).tolist()
+    loss, *looks = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+    if not math.isfinite(loss + grad_norm):
+        bad = [rank for rank, row in enumerate(rows) if not math.isfinite(row[0])]
+        where = f"on rank {', '.join(map(str, bad))}" if bad else "on no rank, but its gradient is not finite"
+        raise DivergedError(f"loss {loss:g}, gradient norm {grad_norm:g}; the loss is not finite {where}")
+    with trainer.clock("update"):
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return Update(loss, grad_norm, exit_at, tuple(looks))

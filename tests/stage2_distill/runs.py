@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,14 @@ ROOT = Path(__file__).parent.parent.parent
 SPEC = VideoSpec(num_frames=9, height=64, width=64, fps=8)
 
 
-def make_shards(folder: Path, model: Path, *, records: int = 24, text_only: bool = False) -> Path:
+def make_shards(
+    folder: Path,
+    model: Path,
+    *,
+    records: int = 24,
+    text_only: bool = False,
+    change: Callable[[int, Record], Record] = lambda number, record: record,
+) -> Path:
     """A data set of random latents and embeddings, as the encoders of `model` would have made it."""
     folder.mkdir(parents=True)
     draws = generator(0, 0, 0, "test data")
@@ -38,7 +46,7 @@ def make_shards(folder: Path, model: Path, *, records: int = 24, text_only: bool
 
     shards = [
         write_shard(
-            folder, shard_name(n), [record(i) for i in range(n * 8, n * 8 + 8)], failures=[], rows_sha256=""
+            folder, shard_name(n), [change(i, record(i)) for i in range(n * 8, n * 8 + 8)], failures=[], rows_sha256=""
         ).shard
         for n in range(records // 8)
     ]

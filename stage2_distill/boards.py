@@ -1,0 +1,63 @@
+"""The curves of a run on TensorBoard (RUN/tensorboard) and, if asked for, on Weights & Biases."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+
+from stage2_distill.config import DistillConfig
+
+FOLDER, PROJECT = "tensorboard", "ti2v-distill"
+
+
+class WandbRun(Protocol):
+    """What is used of a run of W&B."""
+
+    def log(self, data: dict[str, float], step: int) -> None:
+        """Add one iteration."""
+
+    def finish(self) -> None:
+        """Send what is left."""
+
+
+class Boards:
+    """Writes lines of metrics; a run that goes on from iteration `start` hides what was written after it."""
+
+    def __init__(self, out: Path, config: DistillConfig, *, start: int) -> None:
+        self.tensorboard = SummaryWriter(str(out / FOLDER), purge_step=start)
+        self.wandb = None if config.wandb == "off" else open_wandb(out, config)
+
+    def write(self, line: Mapping[str, float]) -> None:
+        """Add one iteration; `critic_loss` is the tag critic/loss."""
+        step = int(line["iteration"])
+        values = {name.replace("_", "/", 1): value for name, value in line.items() if name != "iteration"}
+        for tag, value in values.items():
+            self.tensorboard.add_scalar(tag, value, step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def open_wandb(out: Path, config: DistillConfig) -> WandbRun:
+    """Start or go on with the run of this folder on W&B; ValueError where the package is not there.
+
+    Entity, project and key come from W&B's own environment variables and login.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("wandb: is not installed; pip install 'ti2v-distill[wandb]', or leave --wandb off") from error
+    mode: Literal["offline", "online"] = "offline" if config.wandb == "offline" else "online"
+    name = hashlib.blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()
+    run: WandbRun = wandb.init(
+        project=PROJECT, id=name, name=out.name, dir=str(out), mode=mode, resume="allow", config=asdict(config)
+    )
+    return run
