@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,11 @@ def test_wandb_offline_keeps_the_run_on_disk(model: Path, tmp_path: Path, monkey
     shards = make_shards(tmp_path / "data", model)
     run_here(make_config(shards, model, tmp_path / "run", iterations=1, checkpoint_every=1, wandb="offline"))
     (stored,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
-    content = stored.read_bytes()
+    for _ in range(200):  # W&B's own process may write a little after the run has ended
+        content = stored.read_bytes()
+        if b"loss" in content and b"critic_lr" in content:
+            break
+        time.sleep(0.1)
     assert b"loss" in content
     assert b"critic_lr" in content
 
