@@ -5,6 +5,7 @@ Beside a bf16 weight (2 bytes) stand the 16 bits that its float32 master has mor
 8-bit moments, where float32 AdamW takes 60 and a bf16 copy to compute with another 10.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as sharded_zeros
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from stage2_distill.carry import carried, home_of
 from stage2_distill.master import join, split
 from stage2_distill.moment import BLOCK, chance, decode, encode, in_blocks, to_bf16
 
@@ -75,18 +77,21 @@ def fused() -> Advance:
 
 
 class CompactAdamW(torch.optim.Optimizer):
-    """The optimizer; parameters are bf16, plain or sharded along dimension 0."""
+    """The optimizer; parameters are bf16, plain or sharded along dimension 0.
+
+    settings: lr, beta2, eps, weight_decay. With `offload` the state lives in host memory; not for sharded parameters.
+    """
 
     def __init__(
-        self, net: nn.Module, *, lr: float, beta2: float, eps: float, weight_decay: float, moment: str = "8bit"
+        self, net: nn.Module, settings: dict[str, float], *, moment: str = "8bit", offload: bool = False
     ) -> None:
-        defaults = {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-        super().__init__([p for p in net.parameters() if p.requires_grad], defaults)
+        super().__init__([p for p in net.parameters() if p.requires_grad], settings)
         self.factor: Tensor | None = None
         self.starts = {p: first_element(p) for p in self.parameters()}
         for parameter in self.parameters():
             assert parameter.dtype == torch.bfloat16, parameter.dtype
-            self.state[parameter] = fresh_state(parameter, MOMENTS[moment])
+            fresh = fresh_state(parameter, MOMENTS[moment])
+            self.state[parameter] = {name: home_of(value, offload=offload) for name, value in fresh.items()}
 
     def parameters(self) -> list[Tensor]:
         """What is trained."""
@@ -110,13 +115,18 @@ class CompactAdamW(torch.optim.Optimizer):
         device = grads[first].device
         rates = self.rates(count, device)
         step = torch.tensor(count).to(device, non_blocking=True)
-        for parameter, grad in grads.items():
-            weight = local(parameter).view(-1)
-            state = {k: local(v).view(-1) for k, v in self.state[parameter].items() if k != "step"}
-            (fused() if weight.is_cuda else advance)(
-                weight, state, grad, rates, torch.stack([step, self.starts[parameter]])
-            )
+        call = fused() if device.type == "cuda" else advance
+        states = carried((flat(self.state[p]) for p in grads), device)
+        for (parameter, grad), state in zip(grads.items(), states, strict=True):
+            call(local(parameter).view(-1), state, grad, rates, torch.stack([step, self.starts[parameter]]))
         self.factor = None
+
+    def masters(self) -> Iterator[Tensor]:
+        """The float32 masters of all parameters, one after the other, sharded as they are."""
+        remainders = ({"low": local(self.state[p]["remainder"])} for p in self.parameters())
+        device = local(self.parameters()[0]).device
+        for parameter, parts in zip(self.parameters(), carried(remainders, device, back=False), strict=True):
+            yield like(parameter, join(local(parameter.detach()), parts["low"]))
 
     def rates(self, step: int, device: torch.device) -> Tensor:
         """The numbers of one step (7), float32."""
@@ -131,6 +141,19 @@ class CompactAdamW(torch.optim.Optimizer):
 def local(value: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, or the tensor itself."""
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def like(parameter: Tensor, part: Tensor) -> Tensor:
+    """This rank's part of a tensor that is sharded as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return part
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+
+
+def flat(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's part of a parameter's state as vectors, without the step."""
+    return {name: local(value).view(-1) for name, value in state.items() if name != "step"}
 
 
 def fresh_state(parameter: Tensor, moment: torch.dtype) -> dict[str, Tensor]:
