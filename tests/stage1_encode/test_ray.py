@@ -1,0 +1,65 @@
+"""A Ray cluster of this machine: its worker is killed in the middle, and the bytes are those of an unbroken run."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shards.write import shard_name
+from stage1_encode.encode import encode
+from tests.stage1_encode.test_encode import configure, hashes
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def workers() -> list[int]:
+    """Processes in which a `Worker` of this cluster lives."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            name = path.read_bytes()
+        except OSError:
+            continue
+        if name.startswith(b"ray::Worker"):
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_a_killed_worker_costs_nothing(clips: Path, model: Path, tmp_path: Path) -> None:
+    encode(configure(clips / "clips.csv", model, tmp_path / "whole", shard_size=1))
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not (tmp_path / "out" / shard_name(0)).is_file():
+            time.sleep(0.01)
+        for process in workers():
+            os.kill(process, signal.SIGKILL)
+            killed.append(process)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    report = encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=1, engine="ray"))
+    killer.join()
+    assert len(killed) == 1
+    assert report.done and report.records == 6
+    assert {name: sha for name, sha in hashes(tmp_path / "out").items() if not name.endswith(".partial")} == hashes(
+        tmp_path / "whole"
+    )
+
+
+def test_a_mistake_in_a_worker_is_one_line(clips: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / (shard_name(1) + ".partial")).mkdir()  # a shard that cannot be written
+    with pytest.raises(ValueError, match=r"^out=.*: Is a directory; mend that and run the same command again$"):
+        encode(configure(clips / "clips.csv", model, tmp_path / "out", engine="ray"))
