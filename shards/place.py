@@ -5,12 +5,13 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from shards.cache import Cache
 from shards.remote import CLIENT_ERRORS, Remote
 
 SCHEMES = tuple(CLIENT_ERRORS)
+T = TypeVar("T")
 
 
 class Place(Protocol):
@@ -20,6 +21,10 @@ class Place(Protocol):
 
     def read(self, name: str, start: int = 0, size: int | None = None, *, fresh: bool = False) -> bytes:
         """`size` bytes of a file from `start` on (None = all); `fresh` = not from a cache. FileNotFoundError."""
+        ...
+
+    def fill(self, name: str, start: int, buffer: memoryview, *, fresh: bool = False) -> None:
+        """Read a file's bytes from `start` on into a buffer; zeros where the file ends before."""
         ...
 
 
@@ -35,6 +40,13 @@ class Folder:
             wanted = os.fstat(file.fileno()).st_size - start if size is None else size
             file.seek(start)
             return file.read(wanted)
+
+    def fill(self, name: str, start: int, buffer: memoryview, *, fresh: bool = False) -> None:
+        """See `Place.fill`."""
+        with (Path(self.where) / name).open("rb", buffering=0) as file:
+            file.seek(start)
+            there = file.readinto(buffer) or 0
+        buffer[there:] = bytes(len(buffer) - there)
 
 
 def scheme(prefix: str) -> str:
@@ -61,14 +73,14 @@ def open_place(prefix: str, *, cache_bytes: int) -> Place:
     return Folder(prefix)
 
 
-def read_checked(place: Place, name: str, span: tuple[int, int | None], damaged: Callable[[bytes], list[str]]) -> bytes:
-    """Bytes of a file, (start, size), in which `damaged` finds nothing to name; a bad read is done once more.
+def read_checked(place: Place, name: str, read: Callable[[bool], T], damaged: Callable[[T], list[str]]) -> T:
+    """What `read(fresh)` reads of a file, if `damaged` finds nothing to name; a bad read is done once more.
 
     Raises ValueError naming the file and what is damaged where the second read is bad too.
     """
     bad: list[str] = []
     for fresh in (False, True):
-        data = place.read(name, *span, fresh=fresh)
+        data = read(fresh)
         bad = damaged(data)
         if not bad:
             return data
@@ -81,4 +93,7 @@ def read_whole(place: Place, name: str, sha256: str) -> bytes:
     def damaged(data: bytes) -> list[str]:
         return [] if hashlib.sha256(data).hexdigest() == sha256 else ["the whole file"]
 
-    return read_checked(place, name, (0, None), damaged)
+    def read(fresh: bool) -> bytes:
+        return place.read(name, fresh=fresh)
+
+    return read_checked(place, name, read, damaged)

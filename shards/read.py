@@ -16,6 +16,7 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import numpy
 from torch import Tensor
 
 from common.video import TEXT_LENGTH
@@ -77,12 +78,18 @@ class DataSet:
         start = known.offsets[first]
         stops = [known.offsets[i] + known.sizes[i] - start for i in (first, first + 1)]
         parts = (slice(0, stops[0]), slice(stops[1] - known.sizes[first + 1], stops[1]))
+        name = self.manifest.shards[number].name
 
-        def damaged(data: bytes) -> list[str]:
-            sums = [zlib.crc32(memoryview(data)[part]) for part in parts]
+        def read(fresh: bool) -> memoryview:
+            buffer = numpy.empty(stops[1], numpy.uint8).data  # its memory becomes the record's tensors
+            self.place.fill(name, start, buffer, fresh=fresh)
+            return buffer
+
+        def damaged(data: memoryview) -> list[str]:
+            sums = [zlib.crc32(data[part]) for part in parts]
             return [known.names[first + i] for i in (0, 1) if sums[i] != known.sums[first + i]]
 
-        data = read_checked(self.place, self.manifest.shards[number].name, (start, stops[1]), damaged)
+        data = read_checked(self.place, name, read, damaged)
         return from_members(known.names[first].removesuffix(f".{TENSORS}"), data[parts[0]], data[parts[1]])
 
     def index(self, position: int, *, seed: int) -> int:

@@ -4,11 +4,11 @@ Shapes: B batch, C channels, H W latent size, L text rows of one prompt, D text 
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from common.condition import Condition
 from common.video import TEXT_LENGTH
 
 TENSORS, FACTS = "safetensors", "json"  # member names are KEY.safetensors and KEY.json
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,26 @@ def to_members(record: Record) -> dict[str, bytes]:
     return {f"{record.key}.{TENSORS}": save_tensors(half), f"{record.key}.{FACTS}": facts.encode()}
 
 
-def from_members(key: str, tensors: bytes, facts: bytes) -> Record:
-    """Rebuild a record from the bytes of its two members."""
-    loaded = load_tensors(tensors)
-    fields = json.loads(facts)
+def read_tensors(data: bytes | memoryview) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, without a copy where its memory is writable; ValueError where it is none.
+
+    Layout: 8 bytes length of the header, JSON header, tensors (https://github.com/huggingface/safetensors).
+    """
+    view = data if isinstance(data, memoryview) and not data.readonly else memoryview(bytearray(data))
+    start = 8 + int.from_bytes(view[:8], "little")
+    loaded = {}
+    for name, item in json.loads(bytes(view[8:start])).items():
+        shape, (first, end), dtype = item["shape"], item["data_offsets"], DTYPES[item["dtype"]]
+        if math.prod(shape) * dtype.itemsize != end - first:
+            raise ValueError(f"tensor {name} of {shape} has {end - first} bytes")
+        loaded[name] = torch.frombuffer(view[start + first : start + end], dtype=dtype).view(shape)
+    return loaded
+
+
+def from_members(key: str, tensors: bytes | memoryview, facts: bytes | memoryview) -> Record:
+    """Rebuild a record from the bytes of its two members; the tensors share the memory of a writable view."""
+    loaded = read_tensors(tensors)
+    fields = json.loads(bytes(facts))
     fields["size"] = tuple(fields["size"]) if fields["size"] else None
     return Record(key, Source(**fields), loaded.get("first_frame"), loaded["text"])
 

@@ -68,6 +68,10 @@ class Remote:
         self.cache.put(key, data)
         return data
 
+    def fill(self, name: str, start: int, buffer: memoryview, *, fresh: bool = False) -> None:
+        """See `Place.fill`; ConnectionError where all tries fail."""
+        buffer[:] = self.read(name, start, len(buffer), fresh=fresh)
+
     def _fetch(self, name: str, start: int, size: int | None) -> bytes:
         for number in range(self.retry.tries):
             try:

@@ -1,4 +1,5 @@
 import random
+import shutil
 import threading
 import time
 from collections import Counter
@@ -6,9 +7,11 @@ from itertools import permutations
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from shards.order import permuted
 from shards.read import DataSet, Stream, open_data_set, prefetch
+from shards.record import read_tensors, to_members
 from tests.shards.data_sets import make_data_set, make_record
 
 PINNED, PINNED_LARGE = [5, 1, 0, 4, 6, 9, 3, 2, 8, 7], 47_609_603
@@ -105,6 +108,31 @@ def test_records_come_back_as_written(folder):
     for outside in (-1, 17):
         with pytest.raises(IndexError, match=f"record {outside} of 17"):
             data.record(outside)
+
+
+def test_tensors_are_those_of_the_safetensors_library(folder):
+    """`read_tensors` takes the bytes apart itself, to copy nothing."""
+    data = to_members(make_record(3))["clip-000003.safetensors"]
+    loaded, ours = load(data), read_tensors(data)
+    assert set(loaded) == set(ours) == {"first_frame", "text"}
+    assert all(torch.equal(loaded[name], ours[name]) and loaded[name].dtype == ours[name].dtype for name in ours)
+    buffer = bytearray(data)
+    read_tensors(memoryview(buffer))["text"].zero_()
+    assert bytes(buffer) != data, "a writable buffer becomes the tensors"
+    for broken in (data[:-2], data[:100], b"", data.replace(b"[3,", b"[4,", 1).replace(b"[6,", b"[7,", 1)):
+        with pytest.raises((ValueError, KeyError)):
+            read_tensors(broken)
+
+
+def test_a_tar_cut_short_is_named(folder, tmp_path):
+    cut = shutil.copytree(folder, tmp_path / "cut")
+    data, tar = open_data_set(cut), cut / "shard-000001.tar"
+    kept = [data.record(index) for index in range(17)]  # their bytes may still lie where the next read goes
+    del kept
+    tar.write_bytes(tar.read_bytes()[:1600])
+    with pytest.raises(ValueError, match=r"shard-000001\.tar: damaged at clip-"):
+        for index in range(17):
+            data.record(index)
 
 
 def test_batch_is_collated_in_the_order_of_positions(folder):
