@@ -70,9 +70,10 @@ def read_tensors(data: bytes | memoryview) -> dict[str, Tensor]:
     loaded = {}
     for name, item in json.loads(bytes(view[8:start])).items():
         shape, (first, end), dtype = item["shape"], item["data_offsets"], DTYPES[item["dtype"]]
-        if math.prod(shape) * dtype.itemsize != end - first:
-            raise ValueError(f"tensor {name} of {shape} has {end - first} bytes")
-        loaded[name] = torch.frombuffer(view[start + first : start + end], dtype=dtype).view(shape)
+        part = view[start + first : start + end]
+        if math.prod(shape) * dtype.itemsize != len(part):
+            raise ValueError(f"tensor {name} of {shape} has {len(part)} bytes")
+        loaded[name] = torch.frombuffer(part, dtype=dtype).view(shape)
     return loaded
 
 
