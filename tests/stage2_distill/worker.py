@@ -1,6 +1,6 @@
 """One rank that makes several runs: `torchrun worker.py CONFIG.yaml ...`; each leaves what it saw in OUT/rank-N.json.
 
-Seen are, for each update, the samples with a digest of their noise and text, and the collectives of every pass.
+Seen are, for each update, the samples with a digest of their noise, text and frame, and the collectives of each pass.
 """
 
 import hashlib
@@ -38,6 +38,10 @@ class Witness:
         self.all_reduce, self.reduce_scatter = dist.all_reduce, dist.reduce_scatter_tensor
         dist.all_reduce, dist.reduce_scatter_tensor = self.note_all_reduce, self.note_reduce_scatter
 
+    def leave(self) -> None:
+        train.simulate, train.rollout, train.reduce_gradients = self.simulate, self.rollout, self.reduce_gradients
+        dist.all_reduce, dist.reduce_scatter_tensor = self.all_reduce, self.reduce_scatter
+
     def note_part(self, trainer, part, condition: Condition, exit_at: int) -> Tensor:
         self.part = part
         return self.simulate(trainer, part, condition, exit_at)
@@ -61,17 +65,17 @@ class Witness:
         return self.reduce_scatter(*args, **options)
 
 
-def main() -> None:
+def run_watched(config: DistillConfig) -> Path:
+    """Run and leave a rank's witness beside the checkpoints; the newest of them."""
     witness = Witness()
-    for name in sys.argv[1:]:
-        witness.seen.clear()
-        witness.passes.clear()
-        config = resolve(DistillConfig, {"config": name})
-        run.distill(config)
-        note = {"seen": witness.seen, "passes": witness.passes}
-        (Path(config.out) / f"rank-{dist.get_rank()}.json").write_text(json.dumps(note))
-    dist.destroy_process_group()
+    checkpoint = run.distill(config)
+    witness.leave()
+    note = {"seen": witness.seen, "passes": witness.passes}
+    (Path(config.out) / f"rank-{dist.get_rank()}.json").write_text(json.dumps(note))
+    return checkpoint
 
 
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:]:
+        run_watched(resolve(DistillConfig, {"config": name}))
+    dist.destroy_process_group()

@@ -1,0 +1,32 @@
+"""One rank that opens the three roles and prints by how many bytes that raised its peak: `weigh.py CONFIG SMALL`.
+
+Under torchrun; SMALL is opened before, for all that is loaded once.
+"""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from common.options import resolve
+from stage2_distill import run
+from stage2_distill.config import DistillConfig
+from stage2_distill.parallel import start
+
+config = resolve(DistillConfig, {"config": sys.argv[1]})
+ranks = start("cpu")
+run.open_roles(config, ranks, Path(sys.argv[2]))
+dist.barrier()
+pages = int(Path("/proc/self/statm").read_text().split()[1])
+roles = run.open_roles(config, ranks, Path(config.model))
+peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+own = sum(
+    parameter.to_local().nbytes
+    for net in (roles.student, roles.teacher, roles.critic)
+    for parameter in net.parameters()
+)
+figures = {"grown": peak - resource.getpagesize() * pages, "own": own}
+Path(f"{sys.argv[1]}.{ranks.rank}").write_text(json.dumps(figures))
+dist.destroy_process_group()
