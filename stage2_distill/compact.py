@@ -83,15 +83,43 @@ class CompactAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, net: nn.Module, settings: dict[str, float], *, moment: str = "8bit", offload: bool = False
+        self,
+        net: nn.Module,
+        settings: dict[str, float],
+        *,
+        moment: str = "8bit",
+        offload: bool = False,
+        accumulate: bool = False,
     ) -> None:
         super().__init__([p for p in net.parameters() if p.requires_grad], settings)
         self.factor: Tensor | None = None
+        self.sums: dict[Tensor, Tensor] = {}
         self.starts = {p: first_element(p) for p in self.parameters()}
         for parameter in self.parameters():
             assert parameter.dtype == torch.bfloat16, parameter.dtype
             fresh = fresh_state(parameter, MOMENTS[moment])
             self.state[parameter] = {name: home_of(value, offload=offload) for name, value in fresh.items()}
+            if accumulate:
+                parameter.register_post_accumulate_grad_hook(self.add_gradient)
+
+    def add_gradient(self, parameter: Tensor) -> None:
+        """Add a gradient to its float32 sum: in bf16 a sum over many batches would lose the small ones."""
+        assert parameter.grad is not None
+        if parameter in self.sums:
+            self.sums[parameter] += local(parameter.grad)
+        else:
+            self.sums[parameter] = local(parameter.grad).float()
+        parameter.grad = None
+
+    def gradients(self) -> dict[Tensor, Tensor]:
+        """This rank's gradients, of those parameters that have one."""
+        given = {p: local(p.grad) for p in self.parameters() if p.grad is not None}
+        return given | self.sums
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        super().zero_grad(set_to_none)
+        self.sums.clear()
 
     def parameters(self) -> list[Tensor]:
         """What is trained."""
@@ -100,14 +128,14 @@ class CompactAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def clip(self, limit: float) -> Tensor:
         """The global gradient norm; the next step scales gradients to one of at most `limit`, in float32."""
-        norm = global_norm([p.grad for p in self.parameters() if p.grad is not None])
+        norm = global_norm(list(self.gradients().values()), self.parameters()[0])
         self.factor = (limit / (norm + 1e-6)).clamp(max=1.0)
         return norm
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        grads = {p: local(p.grad).view(-1) for p in self.parameters() if p.grad is not None}
+        grads = self.gradients()
         for parameter in grads:
             self.state[parameter]["step"] += 1
         first = next(iter(grads))
@@ -118,7 +146,7 @@ class CompactAdamW(torch.optim.Optimizer):
         call = fused() if device.type == "cuda" else advance
         states = carried((flat(self.state[p]) for p in grads), device)
         for (parameter, grad), state in zip(grads.items(), states, strict=True):
-            call(local(parameter).view(-1), state, grad, rates, torch.stack([step, self.starts[parameter]]))
+            call(local(parameter).view(-1), state, grad.view(-1), rates, torch.stack([step, self.starts[parameter]]))
         self.factor = None
 
     def masters(self) -> Iterator[Tensor]:
@@ -183,11 +211,11 @@ def first_element(parameter: Tensor) -> Tensor:
     return torch.tensor(start, device=local(parameter).device)
 
 
-def global_norm(grads: list[Tensor]) -> Tensor:
-    """Norm of all gradients together, over all shards, summed in float32; no float32 copies are made."""
-    squares = torch.stack(torch._foreach_norm([local(g) for g in grads], 2, torch.float32)).square().sum()
-    mesh = next((g.device_mesh for g in grads if isinstance(g, DTensor)), None)
-    if mesh is not None:
+def global_norm(grads: list[Tensor], parameter: Tensor) -> Tensor:
+    """Norm of all gradients together, over the shards of `parameter`, summed in float32 without float32 copies."""
+    squares = torch.stack(torch._foreach_norm(grads, 2, torch.float32)).square().sum()
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
         dist.all_reduce(
             squares, group=mesh.get_group(mesh.ndim - 1)
         )  # the last dimension shards, one before replicates

@@ -7,6 +7,8 @@ from common.options import DEVICES, at_least, one_of, option
 from common.video import TEXT_LENGTH, VideoSpec
 
 DTYPES = ("float32", "bfloat16")
+AUTO, STANDARD, COMPACT = "auto", "standard", "compact"
+MEMORIES, MOMENTS = (AUTO, STANDARD, COMPACT), ("8bit", "bfloat16", "float32")
 KEEPS = ("none", "attention", "all")
 ATTENTIONS = ("auto", "torch", "cudnn", "flash", "efficient", "math")
 CRITIC_LOSSES = ("x0", "flow", "noise")
@@ -67,6 +69,9 @@ class DistillConfig:
     keep: int = option(3, "Newest checkpoints to keep.")
     seed: int = option(0, "Seed of data order, noise and exits.")
     dtype: str = option("bfloat16", "Precision of the networks; master weights are float32.", choices=DTYPES)
+    memory: str = option(AUTO, "Float32 masters, or the compact form; auto: standard where it fits.", choices=MEMORIES)
+    second_moment: str = option("8bit", "Of the compact form.", choices=MOMENTS)
+    offload: bool = option(True, "Compact form on one GPU: the student's state and average wait in host memory.")
     keep_activations: str = option(
         "attention", "What a block keeps for its backward pass; the rest is computed again.", choices=KEEPS
     )
@@ -98,6 +103,15 @@ class DistillConfig:
         one_of("exit_schedule", self.exit_schedule, EXIT_SCHEDULES)
         one_of("wandb", self.wandb, WANDB)
         one_of("dtype", self.dtype, DTYPES)
+        if self.memory == COMPACT:
+            self.check_compact()
+
+    def check_compact(self) -> None:
+        """Raise ValueError where the compact form cannot do what is asked."""
+        if self.dtype != "bfloat16":
+            raise ValueError(f"dtype={self.dtype}: memory=compact holds bfloat16 weights; use memory=standard")
+        if self.beta1 != 0:
+            raise ValueError(f"beta1={self.beta1}: memory=compact has no first moment; use 0, or memory=standard")
 
     @property
     def spec(self) -> VideoSpec:

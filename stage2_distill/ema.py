@@ -1,20 +1,24 @@
-"""Exponential moving average of the student's weights, shard by shard."""
+"""Exponential moving average of the student's float32 masters, shard by shard."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from stage2_distill.carry import carried, home_of
+
+Named = Iterable[tuple[str, Tensor]]
 
 
 class Ema:
     """A running average; under FSDP each rank averages only the shards that it holds."""
 
-    def __init__(self, net: nn.Module) -> None:
-        self.weights = {name: weight.detach().clone() for name, weight in net.named_parameters()}
+    def __init__(self, masters: Named, *, offload: bool = False) -> None:
+        self.weights = {name: home_of(master.clone(), offload=offload) for name, master in masters}
 
-    def update(self, net: nn.Module, decay: float) -> None:
-        """average = decay * average + (1 - decay) * weight; decay 0 copies."""
-        current: Mapping[str, Tensor] = dict(net.named_parameters())
-        with torch.no_grad():
-            for name, average in self.weights.items():
-                average.lerp_(current[name].detach(), 1 - decay)
+    @torch.no_grad()
+    def update(self, masters: Named, decay: float, device: torch.device) -> None:
+        """average = decay * average + (1 - decay) * master; decay 0 copies."""
+        averages = carried(({"average": weight} for weight in self.weights.values()), device)
+        for (_, master), here in zip(masters, averages, strict=True):
+            here["average"].lerp_(master, 1 - decay)

@@ -1,9 +1,57 @@
-"""The optimizers."""
+"""The optimizers, and what differs between them: gradient clipping and where the float32 masters are."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from stage2_distill.config import DistillConfig
+from stage2_distill.compact import CompactAdamW
+from stage2_distill.config import STANDARD, DistillConfig
+from stage2_distill.parallel import Ranks, clip_in_place
+from stage2_distill.schedule import STUDENT, accumulation
+
+
+def open_optimizer(
+    net: nn.Module, role: str, config: DistillConfig, ranks: Ranks, memory: str
+) -> torch.optim.Optimizer:
+    """The optimizer of a role in a memory mode.
+
+    The student's state is used in one of `student_every` iterations: on a single GPU it may wait in host memory.
+    """
+    lr = config.student_lr if role == STUDENT else config.critic_lr
+    if memory == STANDARD:
+        return adamw(net, lr, config)
+    return CompactAdamW(
+        net,
+        {"lr": lr, "beta2": config.beta2, "eps": config.eps, "weight_decay": config.weight_decay},
+        moment=config.second_moment,
+        offload=role == STUDENT and offloads(config, ranks),
+        accumulate=accumulation(config, ranks.world) > 1,
+    )
+
+
+def offloads(config: DistillConfig, ranks: Ranks) -> bool:
+    """Whether what the student's updates alone need waits in host memory."""
+    return config.offload and ranks.world == 1
+
+
+def clip(net: nn.Module, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+    """Scale the gradients of all ranks to a global norm of at most `limit`; the norm before that, a scalar."""
+    return optimizer.clip(limit) if isinstance(optimizer, CompactAdamW) else clip_in_place(net, limit)
+
+
+def masters(net: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Names and float32 masters of all parameters, one at a time."""
+    names = [name for name, _ in net.named_parameters()]
+    found = optimizer.masters() if isinstance(optimizer, CompactAdamW) else (p.detach() for p in net.parameters())
+    yield from zip(names, found, strict=True)
+
+
+def remainders(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the masters have more than the weights, by name; nothing where the weights are the masters."""
+    if not isinstance(optimizer, CompactAdamW):
+        return {}
+    return {name: optimizer.state[weight]["remainder"] for name, weight in net.named_parameters()}
 
 
 def adamw(net: nn.Module, lr: float, config: DistillConfig) -> torch.optim.AdamW:

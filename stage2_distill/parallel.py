@@ -55,9 +55,9 @@ def shard(net: Network, ranks: Ranks, dtype: torch.dtype) -> Network:
     """Apply FSDP2 to a skeleton, each block, then the root, and give this rank's part its memory.
 
     The network computes in `dtype`, gradients are reduced in float32. Inputs are not cast: the times must stay
-    float32. One process in float32 needs no sharding.
+    float32. One process whose parameters have the dtype already needs no sharding.
     """
-    if ranks.world > 1 or dtype != torch.float32:
+    if ranks.world > 1 or net.dtype != dtype:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in net.blocks:
             fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
@@ -76,7 +76,7 @@ def reduce_gradients(net: torch.nn.Module, last: bool) -> None:
         net.set_requires_all_reduce(last)
 
 
-def clip(net: torch.nn.Module, limit: float) -> torch.Tensor:
+def clip_in_place(net: torch.nn.Module, limit: float) -> torch.Tensor:
     """Scale the gradients of all ranks to a global norm of at most `limit`; the norm before that, a scalar."""
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

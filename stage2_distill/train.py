@@ -17,8 +17,8 @@ from stage2_distill.config import DistillConfig
 from stage2_distill.ema import Ema
 from stage2_distill.figures import LOOKS, Clock, look
 from stage2_distill.losses import critic_loss, dmd_loss
-from stage2_distill.optim import set_rate
-from stage2_distill.parallel import Ranks, clip, of_all_ranks, reduce_gradients
+from stage2_distill.optim import clip, masters, set_rate
+from stage2_distill.parallel import Ranks, of_all_ranks, reduce_gradients
 from stage2_distill.rollout import rollout
 from stage2_distill.schedule import CRITIC, STUDENT, Part, exit_index, learning_rate, score_bounds, student_turn
 from stage2_distill.wan import denoiser, guided
@@ -82,7 +82,8 @@ def train_step(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, Cond
     student = None
     if student_turn(iteration, trainer.config):
         student = update_student(trainer, iteration, data)
-        trainer.ema.update(trainer.roles.student, ema_decay(iteration, trainer.config))
+        averaged = masters(trainer.roles.student, trainer.student_optimizer)
+        trainer.ema.update(averaged, ema_decay(iteration, trainer.config), trainer.ranks.device)
     critic = update_critic(trainer, iteration, data)
     return Step(student, critic, trainer.clock.read())
 
@@ -175,7 +176,7 @@ def score_draws(trainer: Trainer, part: Part, x0: Tensor, exit_at: int) -> tuple
 
 def apply(trainer: Trainer, net: nn.Module, optimizer: torch.optim.Optimizer, figures: Tensor, exit_at: int) -> Update:
     """Clip, refuse what is not finite, step. The figures of all ranks are read here: the one wait of an update."""
-    norm = clip(net, trainer.config.grad_clip)
+    norm = clip(net, optimizer, trainer.config.grad_clip)
     *rows, (grad_norm, *_) = torch.cat([of_all_ranks(figures), norm.expand(1, len(figures))]).tolist()
     loss, *looks = (sum(column) / len(rows) for column in zip(*rows, strict=True))
     if not math.isfinite(loss + grad_norm):

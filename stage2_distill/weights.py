@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from stage2_distill.master import split
+
 NAME = "diffusion_pytorch_model.safetensors"
 
 
@@ -37,9 +39,10 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder}: holds no {NAME} (nor its .index.json)")
 
 
-def read_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def read_weights(folder: Path, tensors: Mapping[str, Tensor], remainders: Mapping[str, Tensor] | None = None) -> None:
     """Fill `tensors`, plain or sharded, from a diffusers model folder, each in its own precision and on its own device.
 
+    `remainders` of bf16 tensors take the bits that a stored float32 number has more.
     Raises ValueError where names or shapes differ, or a file is damaged.
     """
     missing = set(tensors)
@@ -49,7 +52,7 @@ def read_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
                 for name in file.keys():  # noqa: SIM118
                     if name not in tensors:
                         raise ValueError(f"{path}: holds {name}, which the model of its config.json does not have")
-                    fill(tensors[name], file.get_slice(name), f"{path}: {name}")
+                    fill(tensors[name], file.get_slice(name), f"{path}: {name}", (remainders or {}).get(name))
                     missing.discard(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: cannot be read ({error}); fetch the model again") from error
@@ -57,15 +60,25 @@ def read_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{folder}: lacks {len(missing)} weights, such as {min(missing)}")
 
 
-def fill(target: Tensor, source: Stored, where: str) -> None:
+def fill(target: Tensor, source: Stored, where: str, remainder: Tensor | None = None) -> None:
     """Copy this rank's part of one stored tensor."""
     if list(target.shape) != source.get_shape():
         raise ValueError(f"{where} has shape {source.get_shape()}, the model needs {list(target.shape)}")
     with torch.no_grad():
         if not isinstance(target, DTensor):
-            target.copy_(source[...])
+            put(source[...], target, remainder)
             return
         size, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
         if all(size):
             part = tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))
-            target.to_local().copy_(source[part])
+            put(source[part], target.to_local(), remainder.to_local() if isinstance(remainder, DTensor) else remainder)
+
+
+def put(value: Tensor, target: Tensor, remainder: Tensor | None) -> None:
+    """Copy a stored value, split in halves if there is a remainder to keep."""
+    if remainder is None:
+        target.copy_(value)
+        return
+    high, low = split(value.to(target.device).float())
+    target.copy_(high)
+    remainder.copy_(low)
