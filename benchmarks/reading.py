@@ -1,17 +1,19 @@
 """Reading first frames: against the reference's way, short files against long ones, both readers side by side."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
 import decord
 import torch
 
+from benchmarks.report import peak
 from common.video import VideoSpec
 from stage1_encode import frames
 from stage1_encode.isolate import Readers
 
+MINUTES = (5 / 60, 20 / 60, 1, 2, 4, 10)
 Row = tuple[str, str]
 
 
@@ -63,29 +65,41 @@ def longer(clip: str, folder: Path, minutes: float) -> str:
     return str(path)
 
 
-def reading(clip: str, spec: VideoSpec, folder: Path) -> list[Row]:
-    """First frames against whole clips; short files against long ones; both readers side by side."""
-    size = {"height": spec.height, "width": spec.width}
-    first = seconds(lambda: frames.first_frame(clip, **size))
+def against_the_reference(clip: str, spec: VideoSpec) -> Iterator[Row]:
+    """One first frame against a whole clip of as many frames as a video has."""
+    first = seconds(lambda: frames.first_frame(clip, height=spec.height, width=spec.width), 9)
     plain = seconds(lambda: decord.VideoReader(clip).get_batch(range(spec.num_frames)).asnumpy(), 3)
     whole = seconds(lambda: whole_clip(clip, spec), 2)
-    rows = [
-        ("first frame, resized, this process", f"{first * 1e3:.1f} ms"),
-        ("whole clip, decoded only", f"{plain * 1e3:.0f} ms = {plain / first:.0f} x"),
-        ("whole clip as the reference does, to a float tensor", f"{whole * 1e3:.0f} ms = {whole / first:.0f} x"),
-    ]
-    files = {"5 s": longer(clip, folder, 5 / 60), "10 min": longer(clip, folder, 10)}
-    for name, path in files.items():
+    yield "first frame, resized, this process", f"{first * 1e3:.1f} ms"
+    yield f"{spec.num_frames} frames decoded, not resized", f"{plain * 1e3:.0f} ms = {plain / first:.0f} x"
+    name = f"{spec.num_frames} frames as the reference does: decoded, resized, a float tensor"
+    yield name, f"{whole * 1e3:.0f} ms = {whole / first:.0f} x"
+
+
+def side_by_side(clip: str, spec: VideoSpec, folder: Path) -> Iterator[Row]:
+    """Both readers, and the one that is chosen, on files of the same pictures and growing length."""
+    base = 0.0
+    for minutes in MINUTES:
+        path = longer(clip, folder, minutes)
         megabytes = Path(path).stat().st_size / 2**20
         for reader, work in (
             ("decord", lambda path=path: frames._read_with_decord(path)),
             ("PyAV", lambda path=path: by_av(path)),
-            ("as chosen", lambda path=path: frames.first_frame(path, **size)),
+            ("as chosen", lambda path=path: frames.first_frame(path, height=spec.height, width=spec.width)),
         ):
-            read = bytes_read(work) / 2**20
-            label = f"{name} ({megabytes:.1f} MiB), {reader}"
-            rows.append((label, f"{seconds(work, 3) * 1e3:.1f} ms, {read:.2f} MiB read"))
+            read, before = bytes_read(work) / 2**20, peak(reset=True)
+            took = seconds(work, 9)
+            base = took if minutes == MINUTES[0] and reader == "as chosen" else base
+            note = f", {took / base:.2f} of the 5 s file" if reader == "as chosen" else ""
+            label = f"{minutes * 60:.0f} s ({megabytes:.1f} MiB), {reader}"
+            yield label, f"{took * 1e3:.1f} ms, {read:.2f} MiB read, peak memory {peak() - before:+.0f} MB{note}"
+
+
+def reading(clip: str, spec: VideoSpec, folder: Path) -> Iterator[Row]:
+    """First frames against whole clips; both readers side by side; files read in isolated children."""
+    yield from against_the_reference(clip, spec)
+    yield from side_by_side(clip, spec, folder)
     children = Readers(2, spec, 30.0)
-    isolated = seconds(lambda: [future.result() for future in [children.submit(clip) for _ in range(16)]], 2) / 16
+    isolated = seconds(lambda: [future.result() for future in [children.submit(clip) for _ in range(32)]], 3) / 32
     children.close()
-    return [*rows, ("first frame, two isolated children", f"{isolated * 1e3:.1f} ms a file")]
+    yield "first frame, two isolated children", f"{isolated * 1e3:.1f} ms a file"

@@ -19,6 +19,14 @@ def hardware() -> str:
     return f"{len(os.sched_getaffinity(0))}-cpu-cores"
 
 
+def peak(*, reset: bool = False) -> float:
+    """Highest resident memory since the last reset, in MB (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
+
+
 def append(name: str, rows: Iterable[tuple[str, str]], *, model: str = "none") -> Path:
     """Print rows of (what, figure) and add them to this day's file."""
     path = RESULTS / f"{name}-{hardware()}-{time.strftime('%Y-%m-%d')}.md"

@@ -18,7 +18,7 @@ import torch
 import webdataset
 from safetensors.torch import load
 
-from benchmarks.report import append
+from benchmarks.report import append, peak
 from common.seed import generator
 from common.video import VideoSpec
 from shards.manifest import Encoder, Manifest, Shard, write_manifest
@@ -60,14 +60,6 @@ def drop(folder: Path) -> None:
     for path in folder.glob("*.tar"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def peak(*, reset: bool = False) -> float:
-    """Highest resident memory since the last reset, in MB (Linux)."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
 
 
 def plain(folder: Path) -> int:

@@ -27,7 +27,7 @@ except ImportError:  # no wheel for this machine
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "PPM")  # EPS and the like would start a program
 PICTURE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp8", "vp9", "mjpeg")
-SCANNED = 16 * 2**20  # bytes up to which decord may read the whole file to find one frame
+SCANNED = 4 * 2**20  # bytes up to which decord may read the whole file to find one frame: a fifth more time at most
 PIXELS = 2**27  # more than any camera makes; above it a header lies
 TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 REMOTE_TIMEOUT = 10.0  # seconds without an answer
