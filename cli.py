@@ -72,9 +72,20 @@ def evaluate_command(**given: object) -> None:
 def decode_command(**given: object) -> None:
     """Decode a zarr store of latents into mp4 files and a contact sheet."""
     from stage1_encode.decode import decode
+    from stage1_encode.follow import follow
 
-    for path in decode(resolve(DecodeConfig, given)):
+    config = resolve(DecodeConfig, given)
+    for path in follow(config) if config.watch else decode(config):
         click.echo(str(path))
+
+
+@cli.command("plot")
+@click.argument("run", type=click.Path(path_type=Path))
+def plot_command(run: Path) -> None:
+    """Draw the curves of a run into RUN/curves.png."""
+    from stage2_distill.plot import plot
+
+    click.echo(str(plot(run)))
 
 
 @cli.command("demo")

@@ -90,3 +90,13 @@ def read_rows(path: Path, step: str, start: int, stop: int) -> Tensor:
     """The latents (B C T H W) float32 of rows start..stop-1."""
     videos = zarr.open_array(path / step / "latents", mode="r")[start:stop]
     return torch.from_numpy(numpy.asarray(videos))
+
+
+def set_complete(path: Path, complete: bool) -> None:
+    """Say of a whole store whether more steps will come."""
+    zarr.open_group(path, mode="a").attrs.update({"complete": complete})
+
+
+def complete(path: Path) -> bool:
+    """Whether the store is there and no more steps will come."""
+    return (path / "zarr.json").is_file() and bool(zarr.open_group(path, mode="r").attrs.get("complete"))

@@ -92,6 +92,7 @@ class DecodeConfig:
     latents: str = option(help="Folder X.zarr of latents.")
     model: str = option(help="Model folder or hub name; its VAE is used.")
     out: str = option(help="Folder for the mp4 files and the contact sheet.")
+    watch: bool = option(False, "Wait for steps of a training run and decode each as it appears, until the run ends.")
     columns: int = option(6, "Frames of each video on the contact sheet.")
     vae_dtype: str = option("float32", "Precision of the VAE.", choices=DTYPES)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)

@@ -14,7 +14,10 @@ ATTENTIONS = ("auto", "torch", "cudnn", "flash", "efficient", "math")
 CRITIC_LOSSES = ("x0", "flow", "noise")
 WANDB = ("off", "online", "offline")
 EXIT_SCHEDULES = ("random", "stratified")
-NOT_NEGATIVE = ("critic_warmup", "warmup", "grad_clip", "ema_start", "student_lr", "critic_lr", "eps", "weight_decay")
+NOT_NEGATIVE = (
+    "critic_warmup", "warmup", "grad_clip", "ema_start", "student_lr", "critic_lr", "eps", "weight_decay",
+    "preview_every",
+)  # fmt: skip
 SHARES = ("ema_decay", "beta1", "beta2", "score_low", "score_high", "text_only_fraction", "first_frame_jitter")
 
 
@@ -78,6 +81,9 @@ class DistillConfig:
     text_rows: int = option(TEXT_LENGTH, "Text rows computed; fewer are quicker and the same, if prompts are short.")
     attention: str = option("auto", "Kernel of attention; auto is cuDNN in bf16 on a GPU.", choices=ATTENTIONS)
     compile: bool = option(False, "Compile the blocks first: a minute at the start, then a quarter faster on a GPU.")
+    preview_every: int = option(0, "Iterations from one preview to the next; 0 = none.")
+    preview_count: int = option(4, "Conditions of a preview: the first of the preview's data set.")
+    preview_data: str | None = option(None, "Data set of the previews' conditions; without it, that of the training.")
     wandb: str = option("off", "Curves on Weights & Biases too (needs the extra wandb).", choices=WANDB)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
 

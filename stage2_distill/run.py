@@ -24,6 +24,7 @@ from stage2_distill.memory import choose_memory
 from stage2_distill.network import Network, Plan
 from stage2_distill.optim import masters, offloads, open_optimizer, remainders, state_tensors
 from stage2_distill.parallel import Ranks, shard, start
+from stage2_distill.preview import open_previews
 from stage2_distill.schedule import CRITIC, STUDENT, Part, accumulation, parts
 from stage2_distill.train import DivergedError, Roles, Step, Trainer, train_step
 from stage2_distill.wan import skeleton
@@ -32,7 +33,8 @@ from stage2_distill.weights import read_weights
 
 CONFIG = "distill.yaml"
 SPEED = {"keep_activations", "attention", "compile"}
-MAY_CHANGE = {"wandb", "iterations", "checkpoint_every", "keep", "device", "batch_size", "model", "replicate"} | SPEED
+SEEN = {"wandb", "preview_every", "preview_count", "preview_data"}
+MAY_CHANGE = {"iterations", "checkpoint_every", "keep", "device", "batch_size", "model", "replicate"} | SPEED | SEEN
 
 
 def distill(config: DistillConfig) -> Path:
@@ -148,14 +150,23 @@ def iterate(out: Path, trainer: Trainer, data: DataSet | Mixture, facts: Student
     """Iterations `done`..end, each logged, with a checkpoint now and then and at the end."""
     config, ranks = trainer.config, trainer.ranks
     loaded = conditions(trainer, data, done)
+    previews = open_previews(out, config, data)
+    if ranks.rank == 0:
+        previews.close(done=False)
+    if done == 0 and previews.due(0):
+        previews.make(trainer, 0)
     with Watch(out, config, ranks, start=done) as watch:
         for iteration in range(done, config.iterations):
             watch.write(iteration, attempt(out, trainer, iteration, loaded))
             now = iteration + 1
+            if previews.due(now):
+                previews.make(trainer, now)
             if now % config.checkpoint_every == 0 or now == config.iterations:
                 save(out, state(trainer), replace(facts, iteration=now))
                 if ranks.rank == 0:
                     prune(out, config.keep)
+    if ranks.rank == 0:
+        previews.close(done=True)
 
 
 def attempt(out: Path, trainer: Trainer, iteration: int, loaded: Iterator[tuple[Part, Condition]]) -> Step:

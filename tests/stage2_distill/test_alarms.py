@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, make_config, make_shards, run_here, tensors
+from runs import make_config, make_shards, run_here, run_ranks, tensors
 
 from common.condition import Condition
 from common.options import write_config
@@ -143,10 +141,7 @@ def test_one_bad_rank_stops_all_and_is_named(model: Path, tmp_path: Path) -> Non
     seeds = (dataclasses.replace(config, seed=seed) for seed in range(50))
     config = next(c for c in seeds if first_meeting(c, bad, 2)[0] == 1 and first_meeting(c, bad, 2)[1] == 1)
     write_config(tmp_path / "config.yaml", config)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "cli.py", "distill"]
-    done = subprocess.run(
-        [sys.executable, *command, "--config", str(tmp_path / "config.yaml")], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_ranks(["cli.py", "distill", "--config", str(tmp_path / "config.yaml")], 2)
     assert done.returncode != 0
     assert "iteration 1: " in done.stderr, done.stderr[-4000:]
     assert "not finite on rank 1." in done.stderr
