@@ -100,12 +100,12 @@ def test_81_frames_are_21_latent_frames() -> None:
 
 def test_average_equals_the_formula() -> None:
     net = nn.Linear(3, 2)
-    ema = Ema(net)
+    ema = Ema((name, weight.detach()) for name, weight in net.named_parameters())
     expected = net.weight.detach().clone().double()
     for number, decay in enumerate((0.0, 0.9, 0.99, 0.5)):
         with torch.no_grad():
             net.weight.copy_(torch.randn(2, 3, generator=torch.Generator().manual_seed(number)))
-        ema.update(net, decay)
+        ema.update(((name, weight.detach()) for name, weight in net.named_parameters()), decay, torch.device("cpu"))
         expected = decay * expected + (1 - decay) * net.weight.detach().double()
         torch.testing.assert_close(ema.weights["weight"].double(), expected, rtol=1e-6, atol=1e-7)
     assert not ema.weights["weight"].requires_grad
