@@ -6,6 +6,7 @@ decord reads ordinary local videos. PyAV reads what decord cannot (AV1, GIF, wha
 
 import struct
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import av
@@ -24,6 +25,8 @@ except ImportError:  # no wheel for this machine
     decord = None
     DECORD_ERRORS = ()
 
+# PyAV 19 keeps bytes that are no UTF-8 and has no option for it; before, they made a file unreadable
+open_leniently = av.open if int(av.__version__.split(".")[0]) >= 19 else partial(av.open, metadata_errors="ignore")
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "PPM")  # EPS and the like would start a program
 PICTURE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp8", "vp9", "mjpeg")
@@ -138,13 +141,13 @@ def _open(path: str) -> av.container.InputContainer:
     """Open a container by what its header says; decode a part of it only where that is too little."""
     timeout = REMOTE_TIMEOUT if path.startswith(REMOTE) else None
     try:
-        file = av.open(path, metadata_errors="ignore", options={"probesize": "32"}, timeout=timeout)
+        file = open_leniently(path, options={"probesize": "32"}, timeout=timeout)
         if file.streams.video and all(stream.width for stream in file.streams.video):
             return file
         file.close()
     except av.InvalidDataError:
         pass
-    return av.open(path, metadata_errors="ignore", timeout=timeout)
+    return open_leniently(path, timeout=timeout)
 
 
 def _video_stream(file: av.container.InputContainer) -> VideoStream:
