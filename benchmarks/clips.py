@@ -11,7 +11,7 @@ import av
 import numpy
 
 FRAMES = 121
-OPTIONS = {"preset": "veryfast", "crf": "23", "threads": "1"}
+OPTIONS = {"preset": "superfast", "crf": "23", "threads": "1"}
 
 
 def read(source: str) -> list[numpy.ndarray]:

@@ -1,7 +1,7 @@
 """Stage one: reading, then random encoders of the true size by precision and batch, then encode from end to end.
 
     python -m benchmarks.encode --reading                    (CPU: first frames only)
-    python -m benchmarks.encode [--tiny] [--clips 512] [--rows 2048] [--budget 90]
+    python -m benchmarks.encode [--tiny] [--parts models,eager,compiled] [--clips 512] [--rows 1024]
 
 The clips are made on the spot (`benchmarks/clips.py`), the shards are written by `stage1_encode.pipeline.make_shards`.
 Parts that the time budget no longer allows are left out.
@@ -11,6 +11,7 @@ import argparse
 import copy
 import csv
 import os
+import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -24,7 +25,19 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import clips
-from benchmarks.models import BATCHES, PRECISIONS, fresh, memory, of_text, of_vae, pictures, seconds, settle, some_text
+from benchmarks.models import (
+    BATCHES,
+    PRECISIONS,
+    fresh,
+    memory,
+    of_text,
+    of_vae,
+    pictures,
+    seconds,
+    settle,
+    some_text,
+    vae_error,
+)
 from benchmarks.random_models import TINY, TRUE, WORDS, random_text, random_vae
 from benchmarks.reading import reading, whole_clip
 from benchmarks.report import append
@@ -79,18 +92,18 @@ def alone(config: EncodeConfig, encoders: Encoders, pixels: Tensor) -> float:
     return time.perf_counter() - began
 
 
-def from_end_to_end(config: EncodeConfig, encoders: Encoders, pixels: Tensor, rows: int) -> Iterator[Row]:
+def from_end_to_end(config: EncodeConfig, encoders: Encoders, pixels: Tensor) -> Iterator[Row]:
     """Shards made by the product, against the models alone on the same batches in the same run."""
     write_negative(config, encoders)  # warms the text encoder up
     vae.encode_frames(encoders.vae, pixels[: config.batch_size])
-    numbers = range(-(-rows // config.shard_size))
+    shards = list(read_shards(Path(config.data), shard_size=config.shard_size, text_only=False))
+    numbers, rows = range(len(shards)), sum(len(shard) for shard in shards)
     models = alone(config, encoders, pixels)
     memory()
     began = time.perf_counter()
     made = list(make_shards(config, encoders, tasks(config, numbers), total=rows))
     took = time.perf_counter() - began
     records, size = sum(index.shard.records for index in made), sum(index.shard.size for index in made)
-    models = min(models, alone(config, encoders, pixels))
     name = f"{config.vae_dtype}, batch {config.batch_size}{', compiled' if config.compile else ''}"
     yield f"both models alone, {name}", f"{rows / models:.1f} records/s"
     figure = f"{records / took:.1f} records/s ({records} of {rows} in {took:.1f} s, {size / took / 1e6:.0f} MB/s)"
@@ -99,11 +112,12 @@ def from_end_to_end(config: EncodeConfig, encoders: Encoders, pixels: Tensor, ro
 
 def idle(config: EncodeConfig, encoders: Encoders) -> Iterator[Row]:
     """Share of the time between the first and the last piece of GPU work in which the GPU did nothing."""
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as seen:
         for _ in make_shards(config, encoders, tasks(config, range(3)), total=3 * config.shard_size):
             pass
         settle()
-    found = [event for event in seen.events() if event.device_type == DeviceType.CUDA]
+    found = [event for event in seen.events() if not gpu or event.device_type == DeviceType.CUDA]
     spans = sorted((event.time_range.start, event.time_range.end) for event in found)
     busy, reached, longest = 0.0, spans[0][0], Counter[str]()
     for start, end in spans:
@@ -157,32 +171,49 @@ def measure(given: argparse.Namespace, work: Path, began: float) -> Iterator[Row
     pixels = pictures(size, max(BATCHES), device)
     settle()
     yield "random models made after", f"{time.perf_counter() - began:.1f} s, {memory()}"
-    yield from of_vae(base, pixels)
+    if "models" in given.parts:
+        yield from of_vae(base, pixels)
     exact = some_text(encoder)
     encoder.model.bfloat16()
     memory()
-    yield from of_text(encoder, "bfloat16", exact)
-    for maker in makers:
-        assert maker.wait() == 0, "the clips cannot be made"
+    if "models" in given.parts:
+        yield from of_text(encoder, "bfloat16", exact)
+    wait_for(makers)
     yield "clips made after", f"{time.perf_counter() - began:.1f} s"
-    config = make_config(work, table, given, "eager", vae_dtype=given.vae_dtype)
-    encoders = Encoders(fresh(base, config.vae_dtype), encoder)
-    yield from from_end_to_end(config, encoders, pixels, given.rows)
-    if not given.tiny:
+    if "eager" in given.parts:
+        config = make_config(work, table, given, "eager", vae_dtype=given.vae_dtype)
+        encoders = Encoders(fresh(base, config.vae_dtype), encoder)
+        yield from from_end_to_end(config, encoders, pixels)
         yield from idle(make_config(work, table, given, "idle", vae_dtype=given.vae_dtype), encoders)
-    yield from reference(config, base, encoder, paths)
-    for precision in given.compiled.split(","):
-        if not precision or time.perf_counter() - began > given.budget:
-            continue
-        config = make_config(work, table, given, f"compiled-{precision}", vae_dtype=precision, compile=True)
-        start = time.perf_counter()
-        own = vae.Vae(copy.deepcopy(base.model).to(vae.dtype_of(precision)), base.mean, base.std)
-        encoders = make_ready(config, own, encoder)
-        took = seconds(lambda net=encoders.vae: vae.encode_frames(net, pixels[:8])) / 8
-        yield f"VAE, one frame, here, {precision}, compiled, batch 8", f"{took * 1e3:.2f} ms a frame, {memory()}"
-        yield from of_text(encoders.text, "bfloat16, compiled", exact)
-        yield "compiling took", f"{time.perf_counter() - start:.1f} s"
-        yield from from_end_to_end(config, encoders, pixels, given.rows)
+        yield from reference(config, base, encoder, paths)
+    for precision in given.compiled.split(",") if "compiled" in given.parts else ():
+        if time.perf_counter() - began < given.budget:
+            config = make_config(work, table, given, precision, vae_dtype=precision, compile=True)
+            yield from compiled(config, base, encoder, pixels, exact)
+
+
+def compiled(
+    config: EncodeConfig, base: vae.Vae, encoder: text.TextEncoder, pixels: Tensor, exact: Tensor
+) -> Iterator[Row]:
+    """Both models compiled: alone, and from end to end."""
+    start = time.perf_counter()
+    own = vae.Vae(copy.deepcopy(base.model).to(vae.dtype_of(config.vae_dtype)), base.mean, base.std)
+    encoders = make_ready(config, own, encoder)
+    size = config.batch_size
+    took = seconds(lambda: vae.encode_frames(encoders.vae, pixels[:size])) / size
+    error = vae_error(encoders.vae, base, pixels[:size])
+    figure = f"{took * 1e3:.2f} ms a frame, {memory()}, latents off by {error:.1e}"
+    yield f"VAE, one frame, here, {config.vae_dtype}, compiled, batch {size}", figure
+    yield "compiling the VAE took", f"{time.perf_counter() - start:.1f} s"
+    start = time.perf_counter()
+    yield from of_text(encoders.text, "bfloat16, compiled", exact)
+    yield "compiling the text encoder took", f"{time.perf_counter() - start:.1f} s"
+    yield from from_end_to_end(config, encoders, pixels)
+
+
+def wait_for(makers: list["subprocess.Popen[bytes]"]) -> None:
+    """Wait until the clips are made."""
+    assert all(maker.wait() == 0 for maker in makers), "the clips cannot be made"
 
 
 def main() -> None:
@@ -190,8 +221,9 @@ def main() -> None:
     began = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reading", action="store_true", help="only read files, which needs no GPU")
+    parser.add_argument("--parts", default="models,eager,compiled", help="which parts, separated by commas")
     parser.add_argument("--tiny", action="store_true", help="small models, for trying this script")
-    for name, default in (("clips", 512), ("rows", 2048), ("shard-size", 256), ("budget", 90)):
+    for name, default in (("clips", 512), ("rows", 1024), ("shard-size", 256), ("budget", 100)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vae-dtype", default="tf32", choices=PRECISIONS)
     parser.add_argument("--compiled", default="float16", help="precisions to compile, separated by commas")

@@ -60,12 +60,18 @@ def pictures(size: Size, count: int, device: torch.device) -> Tensor:
     return torch.from_numpy((smooth + noise).astype(numpy.uint8)).to(device)
 
 
+def vae_error(encoder: vae.FrameEncoder, base: vae.Vae, pixels: Tensor) -> float:
+    """Relative error of latents against diffusers in float32."""
+    images = pixels.permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        exact = torch.cat([base.model.encode(image[None]).latent_dist.mode() for image in images])
+    exact = (exact - base.mean) / base.std
+    return ((vae.encode_frames(encoder, pixels) - exact).norm() / exact.norm()).item()
+
+
 def of_vae(base: vae.Vae, pixels: Tensor) -> Iterator[Row]:
     """One frame by diffusers and by `FrameNet`, in every precision."""
     images = pixels.permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        exact = torch.cat([base.model.encode(image[None]).latent_dist.mode() for image in images[:4]])
-    exact = (exact - base.mean) / base.std
     for batch in BATCHES[:2]:
         for name, tf32 in (("float32", False), ("float32 with tf32", True)):
             with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
@@ -73,7 +79,7 @@ def of_vae(base: vae.Vae, pixels: Tensor) -> Iterator[Row]:
             yield f"VAE, one frame, diffusers, {name}, batch {batch}", f"{took / batch * 1e3:.2f} ms a frame"
     for precision in PRECISIONS:
         encoder = fresh(base, precision)
-        error = ((vae.encode_frames(encoder, pixels[:4]) - exact).norm() / exact.norm()).item()
+        error = vae_error(encoder, base, pixels[:4])
         memory()
         for batch in BATCHES:
             took = seconds(lambda encoder=encoder, batch=batch: vae.encode_frames(encoder, pixels[:batch]))
