@@ -1,9 +1,19 @@
 """How the trained roles are kept in memory: float32 masters, or the compact form where they would not fit."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 
 from stage2_distill.config import AUTO, COMPACT, STANDARD, DistillConfig
-from stage2_distill.parallel import Ranks
+from stage2_distill.ema import Ema
+from stage2_distill.network import Network, Plan
+from stage2_distill.optim import masters, offloads, open_optimizer, remainders
+from stage2_distill.parallel import Ranks, shard
+from stage2_distill.schedule import CRITIC, STUDENT
+from stage2_distill.train import Roles
+from stage2_distill.wan import skeleton
+from stage2_distill.weights import read_weights
 
 STANDARD_BYTES = 34  # a parameter: two roles' masters and AdamW states (12 each), gradients 4, average 4, teacher 2
 REST = 16 << 30  # bytes of activations and of gathered weights
@@ -18,3 +28,34 @@ def choose_memory(config: DistillConfig, ranks: Ranks, parameters: int) -> str:
     _, total = torch.cuda.mem_get_info(ranks.device)
     shards = ranks.world // config.replicate
     return COMPACT if STANDARD_BYTES * parameters // shards + REST > total else STANDARD
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The three roles from one folder, and what training them needs."""
+
+    roles: Roles
+    student_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer
+    ema: Ema
+
+
+def open_roles(config: DistillConfig, ranks: Ranks, model: Path) -> Opened:
+    """Three networks, sharded before they have memory; trained ones have float32 masters, the teacher has none."""
+    compute = getattr(torch, config.dtype)
+    plan = Plan(config.attention, config.keep_activations, config.compile)
+    memory = choose_memory(config, ranks, sum(p.numel() for p in skeleton(model, compute).parameters()))
+
+    def trained(role: str) -> tuple[Network, torch.optim.Optimizer]:
+        dtype = torch.float32 if memory == STANDARD else compute
+        net = shard(skeleton(model, dtype, plan), ranks, compute)
+        optimizer = open_optimizer(net, role, config, ranks, memory)
+        read_weights(model / "transformer", dict(net.named_parameters()), remainders(net, optimizer))
+        return net, optimizer
+
+    student, student_optimizer = trained(STUDENT)
+    critic, critic_optimizer = trained(CRITIC)
+    teacher = shard(skeleton(model, compute, plan), ranks, compute).requires_grad_(False)
+    read_weights(model / "transformer", dict(teacher.named_parameters()))
+    ema = Ema(masters(student, student_optimizer), offload=memory == COMPACT and offloads(config, ranks))
+    return Opened(Roles(student, teacher, critic), student_optimizer, critic_optimizer, ema)

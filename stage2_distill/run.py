@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,20 +15,16 @@ from shards.mix import Mixture, open_data_sets
 from shards.read import DataSet, Stream, prefetch
 from shards.record import pad_text
 from stage2_distill.checkpoint import SAMPLER, StudentFacts, checkpoints, load, prune, save
-from stage2_distill.config import COMPACT, STANDARD, DistillConfig
-from stage2_distill.ema import Ema
+from stage2_distill.config import DistillConfig
 from stage2_distill.figures import Clock
 from stage2_distill.first_frame import vary
-from stage2_distill.memory import choose_memory
-from stage2_distill.network import Network, Plan
-from stage2_distill.optim import masters, offloads, open_optimizer, remainders, state_tensors
-from stage2_distill.parallel import Ranks, shard, start
+from stage2_distill.memory import open_roles
+from stage2_distill.optim import state_tensors
+from stage2_distill.parallel import Ranks, start
 from stage2_distill.preview import open_previews
-from stage2_distill.schedule import CRITIC, STUDENT, Part, accumulation, parts
-from stage2_distill.train import DivergedError, Roles, Step, Trainer, train_step
-from stage2_distill.wan import skeleton
+from stage2_distill.schedule import Part, accumulation, parts
+from stage2_distill.train import DivergedError, Step, Trainer, train_step
 from stage2_distill.watch import Watch
-from stage2_distill.weights import read_weights
 
 CONFIG = "distill.yaml"
 SPEED = {"keep_activations", "attention", "compile"}
@@ -81,29 +76,14 @@ def open_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
 
 def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet | Mixture) -> Trainer:
     """The three roles from one folder, sharded, with their optimizers."""
-    compute = getattr(torch, config.dtype)
-    plan = Plan(config.attention, config.keep_activations, config.compile)
-    parameters = sum(p.numel() for p in skeleton(model, compute).parameters())
-    memory = choose_memory(config, ranks, parameters)
-
-    def trained(role: str) -> tuple[Network, torch.optim.Optimizer]:
-        dtype = torch.float32 if memory == STANDARD else compute
-        net = shard(skeleton(model, dtype, plan), ranks, compute)
-        optimizer = open_optimizer(net, role, config, ranks, memory)
-        read_weights(model / "transformer", dict(net.named_parameters()), remainders(net, optimizer))
-        return net, optimizer
-
-    student, student_optimizer = trained(STUDENT)
-    critic, critic_optimizer = trained(CRITIC)
-    teacher = shard(skeleton(model, compute, plan), ranks, compute).requires_grad_(False)
-    read_weights(model / "transformer", dict(teacher.named_parameters()))
+    opened = open_roles(config, ranks, model)
     return Trainer(
         config,
         ranks,
-        Roles(student, teacher, critic),
-        student_optimizer,
-        critic_optimizer,
-        Ema(masters(student, student_optimizer), offload=memory == COMPACT and offloads(config, ranks)),
+        opened.roles,
+        opened.student_optimizer,
+        opened.critic_optimizer,
+        opened.ema,
         pad_text(data.negative, config.text_rows).to(ranks.device),
         Clock(ranks.device),
     )

@@ -13,8 +13,8 @@ from runs import ROOT, make_config, make_shards, run_worker, tensors
 from worker import run_watched
 
 from stage2_distill.checkpoint import load, newest
+from stage2_distill.memory import open_roles
 from stage2_distill.parallel import start
-from stage2_distill.run import open_roles
 from stage2_distill.wan import load as load_network
 
 GOLDEN = ROOT / "tests" / "golden" / "ten_iterations.json"
@@ -122,7 +122,7 @@ def test_golden(alone: Path, model: Path) -> None:
 
 def test_the_teacher_has_neither_gradients_nor_float32(model: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, model, tmp_path / "out", dtype="bfloat16")
-    roles = open_roles(config, start("cpu"), model)
+    roles = open_roles(config, start("cpu"), model).roles
     assert {parameter.dtype for parameter in roles.teacher.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in roles.teacher.parameters())
     for net in (roles.student, roles.critic):

@@ -11,22 +11,22 @@ from pathlib import Path
 import torch.distributed as dist
 
 from common.options import resolve
-from stage2_distill import run
 from stage2_distill.config import DistillConfig
+from stage2_distill.memory import open_roles
 from stage2_distill.parallel import start
 
 config = resolve(DistillConfig, {"config": sys.argv[1]})
 ranks = start("cpu")
-run.open_roles(config, ranks, Path(sys.argv[2]))
+open_roles(config, ranks, Path(sys.argv[2]))
 dist.barrier()
 pages = int(Path("/proc/self/statm").read_text().split()[1])
-roles = run.open_roles(config, ranks, Path(config.model))
+opened = open_roles(config, ranks, Path(config.model))
 peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-own = sum(
-    parameter.to_local().nbytes
-    for net in (roles.student, roles.teacher, roles.critic)
-    for parameter in net.parameters()
-)
+kept = [p for net in (opened.roles.student, opened.roles.teacher, opened.roles.critic) for p in net.parameters()]
+kept += opened.ema.weights.values()
+for optimizer in (opened.student_optimizer, opened.critic_optimizer):
+    kept += [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+own = sum(value.to_local().nbytes for value in kept)
 figures = {"grown": peak - resource.getpagesize() * pages, "own": own}
 Path(f"{sys.argv[1]}.{ranks.rank}").write_text(json.dumps(figures))
 dist.destroy_process_group()
