@@ -8,6 +8,6 @@
 #SBATCH --cpus-per-task=16
 #SBATCH --requeue
 set -eu
-per_job=100
+per_job=${PER_JOB:-100}
 first=$((SLURM_ARRAY_TASK_ID * per_job))
 exec ti2v-distill encode --data "$1" --model "$2" --out "$3" --shards "$first:$((first + per_job))" --compile

@@ -23,6 +23,7 @@ from stage1_encode.plan import (
     hold_shards,
     make_plan,
     opened_lock,
+    storing,
     survey,
     write_plan,
 )
@@ -61,7 +62,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
     with opened_lock(folder) as lock:
         mine = share(config, len(found.rows))
         hold_shards(lock, folder, mine)
-        with alone(lock, SETTLING):
+        with alone(lock, SETTLING), storing(folder):
             check_plan(folder, plan)
             write_plan(folder, config, plan)
             if found.unfinished or not (folder / NEGATIVE).is_file():
@@ -72,7 +73,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
             ENGINES[config.engine](config, numbers, negative=negative)
         if rank_and_world()[0] == 0 and config.shards == "":
             wait_for_others(folder, found)
-        with alone(lock, FINISHING):
+        with alone(lock, FINISHING), storing(folder):
             manifest = finish(folder, plan, found)
     return report(config, found, done=manifest is not None)
 

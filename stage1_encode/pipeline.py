@@ -24,6 +24,7 @@ from stage1_encode import text, vae
 from stage1_encode.config import EncodeConfig
 from stage1_encode.frames import Frame, UnreadableError
 from stage1_encode.isolate import Readers, default_workers, read_ahead
+from stage1_encode.plan import storing
 from stage1_encode.rows import Row, rows_digest
 
 PARTS = ("vae", "text_encoder", "tokenizer")
@@ -76,7 +77,9 @@ def write_negative(config: EncodeConfig, encoders: Encoders) -> None:
     embedding = text.embed(encoders.text, tokens, budget=config.text_tokens)[0]
     if ready := mark(encoders.text.model.device):
         ready.synchronize()
-    write_file(Path(config.out) / NEGATIVE, save({"text": embedding}))
+    folder = Path(config.out)
+    with storing(folder):
+        write_file(folder / NEGATIVE, save({"text": embedding}))
 
 
 def make_shards(config: EncodeConfig, encoders: Encoders, tasks: Iterable[Task], *, total: int) -> Iterator[Index]:
@@ -220,13 +223,6 @@ def save_shard(config: EncodeConfig, task: Task, made: Made) -> Index:
     if made.ready:
         made.ready.synchronize()
     records = to_records(config, made.good, made.latents)
-    try:
-        return write_shard(
-            Path(config.out),
-            shard_name(task.number),
-            records,
-            failures=made.failures,
-            rows_sha256=rows_digest(task.rows),
-        )
-    except OSError as error:
-        raise ValueError(f"out={config.out}: {error.strerror}; mend that and run the same command again") from error
+    folder, name, digest = Path(config.out), shard_name(task.number), rows_digest(task.rows)
+    with storing(folder):
+        return write_shard(folder, name, records, failures=made.failures, rows_sha256=digest)

@@ -99,6 +99,15 @@ def opened_lock(folder: Path) -> Iterator[int]:
 
 
 @contextmanager
+def storing(folder: Path) -> Iterator[None]:
+    """Turn what keeps a file from being written, a full disk above all, into one clear line: ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"out={folder}: {error.strerror}; mend that and run the same command again") from error
+
+
+@contextmanager
 def alone(descriptor: int, place: int) -> Iterator[None]:
     """Wait for one byte of the lock file and hold it."""
     fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, place)

@@ -1,6 +1,5 @@
 """Nothing lost: killed runs, ranks, shard ranges, the lock, a full disk, a vanished input."""
 
-import errno
 import os
 import signal
 import subprocess
@@ -10,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from shards import write
 from shards.manifest import read_manifest
+from shards.verify import verify
 from stage1_encode.encode import encode
-from stage1_encode.engine import tasks
+from stage1_encode.engine import ENGINES, tasks
 from stage1_encode.plan import hold_shards, opened_lock
+from tests import tiny
 from tests.stage1_encode.test_encode import configure, hashes
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,6 +64,21 @@ def test_a_job_array_makes_its_ranges(whole: Path, clips: Path, model: Path, tmp
     assert [task.number for task in tasks(config, [0, 2])] == [0, 2]
 
 
+def test_the_example_of_a_job_array_asks_for_ranges_that_meet(tmp_path: Path) -> None:
+    stub = tmp_path / "ti2v-distill"
+    stub.write_text('#!/bin/sh\necho "$@"\n')
+    stub.chmod(0o755)
+    asked = []
+    for job in range(3):
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        command = ["bash", str(ROOT / "examples/slurm_encode.sh"), "my clips.csv", "MODEL", "DATA"]
+        environment = os.environ | {"PATH": path, "SLURM_ARRAY_TASK_ID": str(job), "PER_JOB": "7"}
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert said.startswith("encode --data my clips.csv --model MODEL --out DATA --shards ")
+        asked.append(configure(Path("a"), Path("b"), Path("c"), shards=said.split()[-2]).shard_range)
+    assert asked == [(0, 7), (7, 14), (14, 21)]
+
+
 def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_path: Path) -> None:
     ready, ready_to = os.pipe()
     child = os.fork()
@@ -83,25 +98,64 @@ def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_pa
     assert encode(config).records == 6
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("shard-000001.tar", True), ("negative.safetensors", False), ("plan.json", False), ("manifest.json", True)],
+)
 def test_a_full_disk_is_one_line_and_leaves_whole_shards(
+    name: str, kept: bool, whole: Path, clips: Path, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f"{name}.partial").symlink_to("/dev/full")
+    config = configure(clips / "clips.csv", model, out, shard_size=2)
+    with pytest.raises(ValueError, match="^out=.*: No space left on device; mend that and run the same command again$"):
+        encode(config)
+    first = out / "shard-000000.tar"
+    assert first.is_file() == kept and not (out / "manifest.json").exists()
+    before = first.stat().st_mtime_ns if kept else 0
+    (out / f"{name}.partial").unlink()
+    encode(config)
+    assert hashes(out) == hashes(whole)
+    assert not kept or first.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("folder", ["/sys/ti2v", "/proc/ti2v", "FILE/set"])
+def test_a_folder_that_cannot_be_written_is_one_line(folder: str, clips: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = Path(folder.replace("FILE", str(tmp_path / "file")))
+    with pytest.raises(ValueError, match=rf"^out={out}: \w[^\n]*$"):
+        encode(configure(clips / "clips.csv", model, out))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_one_line(clips: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o555)
+    with pytest.raises(ValueError, match="^out=.*: Permission denied$"):
+        encode(configure(clips / "clips.csv", model, tmp_path / "out"))
+
+
+def test_an_input_that_vanishes_is_one_line_and_leaves_whole_shards(
     whole: Path, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = write.write_file
+    table = tmp_path / "rows.csv"
+    rows = [(clips / f"clip-{i}.mp4", tiny.PROMPTS[i]) for i in range(6)]
+    tiny.write_csv(table, rows)
+    config = configure(table, model, tmp_path / "out", shard_size=2)
+    encode(configure(table, model, tmp_path / "out", shard_size=2, shards="0:1"))
+    engine = ENGINES["local"]
 
-    def full(path: Path, data: bytes) -> None:
-        if path.name == "shard-000001.tar":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(path, data)
+    def vanish(*given: object, **named: object) -> None:
+        table.unlink()
+        engine(*given, **named)
 
-    config = configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2)
-    monkeypatch.setattr(write, "write_file", full)
-    with pytest.raises(ValueError, match="No space left on device; mend that and run the same command again"):
+    monkeypatch.setitem(ENGINES, "local", vanish)
+    with pytest.raises(ValueError, match="^data=.*: No such file or directory$"):
         encode(config)
-    monkeypatch.setattr(write, "write_file", real)
-    kept = (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns
-    encode(config)
-    assert hashes(tmp_path / "out") == hashes(whole)
-    assert (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns == kept
+    monkeypatch.setitem(ENGINES, "local", engine)
+    tiny.write_csv(table, rows)
+    assert encode(config).records == 6 and verify(tmp_path / "out").problems == ()
 
 
 def test_an_engine_that_is_not_installed_is_named(
