@@ -1,5 +1,6 @@
 """What benchmarks of the networks share: the true size or a tiny one, a random network, timing, kernels by time."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -32,11 +33,13 @@ TRUE = {"num_layers": 30, "num_attention_heads": 24, "attention_head_dim": 128, 
 TINY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 48, "text_dim": 16}
 
 
-def case(tiny: bool) -> Case:
-    """The true size in bf16 on the GPU, or a tiny one in float32 on the CPU."""
+def case(tiny: bool, *, half: bool = False) -> Case:
+    """The true size in bf16 on this process's GPU, or a tiny one in float32 (or `half`) on the CPU."""
     if tiny:
-        return Case(VideoSpec(9, 64, 64), torch.device("cpu"), torch.float32, TINY)
-    return Case(VideoSpec(), torch.device("cuda"), torch.bfloat16, TRUE)
+        return Case(VideoSpec(9, 64, 64), torch.device("cpu"), torch.bfloat16 if half else torch.float32, TINY)
+    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(place)
+    return Case(VideoSpec(), place, torch.bfloat16, TRUE)
 
 
 def random_network(chosen: Case) -> WanTransformer3DModel:

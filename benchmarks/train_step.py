@@ -1,0 +1,108 @@
+"""What an iteration costs: seconds, memory, utilisation; one process or torchrun's ranks.
+
+    python -m benchmarks.train_step [--tiny] [--memory compact] [--keep attention] [--only iteration,waits]
+    torchrun --nproc-per-node 2 -m benchmarks.train_step --memory standard
+
+A mean iteration is the mean critic update and a fifth of the mean student update, each exit of the ladder run once.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.device import Case, case, seconds, synchronize
+from benchmarks.report import append
+from benchmarks.trainer import finite, make_config, one_batch, random_trainer, report_memory
+from stage2_distill.parallel import start
+from stage2_distill.schedule import CRITIC, STUDENT, exit_index
+from stage2_distill.train import Trainer, Update, ema_decay, masters, update_critic, update_student
+
+Row = tuple[str, str]
+FORWARD = 520.7  # TFLOP at the true size
+USEFUL = {CRITIC: 2.5 + 3, STUDENT: 1.5 + 3 + 3}  # forwards: rollout, a gradient's three, scores
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
+
+
+def run_update(chosen: Case, trainer: Trainer, role: str, exit_at: int) -> Update:
+    """One update that leaves the rollout at `exit_at`, the average of the student included."""
+    iteration = next(n for n in range(10_000) if exit_index(n, role, trainer.config) == exit_at)
+    data = one_batch(chosen, trainer.ranks, role, iteration)
+    if role == CRITIC:
+        return update_critic(trainer, iteration, data)
+    update = update_student(trainer, iteration, data)
+    averaged = masters(trainer.roles.student, trainer.student_optimizer)
+    trainer.ema.update(averaged, ema_decay(iteration, trainer.config), trainer.ranks.device)
+    return update
+
+
+def iteration(chosen: Case, trainer: Trainer, ceiling: float) -> Iterator[Row]:
+    """Seconds of both updates by exit, of a mean iteration, memory and utilisation."""
+    losses: list[float] = []
+
+    def update(role: str, exit_at: int) -> Callable[[], None]:
+        return lambda: losses.append(run_update(chosen, trainer, role, exit_at).loss)
+
+    exits = range(len(trainer.config.ladder))
+    for role in (CRITIC, STUDENT):
+        yield f"first {role} update", f"{seconds(update(role, 1), chosen, warm=0, repeat=1):.1f} s"
+    means = {}
+    for role in (CRITIC, STUDENT):
+        each = [seconds(update(role, exit_at), chosen, warm=0, repeat=1) for exit_at in exits]
+        means[role] = statistics.mean(each)
+        yield f"{role} update by exit", ", ".join(f"{s:.2f}" for s in each) + f", mean {means[role]:.2f} s"
+    every = trainer.config.student_every
+    mean = means[CRITIC] + means[STUDENT] / every
+    useful = (USEFUL[CRITIC] + USEFUL[STUDENT] / every) * FORWARD / mean
+    yield "mean iteration", f"{mean:.2f} s, {trainer.ranks.world / mean:.3f} samples/s"
+    yield "useful arithmetic", f"{useful:.0f} TFLOP/s a GPU, {useful / ceiling:.1%} of {ceiling:.0f} measured"
+    yield "peak memory", report_memory(chosen)
+    yield "losses finite", str(finite(losses))
+
+
+def waits(chosen: Case, trainer: Trainer, _ceiling: float) -> Iterator[Row]:
+    """How often the host waits for the device in one update of each role, by the profiler."""
+    for role in (CRITIC, STUDENT):
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            run_update(chosen, trainer, role, 0)
+        counts = {event.key: event.count for event in found.key_averages() if event.key in WAITS}
+        yield f"waits in a {role} update", ", ".join(f"{k} {n}" for k, n in sorted(counts.items())) or "none"
+        synchronize(chosen)
+
+
+def ceiling_of(chosen: Case) -> float:
+    """TFLOP/s of a large matrix product."""
+    size = 64 if chosen.tiny else 8192
+    a, b = (torch.randn(size, size, device=chosen.device, dtype=chosen.dtype) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, chosen, warm=3, repeat=20) / 1e12
+
+
+def main() -> None:
+    """Measure, print and append to the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--memory", default="compact")
+    parser.add_argument("--keep", default="attention")
+    parser.add_argument("--replicate", type=int, default=1)
+    parser.add_argument("--only", default="iteration,waits")
+    given = parser.parse_args()
+    chosen = case(given.tiny, half=given.memory == "compact")
+    ranks = start(chosen.device.type, replicate=given.replicate)
+    config = make_config(chosen, ranks, memory=given.memory, keep_activations=given.keep, replicate=given.replicate)
+    ceiling = ceiling_of(chosen)
+    trainer = random_trainer(chosen, ranks, config)
+    rows: list[Row] = [("ranks, memory, keep", f"{ranks.world}, {given.memory}, {given.keep}")]
+    sections = {"iteration": iteration, "waits": waits}
+    for name in given.only.split(","):
+        for row in sections[name](chosen, trainer, ceiling):
+            if ranks.rank == 0:
+                print(*row, sep=": ", flush=True)
+            rows.append(row)
+    if ranks.rank == 0 and not given.tiny:
+        append("train_step", rows, model="random weights")
+
+
+if __name__ == "__main__":
+    main()

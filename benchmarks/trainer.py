@@ -1,0 +1,88 @@
+"""A trainer of random weights and random data, at the true size or a tiny one, on any number of ranks."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from benchmarks.device import Case
+from common.condition import Condition
+from stage2_distill.compact import local
+from stage2_distill.config import COMPACT, STANDARD, DistillConfig
+from stage2_distill.ema import Ema
+from stage2_distill.figures import Clock
+from stage2_distill.network import Plan, adopt
+from stage2_distill.optim import masters, offloads, open_optimizer
+from stage2_distill.parallel import Ranks, shard
+from stage2_distill.schedule import CRITIC, STUDENT, Part
+from stage2_distill.train import Roles, Trainer
+from stage2_distill.wan import cast_parameters
+
+
+def make_config(chosen: Case, ranks: Ranks, **changes: object) -> DistillConfig:
+    """The published recipe at one clip a GPU."""
+    spec = chosen.spec
+    plain = DistillConfig(
+        shards=("random",), model="random", out="random",
+        num_frames=spec.num_frames, height=spec.height, width=spec.width, fps=spec.fps,
+        global_batch=ranks.world, compile=not chosen.tiny, device=chosen.device.type,
+        dtype=str(chosen.dtype).removeprefix("torch."),
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+def random_role(chosen: Case, ranks: Ranks, plan: Plan, dtype: torch.dtype) -> nn.Module:
+    """A sharded transformer in `dtype` that computes in the case's dtype; weights N(0, 0.02)."""
+    with torch.device("meta"):
+        net = WanTransformer3DModel(
+            patch_size=(1, 2, 2), in_channels=48, out_channels=48, cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads", **chosen.network,
+        )  # fmt: skip
+    net = shard(cast_parameters(adopt(net, plan), dtype).eval(), ranks, chosen.dtype)
+    draws = torch.Generator(chosen.device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            local(parameter).normal_(0, 0.02, generator=draws)
+    return net
+
+
+def random_trainer(chosen: Case, ranks: Ranks, config: DistillConfig) -> Trainer:
+    """Three roles of the same random weights, with optimizers and average, in the memory mode of `config`."""
+    plan = Plan(config.attention, config.keep_activations, config.compile)
+    dtype = torch.float32 if config.memory == STANDARD else chosen.dtype
+    student, critic = (random_role(chosen, ranks, plan, dtype) for _ in range(2))
+    student_optimizer = open_optimizer(student, STUDENT, config, ranks, config.memory)
+    critic_optimizer = open_optimizer(critic, CRITIC, config, ranks, config.memory)
+    teacher = random_role(chosen, ranks, plan, chosen.dtype).requires_grad_(False)
+    offload = config.memory == COMPACT and offloads(config, ranks)
+    ema = Ema(masters(student, student_optimizer), offload=offload)
+    negative = torch.randn(512, chosen.network["text_dim"], device=chosen.device)
+    roles = Roles(student, teacher, critic)
+    return Trainer(config, ranks, roles, student_optimizer, critic_optimizer, ema, negative, Clock(ranks.device))
+
+
+def random_condition(chosen: Case, batch: int = 1) -> Condition:
+    """A first frame and a text of all rows."""
+    frames = torch.randn(batch, *chosen.spec.first_frame_shape, device=chosen.device)
+    return Condition(frames, torch.randn(batch, 512, chosen.network["text_dim"], device=chosen.device))
+
+
+def one_batch(chosen: Case, ranks: Ranks, role: str, iteration: int) -> Iterator[tuple[Part, Condition]]:
+    """The only micro-batch of one update."""
+    yield Part(iteration, role, (ranks.rank,), (ranks.rank,), 1.0, True), random_condition(chosen)
+
+
+def report_memory(chosen: Case) -> str:
+    """Most memory in use so far, in GiB."""
+    if chosen.device.type != "cuda":
+        return "not measured"
+    return (
+        f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, reserved {torch.cuda.max_memory_reserved() / 2**30:.1f}"
+    )
+
+
+def finite(values: list[float]) -> bool:
+    """Whether all are."""
+    return bool(torch.isfinite(Tensor(values)).all())

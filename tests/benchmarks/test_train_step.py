@@ -1,0 +1,32 @@
+"""The benchmarks of the trainer run at tiny size: alone in both memory modes, on two ranks, and the network's."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def printed(*command: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(("launcher", "memory"), [([], "compact"), (TORCHRUN, "compact"), (TORCHRUN, "standard")])
+def test_train_step(launcher: list[str], memory: str) -> None:
+    text = printed(*launcher, "-m", "benchmarks.train_step", "--tiny", "--memory", memory)
+    for row in ("mean iteration: ", "student update by exit: ", "waits in a critic update: "):
+        assert text.count(row) == 1
+    assert "losses finite: True" in text
+
+
+def test_network(tmp_path: Path) -> None:
+    text = printed("-m", "benchmarks.network", "--tiny", "--out", str(tmp_path))
+    assert "ours, keep attention" in text
+    assert (tmp_path / "backward.txt").stat().st_size > 0
