@@ -16,7 +16,7 @@ WANDB = ("off", "online", "offline")
 EXIT_SCHEDULES = ("random", "stratified")
 NOT_NEGATIVE = (
     "critic_warmup", "warmup", "grad_clip", "ema_start", "student_lr", "critic_lr", "eps", "weight_decay",
-    "preview_every",
+    "preview_every", "lora_rank",
 )  # fmt: skip
 SHARES = ("ema_decay", "beta1", "beta2", "score_low", "score_high", "text_only_fraction", "first_frame_jitter")
 
@@ -70,6 +70,11 @@ class DistillConfig:
     replicate: int = option(1, "Copies of the networks, each sharded over GPUs / copies (HSDP).")
     checkpoint_every: int = option(500, "Iterations from one checkpoint to the next.")
     keep: int = option(3, "Newest checkpoints to keep.")
+    lora_rank: int = option(
+        0,
+        "Train adapters of this rank on one frozen base instead of all weights; 0 = all. Wants larger learning rates.",
+    )
+    lora_alpha: float | None = option(None, "Adapters count alpha / rank; without it alpha is the rank.")
     seed: int = option(0, "Seed of data order, noise and exits.")
     dtype: str = option("bfloat16", "Precision of the networks; master weights are float32.", choices=DTYPES)
     memory: str = option(AUTO, "Float32 masters, or the compact form; auto: standard where it fits.", choices=MEMORIES)
@@ -103,6 +108,8 @@ class DistillConfig:
             _check_share(name, vars(self)[name])
         for name in NOT_NEGATIVE:
             at_least(name, vars(self)[name], 0)
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha={self.lora_alpha}: must be more than 0")
         at_least("num_frames", self.num_frames, 5)  # one latent frame more than the first
         at_least("shift", self.shift, 1)
         one_of("critic_loss", self.critic_loss, CRITIC_LOSSES)
@@ -114,6 +121,8 @@ class DistillConfig:
 
     def check_compact(self) -> None:
         """Raise ValueError where the compact form cannot do what is asked."""
+        if self.lora_rank:
+            raise ValueError(f"lora_rank={self.lora_rank}: adapters are small; use memory=standard")
         if self.dtype != "bfloat16":
             raise ValueError(f"dtype={self.dtype}: memory=compact holds bfloat16 weights; use memory=standard")
         if self.beta1 != 0:

@@ -7,6 +7,7 @@ import torch
 
 from stage2_distill.config import AUTO, COMPACT, STANDARD, DistillConfig
 from stage2_distill.ema import Ema
+from stage2_distill.lora import Role, lora_of, open_adapted
 from stage2_distill.network import Network, Plan
 from stage2_distill.optim import masters, offloads, open_optimizer, remainders
 from stage2_distill.parallel import Ranks, shard
@@ -41,9 +42,15 @@ class Opened:
 
 
 def open_roles(config: DistillConfig, ranks: Ranks, model: Path) -> Opened:
-    """Three networks, sharded before they have memory; trained ones have float32 masters, the teacher has none."""
+    """Three networks, sharded before they have memory; trained ones have float32 masters, the teacher has none.
+
+    Or one network with two adapters.
+    """
     compute = getattr(torch, config.dtype)
     plan = Plan(config.attention, config.keep_activations, config.compile)
+    lora = lora_of(vars(config))
+    if lora is not None:
+        return open_lora(config, ranks, open_adapted(model, ranks, plan, lora, dtype=compute, seed=config.seed))
     memory = choose_memory(config, ranks, sum(p.numel() for p in skeleton(model, compute).parameters()))
 
     def trained(role: str) -> tuple[Network, torch.optim.Optimizer]:
@@ -58,4 +65,14 @@ def open_roles(config: DistillConfig, ranks: Ranks, model: Path) -> Opened:
     teacher = shard(skeleton(model, compute, plan), ranks, compute).requires_grad_(False)
     read_weights(model / "transformer", dict(teacher.named_parameters()))
     ema = Ema(masters(student, student_optimizer), offload=memory == COMPACT and offloads(config, ranks))
+    return Opened(Roles(student, teacher, critic), student_optimizer, critic_optimizer, ema)
+
+
+def open_lora(config: DistillConfig, ranks: Ranks, adapted: list[Role]) -> Opened:
+    """Student, teacher and critic of one base; the adapters are their own float32 masters."""
+    student, teacher, critic = adapted
+    student_optimizer, critic_optimizer = (
+        open_optimizer(role, name, config, ranks, STANDARD) for role, name in ((student, STUDENT), (critic, CRITIC))
+    )
+    ema = Ema(masters(student, student_optimizer))
     return Opened(Roles(student, teacher, critic), student_optimizer, critic_optimizer, ema)

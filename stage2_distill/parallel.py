@@ -57,7 +57,7 @@ def shard(net: Network, ranks: Ranks, dtype: torch.dtype) -> Network:
     The network computes in `dtype`, gradients are reduced in float32. Inputs are not cast: the times must stay
     float32. One process whose parameters have the dtype already needs no sharding.
     """
-    if ranks.world > 1 or net.dtype != dtype:
+    if ranks.world > 1 or any(parameter.dtype != dtype for parameter in net.parameters()):
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in net.blocks:
             fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
@@ -72,8 +72,10 @@ def reduce_gradients(net: torch.nn.Module, last: bool) -> None:
     Each pass leaves a rank with its own part of the gradients only (20 GB whole, for 5 B parameters, would be too
     much to accumulate); the replicas of HSDP are averaged in the last pass alone.
     """
-    if isinstance(net, FSDPModule):
-        net.set_requires_all_reduce(last)
+    for module in net.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(last)  # of all below too
+            return
 
 
 def clip_in_place(net: torch.nn.Module, limit: float) -> torch.Tensor:

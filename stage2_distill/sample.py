@@ -15,6 +15,7 @@ from shards.read import DataSet, open_data_set
 from shards.record import collate
 from stage2_distill.checkpoint import StudentFacts, chosen, load, read_facts
 from stage2_distill.config_sample import EvaluateConfig, SampleConfig
+from stage2_distill.lora import load_merged, lora_of
 from stage2_distill.rollout import rollout
 from stage2_distill.wan import cast_parameters, denoiser
 from stage2_distill.wan import load as load_network
@@ -42,7 +43,11 @@ def load_student(config: SampleConfig | EvaluateConfig, checkpoint: Path, facts:
             f"model={config.model}: not the model that {checkpoint} was distilled from, {facts.base_model}"
         )
     net = load_network(model, torch.float32).requires_grad_(False)
-    load(checkpoint, {f"{config.weights}.{name}": weight for name, weight in net.named_parameters()})
+    lora = lora_of(facts.config)
+    if lora is None:
+        load(checkpoint, {f"{config.weights}.{name}": weight for name, weight in net.named_parameters()})
+    else:
+        load_merged(net, checkpoint, config.weights, lora)
     return cast_parameters(net, getattr(torch, config.dtype))
 
 

@@ -29,6 +29,9 @@ DOORS = {  # library -> the only files that may import it
     "zarr": {"shards/latents.py"},
     "webdataset": {"shards/"},
     "click": {"cli.py", "common/options.py"},
+    "peft": {"stage2_distill/lora.py"},
+    "matplotlib": {"stage2_distill/plot.py"},
+    "wandb": {"stage2_distill/boards.py"},
     "pickle": set(),
 }
 FORBIDDEN_IN_STAGE_TWO = (
