@@ -16,13 +16,14 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from examples.nano.captions import NEGATIVE_PROMPT, captions
 from examples.nano.card import write_card
-from examples.nano.dit import SHIFT, Pool, train_dit, use_compact_text
+from examples.nano.dit import SHIFT, Pool, train_dit
 from examples.nano.gate import Conditions, answers, distances, few, generate, make_conditions, pixels, table
 from examples.nano.render import render, to_network
 from examples.nano.show import sheet
 from examples.nano.text import embed, train_text
 from examples.nano.vae import channels_last, encode, train_vae
 from examples.nano.world import draw_scenes
+from stage2_distill.network import adopt
 
 SEED = 1
 GATE = (
@@ -48,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pictures", type=Path, default=Path("examples/nano/pictures"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae-seconds", type=float, default=190)
-    parser.add_argument("--dit-seconds", type=float, default=400)
+    parser.add_argument("--dit-seconds", type=float, default=820)
     parser.add_argument("--vae-batch", type=int, default=32)
     parser.add_argument("--dit-batch", type=int, default=512)
     parser.add_argument("--pool", type=int, default=200_000)
@@ -56,7 +57,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--judged", type=int, default=2048, help="conditions whose pixels the analyser reads")
     parser.add_argument("--steps", type=int, default=50, help="the teacher's steps in the gate")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.25, 1.5], help="guidance; the best is used")
+    parser.add_argument(
+        "--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 2.5], help="guidance; the best is used"
+    )
     parser.add_argument("--limit", type=int, default=10**9, help="iterations of each training stage, for trying it out")
     parser.add_argument("--more", action="store_true", help="train the teacher on from the one that is there")
     return parser.parse_args()
@@ -135,7 +138,7 @@ def gate(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     texts = Texts(args.out, device)
     vae = AutoencoderKLWan.from_pretrained(args.out / "vae").float().to(device)
     net = WanTransformer3DModel.from_pretrained(args.out / "transformer").float().to(device).eval()
-    use_compact_text(net)
+    adopt(net)
     conditions = make_conditions(vae, texts, texts([NEGATIVE_PROMPT]), args.conditions, 256)
     common = {"steps": args.steps, "batch": 1024}
     real = {scale: distances(net, conditions, seed=0, scale=scale, **common)["real"] for scale in args.scales}

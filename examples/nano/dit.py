@@ -3,23 +3,20 @@
 Shapes: B clips, C 48 channels, T 5 latent frames, H W latent size, N tokens, L text rows, D text width.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttention
-from einops import rearrange, repeat
 from torch import Tensor
-from torch.nn import functional
 
 from common.flow import add_noise, per_sample, shift
 from examples.nano.graph import captured, optimizer, train
-from examples.nano.text import ROWS, WIDTH
+from examples.nano.text import WIDTH
+from stage2_distill.network import Plan, adopt
 
-SHIFT, TEXT_ROWS = 5.0, 512
+SHIFT = 5.0
 DROPOUT, TEXT_ONLY = 0.10, 0.15  # shares of prompts replaced by the negative prompt, of samples without a first frame
 RATE, EMA = 1e-3, 0.9998
 
@@ -31,35 +28,6 @@ class Pool:
     latents: Tensor  # (P C T H W) float16, normalised
     text: Tensor  # (P L D) float16, zero rows past each prompt's end
     negative: Tensor  # (L D) float16, the negative prompt
-
-
-class CompactTextAttention:
-    """Cross-attention over L rows that equals attention over 512 of which all from row L-1 on are zero.
-
-    Equal rows have equal keys and values, so one of them with log(count) added to its logit stands for all.
-    """
-
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: None = None,
-        rotary_emb: None = None,
-    ) -> Tensor:
-        """Attend from hidden_states (B N D') to encoder_hidden_states (B L D')."""
-        parts = (
-            attn.norm_q(attn.to_q(hidden_states)),
-            attn.norm_k(attn.to_k(encoder_hidden_states)),
-            attn.to_v(encoder_hidden_states),
-        )
-        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=attn.heads) for part in parts)
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        bias = torch.zeros(k.shape[2], device=k.device, dtype=v.dtype)
-        bias[-1:].fill_(math.log(TEXT_ROWS - ROWS + 1))
-        bias = bias.expand(q.shape[2], -1).contiguous()[None, None]
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return attn.to_out[0](rearrange(out, "b h n d -> b n (h d)"))
 
 
 def make_dit() -> WanTransformer3DModel:
@@ -74,18 +42,12 @@ def make_dit() -> WanTransformer3DModel:
     return net
 
 
-def use_compact_text(net: WanTransformer3DModel) -> None:
-    """Make `net` take texts of L rows for 512 (same result, a sixteenth of the work)."""
-    for block in net.blocks:
-        block.attn2.set_processor(CompactTextAttention())
-
-
 def velocity(net: WanTransformer3DModel, x: Tensor, sigma: Tensor, text: Tensor, pinned: Tensor) -> Tensor:
-    """Velocity (B C T H W) at sigma (B); frame 0 carries time 0 where `pinned` (B) is 1."""
-    frames = repeat(sigma, "b -> b t", t=x.shape[2]).clone()
-    frames[:, 0] = sigma * (1 - pinned)
-    times = 1000 * repeat(frames, "b t -> b (t n)", n=(x.shape[3] // 2) * (x.shape[4] // 2))
-    return net(x, times, text, return_dict=False)[0]
+    """Velocity (B C T H W) at sigma (B); frame 0 carries time 0 where `pinned` (B) is 1.
+
+    Of the text's L rows the last, a zero one, stands for all up to 512: the same result, a sixteenth of the work.
+    """
+    return net(x, 1000 * torch.stack([sigma * (1 - pinned), sigma], dim=1), text, return_dict=False)[0]
 
 
 def dit_loss(net: WanTransformer3DModel, pool: Pool, batch: int, generator: torch.Generator) -> Tensor:
@@ -125,9 +87,7 @@ def train_dit(
         net = make_dit().to(device)
     if (folder / "transformer").exists():
         net.load_state_dict(WanTransformer3DModel.from_pretrained(folder / "transformer").float().state_dict())
-    use_compact_text(net)
-    if device.type == "cuda":
-        net.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    adopt(net, Plan(compiled=device.type == "cuda"))
     parameters = list(net.parameters())
     average = [p.detach().clone() for p in parameters]
     generator = torch.Generator(device).manual_seed(seed + 1)
