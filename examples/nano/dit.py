@@ -85,12 +85,13 @@ def train_dit(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = make_dit().to(device)
-    if (folder / "transformer").exists():
+    more = (folder / "transformer").exists()
+    if more:
         net.load_state_dict(WanTransformer3DModel.from_pretrained(folder / "transformer").float().state_dict())
     adopt(net, Plan(compiled=device.type == "cuda"))
     parameters = list(net.parameters())
     average = [p.detach().clone() for p in parameters]
-    generator = torch.Generator(device).manual_seed(seed + 1)
+    generator = torch.Generator(device).manual_seed(seed + 1 + 1000 * more)  # other draws than before
     adam = optimizer(parameters, device, beta2=0.99)
     loss = torch.ones((), device=device)
 
