@@ -12,13 +12,17 @@ from typing import TypeAlias
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from common.video import TEXT_LENGTH
 from stage2_distill.attention import attend
+
+if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
+    from stage2_distill.kernels import linear_gelu, norm_rotate
 
 Rope: TypeAlias = tuple[Tensor, Tensor]  # cos and sin (1 N 1 d/2) float32
 KEEP_NONE, KEEP_ATTENTION, KEEP_ALL = "none", "attention", "all"
@@ -135,18 +139,34 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x)
 
 
+def placed(norm: nn.RMSNorm, x: Tensor, heads: int, rope: Rope | None) -> Tensor:
+    """Queries or keys x (B N D), normalised over all heads and turned by their place: (B N H d)."""
+    split = partial(rearrange, pattern="b n (h d) -> b n h d", h=heads)
+    if rope is None:
+        return split(norm(x))
+    if x.is_cuda and not torch.is_grad_enabled():
+        return split(norm_rotate(x, norm.weight, *rope, norm.eps))
+    return rotate(split(norm(x)), rope)
+
+
 def attention(module: WanAttention, x: Tensor, source: Tensor, rope: Rope | None, kernel: str) -> Tensor:
-    """Attention of x (B N D) over `source` (B M D), queries and keys normalised over all heads.
+    """Attention of x (B N D) over `source` (B M D).
 
     Without rope the source is text: of fewer than 512 rows the last one stands for all the zero rows left out.
     """
-    split = partial(rearrange, pattern="b n (h d) -> b n h d", h=module.heads)
-    query = split(module.norm_q(module.to_q(x)))
-    key = split(module.norm_k(module.to_k(source)))
-    if rope is not None:
-        query, key = rotate(query, rope), rotate(key, rope)
+    query = placed(module.norm_q, module.to_q(x), module.heads, rope)
+    key = placed(module.norm_k, module.to_k(source), module.heads, rope)
+    value = rearrange(module.to_v(source), "b n (h d) -> b n h d", h=module.heads)
     stands_for = 1 if rope is not None else TEXT_LENGTH - source.shape[1] + 1
-    return module.to_out[0](attend(query, key, split(module.to_v(source)), kernel, stands_for=stands_for))
+    return module.to_out[0](attend(query, key, value, kernel, stands_for=stands_for))
+
+
+def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
+    """The feed-forward of a block on x (B N D)."""
+    up, down = ffn.net[0].proj, ffn.net[2]
+    if x.is_cuda and not torch.is_grad_enabled() and type(up) is nn.Linear:  # an adapter adds to a layer's result
+        return down(linear_gelu(x, up.weight, up.bias))
+    return ffn(x)
 
 
 def block_forward(
@@ -161,7 +181,7 @@ def block_forward(
     x = (x.float() + y * per_time(gate, tokens, given)).type_as(x)
     y = block.norm2(x.float()).type_as(x)
     x = x + attention(block.attn2, y, text, None, kernel)
-    y = block.ffn(modulate(block.norm3(x.float()), ffn_shift, ffn_scale, given).type_as(x))
+    y = feed_forward(block.ffn, modulate(block.norm3(x.float()), ffn_shift, ffn_scale, given).type_as(x))
     return (x.float() + y.float() * per_time(ffn_gate, tokens, given)).type_as(x)
 
 

@@ -1,0 +1,57 @@
+"""Kernels for forward passes without gradient on a GPU, where the compiler leaves bandwidth unused.
+
+Only imported where there is a GPU. Both compute in float32 and round once, as the plain forms in network.py do or less.
+Shapes: B batch, N tokens, D width, H heads, d head size, F feed-forward width.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _norm_rotate(  # type: ignore[no-untyped-def]
+    x_at, weight_at, cos_at, sin_at, out_at, tokens, eps, WIDTH: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    inside = place < WIDTH
+    x = tl.load(x_at + row * WIDTH + place, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_at + place, mask=inside, other=0.0).to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps) * weight
+    first, second = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
+    angle = (row % tokens) * PAIRS + tl.arange(0, BLOCK // 2) % PAIRS
+    cos, sin = tl.load(cos_at + angle), tl.load(sin_at + angle)
+    turned = tl.join(first * cos - second * sin, first * sin + second * cos)
+    tl.store(out_at + row * WIDTH + place, tl.reshape(turned, (BLOCK,)).to(out_at.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("ti2v::norm_rotate", mutates_args=())
+def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """RMS norm over all heads and rotation of the pairs of x (B N D), by angles (1 N 1 d/2): (B N D)."""
+    x = x.contiguous()
+    batch, tokens, width = x.shape
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    _norm_rotate[(batch * tokens,)](
+        x, weight, cos, sin, out, tokens, eps, WIDTH=width, PAIRS=cos.shape[-1], BLOCK=block, num_warps=8
+    )
+    return out
+
+
+@norm_rotate.register_fake
+def _(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("ti2v::linear_gelu", mutates_args=())
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x W^T + b), tanh form, of x (B N D): (B N F); the activation is the product's epilogue."""
+    flat = torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True)
+    return flat.unflatten(0, x.shape[:2])
+
+
+@linear_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], weight.shape[0])
