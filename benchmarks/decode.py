@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKLWan
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -116,14 +117,15 @@ def expected(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def own_rows(shape: Shape) -> list[Row]:
     """Our kernel's times over tile shapes, with its error."""
-    from stage1_encode.conv import Plan, convolve, fold
+    from stage1_encode.conv import Plan, fold
+    from stage1_encode.conv_kernel import convolve
 
     columns = min(256, 16 if shape.outputs < 64 else shape.outputs)
     side = 2 if shape.space == 2 else shape.kernel[1]
     outputs = max(shape.outputs, 16)
     found = []
     x, weight, bias = draws(shape)
-    bias = functional.pad(bias, (0, outputs - shape.outputs)) if shape.time == 1 else torch.zeros_like(bias)
+    bias = functional.pad(bias, (0, outputs - shape.outputs)) if shape.time == 1 else bias
     plain = functional.pad(weight, (0, 0) * 4 + (0, outputs - shape.outputs))
     wanted = expected(shape, x[:3], weight, bias[: weight.shape[0]])
     for rows in (4, 8, 2):
@@ -158,6 +160,7 @@ def stage_rows(tiny: bool) -> list[Row]:
                 parameter.data = parameter.data.contiguous(memory_format=form)
         z = torch.randn((1, 48, 3, 4, 6) if tiny else (1, 48, 31, 44, 80), dtype=dtype)
     decoder, spent = model.decoder, {}
+    rows = ours(model, z)
 
     def clock() -> float:
         if device == "cuda":
@@ -176,11 +179,38 @@ def stage_rows(tiny: bool) -> list[Row]:
         model.decode(z)
         began = clock()
         model.decode(z)
-        rows = [("diffusers decode", f"{clock() - began:.3f} s")]
+        rows.append(("diffusers decode", f"{clock() - began:.3f} s"))
         for name, module in parts.items():
             watch(name, module)
         model.decode(z)
     return rows + [(f"diffusers {name}", f"{seconds:.3f} s") for name, seconds in spent.items()]
+
+
+def ours(model: AutoencoderKLWan, z: Tensor) -> list[Row]:
+    """Seconds, memory and distance to diffusers of our decoder, by latent frames at once."""
+    from stage1_encode.decoder import Decoder, best_ways, stream
+
+    gpu = z.device.type == "cuda"
+    with torch.no_grad():
+        wanted = model.decode(z).sample[0].float()
+    decoder = Decoder(model, best_ways(z.device, z.dtype))
+    rows = []
+    for most in (1, 2, 3):
+        for _ in range(3):
+            if gpu:
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            made = list(stream(decoder, z[0], most=most))
+            if gpu:
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+        found = rearrange(torch.cat(made), "f x y c -> c f x y").float() / 127.5 - 1
+        db = float(-10 * ((found - wanted).square().mean() / 4).log10())
+        peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0
+        rows.append((f"ours, {most} at once", f"{seconds:.3f} s, peak {peak:.1f} GiB, PSNR {db:.1f} dB"))
+        print(*rows[-1], flush=True)
+    return rows
 
 
 def main() -> None:

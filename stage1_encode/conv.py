@@ -1,63 +1,81 @@
-"""Causal convolutions of the VAE on Hopper's matrix units: plans, folded weights, and the call of the kernel.
+"""The decoder's convolutions as products with folded weights: what a kernel must do, and PyTorch's own way to do it.
 
-Shapes: F frames, X Y height and width, C channels in, N channels out, K = taps x C.
+Shapes: F frames, X Y height and width, C channels in, N channels out, N' columns of the product, K = taps x C.
 """
 
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
-from triton.experimental.gluon.language import NVMMASharedLayout
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from stage1_encode.conv_kernel import kernel
-
-PLACES = 64  # of a warpgroup's tile, and channels of a step
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a convolution does; each plan is compiled once."""
+    """What a convolution does."""
 
     channels: int  # C
-    outputs: int  # N of one output place
-    depth: int = 3  # taps in time
+    outputs: int  # N
+    depth: int = 3  # taps in time: this frame and those before it
     side: int = 3  # taps in height and in width; 2 where space doubles
-    rows: int = 4  # of the picture in a warpgroup's tile of 64 places
+    rows: int = 8  # of the picture in a warpgroup's tile of 64 places
     columns: int = 256  # outputs in a tile
     time: int = 1  # output frames an input frame
-    space: int = 1  # output rows an input row; 2: nearest neighbours, then 3x3, folded into four phases of 2x2
-    repeats: int = 0  # residual: 0 none; else `outputs * time * space^2` are its channels, each this many times
-    halves: int = 1  # output frames that share a frame of the residual
+    space: int = 1  # output rows an input row; 2 = nearest neighbours and then 3x3, folded into four phases of 2x2
+    repeats: int = 0  # of each channel of the residual; 0 = no residual
+    halves: int = 1  # output frames that share one frame of the residual
+
+    @property
+    def product(self) -> int:
+        """N'."""
+        return self.outputs * self.time * self.space**2
 
 
 def fold(weight: Tensor, plan: Plan) -> Tensor:
-    """The weight (N' K) of a plan from a convolution's weight (N C t y x), as bf16.
+    """The weight (N' K) of a plan from a convolution's weight (N' C t y x).
 
     Nearest neighbours and then 3x3 see, from each of the four phases of a place, two rows and two columns: taps that
     fall on the same place are added up. Where time doubles, the outputs are those of the first frame, then the second.
     """
     if plan.space == 2:
         sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1.0, 1, 0], [0, 0, 1]]], device=weight.device)
-        folded = torch.einsum("pay,qbx,nctyx->pqntabc", sums, sums, weight.float())
-        return folded.flatten(3).flatten(0, 2).bfloat16().contiguous()
-    return weight.permute(0, 2, 3, 4, 1).flatten(1).bfloat16().contiguous()
+        phases = torch.einsum("pay,qbx,nctyx->pqntabc", sums, sums, weight.float())
+        return rearrange(phases, "p q n t a b c -> (p q n) (t a b c)").to(weight.dtype).contiguous()
+    return rearrange(weight, "n c t y x -> n (t y x c)").contiguous()
 
 
-def convolve(
+def by_library(
     x: Tensor, weight: Tensor, bias: Tensor, plan: Plan, *, residual: Tensor | None = None, skip: int = 0
 ) -> Tensor:
-    """Convolve x (F + depth - 1 X Y C) bf16 with a folded weight (N' K); (F' X' Y' N) bf16.
+    """Convolve x (F + depth - 1 X Y C) with a folded weight (N' K) and a bias (N, doubled with time); (F' X' Y' N).
 
-    `residual`, whose first `skip` output frames are left out, is added.
+    `residual` is added: of the shape of the output, or where space doubles a smaller one whose first `skip` output
+    frames are left out.
     """
-    frames, height, width = x.shape[0] - plan.depth + 1, x.shape[1], x.shape[2]
-    shape = (frames * plan.time, height * plan.space, width * plan.space, plan.outputs)
-    out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
-    box, block = [1, plan.rows, PLACES // plan.rows, PLACES], [plan.columns, PLACES]
-    source = TensorDescriptor.from_tensor(x, box, NVMMASharedLayout(128, 16, rank=4))
-    factors = TensorDescriptor.from_tensor(weight, block, NVMMASharedLayout(128, 16, rank=2))
-    blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
-    size = (frames, height, width, skip)
-    kernel[(blocks,)](source, factors, bias, bias if residual is None else residual, out, size, plan, num_warps=4)
-    return out
+    sides = {"t": plan.depth, "y": plan.side, "x": plan.side}
+    filters = rearrange(weight, "n (t y x c) -> n c t y x", **sides)
+    video = rearrange(x, "f x y c -> 1 c f x y")
+    edge = plan.side // 2
+    whole = bias if plan.space == 1 else bias.repeat(plan.space**2)
+    out = functional.conv3d(video, filters, whole, padding=(0, edge, edge))
+    out = spread(rearrange(out, "1 n f x y -> f x y n"), plan)
+    if residual is None:
+        return out
+    return out + (residual if plan.space == 1 else repeat(residual, plan)[skip:])
+
+
+def spread(out: Tensor, plan: Plan) -> Tensor:
+    """Put the columns of a product (F X* Y* N') on their frames and places: (F' X' Y' N)."""
+    if plan.space == 2:  # a phase's two rows are the place's own and its neighbour's on that side
+        high, wide = out.shape[1] - 1, out.shape[2] - 1
+        phases = rearrange(out, "f x y (p q n) -> p q f x y n", p=2, q=2)
+        cut = [[phases[p, q, :, p : p + high, q : q + wide] for q in (0, 1)] for p in (0, 1)]
+        return rearrange(torch.stack([torch.stack(row) for row in cut]), "p q f x y n -> f (x p) (y q) n")
+    return rearrange(out, "f x y (t n) -> (f t) x y n", t=plan.time)
+
+
+def repeat(x: Tensor, plan: Plan) -> Tensor:
+    """Every channel of x (F X Y c) `repeats` times, spread over frames, rows and columns: (F' 2X 2Y N)."""
+    many = x.repeat_interleave(plan.repeats, dim=3)
+    return rearrange(many, "f x y (n t p q) -> (f t) (x p) (y q) n", t=plan.halves, p=2, q=2)

@@ -5,6 +5,8 @@ copy engine, which also gives the zeros beyond the picture's edge: no padded or 
 Shapes: F frames, X Y height and width, C channels in, N channels out, K = taps x C.
 """
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -14,6 +16,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from stage1_encode.conv import Plan
+
+PLACES = 64  # of a warpgroup's tile, and channels of a step
 
 
 @gluon.jit
@@ -117,7 +124,8 @@ def store(total, target, bias, residual, start, size, plan: gl.constexpr):
         y_out = y
         x_out = x
     place = ((t * (size[1] * plan.space) + y_out) * (size[2] * plan.space) + x_out).to(gl.int64)
-    total += gl.load(bias + columns)[None, :].to(gl.float32)
+    own = columns + (phase * plan.outputs if plan.time == 2 else 0)
+    total += gl.load(bias + own)[None, :].to(gl.float32)
     if plan.repeats > 0:
         if plan.space == 1:
             total += gl.load(residual + place[:, None] * plan.outputs + columns[None, :], inside[:, None], 0.0)
@@ -152,3 +160,19 @@ def kernel(x, weight, bias, residual, target, size, plan: gl.constexpr):
         [4, 1],
         [232, 40],
     )
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, plan: Plan, *, residual: Tensor | None = None, skip: int = 0
+) -> Tensor:
+    """What `conv.by_library` does, in bf16."""
+    frames, height, width = x.shape[0] - plan.depth + 1, x.shape[1], x.shape[2]
+    shape = (frames * plan.time, height * plan.space, width * plan.space, plan.outputs)
+    out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
+    box, block = [1, plan.rows, PLACES // plan.rows, PLACES], [plan.columns, PLACES]
+    source = TensorDescriptor.from_tensor(x, box, gl.NVMMASharedLayout(128, 16, rank=4))
+    factors = TensorDescriptor.from_tensor(weight, block, gl.NVMMASharedLayout(128, 16, rank=2))
+    blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
+    size = (frames, height, width, skip)
+    kernel[(blocks,)](source, factors, bias, bias if residual is None else residual, out, size, plan, num_warps=4)
+    return out

@@ -1,13 +1,10 @@
 """`decode`: latents become videos, the way back through the same VAE. Shapes: F frames, X Y pixel height and width."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import av
 import numpy
 import torch
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 
 from common.device import pick_device
@@ -18,14 +15,10 @@ from shards.fingerprint import locate
 from shards.latents import LatentGroup
 from stage1_encode import vae
 from stage1_encode.config import DecodeConfig
+from stage1_encode.mp4 import write_video
 
 CONTACT, CONFIG = "contact.png", "decode.yaml"
 OURS = re.compile(rf"{CONTACT}|{CONFIG}|sample\.yaml|.*\.zarr|.*\.mp4(\.partial)?|step-.*|sample")
-H264 = {
-    "crf": "16",  # visually lossless
-    "threads": "1",
-    "x264-params": "b-adapt=0:scenecut=0:rc-lookahead=0:mbtree=0",  # its lookahead does not repeat itself bit for bit
-}
 THUMBNAIL, MOST_ROWS = 256, 64  # of the contact sheet: pixels in width, videos
 
 
@@ -103,27 +96,3 @@ def thumbnails(pixels: numpy.ndarray, *, columns: int) -> numpy.ndarray:
     height, width = pixels.shape[1:3]
     size = (min(width, THUMBNAIL), round(height * min(1.0, THUMBNAIL / width)))
     return numpy.concatenate([numpy.asarray(Image.fromarray(pixels[place]).resize(size)) for place in places], axis=1)
-
-
-def write_video(path: Path, pixels: numpy.ndarray, *, fps: int) -> Path:
-    """Write a video (F X Y 3) uint8 whole or not at all: H.264 that plays in a browser, the same bytes each time."""
-    partial = path.with_name(path.name + ".partial")
-    options = {"movflags": "+faststart", "fflags": "+bitexact"}
-    with av.open(str(partial), "w", format="mp4", options=options) as file:
-        stream = file.add_stream("libx264", rate=fps, options=H264)
-        stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
-        context = stream.codec_context
-        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for frame in to_frames(pixels):
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-    partial.replace(path)
-    return path
-
-
-def to_frames(pixels: numpy.ndarray) -> Iterator[av.VideoFrame]:
-    """Frames in the colours that the file says it has: untagged or BT.601 ones are shown wrong."""
-    for picture in pixels:
-        rgb = av.VideoFrame.from_ndarray(numpy.ascontiguousarray(picture), format="rgb24")
-        yield rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)

@@ -24,7 +24,8 @@ from shards.fingerprint import locate
 from shards.manifest import write_file
 from shards.read import DataSet, open_data_set
 from stage1_encode import analyser, appearance, clip, i3d, vae
-from stage1_encode.decode import read_pixels, write_video
+from stage1_encode.decode import read_pixels
+from stage1_encode.mp4 import write_video
 
 PIXELS, FEATURES, VIDEOS = "pixels.json", "i3d.safetensors", "videos"
 WIDEST = 480  # pixels of a video in the report

@@ -3,8 +3,9 @@
 Shapes: B batch, C channels, T latent frames, H W latent size, F pixel frames, X Y pixel height and width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.video import CHANNELS
+from stage1_encode.decoder import Decoder, best_ways, stream
 
 FRAME = torch.channels_last_3d
+STEPS = 2  # latent frames decoded at once
 TF32 = "tf32"  # float32 whose convolutions round their inputs to 10 bits of mantissa on a GPU
 
 
@@ -31,6 +34,11 @@ class Vae:
     def device(self) -> torch.device:
         """Where it computes."""
         return self.mean.device
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The decoder half for videos, made when it is first asked for."""
+        return Decoder(self.model, best_ways(self.device, self.model.dtype))
 
 
 @dataclass(frozen=True)
@@ -122,9 +130,15 @@ def encode_frames(encoder: FrameEncoder, pixels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
+def stream_video(vae: Vae, latents: Tensor, *, steps: int = STEPS) -> Iterator[Tensor]:
+    """Pixels (F X Y 3) uint8 on the VAE's device of one video's latents (C T H W), as they are made.
+
+    `steps` latent frames go through at once: more are faster and take more memory.
+    """
+    whole = rearrange(latents.to(vae.device).float(), "c t h w -> 1 c t h w") * vae.std + vae.mean
+    yield from stream(vae.decoder, whole[0].to(vae.model.dtype), most=steps)
+
+
 def decode_video(vae: Vae, latents: Tensor) -> Tensor:
     """Pixels (F X Y 3) uint8 on the CPU of one video's latents (C T H W)."""
-    z = rearrange(latents.to(vae.device).float(), "c t h w -> 1 c t h w") * vae.std + vae.mean
-    video = vae.model.decode(z.to(vae.model.dtype)).sample[0].float()
-    scaled = ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return rearrange(scaled, "c f x y -> f x y c").cpu()
+    return torch.cat([frames.cpu() for frames in stream_video(vae, latents)])

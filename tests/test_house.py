@@ -25,7 +25,7 @@ DOORS = {  # library -> the only files that may import it
     },
     "transformers": {"stage1_encode/text.py", "stage1_encode/clip.py"},
     "decord": {"stage1_encode/frames.py"},
-    "av": {"stage1_encode/frames.py", "stage1_encode/decode.py"},
+    "av": {"stage1_encode/frames.py", "stage1_encode/mp4.py"},
     "zarr": {"shards/latents.py"},
     "webdataset": {"shards/"},
     "click": {"cli.py", "common/options.py"},

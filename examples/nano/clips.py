@@ -16,7 +16,7 @@ from PIL import Image
 from examples.nano.captions import captions
 from examples.nano.render import render
 from examples.nano.world import FPS, draw_scenes
-from stage1_encode.decode import write_video
+from stage1_encode.mp4 import write_video
 
 CLIPS_SEED, PROMPTS_SEED = 77, 78
 

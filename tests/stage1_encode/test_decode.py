@@ -13,7 +13,8 @@ from common.video import VideoSpec
 from shards import latents
 from stage1_encode import vae
 from stage1_encode.config import DecodeConfig
-from stage1_encode.decode import decode, decode_to, thumbnails, write_video
+from stage1_encode.decode import decode, decode_to, thumbnails
+from stage1_encode.mp4 import Film, write_video
 from tests import tiny
 
 SPEC = VideoSpec(9, 64, 96, fps=12)
@@ -114,3 +115,18 @@ def test_mistakes_are_named(model: Path, tmp_path: Path) -> None:
     latents.write(store, "sample", [0], torch.full((1, *SPEC.latent_shape), float("nan")))
     with pytest.raises(ValueError, match="sample/000000000 is not finite"):
         decode(DecodeConfig(str(store), str(model), str(tmp_path / "out2"), device="cpu"))
+
+
+def test_a_film_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stop"), Film(tmp_path / "x.mp4", fps=12) as film:
+        film.add(torch.from_numpy(moving()))
+        raise RuntimeError("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_given_in_pieces_make_the_same_file(tmp_path: Path) -> None:
+    clip = torch.from_numpy(moving())
+    with Film(tmp_path / "a.mp4", fps=12) as film:
+        for piece in clip.split([1, 2, 6]):
+            film.add(piece)
+    assert (tmp_path / "a.mp4").read_bytes() == write_video(tmp_path / "b.mp4", moving(), fps=12).read_bytes()

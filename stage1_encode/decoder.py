@@ -1,0 +1,234 @@
+"""The VAE's decoder for speed, from diffusers' own weights: latents in, frames out as they are made.
+
+Activations lie as (F X Y C), channels last. Every causal convolution owns one piece of memory, its last two input
+frames first and the new ones behind them, into which the normalisation before it writes: nothing is concatenated or
+padded. A video goes through in steps of a few latent frames; its first one is a step of its own, as in training.
+Shapes: F frames, X Y height and width, C channels, N channels out.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stage1_encode.conv import Plan, by_library, fold
+
+try:
+    from stage1_encode import conv_kernel, norm_kernel
+except ImportError:  # no Triton here
+    conv_kernel = norm_kernel = None  # type: ignore[assignment]
+
+Part: TypeAlias = Any  # a module of diffusers', whose parts are named as there
+PAST = 2  # frames that a causal convolution remembers
+
+
+def normalise(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+    """out (F X Y C) = SiLU of x (F X Y C) at unit root mean square over C, times gamma (C)."""
+    length = x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    out.copy_(functional.silu(x.float() / length * (gamma.float() * x.shape[-1] ** 0.5)))
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a device does the two things that take time."""
+
+    kernels: bool  # our own: for Hopper GPUs in bf16
+
+    def norm(self, x: Tensor, gamma: Tensor, out: Tensor) -> None:
+        """Normalise into `out`."""
+        (norm_kernel.normalise if self.kernels else normalise)(x, gamma, out)
+
+    def convolve(self, x: Tensor, layer: "Conv", residual: Tensor | None, skip: int) -> Tensor:
+        """Convolve by our kernel where its tiles fit, else by the library."""
+        plan = layer.plan if residual is not None else layer.bare
+        fits = self.kernels and plan.channels % 64 == 0 and plan.product % plan.columns == 0
+        way = conv_kernel.convolve if fits else by_library
+        return way(x, layer.weight, layer.bias, plan, residual=residual, skip=skip)
+
+
+def best_ways(device: torch.device, dtype: torch.dtype) -> Ways:
+    """Our kernels on a Hopper GPU in bf16, PyTorch's elsewhere."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return Ways(hopper and dtype == torch.bfloat16 and conv_kernel is not None)
+
+
+class Conv(nn.Module):
+    """A convolution with folded weights, and the memory of its input."""
+
+    def __init__(self, conv: nn.Conv3d | nn.Conv2d, ways: Ways, plan: Plan) -> None:
+        super().__init__()
+        weight = conv.weight if conv.weight.dim() == 5 else conv.weight.unsqueeze(2)
+        assert conv.bias is not None
+        extra = plan.outputs * plan.time - len(weight)  # columns that only fill up a tile
+        weight = functional.pad(weight, (0, 0) * 4 + (0, extra))
+        self.weight = nn.Parameter(fold(weight.detach(), plan), requires_grad=False)
+        self.bias = nn.Parameter(functional.pad(conv.bias.detach(), (0, extra)), requires_grad=False)
+        self.ways, self.plan, self.bare = ways, plan, replace(plan, repeats=0)
+        self.memory = torch.empty(0)
+
+    def forget(self) -> None:
+        """Begin a new video."""
+        self.memory[:PAST].zero_()
+
+    def room(self, x: Tensor) -> Tensor:
+        """Where as many new frames as x (F X Y .) has are to be written, (F X Y C)."""
+        shape = (*x.shape[1:3], self.plan.channels)
+        if self.memory.shape[1:] != shape or len(self.memory) < PAST + len(x):
+            old = self.memory
+            self.memory = x.new_zeros((PAST + len(x), *shape))
+            if old.shape[1:] == shape:
+                self.memory[:PAST].copy_(old[:PAST])
+        return self.memory[PAST : PAST + len(x)]
+
+    def forward(self, frames: int, residual: Tensor | None = None) -> Tensor:
+        """Convolve the `frames` new frames in the memory, (F X Y N), and remember the last ones."""
+        out = self.ways.convolve(self.memory[: PAST + frames], self, residual, 0)
+        for place in range(PAST):
+            self.memory[place].copy_(self.memory[place + frames])
+        return out
+
+
+def conv_plan(conv: nn.Conv3d, *, residual: bool = False) -> Plan:
+    """The plan of a 3x3x3 convolution."""
+    outputs = conv.out_channels
+    return Plan(conv.in_channels, outputs, columns=min(256, outputs), repeats=int(residual))
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self, block: Part, ways: Ways) -> None:
+        super().__init__()
+        self.ways = ways
+        self.first_scale, self.second_scale = scale(block.norm1), scale(block.norm2)
+        self.first = Conv(block.conv1, ways, conv_plan(block.conv1))
+        self.second = Conv(block.conv2, ways, conv_plan(block.conv2, residual=True))
+        self.shortcut = point(block.conv_shortcut) if isinstance(block.conv_shortcut, nn.Conv3d) else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(F X Y C) -> (F X Y N)."""
+        self.ways.norm(x, self.first_scale, self.first.room(x))
+        hidden = self.first(len(x))
+        self.ways.norm(hidden, self.second_scale, self.second.room(hidden))
+        return self.second(len(x), self.shortcut(x))
+
+
+class Attention(nn.Module):
+    """Self-attention with one head within each frame."""
+
+    def __init__(self, block: Part) -> None:
+        super().__init__()
+        self.scale, self.inner, self.outer = scale(block.norm), point(block.to_qkv), point(block.proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(F X Y C) -> the same."""
+        length = x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        normal = (x.float() / length * (self.scale.float() * x.shape[-1] ** 0.5)).to(x.dtype)
+        query, key, value = rearrange(self.inner(normal), "f x y (k c) -> k f (x y) c", k=3)
+        mixed = functional.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])
+        return x + self.outer(mixed.view(x.shape))
+
+
+class Up(nn.Module):
+    """A level: residual blocks, then twice the size, and in some levels twice the frames, around a shortcut."""
+
+    def __init__(self, block: Part, ways: Ways) -> None:
+        super().__init__()
+        self.ways = ways
+        self.blocks = nn.Sequential(*(Block(resnet, ways) for resnet in block.resnets))
+        self.time: Conv | None = None
+        self.space: Conv | None = None
+        if block.upsampler is None:
+            return
+        conv, doubled = block.upsampler.resample[1], block.upsampler.mode == "upsample3d"
+        channels, outputs = conv.in_channels, conv.out_channels
+        columns = min(256, outputs)
+        if doubled:
+            self.time = Conv(
+                block.upsampler.time_conv, ways, Plan(channels, channels, side=1, columns=min(256, channels), time=2)
+            )
+        self.space = Conv(conv, ways, Plan(
+            channels, outputs, depth=1, side=2, columns=columns, space=2,
+            repeats=block.avg_shortcut.repeats, halves=2 if doubled else 1,
+        ))  # fmt: skip
+
+    def forward(self, x: Tensor, *, first: bool) -> Tensor:
+        """(F X Y C) -> (F' X' Y' N); the first frame of a video is not doubled."""
+        y = self.blocks(x)
+        if self.space is None:
+            return y
+        if self.time is not None and not first:
+            self.time.room(y).copy_(y)
+            y = self.time(len(x))
+        return self.ways.convolve(y, self.space, x, int(first and self.time is not None))
+
+
+def scale(norm: Part) -> nn.Parameter:
+    """Gamma (C) of a normalisation."""
+    return nn.Parameter(norm.gamma.detach().flatten(), requires_grad=False)
+
+
+def point(conv: nn.Conv3d | nn.Conv2d) -> nn.Linear:
+    """A convolution that sees one place only, as a linear layer over C."""
+    assert conv.bias is not None
+    layer = nn.Linear(conv.in_channels, conv.out_channels, device="meta")
+    layer.weight = nn.Parameter(conv.weight.detach().flatten(1), requires_grad=False)
+    layer.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
+    return layer
+
+
+class Decoder(nn.Module):
+    """Latent frames in, pixel frames out; it remembers the frames before them."""
+
+    def __init__(self, model: Part, ways: Ways) -> None:
+        super().__init__()
+        decoder = model.decoder
+        self.ways, self.patch = ways, model.config.patch_size or 1
+        self.colours = decoder.conv_out.out_channels
+        self.enter = point(model.post_quant_conv)
+        self.conv_in = Conv(decoder.conv_in, ways, conv_plan(decoder.conv_in))
+        middle = decoder.mid_block
+        self.middle = nn.Sequential(
+            Block(middle.resnets[0], ways), Attention(middle.attentions[0]), Block(middle.resnets[1], ways)
+        )
+        self.ups = nn.ModuleList(Up(block, ways) for block in decoder.up_blocks)
+        self.scale = scale(decoder.norm_out)
+        outputs = -(-self.colours // 16) * 16
+        self.conv_out = Conv(decoder.conv_out, ways, Plan(decoder.conv_out.in_channels, outputs, columns=outputs))
+
+    def forget(self) -> None:
+        """Begin a new video."""
+        for module in self.modules():
+            if isinstance(module, Conv):
+                module.forget()
+
+    def forward(self, z: Tensor, *, first: bool) -> Tensor:
+        """Frames (F X Y 3), not clamped, of latent frames (T H W C) that follow those given before."""
+        self.conv_in.room(z).copy_(self.enter(z))
+        x = self.middle(self.conv_in(len(z)))
+        for up in self.ups:
+            x = up(x, first=first)
+        self.ways.norm(x, self.scale, self.conv_out.room(x))
+        cells = self.conv_out(len(x))[..., : self.colours]
+        return rearrange(cells, "f x y (c q p) -> f (x p) (y q) c", p=self.patch, q=self.patch)
+
+
+def steps(frames: int, most: int) -> list[range]:
+    """The latent frames of a video step by step: the first alone, then as many at once as divide the rest evenly."""
+    rest = frames - 1
+    size = next((size for size in range(most, 0, -1) if rest % size == 0), 1)
+    return [range(1), *(range(start, start + size) for start in range(1, frames, size))]
+
+
+@torch.inference_mode()
+def stream(decoder: Decoder, z: Tensor, *, most: int) -> Iterator[Tensor]:
+    """Pixels (F X Y 3) uint8 of raw latents (C T H W), as they are made, `most` latent frames at once."""
+    decoder.forget()
+    cells = rearrange(z, "c t h w -> t h w c")
+    for part in steps(len(cells), most):
+        frames = decoder(cells[part.start : part.stop].contiguous(), first=part.start == 0)
+        yield ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
