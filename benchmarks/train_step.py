@@ -86,14 +86,18 @@ def main() -> None:
     parser.add_argument("--memory", default="compact")
     parser.add_argument("--keep", default="attention")
     parser.add_argument("--replicate", type=int, default=1)
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 = all weights")
+    parser.add_argument("--eager", action="store_true")
     parser.add_argument("--only", default="iteration,waits")
     given = parser.parse_args()
-    chosen = case(given.tiny, half=given.memory == "compact")
+    chosen = case(given.tiny, half=given.memory == "compact" or given.lora > 0)
     ranks = start(chosen.device.type, replicate=given.replicate)
-    config = make_config(chosen, ranks, memory=given.memory, keep_activations=given.keep, replicate=given.replicate)
+    knobs = {"memory": given.memory, "keep_activations": given.keep, "replicate": given.replicate}
+    knobs["compile"] = not (given.tiny or given.eager)
+    config = make_config(chosen, ranks, lora_rank=given.lora, **knobs)
     ceiling = ceiling_of(chosen)
     trainer = random_trainer(chosen, ranks, config)
-    rows: list[Row] = [("ranks, memory, keep", f"{ranks.world}, {given.memory}, {given.keep}")]
+    rows: list[Row] = [("ranks, memory, keep, adapters", f"{ranks.world}, {given.memory}, {given.keep}, {given.lora}")]
     sections = {"iteration": iteration, "waits": waits}
     for name in given.only.split(","):
         for row in sections[name](chosen, trainer, ceiling):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.device import Case
 from common.condition import Condition
@@ -13,7 +13,8 @@ from stage2_distill.compact import local
 from stage2_distill.config import COMPACT, STANDARD, DistillConfig
 from stage2_distill.ema import Ema
 from stage2_distill.figures import Clock
-from stage2_distill.network import Plan, adopt
+from stage2_distill.lora import Role, add_adapters, lora_of
+from stage2_distill.network import Network, Plan, adopt
 from stage2_distill.optim import masters, offloads, open_optimizer
 from stage2_distill.parallel import Ranks, shard
 from stage2_distill.schedule import CRITIC, STUDENT, Part
@@ -33,14 +34,19 @@ def make_config(chosen: Case, ranks: Ranks, **changes: object) -> DistillConfig:
     return replace(plain, **changes)
 
 
-def random_role(chosen: Case, ranks: Ranks, plan: Plan, dtype: torch.dtype) -> nn.Module:
-    """A sharded transformer in `dtype` that computes in the case's dtype; weights N(0, 0.02)."""
+def random_network(chosen: Case, plan: Plan, dtype: torch.dtype) -> Network:
+    """A transformer in `dtype` without memory."""
     with torch.device("meta"):
         net = WanTransformer3DModel(
             patch_size=(1, 2, 2), in_channels=48, out_channels=48, cross_attn_norm=True,
             qk_norm="rms_norm_across_heads", **chosen.network,
         )  # fmt: skip
-    net = shard(cast_parameters(adopt(net, plan), dtype).eval(), ranks, chosen.dtype)
+    return cast_parameters(adopt(net, plan), dtype).eval()
+
+
+def random_role(chosen: Case, ranks: Ranks, net: Network) -> Network:
+    """Shard a network that computes in the case's dtype; weights N(0, 0.02)."""
+    shard(net, ranks, chosen.dtype)
     draws = torch.Generator(chosen.device).manual_seed(0)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -51,15 +57,23 @@ def random_role(chosen: Case, ranks: Ranks, plan: Plan, dtype: torch.dtype) -> n
 def random_trainer(chosen: Case, ranks: Ranks, config: DistillConfig) -> Trainer:
     """Three roles of the same random weights, with optimizers and average, in the memory mode of `config`."""
     plan = Plan(config.attention, config.keep_activations, config.compile)
-    dtype = torch.float32 if config.memory == STANDARD else chosen.dtype
-    student, critic = (random_role(chosen, ranks, plan, dtype) for _ in range(2))
+    lora = lora_of(vars(config))
+    if lora is not None:
+        net = random_network(chosen, plan, chosen.dtype)
+        layers = add_adapters(net, (STUDENT, CRITIC), lora)
+        random_role(chosen, ranks, net)
+        roles = Roles(*(Role(net, layers, adapter) for adapter in (STUDENT, None, CRITIC)))
+    else:
+        dtype = torch.float32 if config.memory == STANDARD else chosen.dtype
+        kinds = (dtype, chosen.dtype, dtype)
+        roles = Roles(*(random_role(chosen, ranks, random_network(chosen, plan, kind)) for kind in kinds))
+        roles.teacher.requires_grad_(False)
+    student, critic = roles.student, roles.critic
     student_optimizer = open_optimizer(student, STUDENT, config, ranks, config.memory)
     critic_optimizer = open_optimizer(critic, CRITIC, config, ranks, config.memory)
-    teacher = random_role(chosen, ranks, plan, chosen.dtype).requires_grad_(False)
     offload = config.memory == COMPACT and offloads(config, ranks)
     ema = Ema(masters(student, student_optimizer), offload=offload)
     negative = torch.randn(512, chosen.network["text_dim"], device=chosen.device)
-    roles = Roles(student, teacher, critic)
     return Trainer(config, ranks, roles, student_optimizer, critic_optimizer, ema, negative, Clock(ranks.device))
 
 

@@ -1,14 +1,18 @@
 """The curves of a run on TensorBoard (RUN/tensorboard) and, if asked for, on Weights & Biases."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, Protocol
 
-from torch.utils.tensorboard import SummaryWriter
-
 from stage2_distill.config import DistillConfig
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # a bare machine trains all the same
+    SummaryWriter = None  # type: ignore[assignment, misc]
 
 FOLDER, PROJECT = "tensorboard", "ti2v-distill"
 
@@ -27,21 +31,25 @@ class Boards:
     """Writes lines of metrics; a run that goes on from iteration `start` hides what was written after it."""
 
     def __init__(self, out: Path, config: DistillConfig, *, start: int) -> None:
-        self.tensorboard = SummaryWriter(str(out / FOLDER), purge_step=start)
+        self.tensorboard = None if SummaryWriter is None else SummaryWriter(str(out / FOLDER), purge_step=start)
+        if self.tensorboard is None:
+            logging.warning("tensorboard is not installed: the curves are in metrics.jsonl alone")
         self.wandb = None if config.wandb == "off" else open_wandb(out, config)
 
     def write(self, line: Mapping[str, float]) -> None:
         """Add one iteration; `critic_loss` is the tag critic/loss."""
         step = int(line["iteration"])
         values = {name.replace("_", "/", 1): value for name, value in line.items() if name != "iteration"}
-        for tag, value in values.items():
-            self.tensorboard.add_scalar(tag, value, step)
+        if self.tensorboard is not None:
+            for tag, value in values.items():
+                self.tensorboard.add_scalar(tag, value, step)
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
     def close(self) -> None:
         """Write what is left."""
-        self.tensorboard.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
 

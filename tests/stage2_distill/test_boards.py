@@ -9,7 +9,7 @@ import pytest
 from runs import make_config, make_shards, run_here
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stage2_distill.boards import open_wandb
+from stage2_distill.boards import Boards, open_wandb
 
 
 def test_tensorboard_has_every_figure_once_after_a_stop(model: Path, tmp_path: Path) -> None:
@@ -57,3 +57,14 @@ def test_wandb_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match="pip install"):
         open_wandb(tmp_path, make_config(tmp_path, tmp_path, tmp_path, wandb="online"))
+
+
+def test_a_machine_without_tensorboard_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("stage2_distill.boards.SummaryWriter", None)
+    boards = Boards(tmp_path, make_config(tmp_path, tmp_path, tmp_path), start=0)
+    boards.write({"iteration": 0, "critic_loss": 1.0})
+    boards.close()
+    assert "metrics.jsonl alone" in caplog.text
+    assert list(tmp_path.iterdir()) == []
