@@ -1,27 +1,40 @@
 """Checkpoints: a folder `step-000500` of safetensors shards, complete or not there.
 
 Tensors are written with torch's distributed checkpoint in its safetensors form, so any number of ranks reads what
-any other number wrote, and nothing is pickled. `student.json` says what the student is; the folder gets its name last.
+any other number wrote, and nothing is pickled. `student.json` says what the student is, `index.json` what the files
+are; the folder gets its name last (`saver.py`).
 """
 
+import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from common.flow import ladder
 from common.video import VideoSpec
 from shards.manifest import write_file
 
-STUDENT, BEST = "student.json", "best"
+STUDENT, INDEX, BEST = "student.json", "index.json", "best"
+NAME = re.compile(r"step-(\d{6,})")
 SAMPLER = "renoise"  # x0, then fresh noise at the next sigma
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file of a checkpoint is."""
+
+    size: int  # bytes
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,7 @@ class StudentFacts:
     vae: str  # fingerprint of the VAE that made the latents
     text_encoder: str
     config: dict[str, object]
+    position: int = 0  # of the stream: records read
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -53,7 +67,12 @@ def step_folder(run: Path, iteration: int) -> Path:
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = (path.parent for path in run.glob(f"step-*/{STUDENT}"))
-    return sorted((path for path in found if path.suffix != ".partial"), key=lambda path: int(path.name[5:]))
+    return sorted((path for path in found if NAME.fullmatch(path.name)), key=iteration_of)
+
+
+def iteration_of(folder: Path) -> int:
+    """The number in a step folder's name."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def newest(folder: Path) -> Path:
@@ -92,22 +111,56 @@ def read_facts(checkpoint: Path) -> StudentFacts:
     return StudentFacts(**fields)
 
 
-def save(run: Path, tensors: dict[str, Tensor], facts: StudentFacts) -> Path:
-    """Write a checkpoint; all ranks call it together."""
-    folder = step_folder(run, facts.iteration)
-    partial = folder.with_name(folder.name + ".partial")
-    first = dist.get_rank() == 0
-    if first and partial.exists():
-        shutil.rmtree(partial)
-    dist.barrier()
-    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
-    if first:
-        write_file(partial / STUDENT, (json.dumps(asdict(facts), indent=1, ensure_ascii=False) + "\n").encode())
-        if folder.exists():
+def file_facts(path: Path) -> FileFacts:
+    """What a file is, read from the disk."""
+    with path.open("rb") as file:
+        return FileFacts(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def write_index(folder: Path, files: Mapping[str, FileFacts]) -> None:
+    """Write down what the files of a checkpoint are."""
+    facts = {name: asdict(files[name]) for name in sorted(files)}
+    write_file(folder / INDEX, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def damage(checkpoint: Path, *, rank: int = 0, world: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in words; None where every byte is as it was written.
+
+    Of several ranks each reads its share of the files.
+    """
+    try:
+        stated = {name: FileFacts(**facts) for name, facts in json.loads((checkpoint / INDEX).read_bytes()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{INDEX} cannot be read ({error})"
+    for name in sorted(stated)[rank::world]:
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != stated[name].size:
+            return f"{name} has {path.stat().st_size} bytes, {stated[name].size} were written"
+        if file_facts(path) != stated[name]:
+            return f"{name} has other bytes than were written"
+    return None
+
+
+def set_aside(run: Path, *, after: int) -> None:
+    """Rename the checkpoints of later iterations, damaged as they are, and remove what was never finished."""
+    for folder in run.glob("step-*"):
+        if folder.suffix == ".partial":
             shutil.rmtree(folder)
-        partial.replace(folder)
-    dist.barrier()
-    return folder
+        elif NAME.fullmatch(folder.name) and iteration_of(folder) > after:
+            aside = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.replace(aside)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlast a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
@@ -117,9 +170,11 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)))
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the one in the file `best`."""
+def prune(run: Path, keep: int, keep_every: int = 0) -> None:
+    """Delete all but the newest `keep` checkpoints, every `keep_every` iterations' (0: none), and the best."""
     best = json.loads((run / BEST).read_bytes())["checkpoint"] if (run / BEST).is_file() else None
     for old in checkpoints(run)[:-keep]:
-        if old.name != best:
-            shutil.rmtree(old)
+        if old.name != best and not (keep_every and iteration_of(old) % keep_every == 0):
+            going = old.with_name(old.name + ".partial")  # so that a kill leaves nothing that looks whole
+            old.replace(going)
+            shutil.rmtree(going)

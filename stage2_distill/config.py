@@ -15,6 +15,7 @@ CRITIC_LOSSES = ("x0", "flow", "noise")
 WANDB = ("off", "online", "offline")
 EXIT_SCHEDULES = ("random", "stratified")
 NOT_NEGATIVE = (
+    "keep_every",
     "critic_warmup", "warmup", "grad_clip", "ema_start", "student_lr", "critic_lr", "eps", "weight_decay",
     "preview_every", "lora_rank",
 )  # fmt: skip
@@ -33,6 +34,7 @@ class DistillConfig:
     shards: tuple[str, ...] = option(help="Data set made by encode; FOLDER:WEIGHT, several times, mixes data sets.")
     model: str = option(help="Model folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a hub name.")
     out: str = option(help="Folder of the run.")
+    init_from: str | None = option(None, "Start student and critic from this run, checkpoint or model folder instead.")
     iterations: int = option(4000, "Iterations in all; each updates the critic once.")
     num_frames: int = option(121, "Frames of a video, 4k+1.")
     height: int = option(704, "Height in pixels, a multiple of 32.")
@@ -69,7 +71,9 @@ class DistillConfig:
     global_batch: int = option(64, "Clips an update averages over: batch size x GPUs x accumulation.")
     replicate: int = option(1, "Copies of the networks, each sharded over GPUs / copies (HSDP).")
     checkpoint_every: int = option(500, "Iterations from one checkpoint to the next.")
+    checkpoint_beside: bool = option(True, "Write checkpoints while training goes on, from a copy in host memory.")
     keep: int = option(3, "Newest checkpoints to keep.")
+    keep_every: int = option(0, "Also keep the checkpoints of every so many iterations; 0 = none.")
     lora_rank: int = option(
         0,
         "Train adapters of this rank on one frozen base instead of all weights; 0 = all. Wants larger learning rates.",

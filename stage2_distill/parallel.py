@@ -91,3 +91,12 @@ def of_all_ranks(figures: torch.Tensor) -> torch.Tensor:
     rows = [torch.empty_like(figures) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, figures)
     return torch.stack(rows)
+
+
+def on_any_rank(here: bool) -> bool:
+    """Whether something is so on any rank; over the CPU, for it is asked in every iteration and a GPU is busy."""
+    if dist.get_world_size() == 1:
+        return here
+    flag = torch.tensor(int(here))
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)

@@ -1,11 +1,12 @@
 """A run: open the data and the roles, go on from the newest checkpoint, iterate, save."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import Tensor
 
 from common.condition import Condition
 from common.options import read_yaml, write_config
@@ -14,22 +15,25 @@ from shards.manifest import Manifest, check_manifest
 from shards.mix import Mixture, open_data_sets
 from shards.read import DataSet, Stream, prefetch
 from shards.record import pad_text
-from stage2_distill.checkpoint import SAMPLER, StudentFacts, checkpoints, load, prune, save
+from stage2_distill.checkpoint import SAMPLER, StudentFacts, checkpoints
 from stage2_distill.config import DistillConfig
 from stage2_distill.figures import Clock
 from stage2_distill.first_frame import vary
 from stage2_distill.memory import open_roles
-from stage2_distill.optim import state_tensors
 from stage2_distill.parallel import Ranks, start
-from stage2_distill.preview import open_previews
-from stage2_distill.schedule import Part, accumulation, parts
+from stage2_distill.preview import Previews, open_previews
+from stage2_distill.resume import begin, state
+from stage2_distill.saver import Saver
+from stage2_distill.schedule import Part, accumulation, parts, position
+from stage2_distill.stop import Stop
 from stage2_distill.train import DivergedError, Step, Trainer, train_step
 from stage2_distill.watch import Watch
 
 CONFIG = "distill.yaml"
 SPEED = {"keep_activations", "attention", "compile"}
 SEEN = {"wandb", "preview_every", "preview_count", "preview_data"}
-MAY_CHANGE = {"iterations", "checkpoint_every", "keep", "device", "batch_size", "model", "replicate"} | SPEED | SEEN
+CHECKPOINTS = {"checkpoint_every", "checkpoint_beside", "keep", "keep_every"}
+MAY_CHANGE = {"iterations", "device", "batch_size", "model", "replicate"} | SPEED | SEEN | CHECKPOINTS
 
 
 def distill(config: DistillConfig) -> Path:
@@ -42,7 +46,7 @@ def distill(config: DistillConfig) -> Path:
     out = Path(config.out)
     open_folder(out, config, first=ranks.rank == 0)
     trainer = open_trainer(config, ranks, model, data)
-    done = resume(out, trainer)
+    done = begin(out, trainer)
     facts = student_facts(config, model, data.manifest)
     iterate(out, trainer, data, facts, done)
     return checkpoints(out)[-1]
@@ -89,27 +93,6 @@ def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet
     )
 
 
-def state(trainer: Trainer) -> dict[str, Tensor]:
-    """Everything that training changes, as live tensors."""
-    roles = trainer.roles
-    groups: dict[str, Mapping[str, Tensor]] = {}
-    groups["student"] = dict(roles.student.named_parameters())
-    groups["critic"] = dict(roles.critic.named_parameters())
-    groups["ema"] = trainer.ema.weights
-    groups["student_optimizer"] = state_tensors(roles.student, trainer.student_optimizer)
-    groups["critic_optimizer"] = state_tensors(roles.critic, trainer.critic_optimizer)
-    return {f"{group}.{name}": value.detach() for group, named in groups.items() for name, value in named.items()}
-
-
-def resume(out: Path, trainer: Trainer) -> int:
-    """Fill the trainer from the newest checkpoint, if there is one; the number of iterations done."""
-    found = checkpoints(out)
-    if not found:
-        return 0
-    load(found[-1], state(trainer))
-    return int(found[-1].name.removeprefix("step-"))
-
-
 def student_facts(config: DistillConfig, model: Path, manifest: Manifest) -> StudentFacts:
     """What every checkpoint of this run says of its student."""
     return StudentFacts(
@@ -127,26 +110,43 @@ def student_facts(config: DistillConfig, model: Path, manifest: Manifest) -> Stu
 
 
 def iterate(out: Path, trainer: Trainer, data: DataSet | Mixture, facts: StudentFacts, done: int) -> None:
-    """Iterations `done`..end, each logged, with a checkpoint now and then and at the end."""
+    """Iterations `done`..end, each logged, with a checkpoint now and then, at the end, and when told to stop."""
     config, ranks = trainer.config, trainer.ranks
-    loaded = conditions(trainer, data, done)
-    previews = open_previews(out, config, data)
+    previews = start_previews(out, trainer, data, done)
+    reached = done
+    with (
+        closing(conditions(trainer, data, done)) as loaded,
+        Watch(out, config, ranks, start=done) as watch,
+        Saver(out, config, ranks) as saver,
+        Stop() as stop,
+    ):
+        for iteration in range(done, config.iterations):
+            watch.write(iteration, attempt(out, trainer, iteration, loaded))
+            reached = iteration + 1
+            if previews.due(reached):
+                previews.make(trainer, reached)
+            ending = stop.wanted() or reached == config.iterations
+            if ending or reached % config.checkpoint_every == 0:
+                with trainer.clock("checkpoint"):
+                    stands = replace(facts, iteration=reached, position=position(reached, config))
+                    saver.save(state(trainer), stands)
+            if ending:
+                break
+        saver.finish()
     if ranks.rank == 0:
+        previews.close(done=reached == config.iterations)
+    if reached < config.iterations:
+        logging.info("stopped after iteration %d; resume with the same command", reached)
+
+
+def start_previews(out: Path, trainer: Trainer, data: DataSet | Mixture, done: int) -> Previews:
+    """The previews of a run, of which a new one makes the first at once."""
+    previews = open_previews(out, trainer.config, data)
+    if trainer.ranks.rank == 0:
         previews.close(done=False)
     if done == 0 and previews.due(0):
         previews.make(trainer, 0)
-    with Watch(out, config, ranks, start=done) as watch:
-        for iteration in range(done, config.iterations):
-            watch.write(iteration, attempt(out, trainer, iteration, loaded))
-            now = iteration + 1
-            if previews.due(now):
-                previews.make(trainer, now)
-            if now % config.checkpoint_every == 0 or now == config.iterations:
-                save(out, state(trainer), replace(facts, iteration=now))
-                if ranks.rank == 0:
-                    prune(out, config.keep)
-    if ranks.rank == 0:
-        previews.close(done=True)
+    return previews
 
 
 def attempt(out: Path, trainer: Trainer, iteration: int, loaded: Iterator[tuple[Part, Condition]]) -> Step:
@@ -161,7 +161,7 @@ def attempt(out: Path, trainer: Trainer, iteration: int, loaded: Iterator[tuple[
         ) from error
 
 
-def conditions(trainer: Trainer, data: DataSet | Mixture, done: int) -> Iterator[tuple[Part, Condition]]:
+def conditions(trainer: Trainer, data: DataSet | Mixture, done: int) -> Generator[tuple[Part, Condition]]:
     """This rank's micro-batches from iteration `done` on, read ahead by threads, on the device."""
     config, ranks = trainer.config, trainer.ranks
     stream = Stream(data, seed=config.seed, text_rows=config.text_rows)

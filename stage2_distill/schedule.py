@@ -48,6 +48,11 @@ def learning_rate(iteration: int, role: str, config: DistillConfig) -> float:
     return full * min(1.0, (updates_of(role, iteration, config) + 1) / max(1, config.warmup))
 
 
+def position(iteration: int, config: DistillConfig) -> int:
+    """Place in the endless stream of records at which an iteration begins."""
+    return updates_before(iteration, config) * config.global_batch
+
+
 def accumulation(config: DistillConfig, world: int) -> int:
     """Micro-batches a rank takes for one update; ValueError where `global_batch` cannot be reached."""
     together = config.batch_size * world

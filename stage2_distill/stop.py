@@ -1,0 +1,38 @@
+"""Stopping in good order: SIGTERM and SIGINT let the iteration end, and all ranks learn of a signal that one got."""
+
+import logging
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+from stage2_distill.parallel import on_any_rank
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stop:
+    """Watches for a signal to end; the second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.here = False
+        self.before: dict[signal.Signals, signal.Handlers] = {}
+
+    def wanted(self) -> bool:
+        """Whether any rank was told to end; all ranks call it after each iteration and get one answer."""
+        return on_any_rank(self.here)
+
+    def __enter__(self) -> Self:
+        self.before = {each: signal.signal(each, self._note) for each in SIGNALS}  # type: ignore[misc]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.here = True
+        logging.info("%s: ending after this iteration, with a checkpoint", signal.Signals(number).name)
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
