@@ -1,6 +1,6 @@
 """What reading shards costs: opening, ordering, throughput against plain reading and webdataset, data wait at pace.
 
-    python -m benchmarks.stream [--records 1536] [--folder FOLDER]
+    python -m benchmarks.stream [--records 1536] [--folder FOLDER] [--rounds 5] [--no-pace]
 
 Records have the true size (704x1280, about 130 text rows). Cold means that the page cache was told to drop the files.
 """
@@ -29,7 +29,6 @@ from shards.write import shard_name, write_shard
 
 SPEC, TEXT_DIM, SHARD = VideoSpec(), 4096, 256
 ENCODER = Encoder("vae", "text", "tokenizer", "float32", "bfloat16", TEXT_DIM, "")
-ROUNDS = 5
 PACE, UPDATES = 6.7, 8  # seconds of one critic update on one H100 (REFERENCE section 5); updates replayed
 
 
@@ -98,7 +97,7 @@ def rate(read: Callable[[], int]) -> float:
     return total / (time.perf_counter() - began) / 1e6
 
 
-def throughput(folder: Path) -> Iterable[tuple[str, str]]:
+def throughput(folder: Path, rounds: int) -> Iterable[tuple[str, str]]:
     """Plain reading, webdataset and the stream, by turns: the host's own cache favours whoever comes last."""
     data = open_data_set(folder)
     readers: dict[str, Callable[[], int]] = {
@@ -110,7 +109,7 @@ def throughput(folder: Path) -> Iterable[tuple[str, str]]:
     for name in ("cold", "warm"):
         rates: dict[str, list[float]] = {label: [] for label in readers}
         growth = dict.fromkeys(readers, 0.0)
-        for label, read in list(readers.items()) * ROUNDS:
+        for label, read in list(readers.items()) * rounds:
             if name == "cold":
                 drop(folder)
             before = peak(reset=True)
@@ -158,12 +157,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=1536)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ti2v-stream")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-pace", action="store_true", help="leave out the data wait, which takes a minute")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as empty:
         rows = list(opening(Path(empty)))
     make(given.folder, given.records)
-    rows += throughput(given.folder)
-    rows += pace(given.folder, 8)
+    rows += throughput(given.folder, given.rounds)
+    if not given.no_pace:
+        rows += pace(given.folder, 8)
     append("stream", rows)
 
 

@@ -12,6 +12,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import click
 import yaml
 
+from common.video import VideoSpec
+
 Config = TypeVar("Config")
 
 
@@ -26,7 +28,23 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
 
 
-DEVICES = ("auto", "cpu", "cuda")
+MODEL = "Model folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a hub name."
+SIZES = {
+    "num_frames": (VideoSpec.num_frames, "Frames of a video, 4k+1."),
+    "height": (VideoSpec.height, "Height in pixels, a multiple of 32."),
+    "width": (VideoSpec.width, "Width in pixels, a multiple of 32."),
+    "fps": (VideoSpec.fps, "Frames a second."),
+}
+
+
+def size_option(name: str) -> Any:  # noqa: ANN401
+    """The option of one field of `VideoSpec`."""
+    return option(*SIZES[name])
+
+
+def device_option() -> Any:  # noqa: ANN401
+    """The option `device`, which `common.device.pick_device` understands."""
+    return option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=("auto", "cpu", "cuda"))
 
 
 def at_least(name: str, value: float, low: float) -> None:

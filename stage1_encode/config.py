@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from common.options import DEVICES, at_least, one_of, option
+from common.options import MODEL, at_least, device_option, one_of, option, size_option
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
@@ -21,12 +21,12 @@ class EncodeConfig:
     """What `encode` makes of a CSV."""
 
     data: str = option(help="CSV with columns video (or path) and prompt (or text).")
-    model: str = option(help="Model folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a hub name.")
+    model: str = option(help=MODEL)
     out: str = option(help="Folder of the data set.")
-    num_frames: int = option(121, "Frames of a video, 4k+1.")
-    height: int = option(704, "Height in pixels, a multiple of 32.")
-    width: int = option(1280, "Width in pixels, a multiple of 32.")
-    fps: int = option(24, "Frames a second.")
+    num_frames: int = size_option("num_frames")
+    height: int = size_option("height")
+    width: int = size_option("width")
+    fps: int = size_option("fps")
     shard_size: int = option(256, "CSV rows a shard.")
     batch_size: int = option(8, "Clips encoded at once.")
     max_failures: float = option(0.05, "Share of failed rows above which encode ends with exit code 1.")
@@ -40,7 +40,7 @@ class EncodeConfig:
     workers: int = option(0, "Processes that read files; 0 = one a CPU core, at most 16.")
     engine: str = option("local", "Who encodes: this process (or torchrun's ranks), or a Ray cluster.", choices=ENGINES)
     shards: str = option("", "Encode only shards A:B (B not included), as in a job array; empty = all.")
-    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
+    device: str = device_option()
 
     def __post_init__(self) -> None:
         _ = self.spec, self.shard_range
@@ -78,7 +78,7 @@ class VerifyConfig:
     repair: bool = option(False, "Encode again just what is broken, by the command that made it.")
     model: str | None = option(None, "Model folder or hub name: adds a picture of decoded first frames.")
     sheet: str = option("first-frames.png", "That picture's file.")
-    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
+    device: str = device_option()
 
     def __post_init__(self) -> None:
         if not self.sheet.endswith((".png", ".jpg")):
@@ -95,7 +95,7 @@ class DecodeConfig:
     watch: bool = option(False, "Wait for steps of a training run and decode each as it appears, until the run ends.")
     columns: int = option(6, "Frames of each video on the contact sheet.")
     vae_dtype: str = option("float32", "Precision of the VAE.", choices=DTYPES)
-    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
+    device: str = device_option()
 
     def __post_init__(self) -> None:
         at_least("columns", self.columns, 1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from common.flow import ladder
-from common.options import DEVICES, at_least, one_of, option
+from common.options import MODEL, at_least, device_option, one_of, option, size_option
 from common.video import TEXT_LENGTH, VideoSpec
 
 DTYPES = ("float32", "bfloat16")
@@ -32,14 +32,14 @@ class DistillConfig:
     """What `distill` does; the defaults are the published recipe (quanhaol/Wan2.2-TI2V-5B-Turbo)."""
 
     shards: tuple[str, ...] = option(help="Data set made by encode; FOLDER:WEIGHT, several times, mixes data sets.")
-    model: str = option(help="Model folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a hub name.")
+    model: str = option(help=MODEL)
     out: str = option(help="Folder of the run.")
     init_from: str | None = option(None, "Start student and critic from this run, checkpoint or model folder instead.")
     iterations: int = option(4000, "Iterations in all; each updates the critic once.")
-    num_frames: int = option(121, "Frames of a video, 4k+1.")
-    height: int = option(704, "Height in pixels, a multiple of 32.")
-    width: int = option(1280, "Width in pixels, a multiple of 32.")
-    fps: int = option(24, "Frames a second.")
+    num_frames: int = size_option("num_frames")
+    height: int = size_option("height")
+    width: int = size_option("width")
+    fps: int = size_option("fps")
     ladder: tuple[float, ...] = option((1000.0, 750.0, 500.0, 250.0), "The student's steps, before the shift.")
     shift: float = option(5.0, "Shift of the noise levels.")
     guidance_scale: float = option(7.0, "Teacher: uncond + scale * (cond - uncond).")
@@ -94,7 +94,7 @@ class DistillConfig:
     preview_count: int = option(4, "Conditions of a preview: the first of the preview's data set.")
     preview_data: str | None = option(None, "Data set of the previews' conditions; without it, that of the training.")
     wandb: str = option("off", "Curves on Weights & Biases too (needs the extra wandb).", choices=WANDB)
-    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
+    device: str = device_option()
 
     def __post_init__(self) -> None:
         _ = self.spec, self.sigmas

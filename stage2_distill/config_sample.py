@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from common.flow import ladder
-from common.options import DEVICES, at_least, one_of, option
+from common.options import at_least, device_option, one_of, option
 from common.video import TEXT_LENGTH
 
 DTYPES = ("float32", "bfloat16")
@@ -28,7 +28,7 @@ class SampleConfig:
     batch_size: int = option(1, "Videos sampled at once.")
     text_rows: int = option(TEXT_LENGTH, "Text rows computed; fewer are quicker and the same, if prompts are short.")
     dtype: str = option("bfloat16", "Precision of the network.", choices=DTYPES)
-    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
+    device: str = device_option()
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.data is None):
@@ -70,7 +70,7 @@ class EvaluateConfig:
     batch_size: int = option(1, "Videos sampled, and decoded, at once.")
     text_rows: int = option(TEXT_LENGTH, "Text rows computed; fewer are quicker and the same, if prompts are short.")
     dtype: str = option("bfloat16", "Precision of the networks.", choices=DTYPES)
-    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=DEVICES)
+    device: str = device_option()
 
     def __post_init__(self) -> None:
         if not self.checkpoint:

@@ -105,6 +105,12 @@ def renamed(make: Callable[[Path], object], path: Path, suffix: str) -> None:
     path.with_suffix(suffix).rename(path)
 
 
+def foreign_words(path: Path) -> None:
+    """A video whose metadata are not UTF-8."""
+    video()(path)
+    path.write_bytes(path.read_bytes().replace(b"Lavf", b"\xff\xfe\xe9f"))
+
+
 def audio(path: Path) -> None:
     with av.open(str(path), "w") as file:
         stream = file.add_stream("aac", rate=16000, layout="mono")
@@ -153,6 +159,7 @@ VIDEOS = [
     Kind("plain.mp4", video(), READABLE),
     Kind("one-frame.mp4", video(frames=1), READABLE),
     Kind("variable-rate.mp4", video(steps=(0, 1, 9, 40)), READABLE),
+    Kind("foreign-words.mp4", foreign_words, READABLE),
     Kind("late-start.mp4", video(steps=(50, 51, 52, 53)), READABLE),
     Kind("odd-size.webm", video("libvpx-vp9", image=picture(95, 143)), READABLE),
     Kind("rotated-90.mp4", video(image=numpy.rot90(picture(), -1).copy(), rotation=90), READABLE),
