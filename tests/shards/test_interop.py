@@ -75,8 +75,12 @@ def test_a_reader_written_from_the_format_page_agrees(folder):
     """The Python example in FORMAT.md runs as it stands, and finds what the product finds."""
     page = (ROOT / "shards" / "FORMAT.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
-    script = f"{code}\nfor position in (0, 1, 7, 23): print(*read(sys.argv[1], position, seed=5))"
+    script = f"{code}\nfor position in (0, 1, 7, 23): print(json.dumps(read(sys.argv[1], position, seed=5)))"
     done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
     stream = Stream(open_data_set(folder), seed=5)
     expected = [stream.data.record(stream.index(position)) for position in (0, 1, 7, 23)]
-    assert done.stdout.splitlines() == [f"{r.key} {r.source.prompt} {len(r.text)}" for r in expected]
+    for line, record in zip(done.stdout.splitlines(), expected, strict=True):
+        key, prompt, tensors = json.loads(line)
+        assert (key, prompt, set(tensors)) == (record.key, record.source.prompt, {"first_frame", "text"})
+        for name, tensor in (("first_frame", record.first_frame), ("text", record.text)):
+            assert tensors[name][0] == list(tensor.shape) and tensors[name][1] == tensor.float().flatten().tolist()
