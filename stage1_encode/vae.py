@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,6 +19,7 @@ from common.video import CHANNELS
 from stage1_encode.decoder import Decoder, best_ways, stream
 
 FRAME = torch.channels_last_3d
+NORM_EPS = 1e-24  # as good as none, but zeros stay zeros
 STEPS = 2  # latent frames decoded at once
 TF32 = "tf32"  # float32 whose convolutions round their inputs to 10 bits of mantissa on a GPU
 
@@ -69,6 +71,18 @@ class FrameConv(nn.Module):
         return functional.conv2d(x.squeeze(2), self.weight, self.bias, self.stride, self.padding).unsqueeze(2)
 
 
+class FrameNorm(nn.Module):
+    """The VAE's norm over channels in one pass: they lie side by side in channels-last memory."""
+
+    def __init__(self, norm: WanRMS_norm) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(norm.gamma.detach().flatten(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B c ...) -> (B c ...)."""
+        return functional.rms_norm(x.movedim(1, -1), self.weight.shape, self.weight, NORM_EPS).movedim(-1, 1)
+
+
 class FrameNet(nn.Module):
     """Pictures to the mode of their latents, by the encoder's own layers."""
 
@@ -77,9 +91,11 @@ class FrameNet(nn.Module):
         self.patch = model.config.patch_size or 1
         self.encoder, self.head = model.encoder, FrameConv(model.quant_conv)
         for name, module in list(self.encoder.named_modules()):
-            if isinstance(module, nn.Conv3d) and not name.endswith("time_conv"):  # time starts at the second frame
-                parent, _, child = name.rpartition(".")
+            parent, _, child = name.rpartition(".")
+            if isinstance(module, nn.Conv3d) and child != "time_conv":  # time starts at the second frame
                 setattr(self.encoder.get_submodule(parent), child, FrameConv(module))
+            elif isinstance(module, WanRMS_norm):
+                setattr(self.encoder.get_submodule(parent), child, FrameNorm(module))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B 3 1 X Y) in [-1, 1] -> (B C 1 H W)."""
