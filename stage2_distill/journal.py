@@ -1,6 +1,7 @@
 """`metrics.jsonl`: one line an iteration, without gaps or doubles however often a run is stopped."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,12 +19,18 @@ class Journal:
         kept = [(raw, line) for raw, line in read if line["iteration"] < start]
         write_file(path, b"".join(raw for raw, _ in kept))
         self.lines: list[dict[str, float]] = [line for _, line in kept]
-        self.file = path.open("a", encoding="utf-8")
+        self.path, self.file, self.waiting = path, path.open("ab", buffering=0), b""
 
     def write(self, line: Mapping[str, float]) -> None:
-        """Append one iteration."""
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        """Append one iteration; what a full disk does not take waits for the next."""
+        new = (json.dumps(line) + "\n").encode()
+        self.waiting += new
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            if len(self.waiting) <= len(new):
+                logging.warning("%s: %s; lines wait until there is room", self.path, error)
 
     def close(self) -> None:
         """Close the file."""

@@ -33,7 +33,7 @@ CONFIG = "distill.yaml"
 SPEED = {"keep_activations", "attention", "compile"}
 SEEN = {"wandb", "preview_every", "preview_count", "preview_data"}
 CHECKPOINTS = {"checkpoint_every", "checkpoint_beside", "keep", "keep_every"}
-MAY_CHANGE = {"iterations", "device", "batch_size", "model", "replicate"} | SPEED | SEEN | CHECKPOINTS
+MAY_CHANGE = {"out", "iterations", "device", "batch_size", "model", "replicate"} | SPEED | SEEN | CHECKPOINTS
 
 
 def distill(config: DistillConfig) -> Path:

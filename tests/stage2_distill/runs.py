@@ -118,3 +118,19 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return found
+
+
+def assert_same(one: Path, two: Path) -> None:
+    first, second = tensors(one), tensors(two)
+    assert first.keys() == second.keys()
+    assert {name.split(".")[0] for name in first} == {
+        "student", "critic", "ema", "student_optimizer", "critic_optimizer"
+    }  # fmt: skip
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)

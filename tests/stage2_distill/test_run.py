@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, make_config, make_shards, run_here, tensors
+from runs import ROOT, assert_same, make_config, make_shards, run_here, tensors
 
 from common.options import write_config
 from stage2_distill.checkpoint import checkpoints, newest, read_facts
@@ -21,16 +21,6 @@ def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unbroken(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_here(make_config(shards, model, tmp_path_factory.mktemp("unbroken") / "run"))
-
-
-def assert_same(one: Path, two: Path) -> None:
-    first, second = tensors(one), tensors(two)
-    assert first.keys() == second.keys()
-    assert {name.split(".")[0] for name in first} == {
-        "student", "critic", "ema", "student_optimizer", "critic_optimizer"
-    }  # fmt: skip
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
 
 
 def test_one_seed_one_result(model: Path, shards: Path, unbroken: Path, tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+"""The saver by itself, and where a run may begin."""
+
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs import flip, make_config, make_shards, run_here, tensors
+
+from stage2_distill import saver as module
+from stage2_distill.checkpoint import StudentFacts, checkpoints, prune, read_facts, write_best
+from stage2_distill.config import DistillConfig
+from stage2_distill.parallel import start
+from stage2_distill.saver import SaveError, Saver
+from stage2_distill.wan import load as load_network
+
+
+@pytest.fixture(scope="module")
+def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards") / "data", model)
+
+
+@pytest.fixture(scope="module")
+def other(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run to begin from."""
+    return run_here(make_config(shards, model, tmp_path_factory.mktemp("other") / "run", iterations=2, seed=7))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DistillConfig:
+    return make_config(tmp_path, tmp_path, tmp_path, keep=1)
+
+
+@pytest.fixture
+def facts(other: Path) -> StudentFacts:
+    return replace(read_facts(other), iteration=1)
+
+
+def test_training_goes_on_and_does_not_change_what_is_written(
+    config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed, write = threading.Event(), module.write
+
+    def late(*arguments) -> None:
+        assert changed.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(module, "write", late)
+    live = {"student.weight": torch.arange(6.0).view(2, 3), "student.step": torch.tensor(5.0)}
+    with Saver(tmp_path, config, start("cpu")) as saver:
+        saver.save(live, facts)
+        assert not checkpoints(tmp_path)  # save has returned and nothing is written yet
+        for value in live.values():
+            value.zero_()
+        changed.set()
+        saver.finish()
+    found = tensors(checkpoints(tmp_path)[0])
+    assert torch.equal(found["student.weight"], torch.arange(6.0).view(2, 3))
+    assert found["student.step"] == 5
+
+
+def test_what_reads_back_otherwise_gets_no_name_and_prunes_nothing(
+    config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = {"student.weight": torch.arange(600.0)}
+    save = module.dcp.save
+
+    def lossy(*arguments, **options) -> None:
+        save(*arguments, **options)
+        for path in tmp_path.glob("*.partial/*.safetensors"):
+            flip(path)
+
+    with Saver(tmp_path, config, start("cpu")) as saver:
+        saver.save(live, facts)
+        saver.finish()
+        monkeypatch.setattr(module.dcp, "save", lossy)
+        saver.save(live, replace(facts, iteration=2))
+        with pytest.raises(SaveError, match="student.weight is not what was written"):
+            saver.finish()
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000001"]
+
+
+def test_a_rank_splits_its_part_into_files_of_bounded_size(
+    config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FILE_BYTES", 1000)
+    live = {f"student.{n}": torch.full((100,), float(n)) for n in range(10)}
+    with Saver(tmp_path, config, start("cpu")) as saver:
+        saver.save(live, facts)
+        saver.finish()
+    files = sorted(checkpoints(tmp_path)[0].glob("*.safetensors"))
+    assert len(files) == 4  # of 400 bytes a tensor, at most three begin within 1000
+    assert tensors(checkpoints(tmp_path)[0])["student.9"][0] == 9
+
+
+def test_pruning_keeps_the_newest_the_best_and_every_so_many(tmp_path: Path) -> None:
+    for iteration in range(1, 10):
+        folder = tmp_path / f"step-{iteration:06d}"
+        folder.mkdir()
+        (folder / "student.json").write_text("{}")
+    write_best(tmp_path, "step-000005", distance=1.0, iteration=5)
+    prune(tmp_path, 2, keep_every=3)
+    assert [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))] == [3, 5, 6, 8, 9]
+    prune(tmp_path, 1)
+    assert [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))] == [5, 9]
+
+
+def test_checkpoints_may_be_written_while_training_waits(model: Path, shards: Path, other: Path, tmp_path: Path):
+    config = make_config(shards, model, tmp_path / "run", iterations=2, seed=7, checkpoint_beside=False)
+    written, beside = tensors(run_here(config)), tensors(other)
+    assert all(torch.equal(value, written[name]) for name, value in beside.items())
+
+
+def begun(model: Path, shards: Path, out: Path, source: Path) -> dict[str, torch.Tensor]:
+    """The state after one iteration at learning rates of 0: what the run began with."""
+    config = make_config(
+        shards, model, out, iterations=1, init_from=str(source), student_lr=0.0, critic_lr=0.0, ema_start=0
+    )
+    return tensors(run_here(config))
+
+
+def test_init_from_a_run(model: Path, shards: Path, other: Path, tmp_path: Path) -> None:
+    found, source = begun(model, shards, tmp_path / "run", other.parent), tensors(other)
+    for name in ("student", "critic"):
+        weights = [key for key in source if key.startswith(f"{name}.")]
+        assert all(torch.equal(found[key], source[key]) for key in weights)
+        assert not torch.equal(found[f"{name}.proj_out.weight"], load_network(model, torch.float32).proj_out.weight)
+    assert torch.equal(found["ema.proj_out.weight"], source["student.proj_out.weight"])
+    assert found["student_optimizer.proj_out.weight.step"] == 1  # the optimizers begin anew
+
+
+@pytest.mark.parametrize("inner", ["", "transformer"])
+def test_init_from_a_diffusers_folder(model: Path, shards: Path, tmp_path: Path, inner: str) -> None:
+    from tiny import make_transformer
+
+    torch.manual_seed(5)
+    make_transformer(tmp_path / "mine" / "transformer")
+    found = begun(model, shards, tmp_path / "run", tmp_path / "mine" / inner)
+    mine = load_network(tmp_path / "mine", torch.float32)
+    for role in ("student", "critic", "ema"):
+        for name, value in mine.named_parameters():
+            assert torch.equal(found[f"{role}.{name}"], value), (role, name)
+
+
+def test_init_from_something_else_is_refused(model: Path, shards: Path, other: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        begun(model, shards, tmp_path / "a", tmp_path / "nowhere")
+    copy = shutil.copytree(other.parent, tmp_path / "copy")
+    flip(next((copy / other.name).glob("*.safetensors")))
+    with pytest.raises(ValueError, match="init_from=.*is damaged: shard-"):
+        begun(model, shards, tmp_path / "b", copy)
