@@ -133,31 +133,24 @@ def verify_data(shards: str, config: VerifyConfig) -> int:
 
 
 def sample_videos(config: SampleConfig) -> list[Path]:
-    """Encode the conditions (stage one), sample latents (stage two), decode them (stage one); the files made.
+    """Conditions and frames (stage one), latents in between (stage two); the files made.
 
-    Only files pass between the steps: conditions as shards in a temporary folder, latents as X.zarr beside the videos.
+    Records and latents are handed over in memory; the latents are stored in X.zarr beside the videos as well.
     """
-    from stage1_encode.decode import decode, decode_to
-    from stage1_encode.encode import encode
-    from stage2_distill.checkpoint import newest, read_facts
-    from stage2_distill.sample import sample
+    from stage1_encode.conditions import load_conditioner
+    from stage1_encode.videos import Order, make_videos, place
+    from stage2_distill.sample import open_student
 
     out, single = Path(config.out), config.prompt is not None
-    spec = read_facts(newest(Path(config.checkpoint))).spec
+    student = open_student(config)
+    placing = place(config.memory, student.device)
+    models = load_conditioner(config.model, precision=config.vae_dtype, device=student.device)
     open_output(out, config)
-    latents = out.with_suffix(".zarr") if single else out / "latents.zarr"
+    store = out.with_suffix(".zarr") if single else out / "latents.zarr"
     with tempfile.TemporaryDirectory() as work:
-        table = write_prompt(Path(work) / "prompt.csv", config) if single else str(config.data)
-        asked = EncodeConfig(
-            table, config.model, f"{work}/conditions", spec.num_frames, spec.height, spec.width, spec.fps,
-            max_failures=1.0, text_only=True, device=config.device,
-        )  # fmt: skip
-        report = encode(asked)
-        if report.failures:
-            raise ValueError(f"{report.failures} of the conditions cannot be used; {report.first_failure}")
-        sample(config, Path(asked.out), latents)
-    decoded = DecodeConfig(str(latents), config.model, str(out), device=config.device)
-    return [decode_to(decoded, out)] if single else decode(decoded)
+        table = Path(write_prompt(Path(work) / "prompt.csv", config) if single else str(config.data))
+        order = Order(table, out, store, student.spec, config.seed, config.segments, config.batch_size)
+        return make_videos(order, models, student, placing)
 
 
 def evaluate(config: EvaluateConfig) -> Path:

@@ -35,7 +35,7 @@ class Film:
         options = {"movflags": "+faststart", "fflags": "+bitexact"}
         self.file = av.open(str(self.partial), "w", format="mp4", options=options)
         self.stream = self.file.add_stream("libx264", rate=fps, options=H264)
-        self.thread, self.waiting = ThreadPoolExecutor(1), deque[Future[None]]()
+        self.thread, self.waiting, self.done = ThreadPoolExecutor(1), deque[Future[None]](), False
 
     def add(self, frames: Tensor) -> None:
         """Append frames (F X Y 3) uint8, on any device; they must not be changed after."""
@@ -56,7 +56,9 @@ class Film:
             self.file.mux(self.stream.encode(frame))
 
     def finish(self) -> Path:
-        """Wait for the encoder and give the file its name."""
+        """Wait for the encoder and give the file its name; asked again, nothing more is done."""
+        if self.done:
+            return self.path
         try:
             while self.waiting:
                 self.waiting.popleft().result()
@@ -64,6 +66,7 @@ class Film:
         finally:
             self.close()
         self.partial.replace(self.path)
+        self.done = True
         return self.path
 
     def close(self) -> None:

@@ -1,13 +1,15 @@
 """Options of sampling and of evaluation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.flow import ladder
 from common.options import at_least, device_option, one_of, option
-from common.video import TEXT_LENGTH
+from common.video import TEXT_LENGTH, VideoSpec
 
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("ema", "student")
+VAE_DTYPES = ("auto", "float32", "bfloat16")
+MEMORY = ("auto", "full", "24gb", "16gb")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,13 @@ class SampleConfig:
     batch_size: int = option(1, "Videos sampled at once.")
     text_rows: int = option(TEXT_LENGTH, "Text rows computed; fewer are quicker and the same, if prompts are short.")
     dtype: str = option("bfloat16", "Precision of the network.", choices=DTYPES)
+    vae_dtype: str = option("auto", "Precision of the VAE; auto: bfloat16 on a GPU, else float32.", choices=VAE_DTYPES)
+    compile: bool = option(False, "Compile the network's blocks first (some seconds, cached): faster for many videos.")
+    segments: int = option(1, "Videos in a row: each goes on from the last frame of the one before.")
+    num_frames: int | None = option(None, "Frames of a segment, 4k+1; without it, as in training.")
+    height: int | None = option(None, "Height in pixels, a multiple of 32; without it, as in training.")
+    width: int | None = option(None, "Width in pixels, a multiple of 32; without it, as in training.")
+    memory: str = option("auto", "What may stay on the GPU: full needs 48 GB; auto looks at the card.", choices=MEMORY)
     device: str = device_option()
 
     def __post_init__(self) -> None:
@@ -40,8 +49,15 @@ class SampleConfig:
         if self.data is not None and self.image is not None:
             raise ValueError("--image goes with --prompt; a CSV names its images in the column image")
         at_least("batch_size", self.batch_size, 1)
+        at_least("segments", self.segments, 1)
         one_of("weights", self.weights, WEIGHTS)
         one_of("dtype", self.dtype, DTYPES)
+        self.size(VideoSpec())  # sizes that no model can make
+
+    def size(self, spec: VideoSpec) -> VideoSpec:
+        """The size to make: the checkpoint's, but for what is given."""
+        given = {"num_frames": self.num_frames, "height": self.height, "width": self.width}
+        return replace(spec, **{name: value for name, value in given.items() if value is not None})
 
     def sigmas(self, shift: float) -> tuple[float, ...] | None:
         """Noise levels of an explicit ladder; None = the checkpoint's own."""

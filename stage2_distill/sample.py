@@ -1,80 +1,91 @@
-"""A checkpoint and conditions in, latents out."""
+"""A checkpoint and conditions in, latents out. Shapes: B batch, C channels, T latent frames, H W latent size."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from common.device import pick_device
-from common.progress import Progress
 from common.seed import generator, normal
-from shards import latents
+from common.video import TEXT_LENGTH, VideoSpec
 from shards.fingerprint import fingerprint, locate
-from shards.manifest import check_manifest
-from shards.read import DataSet, open_data_set
-from shards.record import collate
+from shards.record import Record, collate
 from stage2_distill.checkpoint import StudentFacts, chosen, load, read_facts
 from stage2_distill.config_sample import EvaluateConfig, SampleConfig
 from stage2_distill.lora import load_merged, lora_of
+from stage2_distill.network import Network, Plan
 from stage2_distill.rollout import rollout
-from stage2_distill.wan import cast_parameters, denoiser
+from stage2_distill.wan import cast_parameters, denoiser, materialise, skeleton
 from stage2_distill.wan import load as load_network
 
-GROUP = "sample"
+
+@dataclass(frozen=True)
+class Student:
+    """A student, ready to sample."""
+
+    net: Network
+    spec: VideoSpec
+    sigmas: tuple[float, ...]
+    dtype: torch.dtype
+    text_rows: int = TEXT_LENGTH
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.net.parameters()).device
+
+    def move(self, device: torch.device) -> None:
+        """Bring the network to a device."""
+        self.net.to(device)
+
+    @torch.no_grad()
+    def __call__(self, records: Sequence[Record], seeds: Sequence[int], segment: int = 0) -> Tensor:
+        """Latents (B C T H W) of records, from the noise of their seeds and of the segment."""
+        condition = collate(records, text_rows=self.text_rows).condition.to(self.device)
+        draws = [generator(seed, 0, segment, "sample", self.device) for seed in seeds]
+        noise = normal(self.spec.latent_shape, draws)
+        return rollout(denoiser(self.net, self.dtype), noise, condition, ladder=self.sigmas, generators=draws)
 
 
-def sample(config: SampleConfig, conditions: Path, out: Path) -> Path:
-    """Sample a video for each record of the data set `conditions` into the zarr store `out`."""
+def open_student(config: SampleConfig) -> Student:
+    """The student of a checkpoint, on its device; ValueError where MODEL is not the one it was distilled from."""
     checkpoint = chosen(Path(config.checkpoint))
     facts = read_facts(checkpoint)
-    data = open_data_set(str(conditions))
-    encoders: dict[str, object] = {"vae": facts.vae, "text_encoder": facts.text_encoder}
-    check_manifest(conditions, data.manifest, spec=facts.spec, encoder=encoders)
-    net = load_student(config, checkpoint, facts).to(pick_device(config.device))
-    write_samples(net, config, facts, data, out)
-    return out
+    check_model(config.model, facts)
+    net = load_student(config, checkpoint, facts, Plan(compiled=config.compile))
+    sigmas = config.sigmas(facts.shift) or facts.sigmas
+    return Student(net, config.size(facts.spec), sigmas, getattr(torch, config.dtype), config.text_rows)
 
 
-def load_student(config: SampleConfig | EvaluateConfig, checkpoint: Path, facts: StudentFacts) -> nn.Module:
-    """The student's network; ValueError where MODEL is another base than it was distilled from."""
+def check_model(model: str, facts: StudentFacts) -> None:
+    """ValueError where MODEL has another VAE or text encoder than the student was distilled with."""
+    for part, wanted in (("vae", facts.vae), ("text_encoder", facts.text_encoder)):
+        if fingerprint(locate(model, (part,)) / part) != wanted:
+            raise ValueError(f"model={model}: its {part} is not the one of the student's data set")
+
+
+def load_student(
+    config: SampleConfig | EvaluateConfig, checkpoint: Path, facts: StudentFacts, plan: Plan | None = None
+) -> Network:
+    """The student's network in its precision, read straight onto the device.
+
+    ValueError where MODEL is another base than it was distilled from.
+    """
     model = locate(config.model, ("transformer",))
     if fingerprint(model / "transformer") != facts.transformer:
         raise ValueError(
             f"model={config.model}: not the model that {checkpoint} was distilled from, {facts.base_model}"
         )
-    net = load_network(model, torch.float32).requires_grad_(False)
-    lora = lora_of(facts.config)
+    dtype, device, lora = getattr(torch, config.dtype), pick_device(config.device), lora_of(facts.config)
     if lora is None:
+        net = materialise(skeleton(model, dtype, plan), device).requires_grad_(False)
         load(checkpoint, {f"{config.weights}.{name}": weight for name, weight in net.named_parameters()})
-    else:
-        load_merged(net, checkpoint, config.weights, lora)
-    return cast_parameters(net, getattr(torch, config.dtype))
-
-
-def write_samples(net: nn.Module, config: SampleConfig, facts: StudentFacts, data: DataSet, out: Path) -> None:
-    """Run the student's ladder on every record and store the latents."""
-    device = next(net.parameters()).device
-    count = data.manifest.records
-    records = [data.record(index) for index in range(count)]
-    seeds = [config.seed if r.source.seed is None else r.source.seed for r in records]
-    keys, prompts = tuple(r.key for r in records), tuple(r.source.prompt for r in records)
-    latents.create(out, latents.LatentGroup(GROUP, facts.spec, keys, prompts, tuple(seeds)))
-    sigmas = config.sigmas(facts.shift) or facts.sigmas
-    with Progress(count, done=0, label="sample") as progress:
-        for rows in batches([r.first_frame is not None for r in records], config.batch_size):
-            condition = collate([records[row] for row in rows], text_rows=config.text_rows).condition.to(device)
-            draws = [generator(seeds[row], 0, 0, "sample", device) for row in rows]
-            with torch.no_grad():
-                x0 = rollout(
-                    denoiser(net, getattr(torch, config.dtype)),
-                    normal(facts.spec.latent_shape, draws),
-                    condition,
-                    ladder=sigmas,
-                    generators=draws,
-                )
-            latents.write(out, GROUP, rows, x0)
-            progress.advance(count=len(rows))
-    latents.finish(out, GROUP)
+        return net
+    net = load_network(model, torch.float32, plan).requires_grad_(False)
+    load_merged(net, checkpoint, config.weights, lora)
+    return cast_parameters(net, dtype).to(device)
 
 
 def batches(kinds: list[bool], size: int) -> list[list[int]]:

@@ -1,0 +1,87 @@
+"""Prompts and pictures -> records in memory: what `sample` makes videos from.
+
+Shapes: C channels, H W latent size, X Y pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.device import mark
+from common.video import VideoSpec
+from shards.fingerprint import locate
+from shards.record import Record, Source
+from stage1_encode import text, vae
+from stage1_encode.frames import UnreadableError, first_frame
+from stage1_encode.rows import Row, locate_file
+from stage1_encode.vae import FrameEncoder, Vae
+
+TEXT_TOKENS = 8192  # embedded at once
+PARTS = ("vae", "text_encoder", "tokenizer")
+
+
+@dataclass(frozen=True)
+class Conditioner:
+    """Both models of stage one, and the place where they compute."""
+
+    text: text.TextEncoder
+    vae: Vae
+    frames: FrameEncoder
+    device: torch.device
+
+
+def load_conditioner(model: str, *, precision: str, device: torch.device) -> Conditioner:
+    """Read both models: the VAE onto the device, the text encoder, always in bf16, into the host's memory.
+
+    `precision` of the VAE: a type, or auto, which is bf16 on a GPU and float32 elsewhere.
+    """
+    folder = locate(model, PARTS)
+    named = ("bfloat16" if device.type == "cuda" else "float32") if precision == "auto" else precision
+    whole = vae.load(folder, dtype=getattr(torch, named), device=device)
+    prompts = text.load(folder, dtype=torch.bfloat16, device=torch.device("cpu"))
+    return Conditioner(prompts, whole, vae.frame_encoder(whole), device)
+
+
+def make_records(models: Conditioner, rows: Sequence[Row], table: Path, spec: VideoSpec, *, stay: bool) -> list[Record]:
+    """Records of rows, with the numbers of `encode`; the text encoder is left on the device where `stay`.
+
+    ValueError names the first row that cannot be used.
+    """
+    prompts = [text.clean(row.prompt) for row in rows]
+    pictures = [read_picture(row, prompt, table, spec) for row, prompt in zip(rows, prompts, strict=True)]
+    found_wrong = [(row, found) for row, found in zip(rows, pictures, strict=True) if isinstance(found, str)]
+    problems = [f"line {row.line}, {row.path}: {found}" for row, found in found_wrong]
+    if problems:
+        raise ValueError(f"{len(problems)} of the conditions cannot be used; {problems[0]}")
+    models.text.model.to(models.device)
+    embeddings = text.embed(models.text, text.tokenize(models.text, prompts), budget=TEXT_TOKENS)
+    latents = [encode_frame(models, found) if isinstance(found, Tensor) else None for found in pictures]
+    if ready := mark(models.device):
+        ready.synchronize()
+    if not stay:
+        models.text.model.to("cpu")
+    return [
+        Record(row.key, Source(prompt, row.path, row.line, 0, None, row.seed), latent, embedding)
+        for row, prompt, latent, embedding in zip(rows, prompts, latents, embeddings, strict=True)
+    ]
+
+
+def read_picture(row: Row, prompt: str, table: Path, spec: VideoSpec) -> Tensor | str | None:
+    """The first frame (X Y 3) uint8 of a row, None where it names none, or why the row cannot be used."""
+    if row.problem or not prompt:
+        return row.problem or "the prompt is empty"
+    if not row.path:
+        return None
+    try:
+        frame = first_frame(locate_file(table, row.path), height=spec.height, width=spec.width)
+    except UnreadableError as error:
+        return str(error)
+    return torch.from_numpy(frame.pixels.copy())
+
+
+def encode_frame(models: Conditioner, pixels: Tensor) -> Tensor:
+    """The latent (C 1 H W) bf16, on the VAE's device, of a picture (X Y 3) uint8 on any device."""
+    return vae.encode_frames(models.frames, pixels[None])[0].to(torch.bfloat16)
