@@ -17,6 +17,7 @@ from stage2_distill.lora import Role, add_adapters, lora_of
 from stage2_distill.network import Network, Plan, adopt
 from stage2_distill.optim import masters, offloads, open_optimizer
 from stage2_distill.parallel import Ranks, shard
+from stage2_distill.reuse import Reuse
 from stage2_distill.schedule import CRITIC, STUDENT, Part
 from stage2_distill.train import Roles, Trainer
 from stage2_distill.wan import cast_parameters
@@ -74,7 +75,8 @@ def random_trainer(chosen: Case, ranks: Ranks, config: DistillConfig) -> Trainer
     offload = config.memory == COMPACT and offloads(config, ranks)
     ema = Ema(masters(student, student_optimizer), offload=offload)
     negative = torch.randn(512, chosen.network["text_dim"], device=chosen.device)
-    return Trainer(config, ranks, roles, student_optimizer, critic_optimizer, ema, negative, Clock(ranks.device))
+    clock, reuse = Clock(ranks.device), Reuse(config, ranks.world)
+    return Trainer(config, ranks, roles, student_optimizer, critic_optimizer, ema, negative, clock, reuse)
 
 
 def random_condition(chosen: Case, batch: int = 1) -> Condition:

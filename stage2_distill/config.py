@@ -61,6 +61,7 @@ class DistillConfig:
     exit_schedule: str = option(
         "random", "Exits of the rollout: drawn, or each step equally often.", choices=EXIT_SCHEDULES
     )
+    rollout_reuse: bool = option(False, "Critic: one rollout serves the updates between two of the student.")
     ts_schedule: bool = option(False, "Score times from the next ladder step upwards.")
     ts_schedule_max: bool = option(False, "Score times up to the current ladder step.")
     score_low: float = option(0.02, "Lowest sigma at which scores are compared.")

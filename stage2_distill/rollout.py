@@ -3,7 +3,7 @@
 Shapes: B batch, C channels, T latent frames, H W latent size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,24 @@ def rollout(
             x0 = denoiser(x_t, sigmas[step], condition)
             x_t = add_noise(x0, normal(x0.shape[1:], generators), sigmas[step + 1])
     return denoiser(x_t, sigmas[last], condition)
+
+
+@torch.no_grad()
+def trajectory(
+    denoiser: Denoiser,
+    noise: Tensor,
+    condition: Condition,
+    *,
+    ladder: Sequence[float],
+    generators: Sequence[torch.Generator],
+) -> Iterator[Tensor]:
+    """x0 (B C T H W) of each step down the ladder, computed when asked for: what `rollout` gives at that exit."""
+    x_t = noise
+    for step, sigma in enumerate(ladder):
+        x0 = denoiser(x_t, noise.new_full((noise.shape[0],), sigma), condition)
+        yield x0
+        if step + 1 < len(ladder):
+            x_t = add_noise(x0, normal(x0.shape[1:], generators), noise.new_full((noise.shape[0],), ladder[step + 1]))
 
 
 @torch.no_grad()

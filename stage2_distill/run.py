@@ -23,8 +23,9 @@ from stage2_distill.memory import open_roles
 from stage2_distill.parallel import Ranks, start
 from stage2_distill.preview import Previews, open_previews
 from stage2_distill.resume import begin, state
+from stage2_distill.reuse import Reuse
 from stage2_distill.saver import Saver
-from stage2_distill.schedule import Part, accumulation, parts, position
+from stage2_distill.schedule import CRITIC, Part, accumulation, parts, position
 from stage2_distill.stop import Stop
 from stage2_distill.train import DivergedError, Step, Trainer, train_step
 from stage2_distill.watch import Watch
@@ -90,6 +91,7 @@ def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet
         opened.ema,
         pad_text(data.negative, config.text_rows).to(ranks.device),
         Clock(ranks.device),
+        Reuse(config, ranks.world),
     )
 
 
@@ -169,6 +171,11 @@ def conditions(trainer: Trainer, data: DataSet | Mixture, done: int) -> Generato
     def read(part: Part) -> tuple[Part, Condition]:
         return part, vary(stream.batch(part.positions).condition, part, config)
 
-    todo = parts(config, start=done, rank=ranks.rank, world=ranks.world)
+    start = done - done % config.student_every if config.rollout_reuse else done
+    todo = parts(config, start=start, rank=ranks.rank, world=ranks.world)
     for part, condition in prefetch(read, todo, depth=8, threads=2):
-        yield part, condition.to(ranks.device)
+        here = condition.to(ranks.device)
+        if part.iteration >= done:
+            yield part, here
+        elif part.role == CRITIC:  # done before the run was stopped: remake the rollout that goes on
+            trainer.reuse.sample(trainer.denoiser(trainer.roles.student), part, here)

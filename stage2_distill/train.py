@@ -19,6 +19,7 @@ from stage2_distill.figures import LOOKS, Clock, look
 from stage2_distill.losses import critic_loss, dmd_loss
 from stage2_distill.optim import clip, masters, set_rate
 from stage2_distill.parallel import Ranks, of_all_ranks, reduce_gradients
+from stage2_distill.reuse import Reuse
 from stage2_distill.rollout import rollout
 from stage2_distill.schedule import CRITIC, STUDENT, Part, exit_index, learning_rate, score_bounds, student_turn
 from stage2_distill.wan import denoiser, guided
@@ -49,6 +50,7 @@ class Trainer:
     ema: Ema
     negative_text: Tensor  # (L D)
     clock: Clock
+    reuse: Reuse
 
     def denoiser(self, net: nn.Module) -> Denoiser:
         """A role as a function to x0."""
@@ -121,6 +123,7 @@ def update_critic(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, C
 
     exit_at = exit_index(iteration, CRITIC, trainer.config)
     value = accumulate(trainer, data, loss, net=trainer.roles.critic, exit_at=exit_at)
+    exit_at = trainer.reuse.exit_index if trainer.config.rollout_reuse else exit_at
     set_rate(trainer.critic_optimizer, learning_rate(iteration, CRITIC, trainer.config))
     return apply(trainer, trainer.roles.critic, trainer.critic_optimizer, value, exit_at)
 
@@ -133,7 +136,7 @@ def accumulate(
     for part, condition in trainer.clock.each(data, "data"):
         reduce_gradients(net, part.last)
         with trainer.clock("rollout"), torch.set_grad_enabled(part.role == STUDENT):
-            x0 = simulate(trainer, part, condition, exit_at)
+            x0, condition, exit_at = simulate(trainer, part, condition, exit_at)
         with trainer.clock("scores"):
             sigma, eps = score_draws(trainer, part, x0, exit_at)
             value = loss(x0, condition, sigma, eps)
@@ -145,14 +148,19 @@ def accumulate(
     return total
 
 
-def simulate(trainer: Trainer, part: Part, condition: Condition, exit_at: int) -> Tensor:
-    """The student's x0 (B C T H W) for one micro-batch, from pure noise down to ladder step `exit_at`."""
+def simulate(trainer: Trainer, part: Part, condition: Condition, exit_at: int) -> tuple[Tensor, Condition, int]:
+    """The student's x0 (B C T H W) for one micro-batch, from pure noise down to ladder step `exit_at`.
+
+    And what it was made from, and its step: other ones where a rollout is used again.
+    """
     config = trainer.config
+    if part.role == CRITIC and config.rollout_reuse:
+        return trainer.reuse.sample(trainer.denoiser(trainer.roles.student), part, condition)
     draws = [
         generator(config.seed, part.iteration, sample, f"{part.role} rollout", trainer.ranks.device)
         for sample in part.samples
     ]
-    return rollout(
+    x0 = rollout(
         trainer.denoiser(trainer.roles.student),
         normal(config.spec.latent_shape, draws),
         condition,
@@ -160,6 +168,7 @@ def simulate(trainer: Trainer, part: Part, condition: Condition, exit_at: int) -
         generators=draws,
         exit_index=exit_at,
     )
+    return x0, condition, exit_at
 
 
 def score_draws(trainer: Trainer, part: Part, x0: Tensor, exit_at: int) -> tuple[Tensor, Tensor]:
