@@ -5,6 +5,7 @@ Torch and the stages are imported inside the commands, so that `--help` answers 
 
 import csv
 import logging
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -48,7 +49,8 @@ def distill_command(**given: object) -> None:
     from stage2_distill.run import distill
 
     given, notes = understood(given)
-    click.echo("\n".join(notes), nl=bool(notes), err=True)
+    if notes and os.environ.get("RANK", "0") == "0":
+        click.echo("\n".join(notes), err=True)
     click.echo(f"checkpoint: {distill(resolve(DistillConfig, given))}")
 
 

@@ -165,9 +165,10 @@ def test_merged_weights_are_base_plus_adapter(whole: Path, model: Path) -> None:
 
 
 def test_two_ranks_equal_one_process(model: Path, shards: Path, tmp_path: Path) -> None:
-    """Sharded adapters on a sharded base, also in bf16 with float32 adapters."""
-    options = LORA | {"eps": 1e-2, "grad_clip": 1.0, "checkpoint_every": 4}
-    alone = run_here(make_config(shards, model, tmp_path / "one", **options))
+    """Sharded adapters on a sharded base, also in bf16 with float32 adapters; accumulated, and samples of all kinds."""
+    options = LORA | {"eps": 1e-2, "grad_clip": 1.0, "checkpoint_every": 4, "batch_size": 1}
+    options |= {"text_only_fraction": 0.5, "first_frame_jitter": 0.5}
+    alone = run_here(make_config(shards, model, tmp_path / "one", **(options | {"batch_size": 4})))
     configs = [make_config(shards, model, tmp_path / "two", **options)]
     configs.append(make_config(shards, model, tmp_path / "half", **(options | {"dtype": "bfloat16"})))
     many, half = (newest(folder) for folder in run_worker(configs, 2, tmp_path))

@@ -77,7 +77,8 @@ def test_stopped_inside_a_preview_and_resumed(
     run: Path, model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The broken step is not shown, and made whole later; steps that are done stay as they are."""
-    config = make_config(shards, model, tmp_path / "run", iterations=4, preview_every=2, preview_count=3)
+    options = {"iterations": 4, "checkpoint_every": 4, "preview_every": 2, "preview_count": 3}
+    config = make_config(shards, model, tmp_path / "run", **options)  # goes on from the start: steps 0 and 2 come again
     good, calls = latents.write, []
 
     def stop(store: Path, step: str, rows: list[int], videos: torch.Tensor) -> None:
