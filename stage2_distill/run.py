@@ -123,7 +123,7 @@ def iterate(out: Path, trainer: Trainer, data: DataSet | Mixture, facts: Student
         Stop() as stop,
     ):
         for iteration in range(done, config.iterations):
-            watch.write(iteration, attempt(out, trainer, iteration, loaded))
+            watch.write(iteration, attempt(trainer, iteration, loaded, saver))
             reached = iteration + 1
             if previews.due(reached):
                 previews.make(trainer, reached)
@@ -151,12 +151,13 @@ def start_previews(out: Path, trainer: Trainer, data: DataSet | Mixture, done: i
     return previews
 
 
-def attempt(out: Path, trainer: Trainer, iteration: int, loaded: Iterator[tuple[Part, Condition]]) -> Step:
+def attempt(trainer: Trainer, iteration: int, loaded: Iterator[tuple[Part, Condition]], saver: Saver) -> Step:
     """One iteration; where it diverged, the error says what to do."""
     try:
         return train_step(trainer, iteration, loaded)
     except DivergedError as error:
-        good = checkpoints(out)
+        saver.wait()  # the last checkpoint may still be on its way
+        good = checkpoints(saver.run)
         raise DivergedError(
             f"iteration {iteration}: {error}. The update was not taken. Last good checkpoint: "
             f"{good[-1].name if good else 'none'}. Lower the learning rates or look at the data."
