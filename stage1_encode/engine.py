@@ -4,13 +4,14 @@ its process died, the next run does.
 
 import os
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 from common.progress import Progress
 from stage1_encode.config import EncodeConfig
-from stage1_encode.pipeline import Task, load_encoders, make_shards, write_negative
+from stage1_encode.pipeline import Task, load_encoders, make_shards, start_readers, write_negative
 from stage1_encode.plan import finished
 from stage1_encode.rows import read_shards
 
@@ -39,11 +40,12 @@ def tasks(config: EncodeConfig, numbers: Collection[int]) -> Iterator[Task]:
 
 def run_here(config: EncodeConfig, numbers: Collection[int], *, negative: bool) -> None:
     """Make the shards in this process."""
-    encoders = load_encoders(config)
-    if negative:
-        write_negative(config, encoders)
-    if numbers:
-        for _ in make_shards(config, encoders, tasks(config, numbers), total=len(numbers) * config.shard_size):
+    with closing(start_readers(config)) as readers:
+        encoders = load_encoders(config)
+        if negative:
+            write_negative(config, encoders)
+        rows = len(numbers) * config.shard_size
+        for _ in make_shards(config, encoders, readers, tasks(config, numbers), total=rows):
             pass
 
 
@@ -52,6 +54,7 @@ class Worker:
 
     def __init__(self, config: EncodeConfig) -> None:
         self.config = config
+        self.readers = start_readers(config)
         self.encoders = load_encoders(config)
 
     def write_negative(self) -> None:
@@ -62,7 +65,7 @@ class Worker:
         """Make some shards, those left out that a lost worker finished; the number of rows that they stand for."""
         rows = sum(len(task.rows) for task in chunk)
         left = [task for task in chunk if finished(Path(self.config.out), task.number, len(task.rows)) is None]
-        for _ in make_shards(self.config, self.encoders, left, total=rows):
+        for _ in make_shards(self.config, self.encoders, self.readers, left, total=rows):
             pass
         return rows
 

@@ -82,29 +82,28 @@ def write_negative(config: EncodeConfig, encoders: Encoders) -> None:
         write_file(folder / NEGATIVE, save({"text": embedding}))
 
 
-def make_shards(config: EncodeConfig, encoders: Encoders, tasks: Iterable[Task], *, total: int) -> Iterator[Index]:
+def start_readers(config: EncodeConfig) -> Readers:
+    """Start the processes that read files: best before the models load. To be closed."""
+    return Readers(config.workers or default_workers(), config.spec, config.time_limit)
+
+
+def make_shards(
+    config: EncodeConfig, encoders: Encoders, readers: Readers, tasks: Iterable[Task], *, total: int
+) -> Iterator[Index]:
     """Make shards one after the other and yield their sidecars' content; `total` rows are shown as progress."""
     ahead, later = tee(tasks)
-    workers = config.workers or default_workers()
-    readers = Readers(workers, config.spec, config.time_limit)
-    try:
-        rows = chain.from_iterable(task.rows for task in ahead)
-        frames = track(
-            read_ahead(rows, readers, Path(config.data), depth=2 * (workers + config.batch_size)),
-            total=total,
-            label="encode",
-        )
-        written: deque[Future[Index]] = deque()
-        with ThreadPoolExecutor(1) as preparer, ThreadPoolExecutor(WRITERS, initializer=one_thread) as writers:
-            for prepared in prepare_ahead(later, encoders.text, preparer):
-                made = encode_shard(config, encoders, prepared, frames)
-                written.append(writers.submit(save_shard, config, prepared.task, made))
-                if len(written) > WRITERS:
-                    yield written.popleft().result()
-            while written:
+    rows = chain.from_iterable(task.rows for task in ahead)
+    depth = 2 * (readers.count + config.batch_size)
+    frames = track(read_ahead(rows, readers, Path(config.data), depth=depth), total=total, label="encode")
+    written: deque[Future[Index]] = deque()
+    with ThreadPoolExecutor(1) as preparer, ThreadPoolExecutor(WRITERS, initializer=one_thread) as writers:
+        for prepared in prepare_ahead(later, encoders.text, preparer):
+            made = encode_shard(config, encoders, prepared, frames)
+            written.append(writers.submit(save_shard, config, prepared.task, made))
+            if len(written) > WRITERS:
                 yield written.popleft().result()
-    finally:
-        readers.close()
+        while written:
+            yield written.popleft().result()
 
 
 def one_thread() -> None:
