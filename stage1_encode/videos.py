@@ -87,7 +87,19 @@ class Order:
 
 
 def make_videos(order: Order, models: Conditioner, sampler: Sampler, placing: Placing) -> list[Path]:
-    """Make every video of an order, and a contact sheet of several; the files made."""
+    """Make every video of an order, and a contact sheet of several; the files made.
+
+    ValueError where the GPU's memory is too small for it.
+    """
+    try:
+        return _make(order, models, sampler, placing)
+    except torch.OutOfMemoryError as error:
+        size = f"{order.spec.num_frames} x {order.spec.height} x {order.spec.width}, batch size {order.batch_size}"
+        smaller = "a smaller --batch-size, --height or --width" if placing == PLACINGS["16gb"] else "--memory 16gb"
+        raise ValueError(f"the GPU's memory is too small for {size}: give {smaller}") from error
+
+
+def _make(order: Order, models: Conditioner, sampler: Sampler, placing: Placing) -> list[Path]:
     (rows,) = read_shards(order.table, shard_size=sys.maxsize, text_only=True)
     seeds = [order.seed if row.seed is None else row.seed for row in rows]
     latents.create(order.store, contents(order, rows, seeds))
