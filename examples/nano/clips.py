@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from examples.nano.captions import captions
-from examples.nano.render import render
+from examples.nano.render import first_frames, render
 from examples.nano.world import FPS, draw_scenes
 from stage1_encode.mp4 import write_video
 
@@ -46,10 +46,12 @@ def write_conditions(out: Path, table: str, *, seed: int, count: int, held: bool
     rows = []
     for first in range(0, count, 64):
         scenes = draw_scenes(seed, torch.arange(first, min(first + 64, count)), held=held)
-        for place, (video, prompt) in enumerate(zip(render(scenes), captions(scenes), strict=True), start=first):
+        for place, (picture, prompt) in enumerate(
+            zip(first_frames(scenes), captions(scenes), strict=True), start=first
+        ):
             name = "" if alone and place % alone == alone - 1 else f"images/{place:02d}.png"
             if name:
-                Image.fromarray(video[0].numpy()).save(out / name)
+                Image.fromarray(picture.numpy()).save(out / name)
             rows.append((prompt, name, place))
     write_table(out / table, ("prompt", "image", "seed"), rows)
 

@@ -63,7 +63,8 @@ def generate(
     out = []
     for start in range(0, len(c.real), batch):
         rows = slice(start, start + batch)
-        x0 = network(net, c.text[rows], c.first[rows], c.negative, scale)
+        guidance = 1.0 if kind == "undistilled 4" else scale  # a student has no guidance
+        x0 = network(net, c.text[rows], c.first[rows], c.negative, guidance)
         noise = torch.randn(c.real[rows].shape, generator=generator, device=device)
         if kind == "undistilled 4":
             out.append(renoise(x0, noise, list(LADDER), generator))

@@ -1,9 +1,11 @@
 """Scenes to pixels: signed distances with anti-aliased edges. Shapes: B clips, S slots, T frames, H W pixels."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from examples.nano.world import FRAMES, HEIGHT, RGB, SLOTS, WIDTH, Scenes, constant
+from examples.nano.world import HEIGHT, RGB, SLOTS, WIDTH, Scenes, constant
 
 AREA = (3.1416, 3.24, 2.694, 3.158)  # of a shape of radius 1, by the distances below
 SQUARE, INNER, LONG, SHORT = 0.9, 0.72, 1.15, 0.42  # half side; the triangle's inner circle; the cross's half bars
@@ -34,7 +36,7 @@ def coverage(scenes: Scenes, slot: int) -> Tensor:
     centre = scenes.centre[:, slot, :, :, None, None]
     radius = scenes.radius[:, slot, :, None, None]
     inside = 0.5 - distance(x - centre[:, :, 0], y - centre[:, :, 1], radius, scenes.shape[:, slot, None, None, None])
-    seen = torch.arange(FRAMES, device=x.device) >= scenes.entry[:, slot, None]
+    seen = torch.arange(centre.shape[1], device=x.device) >= scenes.entry[:, slot, None]
     return inside.clamp(0, 1) * seen[:, :, None, None]
 
 
@@ -53,12 +55,18 @@ def paint_background(scenes: Scenes) -> Tensor:
 
 def render(scenes: Scenes) -> Tensor:
     """Clips (B T H W 3), uint8."""
-    video = paint_background(scenes)[:, None].expand(-1, FRAMES, -1, -1, -1)
+    video = paint_background(scenes)[:, None].expand(-1, scenes.centre.shape[2], -1, -1, -1)
     palette = constant(RGB, scenes.phase.device)
     for slot in range(SLOTS):
         alpha = coverage(scenes, slot)[..., None]
         video = video * (1 - alpha) + palette[scenes.colour[:, slot], None, None, None] * alpha
     return (video + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def first_frames(scenes: Scenes) -> Tensor:
+    """First frames (B H W 3), uint8."""
+    start = replace(scenes, centre=scenes.centre[:, :, :1], radius=scenes.radius[:, :, :1])
+    return render(start)[:, 0]
 
 
 def to_network(video: Tensor) -> Tensor:
