@@ -1,6 +1,7 @@
 """Small runs of the trainer for tests: random shards that fit the tiny model, one command to run them."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -101,13 +102,24 @@ def run_ranks(command: list[str], world: int) -> subprocess.CompletedProcess[str
     return subprocess.run([*torchrun, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def run_worker(configs: list[DistillConfig], world: int, folder: Path) -> list[Path]:
-    """Make several runs in one launch of `world` ranks; their folders."""
-    files = [folder / f"{number}.yaml" for number in range(len(configs))]
-    for file, config in zip(files, configs, strict=True):
-        write_config(file, config)
-    done = run_ranks([str(Path(__file__).parent / "worker.py"), *map(str, files)], world)
+def run_jobs(jobs: list[tuple[int, list[DistillConfig], int | None]], folder: Path) -> None:
+    """Make runs on forked ranks: (ranks, configurations, iteration to stop in); see worker.py."""
+    written = []
+    for number, (world, configs, stop) in enumerate(jobs):
+        files = [folder / f"{number}-{place}.yaml" for place in range(len(configs))]
+        for file, config in zip(files, configs, strict=True):
+            write_config(file, config)
+        written.append({"world": world, "configs": [str(file) for file in files], "stop": stop})
+    (folder / "jobs.json").write_text(json.dumps(written))
+    command = [sys.executable, str(Path(__file__).parent / "worker.py"), str(folder / "jobs.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_worker(configs: list[DistillConfig], world: int, folder: Path) -> list[Path]:
+    """Make several runs on `world` forked ranks; their folders."""
+    run_jobs([(world, configs, None)], folder)
     return [Path(config.out) for config in configs]
 
 

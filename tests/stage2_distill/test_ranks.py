@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, make_config, make_shards, run_worker, tensors
-from worker import run_watched
+from runs import ROOT, make_config, make_shards, run_jobs, tensors
 
-from stage2_distill.checkpoint import load, newest
+from stage2_distill.checkpoint import checkpoints, load, newest
 from stage2_distill.memory import open_roles
 from stage2_distill.parallel import start
 from stage2_distill.wan import load as load_network
@@ -24,42 +23,49 @@ OPTIONS = {
     "checkpoint_every": 10,
     "student_every": 3,
     "ladder": (1000.0, 500.0),
+    "text_rows": 32,
     "global_batch": 16,
     "student_lr": 1e-2,
     "critic_lr": 1e-2,
     "eps": 1e-2,
     "grad_clip": 1.0,
 }
-CASES = {  # ranks: (name, batch size, replicas)
-    1: (("accumulated", 4, 1),),
-    2: (("plain", 8, 1), ("accumulated", 2, 1)),
-    4: (("plain", 4, 1), ("accumulated", 1, 1), ("hsdp", 4, 2), ("hsdp-accumulated", 1, 2)),
+CASES = {  # name: (ranks, batch size, replicas)
+    "alone": (1, 16, 1),
+    "1-accumulated": (1, 4, 1),
+    "2": (2, 8, 1),
+    "2-accumulated": (2, 2, 1),
+    "4": (4, 4, 1),
+    "4-accumulated": (4, 1, 1),
+    "4-hsdp": (4, 4, 2),
+    "4-hsdp-accumulated": (4, 1, 2),
 }
+ELASTIC = ((4, 2), (2, 4), (1, 7), (4, None))  # ranks, and the iteration in which the last of them is told to stop
+NAMES = [*CASES, "elastic"]
 
 
 @pytest.fixture(scope="module")
-def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("shards") / "data", model)
-
-
-@pytest.fixture(scope="module")
-def alone(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process that never accumulates."""
-    out = tmp_path_factory.mktemp("alone") / "run"
-    return run_watched(make_config(shards, model, out, batch_size=16, **OPTIONS)).parent
-
-
-@pytest.fixture(scope="module", params=CASES)
-def runs(request, model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The runs of all cases of one number of ranks, from one launch."""
+def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs, from one launch."""
     folder = tmp_path_factory.mktemp("ranks")
-    configs = [
-        make_config(shards, model, folder / name, batch_size=size, replicate=replicate, **OPTIONS)
-        for name, size, replicate in CASES[request.param]
-    ]
-    if request.param == 1:
-        return [run_watched(config).parent for config in configs]
-    return run_worker(configs, request.param, folder)
+    shards = make_shards(folder / "data", model)
+    jobs = []
+    for world in (1, 2, 4):
+        configs = [
+            make_config(shards, model, folder / name, batch_size=size, replicate=replicate, **OPTIONS)
+            for name, (ranks, size, replicate) in CASES.items()
+            if ranks == world
+        ]
+        jobs.append((world, configs, None))
+    elastic = make_config(shards, model, folder / "elastic", batch_size=4, **OPTIONS)
+    run_jobs([*jobs, *((world, [elastic], stop) for world, stop in ELASTIC)], folder)
+    return folder
+
+
+@pytest.fixture
+def alone(made: Path) -> Path:
+    """The run of one process that never accumulates."""
+    return made / "alone"
 
 
 def losses(run: Path) -> list[float]:
@@ -76,32 +82,41 @@ def samples(run: Path) -> list[list]:
     return sorted(line for witness in witnesses(run) for line in witness["seen"])
 
 
-def test_losses_and_weights_equal_one_process(alone: Path, runs: list[Path]) -> None:
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_losses_and_weights_equal_one_process(made: Path, alone: Path, name: str) -> None:
+    assert losses(made / name) == pytest.approx(losses(alone), rel=1e-6)
     expected = tensors(newest(alone))
-    for run in runs:
-        assert losses(run) == pytest.approx(losses(alone), rel=1e-6), run.name
-        found = {name: torch.zeros_like(value) for name, value in expected.items()}
-        load(newest(run), found)
-        for role in ("student.", "critic.", "ema."):
-            names = [name for name in expected if name.startswith(role)]
-            off = sum((found[name] - expected[name]).square().sum() for name in names)
-            assert off.sqrt() / sum(expected[name].square().sum() for name in names).sqrt() < 1e-6, (run.name, role)
+    found = {name: torch.zeros_like(value) for name, value in expected.items()}
+    load(newest(made / name), found)
+    for role in ("student.", "critic.", "ema."):
+        names = [name for name in expected if name.startswith(role)]
+        off = sum((found[name] - expected[name]).square().sum() for name in names)
+        assert off.sqrt() / sum(expected[name].square().sum() for name in names).sqrt() < 1e-6, role
 
 
-def test_samples_and_noise_are_the_same_on_any_number_of_ranks(alone: Path, runs: list[Path]) -> None:
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_samples_and_noise_are_the_same_on_any_number_of_ranks(made: Path, alone: Path, name: str) -> None:
     expected = samples(alone)
     assert len(expected) == len({line[3] for line in expected}) == 16 * (10 + 4)  # no noise is drawn twice
-    for run in runs:
-        assert samples(run) == expected, run.name
+    assert samples(made / name) == expected
 
 
-def test_replicas_are_averaged_in_the_last_pass_only(runs: list[Path]) -> None:
-    for run in runs:
-        inner = [each for witness in witnesses(run) for each in witness["passes"] if not each["last"]]
-        last = [each for witness in witnesses(run) for each in witness["passes"] if each["last"]]
-        assert bool(inner) is run.name.endswith("accumulated")
-        assert {each["all_reduce"] for each in inner} <= {0}
-        assert {each["all_reduce"] for each in last} == {3 if run.name.startswith("hsdp") else 0}  # blocks and root
+@pytest.mark.parametrize("name", CASES)
+def test_replicas_are_averaged_in_the_last_pass_only(made: Path, name: str) -> None:
+    passes = [each for witness in witnesses(made / name) for each in witness["passes"][1:]]  # after resuming
+    inner, last = ([each["all_reduce"] for each in passes if each["last"] is kind] for kind in (False, True))
+    assert bool(inner) is name.endswith("accumulated")
+    assert set(inner) <= {0}
+    assert set(last) == {3 if "hsdp" in name else 0}  # two blocks and the root
+
+
+def test_an_elastic_run_changed_its_ranks_where_it_was_told(made: Path) -> None:
+    """One signal to one rank stops all of them after the same iteration."""
+    assert [path.name for path in checkpoints(made / "elastic")] == ["step-000005", "step-000008", "step-000010"]
+    seen = {path.name for path in (made / "elastic").glob("rank-*.json")}
+    assert seen == {
+        f"rank-{first}-{rank}.json" for first, world in ((0, 4), (3, 2), (5, 1), (8, 4)) for rank in range(world)
+    }
 
 
 def test_golden(alone: Path, model: Path) -> None:

@@ -1,11 +1,16 @@
-"""One rank that makes several runs: `torchrun worker.py CONFIG.yaml ...`; each leaves what it saw in OUT/rank-N.json.
+"""Makes runs on forked gloo ranks: `worker.py JOBS.json`, a list of {world, configs, stop} done one after the other.
 
-Seen are, for each update, the samples with a digest of their noise, text and frame, and the collectives of each pass.
+Each rank leaves what it saw in OUT/rank-FIRST-RANK.json: the samples of each update with a digest of their noise, text
+and frame, and the collectives of each pass. With `stop` the last rank alone gets a SIGTERM in that iteration.
 """
 
 import hashlib
 import json
+import os
+import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -31,7 +36,7 @@ class Witness:
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, str, int, str]] = []
-        self.passes: list[dict[str, int]] = []
+        self.passes: list[dict[str, int]] = [{"last": False, "all_reduce": 0, "reduce_scatter": 0}]
         self.part = None
         self.simulate, self.rollout, self.reduce_gradients = train.simulate, train.rollout, train.reduce_gradients
         train.simulate, train.rollout, train.reduce_gradients = self.note_part, self.note_noise, self.note_pass
@@ -65,17 +70,60 @@ class Witness:
         return self.reduce_scatter(*args, **options)
 
 
-def run_watched(config: DistillConfig) -> Path:
-    """Run and leave a rank's witness beside the checkpoints; the newest of them."""
-    witness = Witness()
-    checkpoint = run.distill(config)
+def run_watched(config: DistillConfig, stop: int | None) -> None:
+    """One run, told to stop in iteration `stop` where this is the last rank."""
+    witness, step = Witness(), run.train_step
+
+    def stopping(trainer, iteration: int, data):
+        if iteration == stop and trainer.ranks.rank == trainer.ranks.world - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, iteration, data)
+
+    run.train_step = stopping
+    run.distill(config)
+    run.train_step = step
     witness.leave()
     note = {"seen": witness.seen, "passes": witness.passes}
-    (Path(config.out) / f"rank-{dist.get_rank()}.json").write_text(json.dumps(note))
-    return checkpoint
+    (Path(config.out) / f"rank-{witness.seen[0][0]}-{dist.get_rank()}.json").write_text(json.dumps(note))
+
+
+def be_rank(rank: int, world: int, port: int, job: dict) -> None:
+    """All that a forked rank does; ends the process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = 1
+    try:
+        for name in job["configs"]:
+            run_watched(resolve(DistillConfig, {"config": name}), job["stop"])
+        dist.destroy_process_group()
+        code = 0
+    finally:
+        if code:
+            traceback.print_exc()
+        os._exit(code)
+
+
+def launch(job: dict) -> bool:
+    """Fork the ranks of a job and wait for them; where one fails, end the others."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = set()
+    for rank in range(job["world"]):
+        child = os.fork()
+        if not child:
+            be_rank(rank, job["world"], port, job)
+        children.add(child)
+    good = True
+    while children:
+        child, code = os.wait()
+        children.discard(child)
+        if code and good:
+            good = False
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    return good
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        run_watched(resolve(DistillConfig, {"config": name}))
-    dist.destroy_process_group()
+    sys.exit(not all(launch(job) for job in json.loads(Path(sys.argv[1]).read_text())))
