@@ -21,7 +21,9 @@ class Visit:
 
 def home_of(value: Tensor, *, offload: bool) -> Tensor:
     """The tensor where it is to live: in pinned host memory if it is offloaded from a GPU, else where it is."""
-    return value.cpu().pin_memory() if offload and value.is_cuda else value
+    if not offload or not value.is_cuda:
+        return value
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
 
 
 def carried(groups: Iterable[Parts], device: torch.device, *, back: bool = True) -> Iterator[Parts]:

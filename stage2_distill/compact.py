@@ -6,7 +6,6 @@ Beside a bf16 weight (2 bytes) stand the 16 bits that its float32 master has mor
 """
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Protocol
 
 import torch
@@ -19,6 +18,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from stage2_distill.carry import carried, home_of
 from stage2_distill.master import join, split
 from stage2_distill.moment import BLOCK, chance, decode, encode, in_blocks, to_bf16
+
+if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
+    from stage2_distill.fused import advance_fused
 
 MOMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
 
@@ -68,12 +70,6 @@ def write_moment(state: dict[str, Tensor], moment: Tensor, place: Tensor) -> Non
     codes, tops = encode(moment.view(-1, BLOCK), chances.view(-1, BLOCK))
     kept.copy_(codes.view(-1))
     state["exp_avg_sq_top"].copy_(tops)
-
-
-@cache
-def fused() -> Advance:
-    """`advance` as one kernel a parameter."""
-    return torch.compile(advance, dynamic=True)
 
 
 class CompactAdamW(torch.optim.Optimizer):
@@ -143,7 +139,7 @@ class CompactAdamW(torch.optim.Optimizer):
         device = grads[first].device
         rates = self.rates(count, device)
         step = torch.tensor(count).to(device, non_blocking=True)
-        call = fused() if device.type == "cuda" else advance
+        call: Advance = advance_fused if device.type == "cuda" else advance
         states = carried((flat(self.state[p]) for p in grads), device)
         for (parameter, grad), state in zip(grads.items(), states, strict=True):
             call(local(parameter).view(-1), state, grad.view(-1), rates, torch.stack([step, self.starts[parameter]]))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stage2_distill.compact import CompactAdamW, advance
+from stage2_distill.compact import CompactAdamW
 from stage2_distill.master import join, split
 from stage2_distill.moment import chance, decode, encode
 
@@ -127,16 +127,3 @@ def test_chances_depend_on_place_and_step_alone() -> None:
     assert not torch.equal(whole, chance(1000, torch.tensor(0), torch.tensor(6)))
     assert whole.mean().item() == pytest.approx(0.5, abs=0.03)
     assert torch.corrcoef(torch.stack([whole[1:], whole[:-1]]))[0, 1].abs() < 0.1
-
-
-@pytest.mark.parametrize("moment", ["float32", "bfloat16", "8bit"])
-def test_the_fused_update_is_the_plain_one(moment: str) -> None:
-    results = []
-    for call in (advance, torch.compile(advance, dynamic=True)):
-        half, compact, _, _ = pair(moment)
-        for step in range(1, 4):
-            grad = normal(24 * 128, seed=step).bfloat16()
-            state = {k: v.view(-1) for k, v in compact.state[half.weight].items() if k != "step"}
-            call(half.weight.data.view(-1), state, grad, compact.rates(step, grad.device), torch.tensor([step, 0]))
-        results.append(masters(half, compact)[0])
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=2e-7)

@@ -44,3 +44,62 @@ def test_a_network_without_gradient_is_the_one_with(compiled: bool) -> None:
         (without,) = net(**given, return_dict=False)
     (having,) = net(**given, return_dict=False)
     assert off(without, having) < 1e-2
+
+
+def test_compact_masters_are_those_of_adamw_on_the_gpu() -> None:
+    """100 steps at the recipe's rate and at a large one: every bit."""
+    from stage2_distill.compact import CompactAdamW
+
+    for lr in (5e-7, 1e-3):
+        half = torch.nn.Linear(512, 300, device="cuda", dtype=torch.bfloat16)
+        full = torch.nn.Linear(512, 300, device="cuda")
+        full.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
+        settings = {"lr": lr, "eps": 1e-8, "weight_decay": 0.01}
+        compact = CompactAdamW(half, settings | {"beta2": 0.999}, moment="float32")
+        adamw = torch.optim.AdamW(full.parameters(), betas=(0.0, 0.999), foreach=False, **settings)
+        for _ in range(100):
+            for mine, theirs in zip(half.parameters(), full.parameters(), strict=True):
+                mine.grad = 1e-3 * torch.randn_like(mine)
+                theirs.grad = mine.grad.float()
+            compact.step()
+            adamw.step()
+        for mine, theirs in zip(compact.masters(), full.parameters(), strict=True):
+            assert torch.equal(mine, theirs), ((mine != theirs).float().mean().item(), lr)
+
+
+@pytest.mark.parametrize("moment", ["float32", "bfloat16", "8bit"])
+def test_the_fused_update_is_the_plain_one(moment: str) -> None:
+    from stage2_distill.compact import CompactAdamW, advance, flat
+    from stage2_distill.fused import advance_fused
+
+    found = []
+    for call in (advance, advance_fused):
+        weight = torch.nn.Parameter(torch.randn(100, 192, generator=torch.Generator().manual_seed(0)).bfloat16().cuda())
+        settings = {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+        compact = CompactAdamW(torch.nn.ParameterList([weight]), settings, moment=moment)
+        weight = compact.parameters()[0]
+        for step in range(1, 6):
+            grad = torch.randn(19200, generator=torch.Generator().manual_seed(step)).bfloat16().cuda()
+            place = torch.tensor([step, 0], device="cuda")
+            call(weight.data.view(-1), flat(compact.state[weight]), grad, compact.rates(step, grad.device), place)
+        found.append(next(compact.masters()))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    assert (found[0] == found[1]).float().mean() > 0.9
+
+
+def test_offloaded_state_gives_the_same_weights() -> None:
+    from stage2_distill.compact import CompactAdamW
+
+    results = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(*(torch.nn.Linear(256, 256, device="cuda", dtype=torch.bfloat16) for _ in range(20)))
+        settings = {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+        compact = CompactAdamW(net, settings, offload=offload)
+        for _ in range(10):
+            for parameter in net.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            compact.step()
+        assert compact.state[net[0].weight]["exp_avg_sq"].is_cuda is not offload
+        results.append(list(compact.masters()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
