@@ -43,7 +43,13 @@ def begin(out: Path, trainer: Trainer) -> int:
     checkpoint = newest_whole(out, trainer.ranks)
     done = 0 if checkpoint is None else iteration_of(checkpoint)
     if checkpoint is not None:
-        load(checkpoint, state(trainer))
+        try:
+            load(checkpoint, state(trainer))
+        except CheckpointException as error:
+            raise ValueError(
+                f"out={out}: {checkpoint.name} holds other tensors than this command trains; "
+                "on other GPUs --memory auto chooses another form: give --memory standard or compact, as it was"
+            ) from error
         facts, here = read_facts(checkpoint), position(done, trainer.config)
         assert facts.position == here, (facts.position, here)
     elif trainer.config.init_from is not None:

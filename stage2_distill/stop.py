@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -10,16 +11,19 @@ from stage2_distill.parallel import on_any_rank
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+PATIENCE = 5.0  # seconds in which a second signal means the first: torchrun passes on what a rank has got already
+
+
 class Stop:
-    """Watches for a signal to end; the second one ends the process at once."""
+    """Watches for a signal to end; another one some seconds later ends the process at once."""
 
     def __init__(self) -> None:
-        self.here = False
+        self.since: float | None = None
         self.before: dict[signal.Signals, signal.Handlers] = {}
 
     def wanted(self) -> bool:
         """Whether any rank was told to end; all ranks call it after each iteration and get one answer."""
-        return on_any_rank(self.here)
+        return on_any_rank(self.since is not None)
 
     def __enter__(self) -> Self:
         self.before = {each: signal.signal(each, self._note) for each in SIGNALS}  # type: ignore[misc]
@@ -32,7 +36,10 @@ class Stop:
             signal.signal(each, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.here = True
-        logging.info("%s: ending after this iteration, with a checkpoint", signal.Signals(number).name)
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        now = time.monotonic()
+        if self.since is None:
+            self.since = now
+            logging.info("%s: ending after this iteration, with a checkpoint", signal.Signals(number).name)
+        elif now - self.since > PATIENCE:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

@@ -19,6 +19,7 @@ from runs import ROOT, assert_same, flip, make_config, make_shards, run_here
 
 from common.options import write_config
 from stage2_distill import run, train
+from stage2_distill import stop as stop_module
 from stage2_distill.checkpoint import INDEX, STUDENT, checkpoints, damage, read_facts
 from stage2_distill.journal import Journal
 from stage2_distill.saver import SaveError
@@ -93,6 +94,22 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     at({})
     assert_same(unbroken, run_here(config))
     assert lines(tmp_path / "run") == lines(unbroken.parent)
+
+
+def test_a_second_signal_ends_at_once_but_not_the_same_one_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, before = [100.0], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(stop_module.time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with stop_module.Stop() as stop:
+            assert not stop.wanted()
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)  # torchrun passes on what all have got
+            assert stop.wanted()
+            monkeypatch.setattr(stop_module.signal, "SIG_DFL", signal.default_int_handler)
+            now[0] += 6
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_command_exits_with_0_when_told_to_stop(model: Path, shards: Path, tmp_path: Path) -> None:
