@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,12 @@ def test_clock_counts_phases_and_starts_anew() -> None:
     assert clock.read() == {}
 
 
-def test_lines_carry_every_figure(model: Path, tmp_path: Path) -> None:
+def test_lines_carry_every_figure(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards = make_shards(tmp_path / "data", model)
     run_here(make_config(shards, model, tmp_path / "run", iterations=2, checkpoint_every=2))
     first, second = lines(tmp_path / "run")
+    shown = f"critic {second['critic_loss']:.4f}, {second['seconds']:.2f} s, data {second['seconds_data']:.2f} s, "
+    assert re.search(rf"distill: 2/2, \S+/s, 0 s left, {re.escape(shown)}\d+\.\d GiB\n", capsys.readouterr().err)
     figures = {"iteration", "seconds", "memory_gib", "critic_loss", "critic_grad_norm", "critic_exit"}
     figures |= {f"seconds_{phase}" for phase in ("data", "rollout", "scores", "backward", "update")}
     figures |= {"latent_saturation", "latent_temporal_variance", "latent_first_frame_distance"}
