@@ -112,20 +112,24 @@ class Bench:
         return median
 
     def parts(self) -> None:
-        """Text and first frame, denoising, decode, and what the mp4 adds."""
-        records, repeats = self.records(), max(1, self.repeats - 2)
+        """Denoising, decode, what the mp4 adds, text and first frame."""
+        records = self.records()
         x0 = self.student(records, [0])
 
         def note(what: str, work: Callable[[], object], minus: float = 0.0) -> float:
-            seconds = statistics.median(times(work, repeats)) - minus
+            seconds = statistics.median(times(work, max(1, self.repeats - 2))) - minus
             self.note(what, f"{seconds:.3f} s")
             return seconds
 
-        note("text + first frame", self.records)
-        note("denoising, 4 steps", lambda: self.student(records, [0]))
         decode = note("decode", lambda: list(vae.stream_video(self.models.vae, x0[0])))
+        note("denoising, 4 steps", lambda: self.student(records, [0]))
+        note("text + first frame", self.records)
         note("mp4 beyond the decode", lambda: self.film(x0[0]), decode)
-        again, given = self.student(records, [0]), records[0].first_frame
+
+    def equality(self) -> None:
+        """The same twice, the given frame kept, and the plain path's numbers."""
+        records = self.records()
+        x0, again, given = self.student(records, [0]), self.student(records, [0]), records[0].first_frame
         assert given is not None
         pinned = torch.equal(x0[0, :, :1], given.to(x0))
         self.note("same seed, same latents; frame 0 pinned", f"{torch.equal(x0, again)}; {pinned}")
@@ -167,11 +171,26 @@ class Bench:
             made = pipe(image, PROMPT, guidance_scale=1.0, num_inference_steps=4, output_type="np", **size).frames[0]
             write_video(self.folder / "stock.mp4", (made * 255).round().astype(numpy.uint8), fps=24)
 
-        found = min(times(run, 2))
+        decoded: list[tuple[Tensor, Tensor, float]] = []
+        plain = self.models.vae.model.decode
+
+        def watched(z: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+            began = sync()
+            (video,) = plain(z, return_dict=False)
+            decoded.append((z, video, sync() - began))
+            return (video,)
+
+        self.models.vae.model.decode = watched
+        found = times(run, 1)[0]
         step = min(after - before for before, after in zip(steps, steps[1:], strict=False))
-        guided = found + 96 * step
         self.note("diffusers, 4 steps", f"{found:.2f} s, x{found / ours:.2f} of ours; a step {step:.2f} s")
+        guided = found + 96 * step
         self.note("diffusers, 50 guided steps, projected", f"{guided:.0f} s, x{guided / ours:.1f} of ours")
+        z, video, seconds = decoded[-1]
+        pixels = torch.cat(list(decoder.stream(self.models.vae.decoder, z[0], most=vae.STEPS)))
+        wanted = ((video[0].float().clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
+        error = (pixels.float() - wanted).square().mean() / 255**2
+        self.note("diffusers, decode", f"{seconds:.2f} s; PSNR of ours to it {float(-10 * error.log10()):.1f} dB")
 
 
 def main() -> None:
@@ -190,17 +209,16 @@ def main() -> None:
         bench = Bench(Path(work), asked.tiny, asked.repeats)
         single = bench.whole()
         bench.parts()
-        began = sync()
-        bench.make(asked.rows, Placing())
-        rate = (sync() - began) / asked.rows
-        bench.note(f"{asked.rows} rows", f"{3600 / rate:.0f} videos an hour, x{single / rate:.2f} of one at a time")
+        bench.equality()
+        if not asked.no_stock:
+            bench.stock(single)
         bench.models.text.model.to("cpu")
         peak()
         small = times(lambda: bench.make(1, Placing(text=False, steps=1)), 1)[0]
         bench.note("24 GB path", f"{small:.2f} s, peak {peak():.1f} GiB")
-        if not asked.no_stock:
-            bench.models.text.model.to(bench.device)
-            bench.stock(single)
+        bench.models.text.model.to(bench.device)
+        rate = times(lambda: bench.make(asked.rows, Placing()), 1)[0] / asked.rows
+        bench.note(f"{asked.rows} rows", f"{3600 / rate:.0f} videos an hour, x{single / rate:.2f} of one at a time")
         append("sample", bench.rows, model="random weights")
 
 

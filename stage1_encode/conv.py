@@ -19,7 +19,7 @@ class Plan:
     outputs: int  # N
     depth: int = 3  # taps in time: this frame and those before it
     side: int = 3  # taps in height and in width; 2 where space doubles
-    rows: int = 8  # of the picture in a warpgroup's tile of 64 places
+    rows: int = 4  # of the picture in a warpgroup's tile of 64 places
     columns: int = 256  # outputs in a tile
     time: int = 1  # output frames an input frame
     space: int = 1  # output rows an input row; 2 = nearest neighbours and then 3x3, folded into four phases of 2x2
@@ -53,13 +53,12 @@ def by_library(
     `residual` is added: of the shape of the output, or where space doubles a smaller one whose first `skip` output
     frames are left out.
     """
-    sides = {"t": plan.depth, "y": plan.side, "x": plan.side}
-    filters = rearrange(weight, "n (t y x c) -> n c t y x", **sides)
-    video = rearrange(x, "f x y c -> 1 c f x y")
+    filters = weight.unflatten(1, (plan.depth, plan.side, plan.side, plan.channels)).permute(0, 4, 1, 2, 3)
+    video = x[None].permute(0, 4, 1, 2, 3)  # in this order torch sees that the channels lie last, and copies nothing
     edge = plan.side // 2
     whole = bias if plan.space == 1 else bias.repeat(plan.space**2)
     out = functional.conv3d(video, filters, whole, padding=(0, edge, edge))
-    out = spread(rearrange(out, "1 n f x y -> f x y n"), plan)
+    out = spread(out.permute(0, 2, 3, 4, 1)[0], plan)
     if residual is None:
         return out
     return out + (residual if plan.space == 1 else repeat(residual, plan)[skip:])

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from benchmarks.sample import Bench, Placing
 bench = Bench(Path(sys.argv[1]), True, 1)
-bench.whole(), bench.parts(), bench.make(2, Placing())
+single = bench.whole()
+bench.parts(), bench.equality(), bench.stock(single), bench.make(2, Placing())
 """
 
 
@@ -20,4 +21,5 @@ def test_tiny_benchmark(tmp_path: Path) -> None:
     figures = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
     assert figures["same seed, same latents; frame 0 pinned"] == "True; True"
     assert float(figures["latents against the plain path, relative L2"]) < 1e-4
+    assert float(figures["diffusers, decode"].split()[-2]) > 50
     assert (tmp_path / "2" / "000000001.mp4").is_file()
