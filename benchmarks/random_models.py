@@ -58,7 +58,7 @@ def random_text(size: Size, device: torch.device) -> text.TextEncoder:
         pad_token_id=PAD, eos_token_id=END,
     )  # fmt: skip
     with device:
-        model = UMT5EncoderModel(config)
+        model = text.fused(UMT5EncoderModel(config))
     vocabulary = {"<pad>": PAD, "</s>": END, "<unk>": UNKNOWN} | {f"w{word}": word + 3 for word in range(WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
