@@ -1,14 +1,13 @@
 """Stage one: reading, then random encoders of the true size by precision and batch, then encode from end to end.
 
     python -m benchmarks.encode --reading                    (CPU: first frames only)
-    python -m benchmarks.encode [--tiny] [--parts models,eager,compiled] [--clips 512] [--rows 1024]
+    python -m benchmarks.encode [--tiny] [--parts models,eager,idle,reference,compiled] [--clips 512] [--rows 1024]
 
 The clips are made on the spot (`benchmarks/clips.py`), the shards are written by `stage1_encode.pipeline.make_shards`.
 Parts that the time budget no longer allows are left out.
 """
 
 import argparse
-import copy
 import csv
 import os
 import subprocess
@@ -37,6 +36,7 @@ from benchmarks.models import (
     seconds,
     settle,
     some_text,
+    vae_copy,
     vae_error,
 )
 from benchmarks.random_models import TINY, TRUE, WORDS, random_text, random_vae
@@ -177,7 +177,7 @@ def measure(given: argparse.Namespace, work: Path, began: float) -> Iterator[Row
     settle()
     yield "random models made after", f"{time.perf_counter() - began:.1f} s, {memory()}"
     if "models" in given.parts:
-        yield from of_vae(base, pixels)
+        yield from of_vae(base, pixels, given.precisions.split(","))
     exact = some_text(encoder)
     encoder.model.bfloat16()
     memory()
@@ -189,35 +189,40 @@ def measure(given: argparse.Namespace, work: Path, began: float) -> Iterator[Row
         config = make_config(work, table, given, "eager", vae_dtype=given.vae_dtype)
         encoders = Encoders(fresh(base, config.vae_dtype), encoder)
         yield from from_end_to_end(config, encoders, pixels)
+    if "idle" in given.parts:
+        encoders = Encoders(fresh(base, given.vae_dtype), encoder)
         yield from idle(make_config(work, table, given, "idle", vae_dtype=given.vae_dtype), encoders)
-        yield from reference(config, base, encoder, paths)
-    for precision in given.compiled.split(",") if "compiled" in given.parts else ():
-        if time.perf_counter() - began < given.budget:
+    if "reference" in given.parts:
+        yield from reference(make_config(work, table, given, "reference"), base, encoder, paths)
+    if "compiled" in given.parts:
+        left = began + given.budget
+        for precision in given.compiled.split(","):
             config = make_config(work, table, given, precision, vae_dtype=precision, compile=True)
-            yield from compiled(config, base, encoder, pixels, exact)
+            yield from compiled(config, base, encoder, pixels, exact, left)
 
 
 def compiled(
-    config: EncodeConfig, base: vae.Vae, encoder: text.TextEncoder, pixels: Tensor, exact: Tensor
+    config: EncodeConfig, base: vae.Vae, encoder: text.TextEncoder, pixels: Tensor, exact: Tensor, until: float
 ) -> Iterator[Row]:
-    """Both models compiled: alone, and from end to end."""
+    """Both models compiled, each alone, then from end to end; nothing is begun after `until`."""
+    start, size = time.perf_counter(), config.batch_size
+    if start > until:
+        return
+    encoders = make_ready(config, vae_copy(base, config.vae_dtype), encoder)
+    yield from of_text(encoders.text, "bfloat16, compiled", exact)
+    yield "compiling the text encoder took", f"{time.perf_counter() - start:.1f} s"
     start = time.perf_counter()
-    own = vae.Vae(copy.deepcopy(base.model).to(vae.dtype_of(config.vae_dtype)), base.mean, base.std)
-    encoders = make_ready(config, own, encoder)
-    size = config.batch_size
     took = seconds(lambda: vae.encode_frames(encoders.vae, pixels[:size])) / size
     error = vae_error(encoders.vae, base, pixels[:size])
     figure = f"{took * 1e3:.2f} ms a frame, {memory()}, latents off by {error:.1e}"
     yield f"VAE, one frame, here, {config.vae_dtype}, compiled, batch {size}", figure
     yield "compiling the VAE took", f"{time.perf_counter() - start:.1f} s"
-    start = time.perf_counter()
-    yield from of_text(encoders.text, "bfloat16, compiled", exact)
-    yield "compiling the text encoder took", f"{time.perf_counter() - start:.1f} s"
-    yield from from_end_to_end(config, encoders, pixels)
+    if time.perf_counter() < until:
+        yield from from_end_to_end(config, encoders, pixels)
 
 
 def wait_for(makers: list["subprocess.Popen[bytes]"]) -> None:
-    """Wait until the clips are made."""
+    """Until the clips are made."""
     assert all(maker.wait() == 0 for maker in makers), "the clips cannot be made"
 
 
@@ -226,10 +231,13 @@ def main() -> None:
     began = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reading", action="store_true", help="only read files, which needs no GPU")
-    parser.add_argument("--parts", default="models,eager,compiled", help="which parts, separated by commas")
+    parser.add_argument(
+        "--parts", default="models,eager,idle,reference,compiled", help="which parts, separated by commas"
+    )
     parser.add_argument("--tiny", action="store_true", help="small models, for trying this script")
     for name, default in (("clips", 512), ("rows", 1024), ("shard-size", 256), ("budget", 100)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="of the VAE, for the part models")
     parser.add_argument("--vae-dtype", default="tf32", choices=PRECISIONS)
     parser.add_argument("--compiled", default="float16", help="precisions to compile, separated by commas")
     given = parser.parse_args()
