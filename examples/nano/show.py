@@ -19,4 +19,4 @@ def sheet(clips: Tensor, path: Path, *, gap_every: int = 1) -> None:
     blocks = []
     for i, line in enumerate(lines):
         blocks += [line, torch.full((4 if (i + 1) % gap_every == 0 else 1, *line.shape[1:]), 255, dtype=torch.uint8)]
-    Image.fromarray(torch.cat(blocks).numpy()).save(path, optimize=True)
+    Image.fromarray(torch.cat(blocks).numpy()).quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
