@@ -1,6 +1,6 @@
 """What an iteration costs: seconds, memory, utilisation; one process or torchrun's ranks.
 
-    python -m benchmarks.train_step [--tiny] [--memory compact] [--keep attention] [--only iteration,reuse,waits]
+    python -m benchmarks.train_step [--tiny] [--memory compact] [--keep attention] [--only iteration,passes]
     torchrun --nproc-per-node 2 -m benchmarks.train_step --memory standard
 
 A mean iteration is the mean critic update and a fifth of the mean student update, each exit of the
@@ -12,20 +12,25 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.device import Case, case, seconds, synchronize
+from benchmarks.device import Case, case, inputs, seconds, synchronize
+from benchmarks.network import backward_of, forward_of
 from benchmarks.report import append
 from benchmarks.trainer import finite, make_config, one_batch, random_trainer, report_memory
 from stage2_distill.parallel import start
+from stage2_distill.resume import state
 from stage2_distill.reuse import Reuse
+from stage2_distill.saver import host_copies
 from stage2_distill.schedule import CRITIC, STUDENT, exit_index
 from stage2_distill.train import Trainer, Update, ema_decay, masters, update_critic, update_student
 
 Row = tuple[str, str]
 FORWARD = 520.7  # TFLOP at the true size
+SECTIONS = "iteration,passes,reuse,waits,pause"
 USEFUL = {CRITIC: 2.5 + 3, STUDENT: 1.5 + 3 + 3}  # forwards: rollout, a gradient's three, scores
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 
@@ -50,42 +55,52 @@ def run_update(chosen: Case, trainer: Trainer, role: str, iteration: int) -> Upd
     return update
 
 
-def iteration(chosen: Case, trainer: Trainer, ceiling: float) -> Iterator[Row]:
-    """Seconds of both updates by exit, of a mean iteration, memory and utilisation."""
+def updates(chosen: Case, trainer: Trainer, role: str, known: dict[str, float]) -> Iterator[Row]:
+    """Seconds of a role's updates; their mean becomes known."""
     losses: list[float] = []
 
-    def update(role: str, turn: int) -> Callable[[], None]:
+    def update(turn: int) -> Callable[[], None]:
         return lambda: losses.append(run_update(chosen, trainer, role, turn).loss)
 
-    for role in (CRITIC, STUDENT):
-        yield (
-            f"first {role} update",
-            f"{seconds(update(role, turns(trainer, role)[1]), chosen, warm=0, repeat=1):.1f} s",
-        )
-    means = {}
-    for role in (CRITIC, STUDENT):
-        each = [seconds(update(role, turn), chosen, warm=0, repeat=1) for turn in turns(trainer, role)]
-        means[role] = statistics.mean(each)
-        yield f"{role} updates", ", ".join(f"{s:.2f}" for s in each) + f", mean {means[role]:.2f} s"
-    every = trainer.config.student_every
-    mean = means[CRITIC] + means[STUDENT] / every
-    spared = (2.5 - len(turns(trainer, STUDENT)) / every) * trainer.config.rollout_reuse
-    useful = (USEFUL[CRITIC] - spared + USEFUL[STUDENT] / every) * FORWARD / mean
+    rounds = turns(trainer, role)
+    yield f"first {role} update", f"{seconds(update(rounds[1]), chosen, warm=0, repeat=1):.1f} s"
+    each = [seconds(update(turn), chosen, warm=0, repeat=1) for turn in rounds]
+    known[role] = statistics.mean(each)
+    yield f"{role} updates", f"{', '.join(f'{s:.2f}' for s in each)}, mean {known[role]:.2f} s"
+    yield f"{role} losses finite", str(finite(losses))
+
+
+def mean_iteration(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
+    """A mean iteration, its utilisation and memory."""
+    config = trainer.config
+    mean = known[CRITIC] + known[STUDENT] / config.student_every
+    spared = (2.5 - len(config.ladder) / config.student_every) * config.rollout_reuse
+    useful = (USEFUL[CRITIC] - spared + USEFUL[STUDENT] / config.student_every) * FORWARD / mean
     yield "mean iteration", f"{mean:.2f} s, {trainer.ranks.world / mean:.3f} samples/s"
-    yield "useful arithmetic", f"{useful:.0f} TFLOP/s a GPU, {useful / ceiling:.1%} of {ceiling:.0f} measured"
+    yield "useful arithmetic", f"{useful:.0f} TFLOP/s a GPU, {useful / known['ceiling']:.1%} of the measured ceiling"
     yield "peak memory", report_memory(chosen)
-    yield "losses finite", str(finite(losses))
 
 
-def reuse(chosen: Case, trainer: Trainer, ceiling: float) -> Iterator[Row]:
+def iteration(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
+    """A mean iteration of the recipe."""
+    for role in (CRITIC, STUDENT):
+        yield from updates(chosen, trainer, role, known)
+    yield from mean_iteration(chosen, trainer, known)
+
+
+def reuse(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
     """The same where one rollout serves the critic's updates between two of the student."""
     config = replace(trainer.config, rollout_reuse=True)
     reusing = replace(trainer, config=config, reuse=Reuse(config, trainer.ranks.world))
-    for name, value in iteration(chosen, reusing, ceiling):
+    figures = dict(known)
+    rows = [
+        updates(chosen, reusing, role, figures) for role in (CRITIC, STUDENT) if role == CRITIC or role not in known
+    ]
+    for name, value in chain(*rows, mean_iteration(chosen, reusing, figures)):
         yield f"rollout reuse, {name}", value
 
 
-def waits(chosen: Case, trainer: Trainer, _ceiling: float) -> Iterator[Row]:
+def waits(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
     """How often the host waits for the device in one update of each role, by the profiler."""
     for role in (CRITIC, STUDENT):
         with profile(activities=[ProfilerActivity.CPU]) as found:
@@ -93,6 +108,22 @@ def waits(chosen: Case, trainer: Trainer, _ceiling: float) -> Iterator[Row]:
         counts = {event.key: event.count for event in found.key_averages() if event.key in WAITS}
         yield f"waits in a {role} update", ", ".join(f"{k} {n}" for k, n in sorted(counts.items())) or "none"
         synchronize(chosen)
+
+
+def passes(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
+    """One forward, and one forward and backward pass of the student."""
+    given = inputs(chosen)
+    for name, run in (("forward", forward_of), ("forward + backward", backward_of)):
+        yield name, f"{seconds(run(trainer.roles.student, given), chosen, warm=2, repeat=3):.4f} s"
+    trainer.student_optimizer.zero_grad(set_to_none=True)
+
+
+def pause(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
+    """How long training stands still for a checkpoint: the copy of its state to host memory."""
+    tensors = state(trainer)
+    size = sum(value.numel() * value.element_size() for value in tensors.values()) / 2**30
+    spent = seconds(lambda: host_copies(tensors, trainer.ranks), chosen, warm=0, repeat=1)
+    yield "pause of a checkpoint", f"{spent:.2f} s, {size:.1f} GiB"
 
 
 def ceiling_of(chosen: Case) -> float:
@@ -111,19 +142,23 @@ def main() -> None:
     parser.add_argument("--replicate", type=int, default=1)
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 = all weights")
     parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--only", default="iteration,reuse,waits")
+    parser.add_argument("--only", default=SECTIONS)
     given = parser.parse_args()
     chosen = case(given.tiny, half=given.memory == "compact" or given.lora > 0)
     ranks = start(chosen.device.type, replicate=given.replicate)
     knobs = {"memory": given.memory, "keep_activations": given.keep, "replicate": given.replicate}
     knobs["compile"] = not (given.tiny or given.eager)
     config = make_config(chosen, ranks, lora_rank=given.lora, **knobs)
-    ceiling = ceiling_of(chosen)
+    known = {"ceiling": ceiling_of(chosen)}
     trainer = random_trainer(chosen, ranks, config)
-    rows: list[Row] = [("command", " ".join(sys.argv[1:])), ("ranks", str(ranks.world))]
-    sections = {"iteration": iteration, "reuse": reuse, "waits": waits}
+    rows: list[Row] = [
+        ("command", " ".join(sys.argv[1:])),
+        ("ranks", str(ranks.world)),
+        ("matrix product", f"{known['ceiling']:.0f} TFLOP/s"),
+    ]
+    sections = {"iteration": iteration, "reuse": reuse, "waits": waits, "passes": passes, "pause": pause}
     for name in given.only.split(","):
-        for row in sections[name](chosen, trainer, ceiling):
+        for row in sections[name](chosen, trainer, known):
             if ranks.rank == 0:
                 print(*row, sep=": ", flush=True)
             rows.append(row)

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +42,7 @@ from stage2_distill.config import DistillConfig
 from stage2_distill.parallel import Ranks
 
 FILE_BYTES = 2**30  # a rank's file; while it is written it stands in memory once more
+COPIERS = 8  # threads
 LONGEST = timedelta(hours=2)  # that ranks wait for the slowest one's files
 FAILURES = (OSError, RuntimeError, SafetensorError, CheckpointException)
 
@@ -55,9 +57,7 @@ class Saver:
     def __init__(self, run: Path, config: DistillConfig, ranks: Ranks) -> None:
         self.run, self.config, self.ranks = run, config, ranks
         self.group = dist.new_group(backend="gloo", timeout=LONGEST)  # its own: training talks at the same time
-        mesh = ranks.mesh
-        names = mesh.mesh_dim_names
-        self.host = mesh if ranks.device.type == "cpu" else init_device_mesh("cpu", mesh.shape, mesh_dim_names=names)
+        self.host = host_mesh(ranks)
         self.thread: threading.Thread | None = None
         self.failed: str | None = None  # why the newest one was not written
 
@@ -65,7 +65,7 @@ class Saver:
         """Begin a checkpoint of live tensors; they may change as soon as this returns."""
         self.wait()
         beside = self.config.checkpoint_beside
-        held = {name: host_copy(value, self.host) if beside else value for name, value in tensors.items()}
+        held = host_copies(tensors, self.ranks, self.host) if beside else dict(tensors)
         self.thread = threading.Thread(target=self._write, args=(held, facts), name="checkpoint", daemon=True)
         self.thread.start()
         if not beside:
@@ -116,6 +116,19 @@ def reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def host_mesh(ranks: Ranks) -> DeviceMesh:
+    """The ranks' mesh in host memory."""
+    names = ranks.mesh.mesh_dim_names
+    return ranks.mesh if ranks.device.type == "cpu" else init_device_mesh("cpu", ranks.mesh.shape, mesh_dim_names=names)
+
+
+def host_copies(tensors: Mapping[str, Tensor], ranks: Ranks, host: DeviceMesh | None = None) -> dict[str, Tensor]:
+    """Copies in host memory, by several threads: fresh memory is slow to touch, and training waits."""
+    host = host or host_mesh(ranks)
+    with ThreadPoolExecutor(COPIERS) as pool:
+        return dict(zip(tensors, pool.map(lambda value: host_copy(value, host), tensors.values()), strict=True))
 
 
 def host_copy(value: Tensor, host: DeviceMesh) -> Tensor:
