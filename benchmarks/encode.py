@@ -3,9 +3,7 @@
     python -m benchmarks.encode --reading                    (CPU: first frames only)
     python -m benchmarks.encode [--tiny] [--parts models,eager,idle,reference,compiled] [--clips 512] [--rows 1024]
 
-The clips are made on the spot (`benchmarks/clips.py`), the shards are written by `stage1_encode.pipeline.make_shards`.
-Parts that the time budget no longer allows are left out.
-"""
+The clips are made on the spot, the shards are written by `stage1_encode.pipeline.make_shards`."""
 
 import argparse
 import csv
