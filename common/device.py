@@ -1,6 +1,7 @@
 """Which device a process computes on, and working ahead of it."""
 
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -38,3 +39,21 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event(blocking=True)
     event.record(torch.cuda.current_stream(device))
     return event
+
+
+class Travelling:
+    """Tensors that live in the host's memory and visit a GPU: leaving it copies nothing, for they do not change."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors, self.home = list(tensors), list[Tensor]()
+
+    def move(self, device: torch.device) -> None:
+        """Bring them to a device."""
+        if self.tensors[0].device.type == device.type:
+            return
+        if not self.home:
+            gpu = self.tensors[0].device.type == "cuda"
+            self.home = [begin_copy(t.data, torch.device("cpu")) if gpu else t.data.pin_memory() for t in self.tensors]
+            torch.cuda.synchronize()
+        for tensor, home in zip(self.tensors, self.home, strict=True):
+            tensor.data = home if device.type == "cpu" else home.to(device, non_blocking=True)

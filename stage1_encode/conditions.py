@@ -5,12 +5,13 @@ Shapes: C channels, H W latent size, X Y pixels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common.device import mark
+from common.device import Travelling, mark
 from common.video import VideoSpec
 from shards.fingerprint import locate
 from shards.record import Record, Source
@@ -31,6 +32,11 @@ class Conditioner:
     vae: Vae
     frames: FrameEncoder
     device: torch.device
+
+    @cached_property
+    def words(self) -> Travelling:
+        """The text encoder's tensors."""
+        return Travelling([*self.text.model.parameters(), *self.text.model.buffers()])
 
 
 def load_conditioner(model: str, *, precision: str, device: torch.device) -> Conditioner:
@@ -56,13 +62,13 @@ def make_records(models: Conditioner, rows: Sequence[Row], table: Path, spec: Vi
     problems = [f"line {row.line}, {row.path}: {found}" for row, found in found_wrong]
     if problems:
         raise ValueError(f"{len(problems)} of the conditions cannot be used; {problems[0]}")
-    models.text.model.to(models.device)
+    models.words.move(models.device)
     embeddings = text.embed(models.text, text.tokenize(models.text, prompts), budget=TEXT_TOKENS)
     latents = [encode_frame(models, found) if isinstance(found, Tensor) else None for found in pictures]
     if ready := mark(models.device):
         ready.synchronize()
     if not stay:
-        models.text.model.to("cpu")
+        models.words.move(torch.device("cpu"))
     return [
         Record(row.key, Source(prompt, row.path, row.line, 0, None, row.seed), latent, embedding)
         for row, prompt, latent, embedding in zip(rows, prompts, latents, embeddings, strict=True)

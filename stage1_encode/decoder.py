@@ -47,7 +47,7 @@ class Ways:
         plan = layer.plan if residual is not None else layer.bare
         fits = self.kernels and plan.channels % 64 == 0 and plan.product % plan.columns == 0
         way = conv_kernel.convolve if fits else by_library
-        return way(x, layer.weight, layer.bias, plan, residual=residual, skip=skip)
+        return way(x, layer.weight, layer.bias, plan, residual=residual, skip=skip).contiguous()
 
 
 def best_ways(device: torch.device, dtype: torch.dtype) -> Ways:
@@ -73,6 +73,10 @@ class Conv(nn.Module):
     def forget(self) -> None:
         """Begin a new video."""
         self.memory[:PAST].zero_()
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.memory = self.memory.new_empty(0)
 
     def room(self, x: Tensor) -> Tensor:
         """Where as many new frames as x (F X Y .) has are to be written, (F X Y C)."""
@@ -130,7 +134,7 @@ class Attention(nn.Module):
         normal = (x.float() / length * (self.scale.float() * x.shape[-1] ** 0.5)).to(x.dtype)
         query, key, value = rearrange(self.inner(normal), "f x y (k c) -> k f (x y) c", k=3)
         mixed = functional.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])
-        return x + self.outer(mixed.view(x.shape))
+        return x + self.outer(mixed.reshape(x.shape))
 
 
 class Up(nn.Module):
@@ -205,6 +209,12 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Conv):
                 module.forget()
+
+    def release(self) -> None:
+        """Give all memories back, until the next video."""
+        for module in self.modules():
+            if isinstance(module, Conv):
+                module.release()
 
     def forward(self, z: Tensor, *, first: bool) -> Tensor:
         """Frames (F X Y 3), not clamped, of latent frames (T H W C) that follow those given before."""

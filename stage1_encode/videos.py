@@ -54,7 +54,7 @@ class Placing:
 
 
 NEEDED = {"full": 44, "24gb": 22, "16gb": 15}  # GiB of a card, at 121 x 704 x 1280, fastest first
-PLACINGS = {"full": Placing(), "24gb": Placing(text=False, steps=1), "16gb": Placing(False, False, 1)}
+PLACINGS = {"full": Placing(), "24gb": Placing(False, False, 1), "16gb": Placing(False, False, 1)}
 
 
 def place(memory: str, device: torch.device) -> Placing:
@@ -199,6 +199,8 @@ class Work:
         for frames in vae.stream_video(self.models.vae, video, steps=self.placing.steps):
             take.add(frames[1:] if repeated else frames)
             repeated = False
+        if not self.placing.network:
+            self.models.vae.decoder.release()
         return frames[-1]
 
     def keep(self, records: Sequence[Record], x0: Tensor, segment: int) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common.device import pick_device
+from common.device import Travelling, pick_device
 from common.seed import generator, normal
 from common.video import TEXT_LENGTH, VideoSpec
 from shards.fingerprint import fingerprint, locate
@@ -36,9 +37,14 @@ class Student:
         """Where the network is."""
         return next(self.net.parameters()).device
 
+    @cached_property
+    def tensors(self) -> Travelling:
+        """The network's."""
+        return Travelling([*self.net.parameters(), *self.net.buffers()])
+
     def move(self, device: torch.device) -> None:
         """Bring the network to a device."""
-        self.net.to(device)
+        self.tensors.move(device)
 
     @torch.no_grad()
     def __call__(self, records: Sequence[Record], seeds: Sequence[int], segment: int = 0) -> Tensor:
