@@ -31,7 +31,9 @@ def encode_command(**given: object) -> None:
     from stage1_encode.encode import encode
 
     report = encode(resolve(EncodeConfig, given))
-    click.echo(f"{report.records} records in {report.shards} shards, {report.failures} failed rows: {given['out']}")
+    state = "" if report.done else " so far"
+    made = f"{report.records} records in {report.shards} shards, {report.failures} failed rows{state}"
+    click.echo(f"{made}: {report.folder}")
 
 
 @cli.command("verify")

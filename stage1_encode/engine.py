@@ -80,7 +80,7 @@ def run_on_ray(config: EncodeConfig, numbers: Collection[int], *, negative: bool
         from ray.util import ActorPool
     except ImportError as error:
         raise ValueError("engine=ray: Ray is not installed; pip install 'ti2v-distill[ray]'") from error
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
     gpus = 0 if config.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
     if config.device == "cuda" and not gpus:
         raise ValueError("device=cuda: the Ray cluster has no GPU; give --device cpu")
