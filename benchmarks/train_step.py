@@ -13,14 +13,16 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.device import Case, case, inputs, seconds, synchronize
+from benchmarks.loading import load
 from benchmarks.network import backward_of, forward_of
 from benchmarks.report import append
-from benchmarks.trainer import finite, make_config, one_batch, random_trainer, report_memory
+from benchmarks.trainer import finite, make_config, one_batch, random_roles, report_memory, trainer_of
 from stage2_distill.parallel import start
 from stage2_distill.resume import state
 from stage2_distill.reuse import Reuse
@@ -114,7 +116,7 @@ def passes(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator
     """One forward, and one forward and backward pass of the student."""
     given = inputs(chosen)
     for name, run in (("forward", forward_of), ("forward + backward", backward_of)):
-        yield name, f"{seconds(run(trainer.roles.student, given), chosen, warm=2, repeat=3):.4f} s"
+        yield name, f"{seconds(run(trainer.roles.student, given), chosen, warm=1, repeat=2):.4f} s"
     trainer.student_optimizer.zero_grad(set_to_none=True)
 
 
@@ -133,6 +135,12 @@ def ceiling_of(chosen: Case) -> float:
     return 2 * size**3 / seconds(lambda: a @ b, chosen, warm=3, repeat=20) / 1e12
 
 
+def show(rank: int, rows: list[Row]) -> None:
+    """Print rows as soon as they are known."""
+    for row in rows if rank == 0 else ():
+        print(*row, sep=": ", flush=True)
+
+
 def main() -> None:
     """Measure, print and append to the results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -142,6 +150,7 @@ def main() -> None:
     parser.add_argument("--replicate", type=int, default=1)
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 = all weights")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--folder", type=Path, help="model folder to open; without it weights are made on the device")
     parser.add_argument("--only", default=SECTIONS)
     given = parser.parse_args()
     chosen = case(given.tiny, half=given.memory == "compact" or given.lora > 0)
@@ -150,17 +159,22 @@ def main() -> None:
     knobs["compile"] = not (given.tiny or given.eager)
     config = make_config(chosen, ranks, lora_rank=given.lora, **knobs)
     known = {"ceiling": ceiling_of(chosen)}
-    trainer = random_trainer(chosen, ranks, config)
     rows: list[Row] = [
         ("command", " ".join(sys.argv[1:])),
         ("ranks", str(ranks.world)),
         ("matrix product", f"{known['ceiling']:.0f} TFLOP/s"),
     ]
+    if given.folder is None:
+        opened = random_roles(chosen, ranks, config)
+    else:
+        opened, more = load(chosen, ranks, config, given.folder)
+        rows += more
+    show(ranks.rank, rows)
+    trainer = trainer_of(chosen, ranks, config, opened)
     sections = {"iteration": iteration, "reuse": reuse, "waits": waits, "passes": passes, "pause": pause}
     for name in given.only.split(","):
         for row in sections[name](chosen, trainer, known):
-            if ranks.rank == 0:
-                print(*row, sep=": ", flush=True)
+            show(ranks.rank, [row])
             rows.append(row)
     if ranks.rank == 0 and not given.tiny:
         append("train_step", rows, model="random weights")

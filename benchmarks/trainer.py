@@ -14,6 +14,7 @@ from stage2_distill.config import COMPACT, STANDARD, DistillConfig
 from stage2_distill.ema import Ema
 from stage2_distill.figures import Clock
 from stage2_distill.lora import Role, add_adapters, lora_of
+from stage2_distill.memory import Opened
 from stage2_distill.network import Network, Plan, adopt
 from stage2_distill.optim import masters, offloads, open_optimizer
 from stage2_distill.parallel import Ranks, shard
@@ -55,7 +56,7 @@ def random_role(chosen: Case, ranks: Ranks, net: Network) -> Network:
     return net
 
 
-def random_trainer(chosen: Case, ranks: Ranks, config: DistillConfig) -> Trainer:
+def random_roles(chosen: Case, ranks: Ranks, config: DistillConfig) -> Opened:
     """Three roles of the same random weights, with optimizers and average, in the memory mode of `config`."""
     plan = Plan(config.attention, config.keep_activations, config.compile)
     lora = lora_of(vars(config))
@@ -74,9 +75,16 @@ def random_trainer(chosen: Case, ranks: Ranks, config: DistillConfig) -> Trainer
     critic_optimizer = open_optimizer(critic, CRITIC, config, ranks, config.memory)
     offload = config.memory == COMPACT and offloads(config, ranks)
     ema = Ema(masters(student, student_optimizer), offload=offload)
+    return Opened(roles, student_optimizer, critic_optimizer, ema)
+
+
+def trainer_of(chosen: Case, ranks: Ranks, config: DistillConfig, opened: Opened) -> Trainer:
+    """A trainer of opened roles."""
     negative = torch.randn(512, chosen.network["text_dim"], device=chosen.device)
-    clock, reuse = Clock(ranks.device), Reuse(config, ranks.world)
-    return Trainer(config, ranks, roles, student_optimizer, critic_optimizer, ema, negative, clock, reuse)
+    return Trainer(
+        config, ranks, opened.roles, opened.student_optimizer, opened.critic_optimizer, opened.ema,
+        negative, Clock(ranks.device), Reuse(config, ranks.world),
+    )  # fmt: skip
 
 
 def random_condition(chosen: Case, batch: int = 1) -> Condition:

@@ -37,3 +37,7 @@ def test_network(tmp_path: Path) -> None:
     text = printed("-m", "benchmarks.network", "--tiny", "--out", str(tmp_path))
     assert "ours, keep attention" in text
     assert (tmp_path / "backward.txt").stat().st_size > 0
+
+
+def test_loading() -> None:
+    assert "three roles opened: " in printed("-m", "benchmarks.loading", "--tiny")

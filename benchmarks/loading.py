@@ -1,0 +1,100 @@
+"""From safetensors on local disk to a trainer that can begin: seconds and peak host memory.
+
+    python -m benchmarks.loading [--tiny] [--memory compact] [--folder FOLDER]
+
+The model folder, of random bf16 weights, is written by a child process, so that its memory is not counted.
+Pinned host memory, where the student's state and the average wait, is named apart: it is there for the whole run.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from benchmarks.device import Case, case, synchronize
+from benchmarks.report import append
+from benchmarks.trainer import make_config, random_network
+from stage2_distill.config import DistillConfig
+from stage2_distill.memory import Opened, open_roles
+from stage2_distill.network import Plan
+from stage2_distill.parallel import Ranks, start
+
+FILE = 2 << 30  # bytes
+
+
+def write_model(folder: Path, tiny: bool) -> None:
+    """A transformer folder of random bf16 weights, in files of some 2 GiB as the hub's, made on the device."""
+    chosen = case(tiny, half=True)
+    net = random_network(chosen, Plan(), torch.bfloat16)
+    (folder / "transformer").mkdir(parents=True)
+    net.save_config(folder / "transformer")
+    parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    total = 0
+    for name, value in net.named_parameters():
+        parts.setdefault(f"diffusion_pytorch_model-{total // FILE:05d}.safetensors", []).append((name, value))
+        total += 2 * value.numel()
+    index = {name: file for file, values in parts.items() for name, _ in values}
+    index_file = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    for file, values in parts.items():
+        made = {n: torch.empty(v.shape, dtype=v.dtype, device=chosen.device).normal_(0, 0.02).cpu() for n, v in values}
+        save_file(made, folder / "transformer" / file)
+
+
+def write_apart(folder: Path, tiny: bool) -> None:
+    """The same by a child process."""
+    child = multiprocessing.get_context("spawn").Process(target=write_model, args=(folder, tiny))
+    child.start()
+    child.join()
+
+
+def host_peak() -> float:
+    """Most host memory of this process so far, GiB; mapped files count."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def load(chosen: Case, ranks: Ranks, config: DistillConfig, folder: Path) -> tuple[Opened, list[tuple[str, str]]]:
+    """Open the three roles and say what it took."""
+    before, began = host_peak(), time.perf_counter()
+    opened = open_roles(config, ranks, folder)
+    synchronize(chosen)
+    spent = time.perf_counter() - began
+    kept = list(opened.ema.weights.values())
+    for optimizer in (opened.student_optimizer, opened.critic_optimizer):
+        kept += [value for state in optimizer.state.values() for value in state.values()]
+    pinned = sum(v.numel() * v.element_size() for v in kept if chosen.device.type == "cuda" and not v.is_cuda) / 2**30
+    size = sum(p.numel() for p in opened.roles.teacher.parameters()) * 2 / 2**30
+    return opened, [
+        ("three roles opened", f"{spent:.1f} s, one model in bf16 {size:.1f} GiB"),
+        ("peak host memory", f"{host_peak():.1f} GiB ({before:.1f} before), of it pinned and kept {pinned:.1f} GiB"),
+    ]
+
+
+def main() -> None:
+    """Measure, print and append to the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--memory", default="compact")
+    parser.add_argument("--folder", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        folder = given.folder or Path(made) / "model"
+        if not folder.exists():
+            write_apart(folder, given.tiny)
+        chosen = case(given.tiny, half=True)
+        ranks = start(chosen.device.type)
+        _, rows = load(chosen, ranks, make_config(chosen, ranks, memory=given.memory), folder)
+    print("\n".join(": ".join(row) for row in rows), flush=True)
+    if not given.tiny:
+        append("loading", rows, model="random weights")
+
+
+if __name__ == "__main__":
+    main()
