@@ -139,9 +139,11 @@ def verify_data(shards: str, config: VerifyConfig) -> int:
 def sample_videos(config: SampleConfig) -> list[Path]:
     """Conditions and frames (stage one), latents in between (stage two); the files made.
 
-    Records and latents are handed over in memory; the latents are stored in X.zarr beside the videos as well.
+    Records and latents are handed over in memory; the latents are stored in X.zarr beside the videos as well. Under
+    torchrun each process makes its share of the CSV's rows.
     """
     from stage1_encode.conditions import load_conditioner
+    from stage1_encode.engine import rank_and_world
     from stage1_encode.videos import Order, make_videos, place
     from stage2_distill.sample import open_student
 
@@ -150,10 +152,12 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     placing = place(config.memory, student.device)
     models = load_conditioner(config.model, precision=config.vae_dtype, device=student.device)
     open_output(out, config)
-    store = out.with_suffix(".zarr") if single else out / "latents.zarr"
+    rank, world = rank_and_world()
+    name = f"latents-{rank}.zarr" if world > 1 else "latents.zarr"
+    store = out.with_suffix(".zarr") if single else out / name
     with tempfile.TemporaryDirectory() as work:
         table = Path(write_prompt(Path(work) / "prompt.csv", config) if single else str(config.data))
-        order = Order(table, out, store, student.spec, config.seed, config.segments, config.batch_size)
+        order = Order(table, out, store, student.spec, config.seed, config.segments, config.batch_size, rank, world)
         return make_videos(order, models, student, placing)
 
 

@@ -84,6 +84,8 @@ class Order:
     seed: int  # of rows that name none
     segments: int = 1
     batch_size: int = 1
+    rank: int = 0  # which of `world` processes this is: it makes every world-th row
+    world: int = 1
 
 
 def make_videos(order: Order, models: Conditioner, sampler: Sampler, placing: Placing) -> list[Path]:
@@ -100,7 +102,10 @@ def make_videos(order: Order, models: Conditioner, sampler: Sampler, placing: Pl
 
 
 def _make(order: Order, models: Conditioner, sampler: Sampler, placing: Placing) -> list[Path]:
-    (rows,) = read_shards(order.table, shard_size=sys.maxsize, text_only=True)
+    (every,) = read_shards(order.table, shard_size=sys.maxsize, text_only=True)
+    rows = every[order.rank :: order.world]
+    if not rows:
+        return []
     seeds = [order.seed if row.seed is None else row.seed for row in rows]
     latents.create(order.store, contents(order, rows, seeds))
     with ExitStack() as films, ThreadPoolExecutor(1) as keeper, Progress(len(rows), label="sample") as progress:
@@ -205,7 +210,8 @@ class Work:
 
     def keep(self, records: Sequence[Record], x0: Tensor, segment: int) -> None:
         """Store latents (B C T H W) meanwhile."""
-        rows = [int(record.key) * self.order.segments + segment for record in records]
+        places = [int(record.key) // self.order.world for record in records]
+        rows = [place * self.order.segments + segment for place in places]
         self.kept.append(self.keeper.submit(self._write, rows, begin_copy(x0, torch.device("cpu")), mark(x0.device)))
 
     def _write(self, rows: Sequence[int], x0: Tensor, ready: torch.cuda.Event | None) -> None:
@@ -228,5 +234,6 @@ class Work:
         if self.order.out.suffix == ".mp4":
             return made
         sheet = [thumbnails(torch.stack(take.shown).numpy(), columns=COLUMNS) for take in takes[:MOST_ROWS]]
-        Image.fromarray(numpy.concatenate(sheet)).save(self.order.out / CONTACT)
-        return [*made, self.order.out / CONTACT]
+        path = self.order.out / (f"contact-{self.order.rank}.png" if self.order.world > 1 else CONTACT)
+        Image.fromarray(numpy.concatenate(sheet)).save(path)
+        return [*made, path]

@@ -1,5 +1,6 @@
 """Sampling in one process: the same records as `encode`, segments that go on, memory modes that change nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,6 +137,21 @@ def test_latents_that_are_not_finite_leave_no_video(order: Order, models: Condit
     with pytest.raises(ValueError, match="not finite"):
         make_videos(order, models, Broken(), Placing())
     assert not list(order.out.glob("*.partial"))
+
+
+def test_ranks_share_the_rows(order: Order, models: Conditioner, tmp_path: Path) -> None:
+    """Two processes make what one makes, file by file."""
+    whole = {path.name: path.read_bytes() for path in make_videos(order, models, Noise(), Placing())[:2]}
+    (tmp_path / "share").mkdir()
+    for rank in (0, 1):
+        part = replace(order, out=tmp_path / "share", store=tmp_path / f"{rank}.zarr", rank=rank, world=2)
+        assert [path.name for path in make_videos(part, models, Noise(), Placing())] == [
+            f"00000000{rank}.mp4",
+            f"contact-{rank}.png",
+        ]
+        assert torch.equal(read(part.store, "sample", 0), read(order.store, "sample", rank))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "share").glob("*.mp4")} == whole
+    assert make_videos(replace(order, rank=2, world=3), models, Noise(), Placing()) == []
 
 
 def test_too_little_memory_says_what_would_fit(order: Order, models: Conditioner) -> None:
