@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -34,7 +35,7 @@ def carried(groups: Iterable[Parts], device: torch.device, *, back: bool = True)
     if device.type != "cuda":
         yield from groups
         return
-    inward, outward = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    inward, outward = streams(device)
     inward.wait_stream(torch.cuda.current_stream())
     for visit in one_ahead(fetch(group, device, inward) for group in groups):
         torch.cuda.current_stream().wait_event(visit.arrived)
@@ -42,6 +43,12 @@ def carried(groups: Iterable[Parts], device: torch.device, *, back: bool = True)
         if back:
             send_home(visit, outward)
     torch.cuda.current_stream().wait_stream(outward)
+
+
+@cache
+def streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """The streams of all copies in and out; memory that one stream has freed serves no other, so there are few."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 def one_ahead(items: Iterable[Visit]) -> Iterator[Visit]:
