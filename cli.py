@@ -142,15 +142,16 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     Records and latents are handed over in memory; the latents are stored in X.zarr beside the videos as well. Under
     torchrun each process makes its share of the CSV's rows.
     """
+    from common.device import pick_device
     from stage1_encode.conditions import load_conditioner
     from stage1_encode.engine import rank_and_world
     from stage1_encode.videos import Order, make_videos, place
     from stage2_distill.sample import open_student
 
     out, single = Path(config.out), config.prompt is not None
+    placing = place(config.memory, pick_device(config.device))
     student = open_student(config)
-    placing = place(config.memory, student.device)
-    models = load_conditioner(config.model, precision=config.vae_dtype, device=student.device)
+    models = load_conditioner(config.model, precision=config.vae_dtype, device=student.device, stay=placing.text)
     open_output(out, config)
     rank, world = rank_and_world()
     name = f"latents-{rank}.zarr" if world > 1 else "latents.zarr"

@@ -39,15 +39,15 @@ class Conditioner:
         return Travelling([*self.text.model.parameters(), *self.text.model.buffers()])
 
 
-def load_conditioner(model: str, *, precision: str, device: torch.device) -> Conditioner:
-    """Read both models: the VAE onto the device, the text encoder, always in bf16, into the host's memory.
+def load_conditioner(model: str, *, precision: str, device: torch.device, stay: bool = True) -> Conditioner:
+    """Read both models: the VAE onto the device, the text encoder, always in bf16, too where it is to `stay` there.
 
     `precision` of the VAE: a type, or auto, which is bf16 on a GPU and float32 elsewhere.
     """
     folder = locate(model, PARTS)
     named = ("bfloat16" if device.type == "cuda" else "float32") if precision == "auto" else precision
     whole = vae.load(folder, dtype=getattr(torch, named), device=device)
-    prompts = text.load(folder, dtype=torch.bfloat16, device=torch.device("cpu"))
+    prompts = text.load(folder, dtype=torch.bfloat16, device=device if stay else torch.device("cpu"))
     return Conditioner(prompts, whole, vae.frame_encoder(whole), device)
 
 
