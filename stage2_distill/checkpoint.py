@@ -13,6 +13,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from shards.manifest import write_file
 
 STUDENT, INDEX, BEST = "student.json", "index.json", "best"
 NAME = re.compile(r"step-(\d{6,})")
+READERS = 4  # threads that hash files
 SAMPLER = "renoise"  # x0, then fresh noise at the next sigma
 
 
@@ -132,15 +134,18 @@ def damage(checkpoint: Path, *, rank: int = 0, world: int = 1) -> str | None:
         stated = {name: FileFacts(**facts) for name, facts in json.loads((checkpoint / INDEX).read_bytes()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{INDEX} cannot be read ({error})"
-    for name in sorted(stated)[rank::world]:
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != stated[name].size:
-            return f"{name} has {path.stat().st_size} bytes, {stated[name].size} were written"
-        if file_facts(path) != stated[name]:
-            return f"{name} has other bytes than were written"
-    return None
+    with ThreadPoolExecutor(READERS) as pool:
+        found = pool.map(lambda name: file_damage(checkpoint / name, stated[name]), sorted(stated)[rank::world])
+        return next((problem for problem in found if problem is not None), None)
+
+
+def file_damage(path: Path, stated: FileFacts) -> str | None:
+    """What is wrong with a file of a checkpoint, in words; None where nothing is."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != stated.size:
+        return f"{path.name} has {path.stat().st_size} bytes, {stated.size} were written"
+    return None if file_facts(path) == stated else f"{path.name} has other bytes than were written"
 
 
 def set_aside(run: Path, *, after: int) -> None:

@@ -137,8 +137,8 @@ def iterate(out: Path, trainer: Trainer, data: DataSet | Mixture, facts: Student
         saver.finish()
     if ranks.rank == 0:
         previews.close(done=reached == config.iterations)
-    if reached < config.iterations:
-        logging.info("stopped after iteration %d; resume with the same command", reached)
+        if reached < config.iterations:
+            logging.info("stopped after iteration %d; resume with the same command", reached)
 
 
 def start_previews(out: Path, trainer: Trainer, data: DataSet | Mixture, done: int) -> Previews:

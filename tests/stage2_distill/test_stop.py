@@ -204,6 +204,15 @@ def test_a_full_disk_leaves_the_older_ones_and_training_goes_on(
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
+def test_opening_metrics_drops_what_will_run_again_and_what_is_torn(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"iteration": {n}}}\n' for n in range(5)) + '{"itera')
+    journal = Journal(path, start=3)
+    journal.write({"iteration": 3})
+    journal.close()
+    assert [line["iteration"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+
+
 def test_metrics_wait_for_room(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     journal = Journal(tmp_path / "metrics.jsonl", start=0)
