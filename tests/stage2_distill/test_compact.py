@@ -1,7 +1,10 @@
 """The compact optimizer against torch's AdamW on float32 masters."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from runs import run_ranks
 from torch import Tensor, nn
 
 from stage2_distill.compact import CompactAdamW
@@ -127,3 +130,21 @@ def test_chances_depend_on_place_and_step_alone() -> None:
     assert not torch.equal(whole, chance(1000, torch.tensor(0), torch.tensor(6)))
     assert whole.mean().item() == pytest.approx(0.5, abs=0.03)
     assert torch.corrcoef(torch.stack([whole[1:], whole[:-1]]))[0, 1].abs() < 0.1
+
+
+def test_two_ranks_go_on_with_one_ranks_state_bit_for_bit() -> None:
+    done = run_ranks([str(Path(__file__).parent / "compact_ranks.py")], 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_gradients_of_many_batches_add_up_in_float32() -> None:
+    """256 + 1 is 256 in bf16."""
+    net = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    compact = CompactAdamW(net, SETTINGS | {"beta2": 0.999}, accumulate=True)
+    for value in (256.0, 1.0):
+        net(torch.full((1, 1), value, dtype=torch.bfloat16)).sum().backward()
+    assert net.weight.grad is None
+    assert compact.clip(1e6).item() == 257
+    compact.step()
+    compact.zero_grad()
+    assert compact.gradients() == {}

@@ -1,0 +1,66 @@
+"""Two ranks update a sharded layer with 8-bit moments and write what one process would have: `compact_ranks.py OUT`.
+
+They go on from the state that one process has after three steps, each with its rows of it.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from stage2_distill.compact import CompactAdamW, like, local
+from stage2_distill.parallel import start
+
+SETTINGS = {"lr": 1e-2, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+SHAPES = ((13, 128), (13,))
+
+
+def layer() -> nn.Linear:
+    """The layer that all begin with."""
+    net = nn.Linear(128, 13)
+    for parameter in net.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(1))
+    return net.bfloat16()
+
+
+def part_of(whole: Tensor, target: Tensor) -> Tensor:
+    """This rank's rows of a tensor, if the target is sharded."""
+    sharded = isinstance(target, DTensor)
+    return whole.chunk(dist.get_world_size())[dist.get_rank()] if sharded else whole
+
+
+def steps(net: nn.Module, optimizer: CompactAdamW, numbers: range) -> None:
+    """Some updates with gradients that depend on the step alone."""
+    for number in numbers:
+        draws = torch.Generator().manual_seed(number)
+        for parameter, shape in zip(net.parameters(), SHAPES, strict=True):
+            grad = part_of(torch.randn(shape, generator=draws).bfloat16(), parameter)
+            parameter.grad = like(parameter, grad)
+        optimizer.clip(1e6)
+        optimizer.step()
+
+
+def kept(optimizer: CompactAdamW) -> list[Tensor]:
+    """Masters and states."""
+    return [*optimizer.masters(), *(value for p in optimizer.parameters() for value in optimizer.state[p].values())]
+
+
+if __name__ == "__main__":
+    ranks = start("cpu")
+    alone, sharded = layer(), layer()
+    mine = CompactAdamW(alone, SETTINGS)
+    steps(alone, mine, range(3))
+    fully_shard(sharded, mesh=ranks.mesh)
+    together = CompactAdamW(sharded, SETTINGS)
+    for p, q in zip(alone.parameters(), sharded.parameters(), strict=True):
+        pairs = [(p.data, q.data), *((mine.state[p][name], together.state[q][name]) for name in mine.state[p])]
+        for source, target in pairs:
+            local(target).copy_(part_of(source, target))
+    steps(alone, mine, range(3, 8))
+    steps(sharded, together, range(3, 8))
+    for one, two in zip(kept(mine), kept(together), strict=True):
+        assert one.dtype == two.dtype
+        assert torch.equal(part_of(one, two), local(two)), (one.dtype, one.shape)
+    assert any(value.dtype == torch.uint8 for value in kept(together))
+    dist.destroy_process_group()
