@@ -129,6 +129,7 @@ def iterate(out: Path, trainer: Trainer, data: DataSet | Mixture, facts: Student
                 previews.make(trainer, reached)
             ending = stop.wanted() or reached == config.iterations
             if ending or reached % config.checkpoint_every == 0:
+                watch.sync()
                 with trainer.clock("checkpoint"):
                     stands = replace(facts, iteration=reached, position=position(reached, config))
                     saver.save(state(trainer), stands)

@@ -97,6 +97,7 @@ class Saver:
         if self.ranks.device.type == "cuda":
             torch.cuda.set_device(self.ranks.device)
         name = step_folder(self.run, facts.iteration).name
+        self.failed = f"checkpoint {name} was not finished"  # whatever may happen below
         began = time.perf_counter()
         try:
             write(self.run, copies, facts, self.group)

@@ -76,6 +76,11 @@ class Watch:
         for warning in self.alarms.feed(line):
             logging.warning(warning)
 
+    def sync(self) -> None:
+        """Put the metrics on the disk, before a checkpoint of them."""
+        if self.speaks:
+            self.journal.sync()
+
     def __enter__(self) -> Self:
         return self
 

@@ -24,6 +24,7 @@ OPTIONS = {
     "student_every": 3,
     "ladder": (1000.0, 500.0),
     "text_rows": 32,
+    "keep_activations": "all",
     "global_batch": 16,
     "student_lr": 1e-2,
     "critic_lr": 1e-2,
