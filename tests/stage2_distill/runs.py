@@ -102,14 +102,14 @@ def run_ranks(command: list[str], world: int) -> subprocess.CompletedProcess[str
     return subprocess.run([*torchrun, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def run_jobs(jobs: list[tuple[int, list[DistillConfig], int | None]], folder: Path) -> None:
-    """Make runs on forked ranks: (ranks, configurations, iteration to stop in); see worker.py."""
+def run_jobs(jobs: list[tuple[int, list[DistillConfig], dict[str, int]]], folder: Path) -> None:
+    """Make runs on forked ranks: (ranks, configurations, what is to happen to them); see worker.py."""
     written = []
-    for number, (world, configs, stop) in enumerate(jobs):
+    for number, (world, configs, events) in enumerate(jobs):
         files = [folder / f"{number}-{place}.yaml" for place in range(len(configs))]
         for file, config in zip(files, configs, strict=True):
             write_config(file, config)
-        written.append({"world": world, "configs": [str(file) for file in files], "stop": stop})
+        written.append({"world": world, "configs": [str(file) for file in files], **events})
     (folder / "jobs.json").write_text(json.dumps(written))
     command = [sys.executable, str(Path(__file__).parent / "worker.py"), str(folder / "jobs.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -119,7 +119,7 @@ def run_jobs(jobs: list[tuple[int, list[DistillConfig], int | None]], folder: Pa
 
 def run_worker(configs: list[DistillConfig], world: int, folder: Path) -> list[Path]:
     """Make several runs on `world` forked ranks; their folders."""
-    run_jobs([(world, configs, None)], folder)
+    run_jobs([(world, configs, {})], folder)
     return [Path(config.out) for config in configs]
 
 

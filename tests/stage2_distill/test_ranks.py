@@ -41,8 +41,8 @@ CASES = {  # name: (ranks, batch size, replicas)
     "4-hsdp": (4, 4, 2),
     "4-hsdp-accumulated": (4, 1, 2),
 }
-ELASTIC = ((4, 2), (2, 4), (1, 7), (4, None))  # ranks, and the iteration in which the last of them is told to stop
-NAMES = [*CASES, "elastic"]
+ELASTIC = ((4, {"stop": 2}), (2, {"stop": 4}), (1, {"stop": 7}), (4, {}))  # ranks, and when one is told to stop
+NAMES = [*CASES, "elastic", "full"]
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,11 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for name, (ranks, size, replicate) in CASES.items()
             if ranks == world
         ]
-        jobs.append((world, configs, None))
+        jobs.append((world, configs, {}))
     elastic = make_config(shards, model, folder / "elastic", batch_size=4, **OPTIONS)
-    run_jobs([*jobs, *((world, [elastic], stop) for world, stop in ELASTIC)], folder)
+    full = make_config(shards, model, folder / "full", **OPTIONS | {"batch_size": 8, "checkpoint_every": 2})
+    jobs += [(2, [full], {"full": 7}), *((world, [elastic], event) for world, event in ELASTIC)]
+    run_jobs(jobs, folder)
     return folder
 
 
@@ -118,6 +120,11 @@ def test_an_elastic_run_changed_its_ranks_where_it_was_told(made: Path) -> None:
     assert seen == {
         f"rank-{first}-{rank}.json" for first, world in ((0, 4), (3, 2), (5, 1), (8, 4)) for rank in range(world)
     }
+
+
+def test_one_rank_without_room_fails_the_checkpoint_of_all_and_nothing_else(made: Path) -> None:
+    assert [path.name for path in checkpoints(made / "full")] == ["step-000004", "step-000006", "step-000010"]
+    assert not list((made / "full").glob("*.partial"))
 
 
 def test_golden(alone: Path, model: Path) -> None:

@@ -1,15 +1,18 @@
-"""Makes runs on forked gloo ranks: `worker.py JOBS.json`, a list of {world, configs, stop} done one after the other.
+"""Makes runs on forked gloo ranks: `worker.py JOBS.json`, a list of {world, configs, ...} done one after the other.
 
 Each rank leaves what it saw in OUT/rank-FIRST-RANK.json: the samples of each update with a digest of their noise, text
-and frame, and the collectives of each pass. With `stop` the last rank alone gets a SIGTERM in that iteration.
+and frame, and the collectives of each pass. With `stop` the last rank alone gets a SIGTERM in that iteration; with
+`full` it alone has no room for a checkpoint in that iteration and the next.
 """
 
 import hashlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -70,16 +73,29 @@ class Witness:
         return self.reduce_scatter(*args, **options)
 
 
-def run_watched(config: DistillConfig, stop: int | None) -> None:
-    """One run, told to stop in iteration `stop` where this is the last rank."""
+def disturb(iteration: int, job: dict) -> None:
+    """What is done to the last rank before an iteration."""
+    if iteration == job.get("stop"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    for after, limit in ((0, 20_000), (2, hard)):
+        if job.get("full") is not None and iteration == job["full"] + after:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+
+def run_watched(config: DistillConfig, job: dict) -> None:
+    """One run."""
     witness, step = Witness(), run.train_step
 
-    def stopping(trainer, iteration: int, data):
-        if iteration == stop and trainer.ranks.rank == trainer.ranks.world - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def disturbed(trainer, iteration: int, data):
+        if trainer.ranks.rank == trainer.ranks.world - 1:
+            disturb(iteration, job)
         return step(trainer, iteration, data)
 
-    run.train_step = stopping
+    run.train_step = disturbed
     run.distill(config)
     run.train_step = step
     witness.leave()
@@ -94,7 +110,7 @@ def be_rank(rank: int, world: int, port: int, job: dict) -> None:
     code = 1
     try:
         for name in job["configs"]:
-            run_watched(resolve(DistillConfig, {"config": name}), job["stop"])
+            run_watched(resolve(DistillConfig, {"config": name}), job)
         dist.destroy_process_group()
         code = 0
     finally:
