@@ -31,7 +31,7 @@ from stage2_distill.train import DivergedError, Step, Trainer, train_step
 from stage2_distill.watch import Watch
 
 CONFIG = "distill.yaml"
-SPEED = {"keep_activations", "attention", "compile"}
+SPEED = {"keep_activations", "attention", "compile", "offload"}
 SEEN = {"wandb", "preview_every", "preview_count", "preview_data"}
 CHECKPOINTS = {"checkpoint_every", "checkpoint_beside", "keep", "keep_every"}
 MAY_CHANGE = {"out", "iterations", "device", "batch_size", "model", "replicate"} | SPEED | SEEN | CHECKPOINTS
