@@ -6,6 +6,7 @@
 import argparse
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -36,39 +37,37 @@ def matmuls(device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def measure(gib: float, ranks: Ranks, folder: Path) -> list[tuple[str, float, str]]:
-    """Name, figure and unit of everything."""
+def measure(gib: float, ranks: Ranks, folder: Path) -> Iterator[tuple[str, float, str]]:
+    """Name, figure and unit of everything, each as soon as it is known."""
     tensors = state(gib, ranks.device)
     size = sum(value.nbytes for value in tensors.values()) / 1e9
     config = DistillConfig(shards=("DATA",), model="MODEL", out=str(folder))
     facts = StudentFacts(1, (1000.0,), 5.0, "renoise", VideoSpec(5, 32, 32, 8), "", "", "", "", {})
     matmuls(ranks.device)
     alone = matmuls(ranks.device)
+    yield "state", size, "GB"
     with Saver(folder, config, ranks) as saver:
         began = time.perf_counter()
         saver.save(tensors, facts)
         pause = time.perf_counter() - began
+        yield "training waits", pause, f"s ({size / pause:.1f} GB/s)"
         beside = matmuls(ranks.device)
+        yield "products beside the writing", beside / alone, "times their time alone"
         saver.finish()
         whole = time.perf_counter() - began
+    yield "until it has its name", whole, f"s ({size / whole:.2f} GB/s written, read back, hashed)"
     began = time.perf_counter()
     assert damage(checkpoints(folder)[0]) is None
     checked = time.perf_counter() - began
+    yield "check before resuming", checked, f"s ({size / checked:.2f} GB/s)"
     began = time.perf_counter()
     load(checkpoints(folder)[0], tensors)
     loaded = time.perf_counter() - began
+    yield "load", loaded, f"s ({size / loaded:.2f} GB/s)"
     began = time.perf_counter()
     torch.save(tensors, folder / "peer.pt")
     peer = time.perf_counter() - began
-    return [
-        ("state", size, "GB"),
-        ("training waits", pause, f"s ({size / pause:.1f} GB/s)"),
-        ("training waits for torch.save", peer, f"s (ours is {peer / pause:.1f} times shorter)"),
-        ("until it has its name", whole, f"s ({size / whole:.2f} GB/s written, read back, hashed)"),
-        ("products beside the writing", beside / alone, "times their time alone"),
-        ("check before resuming", checked, f"s ({size / checked:.2f} GB/s)"),
-        ("load", loaded, f"s ({size / loaded:.2f} GB/s)"),
-    ]
+    yield "training waits for torch.save", peer, f"s (ours is {peer / pause:.1f} times shorter)"
 
 
 def main() -> None:
@@ -81,7 +80,7 @@ def main() -> None:
     ranks = start(given.device)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         for name, figure, unit in measure(given.gib, ranks, Path(folder)):
-            print(f"{name:32}{figure:10.3f} {unit}")
+            print(f"{name:32}{figure:10.3f} {unit}", flush=True)
 
 
 if __name__ == "__main__":
