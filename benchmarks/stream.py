@@ -104,7 +104,7 @@ def throughput(folder: Path, rounds: int) -> Iterable[tuple[str, str]]:
         "plain sequential reading": partial(plain, folder),
         "webdataset, in order, unchecked": partial(by_webdataset, folder),
     }
-    readers |= {f"shuffled and checked, {n} threads": partial(by_stream, data, n) for n in (1, 4, 8)}
+    readers |= {f"shuffled and checked, {n} threads": partial(by_stream, data, n) for n in (1, 2, 4, 8)}
     plain(folder)
     for name in ("cold", "warm"):
         rates: dict[str, list[float]] = {label: [] for label in readers}
