@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+SLAB, ALIGNED = 1 << 30, 512  # bytes
 Parts: TypeAlias = dict[str, Tensor]
 
 
@@ -20,11 +21,34 @@ class Visit:
     arrived: torch.cuda.Event
 
 
-def home_of(value: Tensor, *, offload: bool) -> Tensor:
-    """The tensor where it is to live: in pinned host memory if it is offloaded from a GPU, else where it is."""
-    if not offload or not value.is_cuda:
-        return value
-    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
+class Host:
+    """Where tensors are to live: in pinned host memory, if they are offloaded from a GPU, else where they are.
+
+    Torch rounds each pinned request up to a power of two, for weights half as much again: so it is asked for slabs.
+    """
+
+    def __init__(self, *, offload: bool) -> None:
+        self.offload = offload
+        self.slab = torch.empty(0, dtype=torch.uint8)
+        self.used = 0
+
+    def home(self, value: Tensor) -> Tensor:
+        """The tensor itself, or its copy in host memory."""
+        return self.carve(value) if self.offload and value.is_cuda else value
+
+    def carve(self, value: Tensor) -> Tensor:
+        """A copy of a tensor in a slab."""
+        size = value.numel() * value.element_size()
+        if self.used + size > self.slab.numel():
+            self.slab, self.used = pinned(max(SLAB, size)), 0
+        part = self.slab[self.used : self.used + size].view(value.dtype).view(value.shape)
+        self.used += -(-size // ALIGNED) * ALIGNED
+        return part.copy_(value)
+
+
+def pinned(size: int) -> Tensor:
+    """Some bytes of pinned host memory."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def carried(groups: Iterable[Parts], device: torch.device, *, back: bool = True) -> Iterator[Parts]:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as sharded_zeros
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from stage2_distill.carry import carried, home_of
+from stage2_distill.carry import Host, carried
 from stage2_distill.master import join, split
 from stage2_distill.moment import BLOCK, chance, decode, encode, in_blocks, to_bf16
 
@@ -88,13 +88,14 @@ class CompactAdamW(torch.optim.Optimizer):
         accumulate: bool = False,
     ) -> None:
         super().__init__([p for p in net.parameters() if p.requires_grad], settings)
+        host = Host(offload=offload)
         self.factor: Tensor | None = None
         self.sums: dict[Tensor, Tensor] = {}
         self.starts = {p: first_element(p) for p in self.parameters()}
         for parameter in self.parameters():
             assert parameter.dtype == torch.bfloat16, parameter.dtype
             fresh = fresh_state(parameter, MOMENTS[moment])
-            self.state[parameter] = {name: home_of(value, offload=offload) for name, value in fresh.items()}
+            self.state[parameter] = {name: host.home(value) for name, value in fresh.items()}
             if accumulate:
                 parameter.register_post_accumulate_grad_hook(self.add_gradient)
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from stage2_distill.carry import carried, home_of
+from stage2_distill.carry import Host, carried
 from stage2_distill.compact import local
 
 Named = Iterable[tuple[str, Tensor]]
@@ -16,7 +16,8 @@ class Ema:
     """A running average; under FSDP each rank averages only the shards that it holds."""
 
     def __init__(self, masters: Named, *, offload: bool = False) -> None:
-        self._weights = {name: home_of(master.clone(), offload=offload) for name, master in masters}
+        host = Host(offload=offload)
+        self._weights = {name: host.home(master.clone()) for name, master in masters}
         self.aside = torch.cuda.Stream() if offload and torch.cuda.is_available() else None
 
     @property

@@ -49,7 +49,7 @@ def _advance(  # type: ignore[no-untyped-def]
         top = tl.load(top_at + tops, mask=tops * 64 < count, other=0).to(tl.float32)
         value = tl.exp2((tl.reshape(moment, (CHUNK // 64, 64)) + top[:, None] - 255) / 16)
         moment = tl.where(moment > 0, tl.reshape(value, (CHUNK,)), 0.0)
-    moment = tl.fma(tl.load(rates_at + 3) * grad, grad, moment * tl.load(rates_at + 2))
+    moment = tl.fma(tl.load(rates_at + 3), grad * grad, moment * tl.load(rates_at + 2))  # as addcmul on a GPU
     if KIND == 0:
         tl.store(moment_at + number, moment, mask=inside)
     else:

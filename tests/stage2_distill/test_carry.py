@@ -1,0 +1,31 @@
+"""Where offloaded tensors live; that they visit a GPU rightly is tested in test_kernels.py."""
+
+import pytest
+import torch
+
+from stage2_distill import carry
+
+
+def test_tensors_share_slabs_and_keep_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    slabs: list[int] = []
+
+    def plain(size: int) -> torch.Tensor:
+        slabs.append(size)
+        return torch.zeros(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(carry, "pinned", plain)
+    monkeypatch.setattr(carry, "SLAB", 4096)
+    host = carry.Host(offload=True)
+    values = [torch.randn(n, 7).to(dtype) for n in (3, 40, 100, 1) for dtype in (torch.float32, torch.int16)]
+    homes = [host.carve(value) for value in values]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(homes, values, strict=True))
+    homes[0].zero_()
+    assert all(torch.equal(a, b) for a, b in zip(homes[1:], values[1:], strict=True)), "they do not overlap"
+    assert len(slabs) < len(values)
+    assert sum(slabs) < 2 * 4096 + sum(v.numel() * v.element_size() + 512 for v in values)
+
+
+def test_what_is_not_on_a_gpu_stays() -> None:
+    value = torch.ones(3)
+    assert carry.Host(offload=True).home(value) is value
+    assert list(carry.carried([{"a": value}], torch.device("cpu")))[0]["a"] is value
