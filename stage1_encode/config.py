@@ -34,7 +34,7 @@ class EncodeConfig:
     negative_prompt: str = option(NEGATIVE_PROMPT, "Prompt of the unconditional branch, embedded once.")
     vae_dtype: str = option("tf32", "Precision of the VAE; tf32 is float32 on a CPU.", choices=VAE_DTYPES)
     text_dtype: str = option("bfloat16", "Precision of the text encoder.", choices=DTYPES)
-    compile: bool = option(False, "Compile the VAE encoder first (about a minute): faster from some thousand clips on.")
+    compile: bool = option(False, "Compile both encoders first (about a minute): faster from some thousand clips on.")
     text_only: bool = option(False, "Allow rows without a video; they become records without a first frame.")
     text_tokens: int = option(8192, "Prompt tokens embedded at once, padding included.")
     workers: int = option(0, "Processes that read files; 0 = one a CPU core, at most 16.")

@@ -59,6 +59,8 @@ class Encoders:
 def load_encoders(config: EncodeConfig) -> Encoders:
     """Read both models onto the device."""
     folder, device = locate(config.model, PARTS), pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or pinned memory and events would open the first GPU too
     whole = vae.load(folder, dtype=vae.dtype_of(config.vae_dtype), device=device)
     return make_ready(config, whole, text.load(folder, dtype=getattr(torch, config.text_dtype), device=device))
 
