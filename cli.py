@@ -151,7 +151,9 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     out, single = Path(config.out), config.prompt is not None
     placing = place(config.memory, pick_device(config.device))
     student = open_student(config)
-    models = load_conditioner(config.model, precision=config.vae_dtype, device=student.device, stay=placing.text)
+    models = load_conditioner(
+        config.model, precision=config.vae_dtype, device=student.device, stay=placing.text, kernels=config.kernels
+    )
     open_output(out, config)
     rank, world = rank_and_world()
     name = f"latents-{rank}.zarr" if world > 1 else "latents.zarr"

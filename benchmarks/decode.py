@@ -200,12 +200,12 @@ def stage_rows(tiny: bool) -> list[Row]:
 
 def ours(model: AutoencoderKLWan, z: Tensor) -> list[Row]:
     """Seconds, memory and distance to diffusers of our decoder, by latent frames at once."""
-    from stage1_encode.decoder import Decoder, best_ways, stream
+    from stage1_encode.decoder import Decoder, Ways, stream
 
     gpu = z.device.type == "cuda"
     with torch.no_grad():
         wanted = model.decode(z).sample[0].float()
-    decoder = Decoder(model, best_ways(z.device, z.dtype))
+    decoder = Decoder(model, Ways(gpu))
     rows = []
     for most in (1, 2, 3):
         for _ in range(3):

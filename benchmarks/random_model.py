@@ -48,7 +48,7 @@ def make_student(spec: VideoSpec, folder: Path, small: bool, device: torch.devic
     return Student(net, spec, ladder((1000, 750, 500, 250), s=5.0), dtype)
 
 
-def make_models(folder: Path, small: bool, device: torch.device) -> Conditioner:
+def make_models(folder: Path, small: bool, device: torch.device, kernels: bool) -> Conditioner:
     """Random encoders and decoder with the true sizes."""
     tiny.make_tokenizer(folder / "tokenizer")
     dtype = torch.float32 if small else torch.bfloat16
@@ -62,7 +62,7 @@ def make_models(folder: Path, small: bool, device: torch.device) -> Conditioner:
             latents_mean=[0.0] * 48, latents_std=[1.0] * 48,
         ).to(dtype).eval().requires_grad_(False)  # fmt: skip
     shift, spread = torch.zeros(1, 48, 1, 1, 1, device=device), torch.ones(1, 48, 1, 1, 1, device=device)
-    whole = vae.Vae(model, shift, spread)
+    whole = vae.Vae(model, shift, spread, kernels)
     text = TextEncoder(prompts.requires_grad_(False), AutoTokenizer.from_pretrained(folder / "tokenizer"))
     return Conditioner(text, whole, vae.frame_encoder(vae.Vae(fresh(model), shift, spread)), device)
 

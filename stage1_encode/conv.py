@@ -57,24 +57,33 @@ def by_library(
     video = x[None].permute(0, 4, 1, 2, 3)  # in this order torch sees that the channels lie last, and copies nothing
     edge = plan.side // 2
     whole = bias if plan.space == 1 else bias.repeat(plan.space**2)
-    out = functional.conv3d(video, filters, whole, padding=(0, edge, edge))
-    out = spread(out.permute(0, 2, 3, 4, 1)[0], plan)
-    if residual is None:
-        return out
-    return out + (residual if plan.space == 1 else repeat(residual, plan)[skip:])
+    out = functional.conv3d(video, filters, whole, padding=(0, edge, edge)).permute(0, 2, 3, 4, 1)[0]
+    if plan.space == 2:
+        return grow(out, plan, residual, skip)
+    out = rearrange(out, "f x y (t n) -> (f t) x y n", t=plan.time)
+    return out if residual is None else out.add_(residual)
 
 
-def spread(out: Tensor, plan: Plan) -> Tensor:
-    """Put the columns of a product (F X* Y* N') on their frames and places: (F' X' Y' N)."""
-    if plan.space == 2:  # a phase's two rows are the place's own and its neighbour's on that side
-        high, wide = out.shape[1] - 1, out.shape[2] - 1
-        phases = rearrange(out, "f x y (p q n) -> p q f x y n", p=2, q=2)
-        cut = [[phases[p, q, :, p : p + high, q : q + wide] for q in (0, 1)] for p in (0, 1)]
-        return rearrange(torch.stack([torch.stack(row) for row in cut]), "p q f x y n -> f (x p) (y q) n")
-    return rearrange(out, "f x y (t n) -> (f t) x y n", t=plan.time)
+def grow(out: Tensor, plan: Plan, residual: Tensor | None, skip: int) -> Tensor:
+    """Put the four phases of a product (F X+1 Y+1 4N) on their places, (F 2X 2Y N), and add the residual.
 
-
-def repeat(x: Tensor, plan: Plan) -> Tensor:
-    """Every channel of x (F X Y c) `repeats` times, spread over frames, rows and columns: (F' 2X 2Y N)."""
-    many = x.repeat_interleave(plan.repeats, dim=3)
-    return rearrange(many, "f x y (n t p q) -> (f t) (x p) (y q) n", t=plan.halves, p=2, q=2)
+    A phase's two rows are the place's own and its neighbour's on that side. The residual's channels are repeated over
+    the outputs, then over frames, rows and columns, so that one output, frame and phase sees every few-th of them.
+    """
+    frames, high, wide = out.shape[0], out.shape[1] - 1, out.shape[2] - 1
+    made = out.new_empty((frames, high, 2, wide, 2, plan.outputs))
+    for phase in range(4):
+        p, q = phase // 2, phase % 2
+        columns = slice(phase * plan.outputs, (phase + 1) * plan.outputs)
+        made[:, :, p, :, q] = out[:, p : p + high, q : q + wide, columns]
+        for half in range(plan.halves if residual is not None else 0):
+            assert residual is not None and 4 * plan.halves % plan.repeats == 0, plan
+            first = (half - skip) % plan.halves
+            given = residual[
+                (first + skip) // plan.halves :,
+                ...,
+                (4 * half + phase) // plan.repeats :: 4 * plan.halves // plan.repeats,
+            ]
+            target = made[first :: plan.halves, :, p, :, q]
+            target.add_(given[: len(target)])
+    return made.view(frames, 2 * high, 2 * wide, plan.outputs)

@@ -23,13 +23,13 @@ except ImportError:  # no Triton here
     conv_kernel = norm_kernel = None  # type: ignore[assignment]
 
 Part: TypeAlias = Any  # a module of diffusers', whose parts are named as there
+TINY = 1e-24  # keeps a place of zeros zero; diffusers bounds its length from below by 1e-12
 PAST = 2  # frames that a causal convolution remembers
 
 
 def normalise(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     """out (F X Y C) = SiLU of x (F X Y C) at unit root mean square over C, times gamma (C)."""
-    length = x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    out.copy_(functional.silu(x.float() / length * (gamma.float() * x.shape[-1] ** 0.5)))
+    torch.ops.aten.silu.out(functional.rms_norm(x, gamma.shape, gamma, TINY), out=out)
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ class Ways:
         return way(x, layer.weight, layer.bias, plan, residual=residual, skip=skip).contiguous()
 
 
-def best_ways(device: torch.device, dtype: torch.dtype) -> Ways:
-    """Our kernels on a Hopper GPU in bf16, PyTorch's elsewhere."""
+def ways_for(device: torch.device, dtype: torch.dtype, *, kernels: bool) -> Ways:
+    """PyTorch's own operations, or our kernels; ValueError where those cannot run."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return Ways(hopper and dtype == torch.bfloat16 and conv_kernel is not None)
+    if kernels and not (hopper and dtype == torch.bfloat16 and conv_kernel is not None):
+        raise ValueError("kernels: they need a Hopper GPU (H100, H200), --vae-dtype bfloat16 and Triton's Gluon")
+    return Ways(kernels)
 
 
 class Conv(nn.Module):
@@ -130,8 +132,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(F X Y C) -> the same."""
-        length = x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        normal = (x.float() / length * (self.scale.float() * x.shape[-1] ** 0.5)).to(x.dtype)
+        normal = functional.rms_norm(x, self.scale.shape, self.scale, TINY)
         query, key, value = rearrange(self.inner(normal), "f x y (k c) -> k f (x y) c", k=3)
         mixed = functional.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])
         return x + self.outer(mixed.reshape(x.shape))

@@ -53,7 +53,7 @@ class Placing:
     steps: int = vae.STEPS  # latent frames decoded at once
 
 
-NEEDED = {"full": 44, "24gb": 22, "16gb": 15}  # GiB of a card, at 121 x 704 x 1280, fastest first
+NEEDED = {"full": 46, "24gb": 22, "16gb": 15}  # GiB of a card, at 121 x 704 x 1280, fastest first
 PLACINGS = {"full": Placing(), "24gb": Placing(False, False, 1), "16gb": Placing(False, False, 1)}
 
 

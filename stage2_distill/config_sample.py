@@ -31,6 +31,7 @@ class SampleConfig:
     text_rows: int = option(TEXT_LENGTH, "Text rows computed; fewer are quicker and the same, if prompts are short.")
     dtype: str = option("bfloat16", "Precision of the network.", choices=DTYPES)
     vae_dtype: str = option("auto", "Precision of the VAE; auto: bfloat16 on a GPU, else float32.", choices=VAE_DTYPES)
+    kernels: bool = option(False, "Decode by our own kernels for Hopper GPUs: checked against float32, not yet timed.")
     compile: bool = option(False, "Compile the network's blocks first (some seconds, cached): faster for many videos.")
     segments: int = option(1, "Videos in a row: each goes on from the last frame of the one before.")
     num_frames: int | None = option(None, "Frames of a segment, 4k+1; without it, as in training.")
