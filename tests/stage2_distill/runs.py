@@ -113,7 +113,7 @@ def run_jobs(jobs: list[tuple[int, list[DistillConfig], dict[str, int]]], folder
     (folder / "jobs.json").write_text(json.dumps(written))
     command = [sys.executable, str(Path(__file__).parent / "worker.py"), str(folder / "jobs.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

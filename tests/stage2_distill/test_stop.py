@@ -128,7 +128,7 @@ def test_killed_at_20_moments_nothing_is_lost(model: Path, shards: Path, unbroke
     write_config(tmp_path / "c.yaml", make_config(shards, model, tmp_path / "run", **OPTIONS))
     command = [sys.executable, "tests/stage2_distill/victim.py", str(tmp_path / "c.yaml"), "20"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     killed, inside = map(int, done.stdout.split())
     assert killed == 20
