@@ -101,20 +101,24 @@ def demo_command(out: str) -> None:
 
 
 def run_demo(out: Path) -> dict[str, Path]:
-    """Encode, distil, sample and decode in `out`; what was made. What is there already is kept."""
+    """Encode, distil, evaluate and sample in `out`; what was made. What is there already is kept."""
     from stage1_encode.encode import encode
     from stage2_distill.run import distill
 
     nano = Path(__file__).parent / "examples" / "nano"
     common = {"model": str(nano / "model"), "device": "cpu"}
-    data, run, videos = out / "data", out / "run", out / "videos"
-    table = str(nano / "clips.csv")
-    encode(resolve(EncodeConfig, common | {"config": nano / "encode.yaml", "data": table, "out": str(data)}))
-    shards = (str(data),)
-    distill(resolve(DistillConfig, common | {"config": nano / "demo.yaml", "shards": shards, "out": str(run)}))
-    asked = {"checkpoint": str(run), "data": str(nano / "prompts.csv"), "out": str(videos), "dtype": "float32"}
-    made = sample_videos(resolve(SampleConfig, common | asked | {"batch_size": 8}))
-    return {"shards": data, "checkpoint": run, "videos": videos, "contact sheet": made[-1]}
+    data, held, run = out / "data", out / "held", out / "run"
+    for table, folder in (("clips.csv", data), ("held.csv", held)):
+        asked = {"config": nano / "encode.yaml", "data": str(nano / table), "out": str(folder)}
+        encode(resolve(EncodeConfig, common | asked))
+    asked = {"config": nano / "demo.yaml", "shards": (str(data),), "out": str(run)}
+    distill(resolve(DistillConfig, common | asked))
+    asked = {"config": nano / "evaluate.yaml", "checkpoint": (str(run),), "shards": str(held)}
+    asked |= {"out": str(out / "report"), "analyser": str(nano / "judge.py")}
+    report = evaluate(resolve(EvaluateConfig, common | asked))
+    asked = {"checkpoint": str(run), "data": str(nano / "prompts.csv"), "out": str(out / "videos"), "dtype": "float32"}
+    made = sample_videos(resolve(SampleConfig, common | asked | {"batch_size": 10, "text_rows": 32}))
+    return {"shards": data, "checkpoint": run, "report": report, "videos": out / "videos", "contact sheet": made[-1]}
 
 
 def verify_data(shards: str, config: VerifyConfig) -> int:

@@ -63,7 +63,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=192, help="clips")
     parser.add_argument("--prompts", type=int, default=10, help="held-out prompts with their images")
     parser.add_argument("--conditions", type=int, default=0, help="instead: so many first frames in OUT/train")
-    parser.add_argument("--held-out", type=int, default=2048, help="and so many held-out ones in OUT/held")
+    parser.add_argument(
+        "--held-out", type=int, default=64, help="held-out first frames; with --conditions, in OUT/held"
+    )
     args = parser.parse_args()
     if args.conditions:
         write_conditions(args.out / "train", "train.csv", seed=CLIPS_SEED, count=args.conditions, held=False)
@@ -71,6 +73,7 @@ def main() -> None:
         return
     write_clips(args.out, args.count)
     write_conditions(args.out, "prompts.csv", seed=PROMPTS_SEED, count=args.prompts, held=True, alone=5)
+    write_conditions(args.out, "held.csv", seed=PROMPTS_SEED, count=args.held_out, held=True)
 
 
 if __name__ == "__main__":
