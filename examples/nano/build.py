@@ -166,7 +166,8 @@ def main() -> None:
     write_index(args.out)
     train(args, say)
     gate(args, say)
-    write_card(args.out, args.pictures, sections={"The gate": (args.pictures / "gate.md").read_text()})
+    written = {name: args.pictures / f"{name.lower()}.md" for name in ("Gate", "Student")}
+    write_card(args.out, args.pictures, sections={name: p.read_text() for name, p in written.items() if p.is_file()})
 
 
 if __name__ == "__main__":
