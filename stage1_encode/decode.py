@@ -37,16 +37,6 @@ def decode(config: DecodeConfig) -> list[Path]:
     return made
 
 
-def decode_to(config: DecodeConfig, path: Path) -> Path:
-    """Write the only video of a store to `path`."""
-    store = Path(config.latents)
-    group = latents.describe(store, finished_steps(store)[-1])
-    if len(group.keys) != 1:
-        raise ValueError(f"latents={store}: holds {len(group.keys)} videos; give a folder for them")
-    write_video(path, read_pixels(load_vae(config), store, group, 0), fps=group.spec.fps)
-    return path
-
-
 def finished_steps(store: Path) -> list[str]:
     """Names of the steps to decode; ValueError where there are none."""
     steps = latents.steps(store)

@@ -13,7 +13,7 @@ from common.video import VideoSpec
 from shards import latents
 from stage1_encode import vae
 from stage1_encode.config import DecodeConfig
-from stage1_encode.decode import decode, decode_to, thumbnails
+from stage1_encode.decode import decode, thumbnails
 from stage1_encode.mp4 import Film, write_video
 from tests import tiny
 
@@ -90,14 +90,12 @@ def test_the_contact_sheet_shows_first_and_last_frame() -> None:
     assert numpy.array_equal(sheet[:, 192:], clip[8])
 
 
-def test_several_steps_get_folders_and_one_video_a_file(model: Path, tmp_path: Path) -> None:
+def test_several_steps_get_folders(model: Path, tmp_path: Path) -> None:
     store = make_store(tmp_path / "x.zarr", steps=("step-1", "step-20"), videos=1)
     made = decode(DecodeConfig(str(store), str(model), str(tmp_path / "out"), device="cpu"))
     assert [str(path.relative_to(tmp_path / "out")) for path in made] == [
         f"{step}/{name}" for step in ("step-1", "step-20") for name in ("000000000.mp4", "contact.png")
     ]
-    config = DecodeConfig(str(store), str(model), str(tmp_path / "one.mp4"), device="cpu")
-    assert decode_to(config, tmp_path / "one.mp4").read_bytes() == made[2].read_bytes()
 
 
 def test_mistakes_are_named(model: Path, tmp_path: Path) -> None:
@@ -106,8 +104,6 @@ def test_mistakes_are_named(model: Path, tmp_path: Path) -> None:
         decode(config)
     store = make_store(tmp_path / "x.zarr", videos=2)
     config = DecodeConfig(str(store), str(model), str(tmp_path / "out"), device="cpu")
-    with pytest.raises(ValueError, match="holds 2 videos"):
-        decode_to(config, tmp_path / "one.mp4")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").touch()
     with pytest.raises(ValueError, match=r"holds something else \(thesis.txt\)"):
