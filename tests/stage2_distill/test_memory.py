@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ HALF = {"dtype": "bfloat16", "grad_clip": 1e6, "global_batch": 2}
 @pytest.fixture(scope="module")
 def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("shards") / "data", model)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bf16 on tiny tensors: two threads wait for each other ten times as long as one computes, on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def losses(run: Path) -> list[float]:
