@@ -81,6 +81,8 @@ class Saver:
         self.wait()
         if self.failed is not None:
             raise SaveError(f"{self.failed}; make room and give the same command again")
+        if self.ranks.rank == 0:  # an earlier run may have been killed after naming its last one and before this
+            prune(self.run, self.config.keep, self.config.keep_every)
 
     def __enter__(self) -> Self:
         return self

@@ -107,6 +107,20 @@ def test_pruning_keeps_the_newest_the_best_and_every_so_many(tmp_path: Path) -> 
     assert [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))] == [5, 9]
 
 
+def test_what_a_killed_run_had_no_time_to_prune_goes_at_the_end_of_the_next(
+    config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed, Saver(tmp_path, config, start("cpu")) as saver:
+        killed.setattr(module, "prune", lambda *_: None)
+        for iteration in (1, 2):
+            saver.save({"student.weight": torch.arange(6.0)}, replace(facts, iteration=iteration))
+        saver.wait()
+    assert len(checkpoints(tmp_path)) == 2
+    with Saver(tmp_path, config, start("cpu")) as saver:
+        saver.finish()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000002"]
+
+
 def test_checkpoints_may_be_written_while_training_waits(model: Path, shards: Path, other: Path, tmp_path: Path):
     config = make_config(shards, model, tmp_path / "run", iterations=2, seed=7, checkpoint_beside=False)
     written, beside = tensors(run_here(config)), tensors(other)
