@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=10, help="held-out prompts with their images")
     parser.add_argument("--conditions", type=int, default=0, help="instead: so many first frames in OUT/train")
     parser.add_argument(
-        "--held-out", type=int, default=64, help="held-out first frames; with --conditions, in OUT/held"
+        "--held-out", type=int, default=128, help="held-out first frames; with --conditions, in OUT/held"
     )
     args = parser.parse_args()
     if args.conditions:
