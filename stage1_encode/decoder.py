@@ -34,18 +34,19 @@ def normalise(x: Tensor, gamma: Tensor, out: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Ways:
-    """How a device does the two things that take time."""
+    """How a device does the two things that take time: by PyTorch's own operations, or by kernels of ours."""
 
-    kernels: bool  # our own: for Hopper GPUs in bf16
+    norms: bool = False  # ours: for GPUs with Triton
+    convolutions: bool = False  # ours: for Hopper GPUs in bf16
 
     def norm(self, x: Tensor, gamma: Tensor, out: Tensor) -> None:
         """Normalise into `out`."""
-        (norm_kernel.normalise if self.kernels else normalise)(x, gamma, out)
+        (norm_kernel.normalise if self.norms else normalise)(x, gamma, out)
 
     def convolve(self, x: Tensor, layer: "Conv", residual: Tensor | None, skip: int) -> Tensor:
         """Convolve by our kernel where its tiles fit, else by the library."""
         plan = layer.plan if residual is not None else layer.bare
-        fits = self.kernels and plan.channels % 64 == 0 and plan.product % plan.columns == 0
+        fits = self.convolutions and plan.channels % 64 == 0 and plan.product % plan.columns == 0
         way = conv_kernel.convolve if fits else by_library
         return way(x, layer.weight, layer.bias, plan, residual=residual, skip=skip).contiguous()
 
@@ -55,7 +56,7 @@ def ways_for(device: torch.device, dtype: torch.dtype, *, kernels: bool) -> Ways
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     if kernels and not (hopper and dtype == torch.bfloat16 and conv_kernel is not None):
         raise ValueError("kernels: they need a Hopper GPU (H100, H200), --vae-dtype bfloat16 and Triton's Gluon")
-    return Ways(kernels)
+    return Ways(norms=kernels, convolutions=kernels)
 
 
 class Conv(nn.Module):

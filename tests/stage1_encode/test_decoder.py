@@ -45,7 +45,7 @@ def frames(decoder: Decoder, z: Tensor, most: int) -> Tensor:
 def test_frames_are_those_of_diffusers(name: str) -> None:
     """Largest difference 1e-5 in float32; with one tap left out of a phase's sums it is 1.1."""
     model = AutoencoderKLWan.from_pretrained(NANO).float() if name == "nano" else wide_vae()
-    decoder = Decoder(model, Ways(False))
+    decoder = Decoder(model, Ways())
     z = draw(48, 5, 2, 4)
     with torch.no_grad():
         wanted = model.decode(z[None]).sample[0]
@@ -63,14 +63,14 @@ def test_bfloat16_stays_within_its_rounding() -> None:
         wanted = model.decode(z[None]).sample[0]
         model = model.bfloat16()
         theirs = model.decode(z[None].bfloat16()).sample[0].float()
-    found = frames(Decoder(model, Ways(False)), z.bfloat16(), 2).float().clamp(-1, 1)
+    found = frames(Decoder(model, Ways()), z.bfloat16(), 2).float().clamp(-1, 1)
     ours, other = (-10 * ((x - wanted).square().mean() / 4).log10() for x in (found, theirs))
     assert ours > 50
     assert ours > other - 0.5
 
 
 def test_one_video_after_another_of_other_sizes() -> None:
-    decoder = Decoder(wide_vae(), Ways(False))
+    decoder = Decoder(wide_vae(), Ways())
     first, other = draw(48, 3, 2, 4), draw(48, 4, 2, 2, seed=1)
     alone = frames(decoder, first, 2)
     frames(decoder, other, 3)
