@@ -16,17 +16,17 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from common.video import TEXT_LENGTH
 from stage2_distill.attention import attend
+from stage2_distill.lift import at_home
 
 if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
     from stage2_distill.kernels import linear_gelu, norm_rotate
 
 Rope: TypeAlias = tuple[Tensor, Tensor]  # cos and sin (1 N 1 d/2) float32
-KEEP_NONE, KEEP_ATTENTION, KEEP_ALL = "none", "attention", "all"
-# attention is half of a block's arithmetic and its result one tensor of the block's size: worth keeping
+KEEP_NONE, KEEP_ATTENTION, KEEP_HOST, KEEP_ALL = "none", "attention", "host", "all"
 ATTENTION_OPS = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -185,11 +185,17 @@ def block_forward(
     return (x.float() + y.float() * per_time(ffn_gate, tokens, given)).type_as(x)
 
 
+def policy(_context: object, op: object, *args: Tensor, **_named: object) -> CheckpointPolicy:
+    """Keep self-attention: half of a block's arithmetic, one tensor of its size. Attention to text is cheap."""
+    alike = op in ATTENTION_OPS and args[0].shape[-2] == args[1].shape[-2]
+    return CheckpointPolicy.MUST_SAVE if alike else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 @cache
 def runner(plan: Plan) -> Callable[..., Tensor]:
     """The function (block, *inputs) -> x of a plan; all blocks of all roles share it, and one compiled graph."""
     compute = partial(block_forward, kernel=plan.kernel)
-    contexts = partial(create_selective_checkpoint_contexts, ATTENTION_OPS)
+    contexts = partial(create_selective_checkpoint_contexts, policy)
 
     def run(block: Block, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int) -> Tensor:
         if plan.keep == KEEP_ALL or not torch.is_grad_enabled():
@@ -199,4 +205,10 @@ def runner(plan: Plan) -> Callable[..., Tensor]:
             return checkpoint(compute, *inputs, use_reentrant=False, context_fn=contexts)
         return checkpoint(compute, *inputs, use_reentrant=False)
 
-    return torch.compile(run, dynamic=False, fullgraph=True) if plan.compiled else run
+    chosen = torch.compile(run, dynamic=False, fullgraph=True) if plan.compiled else run
+
+    def run_lifted(block: Block, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int) -> Tensor:
+        with at_home(x):
+            return chosen(block, x, text, temb, rope, given)
+
+    return run_lifted if plan.keep == KEEP_HOST else chosen

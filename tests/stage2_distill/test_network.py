@@ -18,6 +18,8 @@ TIMES = {True: torch.tensor([[0.0, 937.5], [0.0, 20.0]]), False: torch.tensor([[
 PLANS = [
     Plan(kernel="math", keep="all"),
     Plan(keep="none"),
+    Plan(keep="host"),
+    Plan(keep="host", compiled=True),
     Plan(keep="attention"),
     Plan(keep="attention", compiled=True),
 ]
@@ -82,11 +84,11 @@ class Count(TorchDispatchMode):
 
 def test_keeping_attention_computes_it_once(theirs: WanTransformer3DModel) -> None:
     calls = {}
-    for keep in ("none", "attention", "all"):
+    for keep in ("none", "host", "attention", "all"):
         with Count() as count:
             gradients(adopt(copy.deepcopy(theirs), Plan(keep=keep)), TIMES[True])
         calls[keep] = count.calls
-    assert calls == {"none": 8, "attention": 4, "all": 4}  # two layers, self- and text attention
+    assert calls == {"none": 8, "host": 8, "attention": 6, "all": 4}  # two layers, self- and text attention
 
 
 def test_a_saved_network_is_diffusers_own(theirs: WanTransformer3DModel, tmp_path: Path) -> None:
