@@ -9,7 +9,8 @@ from common.video import TEXT_LENGTH, VideoSpec
 DTYPES = ("float32", "bfloat16")
 AUTO, STANDARD, COMPACT = "auto", "standard", "compact"
 MEMORIES, MOMENTS = (AUTO, STANDARD, COMPACT), ("8bit", "bfloat16", "float32")
-KEEPS = ("none", "attention", "all")
+KEEPS = ("none", "host", "attention", "all")
+OFFLOADS = ("none", "average", "all")
 ATTENTIONS = ("auto", "torch", "cudnn", "flash", "efficient", "math")
 CRITIC_LOSSES = ("x0", "flow", "noise")
 WANDB = ("off", "online", "offline")
@@ -84,9 +85,14 @@ class DistillConfig:
     dtype: str = option("bfloat16", "Precision of the networks; master weights are float32.", choices=DTYPES)
     memory: str = option(AUTO, "Float32 masters, or the compact form; auto: standard where it fits.", choices=MEMORIES)
     second_moment: str = option("8bit", "Of the compact form.", choices=MOMENTS)
-    offload: bool = option(True, "Compact form on one GPU: the student's state and average wait in host memory.")
+    offload: str = option(
+        "average", "Compact form on one GPU: what of the student waits in host memory; all: its optimizer's state too.",
+        choices=OFFLOADS,
+    )  # fmt: skip
     keep_activations: str = option(
-        "attention", "What a block keeps for its backward pass; the rest is computed again.", choices=KEEPS
+        "attention",
+        "What a block keeps for its backward pass; the rest is computed again. host: its input, in host memory.",
+        choices=KEEPS,
     )
     text_rows: int = option(TEXT_LENGTH, "Text rows computed; fewer are quicker and the same, if prompts are short.")
     attention: str = option("auto", "Kernel of attention; auto is cuDNN in bf16 on a GPU.", choices=ATTENTIONS)
@@ -120,6 +126,7 @@ class DistillConfig:
         one_of("critic_loss", self.critic_loss, CRITIC_LOSSES)
         one_of("exit_schedule", self.exit_schedule, EXIT_SCHEDULES)
         one_of("wandb", self.wandb, WANDB)
+        one_of("offload", self.offload, OFFLOADS)
         one_of("dtype", self.dtype, DTYPES)
         if self.memory == COMPACT:
             self.check_compact()

@@ -1,6 +1,6 @@
 """Exponential moving average of the student's float32 masters, shard by shard."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,23 +13,41 @@ Named = Iterable[tuple[str, Tensor]]
 
 
 class Ema:
-    """A running average; under FSDP each rank averages only the shards that it holds."""
+    """A running average; under FSDP each rank averages only the shards that it holds.
 
-    def __init__(self, masters: Named, *, offload: bool = False) -> None:
-        host = Host(offload=offload)
-        self._weights = {name: host.home(master.clone()) for name, master in masters}
+    One in host memory takes no memory as long as it is a plain copy of the masters, which `masters()` yields.
+    """
+
+    def __init__(self, masters: Callable[[], Named], *, offload: bool = False) -> None:
+        self.masters, self.offload = masters, offload
+        self._weights: dict[str, Tensor] = {}
+        if not offload:
+            self.begin()
         self.aside = torch.cuda.Stream() if offload and torch.cuda.is_available() else None
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """The averages, as they are after the last update."""
+        self.begin()
         self.settle()
         if self.aside is not None:
             self.aside.synchronize()
         return self._weights
 
-    def settle(self) -> None:
-        """Let what follows on the device wait for an update that runs aside: call it before the masters change."""
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Make room, if that has not been done, and copy the masters as they are."""
+        if not self._weights:
+            host = Host(offload=self.offload)
+            self._weights = {name: host.home(master.clone()) for name, master in self.masters()}
+
+    def settle(self, decay: float = 0.0) -> None:
+        """Call it before the masters change, with the decay of the update after it.
+
+        What follows on the device waits for an update that runs aside.
+        """
+        if decay > 0:
+            self.begin()
         if self.aside is not None:
             torch.cuda.current_stream().wait_stream(self.aside)
 
@@ -39,6 +57,9 @@ class Ema:
 
         Averages in host memory are updated aside: their copies take longer than one forward pass, and nobody waits.
         """
+        if decay == 0 and not self._weights:
+            return
+        assert self._weights, "settle(decay) comes before the masters change"
         if self.aside is not None:
             self.aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.aside):

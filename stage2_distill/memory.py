@@ -9,12 +9,12 @@ from stage2_distill.config import AUTO, COMPACT, STANDARD, DistillConfig
 from stage2_distill.ema import Ema
 from stage2_distill.lora import Role, lora_of, open_adapted
 from stage2_distill.network import Network, Plan
-from stage2_distill.optim import masters, offloads, open_optimizer, remainders
+from stage2_distill.optim import masters, open_ema, open_optimizer, remainders
 from stage2_distill.parallel import Ranks, shard
 from stage2_distill.schedule import CRITIC, STUDENT
 from stage2_distill.train import Roles
 from stage2_distill.wan import skeleton
-from stage2_distill.weights import read_weights
+from stage2_distill.weights import copy_weights, read_weights
 
 STANDARD_BYTES = 34  # a parameter: two roles' masters and AdamW states (12 each), gradients 4, average 4, teacher 2
 REST = 16 << 30  # bytes of activations and of gathered weights
@@ -56,15 +56,14 @@ def open_roles(config: DistillConfig, ranks: Ranks, model: Path) -> Opened:
     def trained(role: str) -> tuple[Network, torch.optim.Optimizer]:
         dtype = torch.float32 if memory == STANDARD else compute
         net = shard(skeleton(model, dtype, plan), ranks, compute)
-        optimizer = open_optimizer(net, role, config, ranks, memory)
-        read_weights(model / "transformer", dict(net.named_parameters()), remainders(net, optimizer))
-        return net, optimizer
+        return net, open_optimizer(net, role, config, ranks, memory)
 
-    student, student_optimizer = trained(STUDENT)
-    critic, critic_optimizer = trained(CRITIC)
+    (student, student_optimizer), (critic, critic_optimizer) = trained(STUDENT), trained(CRITIC)
     teacher = shard(skeleton(model, compute, plan), ranks, compute).requires_grad_(False)
-    read_weights(model / "transformer", dict(teacher.named_parameters()))
-    ema = Ema(masters(student, student_optimizer), offload=memory == COMPACT and offloads(config, ranks))
+    read_weights(model / "transformer", dict(student.named_parameters()), remainders(student, student_optimizer))
+    for net, low in ((critic, remainders(critic, critic_optimizer)), (teacher, {})):
+        copy_weights(masters(student, student_optimizer), dict(net.named_parameters()), low)
+    ema = open_ema(student, student_optimizer, config, ranks)
     return Opened(Roles(student, teacher, critic), student_optimizer, critic_optimizer, ema)
 
 
@@ -74,5 +73,5 @@ def open_lora(config: DistillConfig, ranks: Ranks, adapted: list[Role]) -> Opene
     student_optimizer, critic_optimizer = (
         open_optimizer(role, name, config, ranks, STANDARD) for role, name in ((student, STUDENT), (critic, CRITIC))
     )
-    ema = Ema(masters(student, student_optimizer))
+    ema = open_ema(student, student_optimizer, config, ranks)
     return Opened(Roles(student, teacher, critic), student_optimizer, critic_optimizer, ema)

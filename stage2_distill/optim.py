@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from stage2_distill.compact import CompactAdamW
 from stage2_distill.config import STANDARD, DistillConfig
+from stage2_distill.ema import Ema
 from stage2_distill.parallel import Ranks, clip_in_place
 from stage2_distill.schedule import STUDENT, accumulation
 
@@ -16,7 +17,7 @@ def open_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of a role in a memory mode.
 
-    The student's state is used in one of `student_every` iterations: on a single GPU it may wait in host memory.
+    The student's is used in one of `student_every` iterations: on a single GPU its state may wait in host memory.
     """
     lr = config.student_lr if role == STUDENT else config.critic_lr
     if memory == STANDARD:
@@ -25,14 +26,16 @@ def open_optimizer(
         net,
         {"lr": lr, "beta2": config.beta2, "eps": config.eps, "weight_decay": config.weight_decay},
         moment=config.second_moment,
-        offload=role == STUDENT and offloads(config, ranks),
+        offload=role == STUDENT and config.offload == "all" and ranks.world == 1,
         accumulate=accumulation(config, ranks.world) > 1,
     )
 
 
-def offloads(config: DistillConfig, ranks: Ranks) -> bool:
-    """Whether what the student's updates alone need waits in host memory."""
-    return config.offload and ranks.world == 1
+def open_ema(student: nn.Module, optimizer: torch.optim.Optimizer, config: DistillConfig, ranks: Ranks) -> Ema:
+    """The student's average, in host memory where it is to wait there."""
+    compact = isinstance(optimizer, CompactAdamW)
+    offload = compact and config.offload != "none" and ranks.world == 1
+    return Ema(lambda: masters(student, optimizer), offload=offload)
 
 
 def clip(net: nn.Module, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:

@@ -109,7 +109,7 @@ def update_student(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, 
 
     exit_at = exit_index(iteration, STUDENT, trainer.config)
     value = accumulate(trainer, data, loss, net=trainer.roles.student, exit_at=exit_at)
-    trainer.ema.settle()
+    trainer.ema.settle(ema_decay(iteration, trainer.config))
     set_rate(trainer.student_optimizer, learning_rate(iteration, STUDENT, trainer.config))
     return apply(trainer, trainer.roles.student, trainer.student_optimizer, value, exit_at)
 

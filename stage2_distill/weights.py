@@ -4,7 +4,7 @@ One file is open at a time, so a rank's host memory stays under its own part plu
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from stage2_distill.compact import local
 from stage2_distill.master import split
 
 NAME = "diffusion_pytorch_model.safetensors"
@@ -58,6 +59,16 @@ def read_weights(folder: Path, tensors: Mapping[str, Tensor], remainders: Mappin
             raise ValueError(f"{path}: cannot be read ({error}); fetch the model again") from error
     if missing:
         raise ValueError(f"{folder}: lacks {len(missing)} weights, such as {min(missing)}")
+
+
+def copy_weights(
+    masters: Iterable[tuple[str, Tensor]], tensors: Mapping[str, Tensor], remainders: Mapping[str, Tensor]
+) -> None:
+    """Fill `tensors` from a network that is sharded alike: quicker than to read the files again."""
+    with torch.no_grad():
+        for name, master in masters:
+            low = remainders.get(name)
+            put(local(master), local(tensors[name]), None if low is None else local(low))
 
 
 def fill(target: Tensor, source: Stored, where: str, remainder: Tensor | None = None) -> None:

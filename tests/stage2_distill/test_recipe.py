@@ -98,11 +98,13 @@ def test_81_frames_are_21_latent_frames() -> None:
     assert config(num_frames=81, height=480, width=832).spec.latent_shape == (48, 21, 30, 52)
 
 
-def test_average_equals_the_formula() -> None:
+@pytest.mark.parametrize("offload", [False, True], ids=["here", "waiting"])
+def test_average_equals_the_formula(offload: bool) -> None:
     net = nn.Linear(3, 2)
-    ema = Ema((name, weight.detach()) for name, weight in net.named_parameters())
+    ema = Ema(lambda: ((name, weight.detach()) for name, weight in net.named_parameters()), offload=offload)
     expected = net.weight.detach().clone().double()
     for number, decay in enumerate((0.0, 0.9, 0.99, 0.5)):
+        ema.settle(decay)
         with torch.no_grad():
             net.weight.copy_(torch.randn(2, 3, generator=torch.Generator().manual_seed(number)))
         ema.update(((name, weight.detach()) for name, weight in net.named_parameters()), decay, torch.device("cpu"))
