@@ -49,6 +49,7 @@ def measure(gib: float, ranks: Ranks, folder: Path) -> Iterator[tuple[str, float
     with Saver(folder, config, ranks) as saver:
         began = time.perf_counter()
         saver.save(tensors, facts)
+        saver.copied()
         pause = time.perf_counter() - began
         yield "training waits", pause, f"s ({size / pause:.1f} GB/s)"
         beside = matmuls(ranks.device)

@@ -9,7 +9,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -23,8 +22,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from shards.manifest import write_file
 from stage2_distill.checkpoint import (
@@ -40,9 +37,9 @@ from stage2_distill.checkpoint import (
 from stage2_distill.compact import local
 from stage2_distill.config import DistillConfig
 from stage2_distill.parallel import Ranks
+from stage2_distill.snapshot import Snapshot, host_mesh
 
 FILE_BYTES = 2**30  # a rank's file; while it is written it stands in memory once more
-COPIERS = 8  # threads
 LONGEST = timedelta(hours=2)  # that ranks wait for the slowest one's files
 FAILURES = (OSError, RuntimeError, SafetensorError, CheckpointException)
 
@@ -59,17 +56,29 @@ class Saver:
         self.group = dist.new_group(backend="gloo", timeout=LONGEST)  # its own: training talks at the same time
         self.host = host_mesh(ranks)
         self.thread: threading.Thread | None = None
+        self.snapshot: Snapshot | None = None  # of the newest one
         self.failed: str | None = None  # why the newest one was not written
 
     def save(self, tensors: Mapping[str, Tensor], facts: StudentFacts) -> None:
-        """Begin a checkpoint of live tensors; they may change as soon as this returns."""
+        """Begin a checkpoint of live tensors; they may change once `copied` has returned."""
         self.wait()
         beside = self.config.checkpoint_beside
-        held = host_copies(tensors, self.ranks, self.host) if beside else dict(tensors)
-        self.thread = threading.Thread(target=self._write, args=(held, facts), name="checkpoint", daemon=True)
+        self.snapshot = Snapshot(tensors, self.host) if beside else None
+        self.thread = threading.Thread(target=self._write, args=(dict(tensors), facts), name="checkpoint", daemon=True)
         self.thread.start()
         if not beside:
             self.wait()
+
+    def copied(self) -> None:
+        """Wait until the tensors may change."""
+        snapshot = self.snapshot
+        if snapshot is not None:
+            snapshot.result()
+
+    def before_steps_of(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Let these wait for it before each step: training goes on meanwhile, and changes nothing else."""
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(lambda *_: self.copied())
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until the checkpoint that was begun has ended, well or not."""
@@ -94,7 +103,7 @@ class Saver:
         if error is None:
             dist.destroy_process_group(self.group)
 
-    def _write(self, copies: dict[str, Tensor], facts: StudentFacts) -> None:
+    def _write(self, tensors: dict[str, Tensor], facts: StudentFacts) -> None:
         """All of one checkpoint, in its own thread."""
         if self.ranks.device.type == "cuda":
             torch.cuda.set_device(self.ranks.device)
@@ -102,12 +111,15 @@ class Saver:
         self.failed = f"checkpoint {name} was not finished"  # whatever may happen below
         began = time.perf_counter()
         try:
+            copies = tensors if self.snapshot is None else self.snapshot.result()
             write(self.run, copies, facts, self.group)
         except FAILURES as error:
             self.failed = f"checkpoint {name} could not be written ({reason(error)})"
             if self.ranks.rank == 0 or isinstance(error, OSError):
                 logging.warning("%s; the older ones are kept and training goes on", self.failed)
             return
+        finally:
+            self.snapshot = None  # as large as all of the state
         self.failed = None
         if self.ranks.rank == 0:
             prune(self.run, self.config.keep, self.config.keep_every)
@@ -119,27 +131,6 @@ def reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def host_mesh(ranks: Ranks) -> DeviceMesh:
-    """The ranks' mesh in host memory."""
-    names = ranks.mesh.mesh_dim_names
-    return ranks.mesh if ranks.device.type == "cpu" else init_device_mesh("cpu", ranks.mesh.shape, mesh_dim_names=names)
-
-
-def host_copies(tensors: Mapping[str, Tensor], ranks: Ranks, host: DeviceMesh | None = None) -> dict[str, Tensor]:
-    """Copies in host memory, by several threads: fresh memory is slow to touch, and training waits."""
-    host = host or host_mesh(ranks)
-    with ThreadPoolExecutor(COPIERS) as pool:
-        return dict(zip(tensors, pool.map(lambda value: host_copy(value, host), tensors.values()), strict=True))
-
-
-def host_copy(value: Tensor, host: DeviceMesh) -> Tensor:
-    """A copy in host memory, sharded as the tensor is."""
-    if not isinstance(value, DTensor):
-        return value.detach().to("cpu", copy=True)
-    part = value.to_local().detach().to("cpu", copy=True)
-    return DTensor.from_local(part, host, value.placements, shape=value.shape, stride=value.stride())
 
 
 def write(run: Path, copies: dict[str, Tensor], facts: StudentFacts, group: dist.ProcessGroup) -> None:

@@ -52,6 +52,9 @@ def test_training_goes_on_and_does_not_change_what_is_written(
     with Saver(tmp_path, config, start("cpu")) as saver:
         saver.save(live, facts)
         assert not checkpoints(tmp_path)  # save has returned and nothing is written yet
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+        saver.before_steps_of(optimizer)
+        optimizer.step()  # waits until the copies are made
         for value in live.values():
             value.zero_()
         changed.set()

@@ -1,0 +1,82 @@
+"""Copies of training's state in host memory, made by threads while training goes on.
+
+Nothing of the state changes before the next optimizer step, so that only this must wait for them (`Snapshot.result`).
+"""
+
+import mmap
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from stage2_distill.compact import local
+from stage2_distill.parallel import Ranks
+
+COPIERS = 8  # threads: fresh memory is slow to touch
+CHUNK = 32 << 20  # bytes of pinned memory that a thread copies through
+LARGE = 2 << 20  # bytes of a huge page
+
+
+def host_mesh(ranks: Ranks) -> DeviceMesh:
+    """The ranks' mesh in host memory."""
+    names = ranks.mesh.mesh_dim_names
+    return ranks.mesh if ranks.device.type == "cpu" else init_device_mesh("cpu", ranks.mesh.shape, mesh_dim_names=names)
+
+
+class Snapshot:
+    """The state as it is now, once the device has caught up; sharded as the tensors are."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], host: DeviceMesh) -> None:
+        self.host = host
+        self.own = threading.local()  # a thread's stream and pinned memory
+        self.begun = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        pool = ThreadPoolExecutor(COPIERS)
+        self.copies: dict[str, Future[Tensor]] = {n: pool.submit(self.copy, value) for n, value in tensors.items()}
+        pool.shutdown(wait=False)
+
+    def result(self) -> dict[str, Tensor]:
+        """Wait for all copies."""
+        return {name: copy.result() for name, copy in self.copies.items()}
+
+    def copy(self, value: Tensor) -> Tensor:
+        """A copy of one tensor."""
+        part = local(value).detach()
+        flat = part.contiguous().view(-1).view(torch.uint8)
+        home = room(flat.numel())
+        if part.is_cuda:
+            self.download(flat, home)
+        else:
+            home.numpy()[:] = flat.numpy()  # torch would use all cores for each
+        home = home.view(part.dtype).view(part.shape)
+        if not isinstance(value, DTensor):
+            return home
+        return DTensor.from_local(home, self.host, value.placements, shape=value.shape, stride=value.stride())
+
+    def download(self, source: Tensor, home: Tensor) -> None:
+        """Copy bytes from a GPU on a stream of this thread."""
+        if not hasattr(self.own, "stream"):
+            self.own.stream = torch.cuda.Stream(source.device)
+            self.own.pinned = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True)
+        stream: torch.cuda.Stream = self.own.stream
+        with torch.cuda.stream(stream):
+            assert self.begun is not None
+            stream.wait_event(self.begun)
+            for start in range(0, source.numel(), CHUNK):
+                part = source[start : start + CHUNK]
+                here = self.own.pinned[: part.numel()]
+                here.copy_(part, non_blocking=True)
+                stream.synchronize()
+                home.numpy()[start : start + CHUNK] = here.numpy()
+
+
+def room(size: int) -> Tensor:
+    """Some bytes of fresh host memory, where it is much in huge pages: they take a fifth of the time to touch."""
+    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
