@@ -6,10 +6,13 @@ Ratios are to diffusers compiled, with cuDNN attention, in the same run.
 """
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.attention.flex_attention as flex
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
@@ -19,6 +22,19 @@ from stage2_distill.network import Plan, adopt
 
 Row = tuple[str, str]
 Run = Callable[[], object]
+FLEX = torch.compile(flex.flex_attention, dynamic=False)
+
+
+def flex_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """FlexAttention on (B N H d)."""
+    out = FLEX(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).flatten(2)
+
+
+ATTENTIONS: dict[str, Callable[..., Tensor]] = {"flex": flex_attend}  # beyond torch's own kernels
+if importlib.util.find_spec("flash_attn_interface"):
+    ATTENTIONS["flash 3"] = importlib.import_module("flash_attn_interface").flash_attn_func
 
 
 def forward_of(net: WanTransformer3DModel, given: dict[str, Tensor]) -> Run:
@@ -78,23 +94,18 @@ def compare(chosen: Case, make: Callable[..., Run], plans: dict[str, Plan], *, e
 
 def forward(chosen: Case) -> Iterator[Row]:
     """Forward passes."""
-    plans = {f"ours, {kernel}": Plan(kernel, compiled=not chosen.tiny) for kernel in kernel_names(chosen)}
+    plans = {"ours": Plan(compiled=not chosen.tiny)}
     yield from compare(chosen, forward_of, plans, eager=True)
 
 
 def backward(chosen: Case) -> Iterator[Row]:
     """Forward and backward passes with checkpointing."""
-    plans = {f"ours, keep {keep}": Plan(keep=keep, compiled=not chosen.tiny) for keep in ("none", "attention")}
+    plans = {f"ours, keep {keep}": Plan(keep=keep, compiled=not chosen.tiny) for keep in ("attention", "none")}
     yield from compare(chosen, backward_of, plans, eager=False)
 
 
-def kernel_names(chosen: Case) -> tuple[str, ...]:
-    """Attention kernels that can run."""
-    return ("cudnn", "flash") if chosen.device.type == "cuda" else ("torch", "math")
-
-
 def parts(chosen: Case) -> Iterator[Row]:
-    """Rates of the matrix products and attentions of a block, alone."""
+    """Rates of the matrix products of a block, alone."""
     heads, size = chosen.network["num_attention_heads"], chosen.network["attention_head_dim"]
     width, wide = heads * size, chosen.network["ffn_dim"]
     where = {"device": chosen.device, "dtype": chosen.dtype}
@@ -102,11 +113,19 @@ def parts(chosen: Case) -> Iterator[Row]:
     for rows, a, b in ((8192, 8192, 8192), (tokens, width, width), (tokens, width, wide), (tokens, wide, width)):
         if not chosen.tiny or rows < 8192:
             yield rate(f"product {rows}x{a}x{b}", product(rows, a, b, where), 2 * rows * a * b, chosen)
-    for kernel in kernel_names(chosen):
+
+
+def attentions(chosen: Case) -> Iterator[Row]:
+    """Rates of the attention kernels alone."""
+    heads, size = chosen.network["num_attention_heads"], chosen.network["attention_head_dim"]
+    where = {"device": chosen.device, "dtype": chosen.dtype}
+    tokens = inputs(chosen)["hidden_states"][0, 0].numel() // 4
+    names = ("cudnn", "flash", "efficient", *ATTENTIONS) if chosen.device.type == "cuda" else ("torch", "math")
+    for kernel in names:
         for grad, cost in ((False, 4), (True, 14)):
             run = attention_of(kernel, (1, heads, tokens, size), where, grad)
             name = f"attention {kernel}{' with backward' * grad}"
-            yield rate(name, run, cost * tokens**2 * width, chosen)
+            yield rate(name, run, cost * tokens**2 * heads * size, chosen)
 
 
 def product(rows: int, a: int, b: int, where: dict[str, object]) -> Run:
@@ -120,8 +139,10 @@ def attention_of(kernel: str, shape: tuple[int, ...], where: dict[str, object], 
     batch, heads, tokens, size = shape
     q, k, v = (torch.randn(batch, tokens, heads, size, **where, requires_grad=grad) for _ in range(3))
 
+    call = ATTENTIONS.get(kernel, partial(attend, kernel=kernel))
+
     def run() -> None:
-        out = attend(q, k, v, kernel)
+        out = call(q, k, v)
         if grad:
             torch.autograd.grad(out, (q, k, v), out)
 
@@ -151,11 +172,11 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--only", default="parts,forward,backward,profile")
+    parser.add_argument("--only", default="parts,attentions,forward,backward,profile")
     parser.add_argument("--out", type=Path, default=Path())
     given = parser.parse_args()
     chosen = case(given.tiny)
-    sections = {"parts": parts, "forward": forward, "backward": backward}
+    sections = {"parts": parts, "attentions": attentions, "forward": forward, "backward": backward}
     rows: list[Row] = []
     for name in given.only.split(","):
         found = write_profiles(chosen, given.out) if name == "profile" else sections[name](chosen)

@@ -3,113 +3,145 @@
     python -m benchmarks.train_step [--tiny] [--memory compact] [--keep attention] [--only iteration,passes]
     torchrun --nproc-per-node 2 -m benchmarks.train_step --memory standard
 
-A mean iteration is the mean critic update and a fifth of the mean student update, each exit of the
-ladder run once; with a reused rollout, the critic's updates of one whole cycle.
+A mean iteration is the time of --count whole iterations by their number, from where the exits have their mean.
 """
 
 import argparse
-import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
+from functools import partial
 from pathlib import Path
+from statistics import mean
+from time import perf_counter
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.device import Case, case, inputs, seconds, synchronize
-from benchmarks.loading import load
+from benchmarks.loading import host_peak, load, write_apart
 from benchmarks.network import backward_of, forward_of
 from benchmarks.report import append
-from benchmarks.trainer import finite, make_config, one_batch, random_roles, report_memory, trainer_of
+from benchmarks.trainer import (
+    finite,
+    make_config,
+    one_batch,
+    random_condition,
+    random_roles,
+    report_memory,
+    trainer_of,
+)  # fmt: skip
+from stage2_distill.config import DistillConfig
 from stage2_distill.parallel import start
 from stage2_distill.resume import state
 from stage2_distill.reuse import Reuse
-from stage2_distill.saver import host_copies
-from stage2_distill.schedule import CRITIC, STUDENT, exit_index
-from stage2_distill.train import Trainer, Update, ema_decay, masters, update_critic, update_student
+from stage2_distill.schedule import CRITIC, STUDENT, exit_index, parts, student_turn
+from stage2_distill.snapshot import Snapshot, host_mesh
+from stage2_distill.train import Step, Trainer, train_step, update_critic, update_student
 
 Row = tuple[str, str]
 FORWARD = 520.7  # TFLOP at the true size
-SECTIONS = "iteration,passes,reuse,waits,pause"
+SECTIONS = "iteration,reuse,passes,waits,pause"
 USEFUL = {CRITIC: 2.5 + 3, STUDENT: 1.5 + 3 + 3}  # forwards: rollout, a gradient's three, scores
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 
 
-def turns(trainer: Trainer, role: str) -> list[int]:
-    """Iterations whose updates together show the mean: one of each exit; of a reused rollout, one whole cycle."""
-    config = trainer.config
-    if role == CRITIC and config.rollout_reuse:
-        return list(range(config.student_every))
-    exits = range(len(config.ladder))
-    return [next(n for n in range(10_000) if exit_index(n, role, config) == exit_at) for exit_at in exits]
+def turn(chosen: Case, trainer: Trainer, iteration: int) -> Step:
+    """One iteration of the trainer on random data."""
+    ranks = trainer.ranks
+    todo = parts(trainer.config, start=iteration, rank=ranks.rank, world=ranks.world)
+    return train_step(trainer, iteration, ((part, random_condition(chosen)) for part in todo))
 
 
-def run_update(chosen: Case, trainer: Trainer, role: str, iteration: int) -> Update:
-    """One update, the average of the student included."""
-    data = one_batch(chosen, trainer.ranks, role, iteration)
-    if role == CRITIC:
-        return update_critic(trainer, iteration, data)
-    update = update_student(trainer, iteration, data)
-    averaged = masters(trainer.roles.student, trainer.student_optimizer)
-    trainer.ema.update(averaged, ema_decay(iteration, trainer.config), trainer.ranks.device)
-    return update
+def exits(config: DistillConfig, role: str, start: int, count: int) -> list[int]:
+    """Where a role's updates in `count` iterations leave the rollout."""
+    turns = [n for n in range(start, start + count) if role == CRITIC or student_turn(n, config)]
+    return [exit_index(n, role, config) for n in turns]
 
 
-def updates(chosen: Case, trainer: Trainer, role: str, known: dict[str, float]) -> Iterator[Row]:
-    """Seconds of a role's updates; their mean becomes known."""
-    losses: list[float] = []
+def balanced(config: DistillConfig, count: int) -> int:
+    """The student's turn from which the updates of `count` iterations leave at the mean exit, in both roles."""
+    middle = (len(config.ladder) - 1) / 2
 
-    def update(turn: int) -> Callable[[], None]:
-        return lambda: losses.append(run_update(chosen, trainer, role, turn).loss)
+    def off(start: int) -> float:
+        return max(abs(mean(exits(config, role, start, count)) - middle) for role in (STUDENT, CRITIC))
 
-    rounds = turns(trainer, role)
-    yield f"first {role} update", f"{seconds(update(rounds[1]), chosen, warm=0, repeat=1):.1f} s"
-    each = [seconds(update(turn), chosen, warm=0, repeat=1) for turn in rounds]
-    known[role] = statistics.mean(each)
-    yield f"{role} updates", f"{', '.join(f'{s:.2f}' for s in each)}, mean {known[role]:.2f} s"
-    yield f"{role} losses finite", str(finite(losses))
-
-
-def mean_iteration(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
-    """A mean iteration, its utilisation and memory."""
-    config = trainer.config
-    mean = known[CRITIC] + known[STUDENT] / config.student_every
-    spared = (2.5 - len(config.ladder) / config.student_every) * config.rollout_reuse
-    useful = (USEFUL[CRITIC] - spared + USEFUL[STUDENT] / config.student_every) * FORWARD / mean
-    yield "mean iteration", f"{mean:.2f} s, {trainer.ranks.world / mean:.3f} samples/s"
-    yield "useful arithmetic", f"{useful:.0f} TFLOP/s a GPU, {useful / known['ceiling']:.1%} of the measured ceiling"
-    yield "peak memory", report_memory(chosen)
+    return min(range(config.student_every, 2000, config.student_every), key=off)
 
 
 def iteration(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
-    """A mean iteration of the recipe."""
-    for role in (CRITIC, STUDENT):
-        yield from updates(chosen, trainer, role, known)
-    yield from mean_iteration(chosen, trainer, known)
+    """Whole iterations one after the other, all that a run does but data and files; the average is updated aside."""
+    count = int(known["count"])
+    start = balanced(trainer.config, count)
+    began = perf_counter()
+    turn(chosen, trainer, start - trainer.config.student_every)
+    synchronize(chosen)
+    trainer.clock.read()
+    yield "first iteration of both roles, compilation included", f"{perf_counter() - began:.1f} s"
+    yield "peak host memory", f"{host_peak():.1f} GiB, the average included"
+    began, steps, marks = perf_counter(), [], []
+    for number in range(start, start + count):
+        steps.append(turn(chosen, trainer, number))
+        marks.append(perf_counter() - began)
+    synchronize(chosen)
+    spent = (perf_counter() - began) / count
+    each = [b - a for a, b in zip([0.0, *marks], marks, strict=False)]
+    yield f"iterations {start} to {start + count - 1}, seconds (exits)", ", ".join(map(told, steps, each))
+    yield from mean_iteration(chosen, trainer, known, spent)
+    read = [step.seconds for step in steps] + [trainer.clock.read()]
+    phases = {name: sum(found.get(name, 0) for found in read) / count for name in read[0]}
+    yield "phases of a mean iteration", ", ".join(f"{name} {value:.3f} s" for name, value in phases.items())
+    losses = [update.loss for step in steps for update in (step.student, step.critic) if update is not None]
+    yield "losses finite", f"{finite(losses)}, {len(losses)} updates"
+
+
+def told(step: Step, spent: float) -> str:
+    """An iteration in few words."""
+    student = "" if step.student is None else f"student {step.student.exit_index}, "
+    return f"{spent:.2f} ({student}critic {step.critic.exit_index})"
+
+
+def mean_iteration(chosen: Case, trainer: Trainer, known: dict[str, float], spent: float) -> Iterator[Row]:
+    """A mean iteration, its utilisation and memory."""
+    config = trainer.config
+    spared = (2.5 - len(config.ladder) / config.student_every) * config.rollout_reuse
+    useful = (USEFUL[CRITIC] - spared + USEFUL[STUDENT] / config.student_every) * FORWARD / spent
+    yield "mean iteration", f"{spent:.3f} s, {trainer.ranks.world / spent:.3f} samples/s"
+    yield "useful arithmetic", f"{useful:.0f} TFLOP/s a GPU, {useful / known['ceiling']:.1%} of the measured ceiling"
+    yield "peak memory", report_memory(chosen)
 
 
 def reuse(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
     """The same where one rollout serves the critic's updates between two of the student."""
     config = replace(trainer.config, rollout_reuse=True)
     reusing = replace(trainer, config=config, reuse=Reuse(config, trainer.ranks.world))
-    figures = dict(known)
-    rows = [
-        updates(chosen, reusing, role, figures) for role in (CRITIC, STUDENT) if role == CRITIC or role not in known
-    ]
-    for name, value in chain(*rows, mean_iteration(chosen, reusing, figures)):
+    for name, value in iteration(chosen, reusing, known):
         yield f"rollout reuse, {name}", value
 
 
+def updates(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
+    """A mean iteration in short: of each role one update that leaves at step 1 and one at step 2."""
+    found = {}
+    for role, update in ((CRITIC, update_critic), (STUDENT, update_student)):
+        turns = [next(n for n in range(10_000) if exit_index(n, role, trainer.config) == step) for step in (1, 2)]
+        runs = [partial(update, trainer, n, one_batch(chosen, trainer.ranks, role, n)) for n in turns]
+        first = partial(update, trainer, turns[0], one_batch(chosen, trainer.ranks, role, turns[0]))
+        yield f"first {role} update", f"{seconds(first, chosen, warm=0, repeat=1):.1f} s"
+        each = [seconds(run, chosen, warm=0, repeat=1) for run in runs]
+        found[role] = mean(each)
+        yield f"{role} updates", f"{', '.join(f'{s:.2f}' for s in each)}, mean {found[role]:.2f} s"
+    spent = found[CRITIC] + found[STUDENT] / trainer.config.student_every
+    yield from mean_iteration(chosen, trainer, known, spent)
+
+
 def waits(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
-    """How often the host waits for the device in one update of each role, by the profiler."""
-    for role in (CRITIC, STUDENT):
-        with profile(activities=[ProfilerActivity.CPU]) as found:
-            run_update(chosen, trainer, role, turns(trainer, role)[0])
-        counts = {event.key: event.count for event in found.key_averages() if event.key in WAITS}
-        yield f"waits in a {role} update", ", ".join(f"{k} {n}" for k, n in sorted(counts.items())) or "none"
-        synchronize(chosen)
+    """How often the host waits for the device in one iteration of both roles, by the profiler."""
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (chosen.device.type == "cuda")
+    with profile(activities=kinds) as found:
+        turn(chosen, trainer, trainer.config.student_every)
+    counts = {event.key: event.count for event in found.key_averages() if event.key in WAITS}
+    told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+    yield "host waits in an iteration of two updates", told or "none"
 
 
 def passes(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
@@ -121,11 +153,33 @@ def passes(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator
 
 
 def pause(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
-    """How long training stands still for a checkpoint: the copy of its state to host memory."""
-    tensors = state(trainer)
-    size = sum(value.numel() * value.element_size() for value in tensors.values()) / 2**30
-    spent = seconds(lambda: host_copies(tensors, trainer.ranks), chosen, warm=0, repeat=1)
-    yield "pause of a checkpoint", f"{spent:.2f} s, {size:.1f} GiB"
+    """How much longer a checkpoint makes the shortest iteration, and how long the copy to host memory takes."""
+    config = trainer.config
+    short = next(n for n in range(10_000) if n % config.student_every and exit_index(n, CRITIC, config) == 0)
+    alone = seconds(lambda: turn(chosen, trainer, short), chosen, warm=0, repeat=1)
+    ended: list[float] = []
+    began = perf_counter()
+    live = state(trainer)
+    snapshot = Snapshot(live, host_mesh(trainer.ranks))
+    for copy in snapshot.copies.values():
+        copy.add_done_callback(lambda _: ended.append(perf_counter() - began))
+
+    def wait(*_: object) -> None:
+        snapshot.result()
+
+    hook = trainer.critic_optimizer.register_step_pre_hook(wait)
+    turn(chosen, trainer, short)
+    synchronize(chosen)
+    beside = perf_counter() - began
+    hook.remove()
+    size = sum(value.numel() * value.element_size() for value in live.values()) / 2**30
+    yield "pause of a checkpoint", f"{beside - alone:.2f} s beside an iteration of {alone:.2f} s, {size:.1f} GiB"
+    yield "its state in host memory", f"after {max(ended):.2f} s"
+
+
+MEASURES = {
+    "iteration": iteration, "reuse": reuse, "passes": passes, "waits": waits, "pause": pause, "updates": updates,
+}  # fmt: skip
 
 
 def ceiling_of(chosen: Case) -> float:
@@ -147,18 +201,20 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--memory", default="compact")
     parser.add_argument("--keep", default="attention")
+    parser.add_argument("--offload", default="average")
     parser.add_argument("--replicate", type=int, default=1)
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 = all weights")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--folder", type=Path, help="model folder to open; without it weights are made on the device")
-    parser.add_argument("--only", default=SECTIONS)
+    parser.add_argument("--only", default=SECTIONS, help=f"of {SECTIONS},updates")
+    parser.add_argument("--count", type=int, default=20, help="iterations timed")
     given = parser.parse_args()
     chosen = case(given.tiny, half=given.memory == "compact" or given.lora > 0)
     ranks = start(chosen.device.type, replicate=given.replicate)
     knobs = {"memory": given.memory, "keep_activations": given.keep, "replicate": given.replicate}
-    knobs["compile"] = not (given.tiny or given.eager)
+    knobs |= {"compile": not (given.tiny or given.eager), "offload": given.offload}
     config = make_config(chosen, ranks, lora_rank=given.lora, **knobs)
-    known = {"ceiling": ceiling_of(chosen)}
+    known = {"ceiling": ceiling_of(chosen), "count": given.count}
     rows: list[Row] = [
         ("command", " ".join(sys.argv[1:])),
         ("ranks", str(ranks.world)),
@@ -167,13 +223,13 @@ def main() -> None:
     if given.folder is None:
         opened = random_roles(chosen, ranks, config)
     else:
+        write_apart(given.folder, given.tiny)
         opened, more = load(chosen, ranks, config, given.folder)
         rows += more
     show(ranks.rank, rows)
     trainer = trainer_of(chosen, ranks, config, opened)
-    sections = {"iteration": iteration, "reuse": reuse, "waits": waits, "passes": passes, "pause": pause}
     for name in given.only.split(","):
-        for row in sections[name](chosen, trainer, known):
+        for row in MEASURES[name](chosen, trainer, known):
             show(ranks.rank, [row])
             rows.append(row)
     if ranks.rank == 0 and not given.tiny:

@@ -10,13 +10,12 @@ from torch import Tensor
 from benchmarks.device import Case
 from common.condition import Condition
 from stage2_distill.compact import local
-from stage2_distill.config import COMPACT, STANDARD, DistillConfig
-from stage2_distill.ema import Ema
+from stage2_distill.config import STANDARD, DistillConfig
 from stage2_distill.figures import Clock
 from stage2_distill.lora import Role, add_adapters, lora_of
 from stage2_distill.memory import Opened
 from stage2_distill.network import Network, Plan, adopt
-from stage2_distill.optim import masters, offloads, open_optimizer
+from stage2_distill.optim import open_ema, open_optimizer
 from stage2_distill.parallel import Ranks, shard
 from stage2_distill.reuse import Reuse
 from stage2_distill.schedule import CRITIC, STUDENT, Part
@@ -30,7 +29,7 @@ def make_config(chosen: Case, ranks: Ranks, **changes: object) -> DistillConfig:
     plain = DistillConfig(
         shards=("random",), model="random", out="random",
         num_frames=spec.num_frames, height=spec.height, width=spec.width, fps=spec.fps,
-        global_batch=ranks.world, compile=not chosen.tiny, device=chosen.device.type,
+        global_batch=ranks.world, iterations=1_000_000, ema_start=0, compile=not chosen.tiny, device=chosen.device.type,
         dtype=str(chosen.dtype).removeprefix("torch."),
     )  # fmt: skip
     return replace(plain, **changes)
@@ -73,8 +72,7 @@ def random_roles(chosen: Case, ranks: Ranks, config: DistillConfig) -> Opened:
     student, critic = roles.student, roles.critic
     student_optimizer = open_optimizer(student, STUDENT, config, ranks, config.memory)
     critic_optimizer = open_optimizer(critic, CRITIC, config, ranks, config.memory)
-    offload = config.memory == COMPACT and offloads(config, ranks)
-    ema = Ema(masters(student, student_optimizer), offload=offload)
+    ema = open_ema(student, student_optimizer, config, ranks)
     return Opened(roles, student_optimizer, critic_optimizer, ema)
 
 

@@ -20,17 +20,22 @@ def printed(*command: str) -> str:
 
 @pytest.mark.parametrize(("launcher", "memory"), [([], "compact"), (TORCHRUN, "standard")])
 def test_train_step(launcher: list[str], memory: str) -> None:
-    text = printed(*launcher, "-m", "benchmarks.train_step", "--tiny", "--memory", memory)
+    text = printed(*launcher, "-m", "benchmarks.train_step", "--tiny", "--memory", memory, "--count", "10")
     for row in (
         "mean iteration: ",
-        "student updates: ",
+        "phases of a mean iteration: ",
         "rollout reuse, mean iteration: ",
-        "waits in a critic update: ",
+        "host waits in an iteration of two updates: ",
         "pause of a checkpoint: ",
         "forward + backward: ",
     ):
         assert f"\n{row}" in text
-    assert text.count("losses finite: True") == 3
+    assert text.count("losses finite: True, 12 updates") == 2
+
+
+def test_adapters_with_inputs_in_host_memory() -> None:
+    options = ("--tiny", "--memory", "standard", "--lora", "4", "--keep", "host", "--only", "updates")
+    assert "\nmean iteration: " in printed("-m", "benchmarks.train_step", *options)
 
 
 def test_network(tmp_path: Path) -> None:

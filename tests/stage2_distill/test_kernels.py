@@ -1,7 +1,10 @@
 """The kernels for GPUs against the plain forms, on a GPU; `make test` on a machine without one skips them."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from runs import make_config, make_shards, run_here, tensors
 
 from stage2_distill.network import Plan, adopt, rotate
 
@@ -103,3 +106,30 @@ def test_offloaded_state_gives_the_same_weights() -> None:
         assert compact.state[net[0].weight]["exp_avg_sq"].is_cuda is not offload
         results.append(list(compact.masters()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_activations_in_host_memory_give_the_same_gradients() -> None:
+    from benchmarks.device import Case, inputs, random_network
+    from benchmarks.network import backward_of
+    from common.video import VideoSpec
+
+    fields = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
+    chosen = Case(VideoSpec(17, 128, 128), torch.device("cuda"), torch.bfloat16, fields)
+    net, given, found = random_network(chosen), inputs(chosen), []
+    for keep in ("none", "host"):
+        backward_of(adopt(net, Plan(kernel="math", keep=keep)), given)()
+        found.append([p.grad.clone() for p in net.parameters()])
+        net.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("offload", ["average", "all"])
+def test_stopped_and_resumed_on_a_gpu_equals_unbroken(model: Path, tmp_path: Path, offload: str) -> None:
+    shards = make_shards(tmp_path / "data", model)
+    options = {"dtype": "bfloat16", "memory": "compact", "device": "cuda", "attention": "math", "global_batch": 2}
+    options |= {"offload": offload, "ema_start": 2, "rollout_reuse": True, "grad_clip": 1e6}
+    whole = tensors(run_here(make_config(shards, model, tmp_path / "whole", **options)))
+    run_here(make_config(shards, model, tmp_path / "half", **options, iterations=3))
+    again = tensors(run_here(make_config(shards, model, tmp_path / "half", **options)))
+    assert whole.keys() == again.keys()
+    assert [name for name, value in whole.items() if not torch.equal(value, again[name])] == []
