@@ -1,0 +1,60 @@
+"""`cli.py distill` that leaves what each rank trained on: `-m benchmarks.witness CONFIG [--die ITERATION]`.
+
+OUT/seen-RANK.txt gets one line a sample: iteration, role, place in the global batch, digest of first frame and text.
+With --die the last rank kills itself with signal 9 in that iteration, once.
+"""
+
+import argparse
+import hashlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from common.condition import Condition
+from common.options import resolve
+from stage2_distill import run, train
+from stage2_distill.config import DistillConfig
+from stage2_distill.schedule import Part
+from stage2_distill.train import Step, Trainer
+
+
+def digest(condition: Condition, place: int) -> str:
+    """Of one sample's first frame and text."""
+    assert condition.first_frame is not None
+    whole = [tensor[place].float().cpu().contiguous() for tensor in (condition.first_frame, condition.text)]
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in whole)).hexdigest()[:16]
+
+
+def main() -> None:
+    """Train, and write down what passes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config")
+    parser.add_argument("--die", type=int, default=-1)
+    given = parser.parse_args()
+    config = resolve(DistillConfig, {"config": given.config})
+    out, simulate, step = Path(config.out), train.simulate, run.train_step
+
+    def noting(trainer: Trainer, part: Part, condition: Condition, exit_at: int) -> tuple[Tensor, Condition, int]:
+        with (out / f"seen-{trainer.ranks.rank}.txt").open("a") as file:
+            for place, sample in enumerate(part.samples):
+                file.write(f"{part.iteration} {part.role} {sample} {digest(condition, place)}\n")
+        return simulate(trainer, part, condition, exit_at)
+
+    def dying(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, Condition]]) -> Step:
+        killed = out / "killed"
+        if iteration == given.die and trainer.ranks.rank == trainer.ranks.world - 1 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(trainer, iteration, data)
+
+    train.simulate, run.train_step = noting, dying
+    run.distill(config)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
