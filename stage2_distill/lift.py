@@ -1,6 +1,8 @@
 """Activations that wait in host memory for their backward pass: copies there and back run beside the arithmetic.
 
-Blocks come back in reverse order, so that with one the next below is fetched.
+The host is far ahead of the device, so that memory which is free once a copy has ended would not be free in time: what
+leaves is held until the stream of the arithmetic has waited for the copy; what comes back takes memory of that stream.
+Blocks come back in reverse order; with one the next below is fetched.
 """
 
 import weakref
@@ -27,42 +29,53 @@ class Lifted:
         """Start copying it to the device, unless that has been done."""
         if self.here is None:
             inward, outward = streams(self.device)
+            self.here = torch.empty(self.home.shape, dtype=self.home.dtype, device=self.device)
+            inward.wait_stream(torch.cuda.current_stream(self.device))
             inward.wait_stream(outward)
             with torch.cuda.stream(inward):
-                self.here = self.home.to(self.device, non_blocking=True)
+                self.here.copy_(self.home, non_blocking=True)
                 self.arrived = inward.record_event()
 
 
+LEAVING: list[tuple[Tensor, torch.cuda.Event]] = []  # the last one lifted
 WAITING: list["weakref.ref[Lifted]"] = []  # the last one comes back first; those of a dropped graph are gone
+
+
+def let_go(main: torch.cuda.Stream) -> None:
+    """Give up the memory of what has left."""
+    while LEAVING:
+        _, left = LEAVING.pop()
+        main.wait_event(left)
 
 
 def lift(value: Tensor) -> Lifted:
     """Start copying a tensor to host memory, from where `land` brings it back."""
+    main = torch.cuda.current_stream(value.device)
     _, outward = streams(value.device)
+    let_go(main)
     lifted = Lifted(torch.empty(value.shape, dtype=value.dtype, pin_memory=True), value.device)
-    outward.wait_stream(torch.cuda.current_stream(value.device))
+    outward.wait_stream(main)
     with torch.cuda.stream(outward):
         lifted.home.copy_(value, non_blocking=True)
-    value.record_stream(outward)
+        LEAVING.append((value, outward.record_event()))
     WAITING.append(weakref.ref(lifted))
     return lifted
 
 
 def land(lifted: Lifted) -> Tensor:
     """The tensor on its device again; the one that was lifted before it is fetched ahead."""
+    main = torch.cuda.current_stream(lifted.device)
+    let_go(main)
     lifted.fetch()
     while WAITING and WAITING[-1]() in (None, lifted):
         WAITING.pop()
     below = WAITING[-1]() if WAITING else None
     if below is not None:
         below.fetch()
-    here = lifted.here
-    assert here is not None
+    assert lifted.here is not None
     assert lifted.arrived is not None
-    main = torch.cuda.current_stream(lifted.device)
     main.wait_event(lifted.arrived)
-    here.record_stream(main)
-    return here
+    return lifted.here
 
 
 @contextmanager

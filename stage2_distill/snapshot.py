@@ -59,6 +59,7 @@ class Snapshot:
     def download(self, source: Tensor, home: Tensor) -> None:
         """Copy bytes from a GPU on a stream of this thread."""
         if not hasattr(self.own, "stream"):
+            torch.cuda.set_device(source.device)
             self.own.stream = torch.cuda.Stream(source.device)
             self.own.pinned = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True)
         stream: torch.cuda.Stream = self.own.stream

@@ -96,7 +96,8 @@ def test_offloaded_state_gives_the_same_weights() -> None:
     results = []
     for offload in (False, True):
         torch.manual_seed(0)
-        net = torch.nn.Sequential(*(torch.nn.Linear(256, 256, device="cuda", dtype=torch.bfloat16) for _ in range(20)))
+        sizes = [64 * (1 + n * 7 % 20) for n in range(20)]
+        net = torch.nn.Sequential(*(torch.nn.Linear(256, n, device="cuda", dtype=torch.bfloat16) for n in sizes))
         settings = {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
         compact = CompactAdamW(net, settings, offload=offload)
         for _ in range(10):
