@@ -1,15 +1,25 @@
-"""The two encoders of stage one with random weights, made on the device: at their true size, or tiny."""
+"""Random models at their true sizes, or small ones, made on the device: what benchmarks run on."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from einops import rearrange
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from common.video import CHANNELS
+from common.condition import Condition, pin
+from common.flow import ladder, x0_from_velocity
+from common.video import CHANNELS, VideoSpec, tokens_per_frame
 from stage1_encode import text, vae
+from stage1_encode.conditions import Conditioner
+from stage2_distill.network import Plan
+from stage2_distill.sample import Student
+from stage2_distill.wan import materialise, skeleton
+from tests import tiny
 
 WORDS = 10_000  # of the stand-in tokenizer: one token a word
 PAD, END, UNKNOWN = 0, 1, 2
@@ -17,7 +27,7 @@ PAD, END, UNKNOWN = 0, 1, 2
 
 @dataclass(frozen=True)
 class Size:
-    """Shapes of both models (REFERENCE section 1) and of the pictures."""
+    """Shapes of both encoders (REFERENCE section 1) and of the pictures."""
 
     height: int = 704
     width: int = 1280
@@ -32,36 +42,110 @@ class Size:
 
 TRUE = Size()
 TINY = Size(64, 96, base=8, blocks=1, layers=2, width_text=64, heads=4, hidden=128, vocabulary=WORDS + 3)
+SMALL = Size(64, 96, base=8, layers=2, width_text=16, heads=2, hidden=32, vocabulary=512)  # tests.tiny's tokenizer
 
 
-def random_vae(size: Size, device: torch.device) -> vae.Vae:
-    """An AutoencoderKLWan in float32."""
-    torch.manual_seed(0)
+def autoencoder(size: Size, device: torch.device, decoder: int) -> AutoencoderKLWan:
+    """An AutoencoderKLWan in float32, its decoder's first layer `decoder` wide."""
     with device:
         model = AutoencoderKLWan(
-            base_dim=size.base, decoder_base_dim=8, z_dim=CHANNELS, dim_mult=[1, 2, 4, 4],
+            base_dim=size.base, decoder_base_dim=decoder, z_dim=CHANNELS, dim_mult=[1, 2, 4, 4],
             num_res_blocks=size.blocks, temperal_downsample=[False, True, True], is_residual=True,
             in_channels=12, out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=16,
             latents_mean=[0.0] * CHANNELS, latents_std=[1.0] * CHANNELS,
         )  # fmt: skip
+    return model.eval().requires_grad_(False)
+
+
+def plain(model: AutoencoderKLWan, device: torch.device, kernels: bool = False) -> vae.Vae:
+    """A VAE whose latents need no scaling."""
     mean, std = (torch.full((CHANNELS,), value, device=device) for value in (0.0, 1.0))
     mean, std = (rearrange(values, "c -> 1 c 1 1 1") for values in (mean, std))
-    return vae.Vae(model.eval().requires_grad_(False), mean, std)
+    return vae.Vae(model, mean, std, kernels)
 
 
-def random_text(size: Size, device: torch.device) -> text.TextEncoder:
-    """A UMT5EncoderModel in float32 and a tokenizer that knows the words w0, w1, ..."""
-    torch.manual_seed(1)
+def umt5(size: Size, device: torch.device) -> UMT5EncoderModel:
+    """A UMT5EncoderModel in float32."""
     config = UMT5Config(
         vocab_size=size.vocabulary, d_model=size.width_text, d_kv=size.width_text // size.heads, d_ff=size.hidden,
         num_layers=size.layers, num_heads=size.heads, feed_forward_proj="gated-gelu",
         pad_token_id=PAD, eos_token_id=END,
     )  # fmt: skip
     with device:
-        model = text.fused(UMT5EncoderModel(config))
+        return UMT5EncoderModel(config).eval().requires_grad_(False)
+
+
+def random_vae(size: Size, device: torch.device) -> vae.Vae:
+    """The VAE that encodes; its decoder is small."""
+    torch.manual_seed(0)
+    return plain(autoencoder(size, device, decoder=8), device)
+
+
+def random_text(size: Size, device: torch.device) -> text.TextEncoder:
+    """A text encoder in float32 and a tokenizer that knows the words w0, w1, ..."""
+    torch.manual_seed(1)
+    model = text.fused(umt5(size, device))
     vocabulary = {"<pad>": PAD, "</s>": END, "<unk>": UNKNOWN} | {f"w{word}": word + 3 for word in range(WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    return text.TextEncoder(model.eval().requires_grad_(False), tokenizer)
+    return text.TextEncoder(model, tokenizer)
+
+
+def make_models(folder: Path, small: bool, device: torch.device, kernels: bool) -> Conditioner:
+    """Encoders and decoder of sampling."""
+    tiny.make_tokenizer(folder / "tokenizer")
+    size, dtype = (SMALL, torch.float32) if small else (TRUE, torch.bfloat16)
+    prompts = umt5(size, device).to(dtype)
+    model = autoencoder(size, device, decoder=8 if small else 256).to(dtype)
+    encoder = text.TextEncoder(prompts, AutoTokenizer.from_pretrained(folder / "tokenizer"))
+    frames = vae.frame_encoder(plain(fresh(model), device))
+    return Conditioner(encoder, plain(model, device, kernels), frames, device)
+
+
+def fresh(model: AutoencoderKLWan) -> AutoencoderKLWan:
+    """A copy that shares the weights: the encoder for single frames changes its modules, diffusers needs them."""
+    with torch.device("meta"):
+        other = AutoencoderKLWan.from_config(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other.eval().requires_grad_(False)
+
+
+def randomise(module: nn.Module) -> None:
+    """Matrices small, vectors as they are at the start of a training."""
+    draws = torch.Generator(next(module.parameters()).device).manual_seed(0)
+    for name, value in module.named_parameters():
+        if value.dim() > 1:
+            value.data.normal_(0, 0.02, generator=draws)
+        else:
+            value.data.fill_(float("norm" in name and name.endswith("weight")))
+
+
+def make_student(spec: VideoSpec, folder: Path, small: bool, device: torch.device) -> Student:
+    """A random network with the true sizes, its blocks compiled."""
+    facts = {"_class_name": "WanTransformer3DModel", "in_channels": 48, "out_channels": 48, "num_layers": 30,
+             "num_attention_heads": 24, "attention_head_dim": 128, "ffn_dim": 14336, "freq_dim": 256, "text_dim": 4096,
+             "patch_size": [1, 2, 2], "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}  # fmt: skip
+    if small:
+        facts |= {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 48, "text_dim": 16}
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text(json.dumps(facts))
+    dtype = torch.float32 if small else torch.bfloat16
+    net = materialise(skeleton(folder, dtype, Plan(compiled=not small)), device).requires_grad_(False)
+    randomise(net)
+    return Student(net, spec, ladder((1000, 750, 500, 250), s=5.0), dtype)
+
+
+def plain_denoise(net: WanTransformer3DModel, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    """diffusers' own forward with one time a token, eager."""
+    x_t, dtype = pin(x_t.float(), condition), next(net.parameters()).dtype
+    frame = tokens_per_frame(*x_t.shape[3:])
+    times = 1000 * sigma[:, None].repeat(1, frame * x_t.shape[2])
+    if condition.first_frame is not None:
+        times[:, :frame] = 0
+    (velocity,) = net(
+        hidden_states=x_t.to(dtype), timestep=times,
+        encoder_hidden_states=condition.text.to(dtype), return_dict=False,
+    )  # fmt: skip
+    return pin(x0_from_velocity(x_t, velocity.float(), sigma.float()), condition)

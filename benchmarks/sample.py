@@ -20,7 +20,7 @@ from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.random_model import make_models, make_student, plain_denoise
+from benchmarks.random_models import make_models, make_student, plain_denoise
 from benchmarks.report import append
 from common.seed import generator, normal
 from common.video import VideoSpec
