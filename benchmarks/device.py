@@ -95,6 +95,13 @@ def seconds(call: Callable[[], object], chosen: Case, *, warm: int = 1, repeat: 
     return statistics.median(times)
 
 
+def ceiling_of(chosen: Case) -> float:
+    """TFLOP/s of a large matrix product."""
+    size = 64 if chosen.tiny else 8192
+    a, b = (torch.randn(size, size, device=chosen.device, dtype=chosen.dtype) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, chosen, warm=3, repeat=20) / 1e12
+
+
 def synchronize(chosen: Case) -> None:
     """Wait for the device."""
     if chosen.device.type == "cuda":

@@ -1,7 +1,7 @@
 """What an iteration costs: seconds, memory, utilisation; one process or torchrun's ranks.
 
     python -m benchmarks.train_step [--tiny] [--memory compact] [--keep attention] [--only iteration,passes]
-    torchrun --nproc-per-node 2 -m benchmarks.train_step --memory standard
+    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.train_step --memory standard --only updates,exposed
 
 A mean iteration is the time of --count whole iterations by their number, from where the exits have their mean.
 """
@@ -16,9 +16,11 @@ from statistics import mean
 from time import perf_counter
 
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.device import Case, case, inputs, seconds, synchronize
+from benchmarks.device import Case, case, ceiling_of, inputs, seconds, synchronize
+from benchmarks.exposed import communication
 from benchmarks.loading import host_peak, load, write_apart
 from benchmarks.network import backward_of, forward_of
 from benchmarks.report import append
@@ -78,7 +80,7 @@ def iteration(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterat
     synchronize(chosen)
     trainer.clock.read()
     yield "first iteration of both roles, compilation included", f"{perf_counter() - began:.1f} s"
-    yield "peak host memory", f"{host_peak():.1f} GiB, the average included"
+    yield "peak host memory of rank 0", f"{host_peak():.1f} GiB, the average included"
     began, steps, marks = perf_counter(), [], []
     for number in range(start, start + count):
         steps.append(turn(chosen, trainer, number))
@@ -108,7 +110,7 @@ def mean_iteration(chosen: Case, trainer: Trainer, known: dict[str, float], spen
     useful = (USEFUL[CRITIC] - spared + USEFUL[STUDENT] / config.student_every) * FORWARD / spent
     yield "mean iteration", f"{spent:.3f} s, {trainer.ranks.world / spent:.3f} samples/s"
     yield "useful arithmetic", f"{useful:.0f} TFLOP/s a GPU, {useful / known['ceiling']:.1%} of the measured ceiling"
-    yield "peak memory", report_memory(chosen)
+    yield "peak memory, of the rank with most", report_memory(chosen)
 
 
 def reuse(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
@@ -132,6 +134,14 @@ def updates(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator
         yield f"{role} updates", f"{', '.join(f'{s:.2f}' for s in each)}, mean {found[role]:.2f} s"
     spent = found[CRITIC] + found[STUDENT] / trainer.config.student_every
     yield from mean_iteration(chosen, trainer, known, spent)
+
+
+def exposed(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
+    """How much of the two updates of an iteration is communication that nothing hides."""
+    for role, update in ((CRITIC, update_critic), (STUDENT, update_student)):
+        number = next(n for n in range(10_000) if exit_index(n, role, trainer.config) == 0)
+        run = partial(update, trainer, number, one_batch(chosen, trainer.ranks, role, number))
+        yield from communication(run, chosen, f"{role} update")
 
 
 def waits(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
@@ -179,14 +189,8 @@ def pause(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[
 
 MEASURES = {
     "iteration": iteration, "reuse": reuse, "passes": passes, "waits": waits, "pause": pause, "updates": updates,
+    "exposed": exposed,
 }  # fmt: skip
-
-
-def ceiling_of(chosen: Case) -> float:
-    """TFLOP/s of a large matrix product."""
-    size = 64 if chosen.tiny else 8192
-    a, b = (torch.randn(size, size, device=chosen.device, dtype=chosen.dtype) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: a @ b, chosen, warm=3, repeat=20) / 1e12
 
 
 def show(rank: int, rows: list[Row]) -> None:
@@ -206,7 +210,7 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 = all weights")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--folder", type=Path, help="model folder to open; without it weights are made on the device")
-    parser.add_argument("--only", default=SECTIONS, help=f"of {SECTIONS},updates")
+    parser.add_argument("--only", default=SECTIONS, help=f"of {SECTIONS},updates,exposed")
     parser.add_argument("--count", type=int, default=20, help="iterations timed")
     given = parser.parse_args()
     chosen = case(given.tiny, half=given.memory == "compact" or given.lora > 0)
@@ -223,7 +227,9 @@ def main() -> None:
     if given.folder is None:
         opened = random_roles(chosen, ranks, config)
     else:
-        write_apart(given.folder, given.tiny)
+        if ranks.rank == 0:
+            write_apart(given.folder, given.tiny)
+        dist.barrier()
         opened, more = load(chosen, ranks, config, given.folder)
         rows += more
     show(ranks.rank, rows)

@@ -16,7 +16,7 @@ from stage2_distill.lora import Role, add_adapters, lora_of
 from stage2_distill.memory import Opened
 from stage2_distill.network import Network, Plan, adopt
 from stage2_distill.optim import open_ema, open_optimizer
-from stage2_distill.parallel import Ranks, shard
+from stage2_distill.parallel import Ranks, of_all_ranks, shard
 from stage2_distill.reuse import Reuse
 from stage2_distill.schedule import CRITIC, STUDENT, Part
 from stage2_distill.train import Roles, Trainer
@@ -97,12 +97,12 @@ def one_batch(chosen: Case, ranks: Ranks, role: str, iteration: int) -> Iterator
 
 
 def report_memory(chosen: Case) -> str:
-    """Most memory in use so far, in GiB."""
+    """Most memory in use so far on any rank's GPU, in GiB; all ranks call it."""
     if chosen.device.type != "cuda":
         return "not measured"
-    return (
-        f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, reserved {torch.cuda.max_memory_reserved() / 2**30:.1f}"
-    )
+    here = torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], device=chosen.device)
+    used, reserved = (of_all_ranks(here).amax(0) / 2**30).tolist()
+    return f"{used:.1f} GiB, reserved {reserved:.1f}"
 
 
 def finite(values: list[float]) -> bool:

@@ -1,11 +1,14 @@
 """The benchmarks of the trainer run at tiny size: alone in both memory modes, on two ranks, and the network's."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks.exposed import length, union
 
 ROOT = Path(__file__).parent.parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -36,6 +39,17 @@ def test_train_step(launcher: list[str], memory: str) -> None:
 def test_adapters_with_inputs_in_host_memory() -> None:
     options = ("--tiny", "--memory", "standard", "--lora", "4", "--keep", "host", "--only", "updates")
     assert "\nmean iteration: " in printed("-m", "benchmarks.train_step", *options)
+
+
+def test_communication_on_two_ranks() -> None:
+    text = printed(*TORCHRUN, "-m", "benchmarks.train_step", "--tiny", "--replicate", "2", "--only", "updates,exposed")
+    for role in ("critic", "student"):
+        assert re.search(rf"\n{role} update, communication: 0\.\d+ s of .*gloo:all_reduce", text)
+
+
+def test_time_in_overlapping_spans() -> None:
+    assert union([(5, 6), (0, 2), (1, 3), (2, 2.5)]) == [(0, 3), (5, 6)]
+    assert length([(5, 6), (0, 2), (1, 3)]) == 4
 
 
 def test_network(tmp_path: Path) -> None:
