@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import mean
 from time import perf_counter
 
-import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 

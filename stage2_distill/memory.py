@@ -16,7 +16,7 @@ from stage2_distill.train import Roles
 from stage2_distill.wan import skeleton
 from stage2_distill.weights import copy_weights, read_weights
 
-STANDARD_BYTES = 34  # a parameter: two roles' masters and AdamW states (12 each), gradients 4, average 4, teacher 2
+STANDARD_BYTES = 26  # a parameter: two roles' masters and second moments (8 each), gradients 4, average 4, teacher 2
 REST = 16 << 30  # bytes of activations and of gathered weights
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from stage2_distill.adamw import PlainAdamW
 from stage2_distill.compact import CompactAdamW
 from stage2_distill.config import STANDARD, DistillConfig
 from stage2_distill.ema import Ema
@@ -20,11 +21,12 @@ def open_optimizer(
     The student's is used in one of `student_every` iterations: on a single GPU its state may wait in host memory.
     """
     lr = config.student_lr if role == STUDENT else config.critic_lr
+    settings = {"lr": lr, "beta2": config.beta2, "eps": config.eps, "weight_decay": config.weight_decay}
     if memory == STANDARD:
-        return adamw(net, lr, config)
+        return PlainAdamW(net, settings) if config.beta1 == 0 else adamw(net, lr, config)
     return CompactAdamW(
         net,
-        {"lr": lr, "beta2": config.beta2, "eps": config.eps, "weight_decay": config.weight_decay},
+        settings,
         moment=config.second_moment,
         offload=role == STUDENT and config.offload == "all" and ranks.world == 1,
         accumulate=accumulation(config, ranks.world) > 1,
@@ -58,7 +60,7 @@ def remainders(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def adamw(net: nn.Module, lr: float, config: DistillConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters of `net`, its state made at once so that a checkpoint can fill it."""
+    """torch's AdamW, for a first moment; its state is made at once so that a checkpoint can fill it."""
     optimizer = torch.optim.AdamW(
         net.parameters(),
         lr=lr,
