@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from runs import flip, make_config, make_shards, run_here, tensors
 
 from stage2_distill import saver as module
+from stage2_distill import snapshot
 from stage2_distill.checkpoint import StudentFacts, checkpoints, prune, read_facts, write_best
 from stage2_distill.config import DistillConfig
 from stage2_distill.parallel import start
@@ -47,7 +49,12 @@ def test_training_goes_on_and_does_not_change_what_is_written(
         assert changed.wait(30)
         write(*arguments)
 
+    def slow(size: int) -> torch.Tensor:
+        time.sleep(0.2)
+        return torch.empty(size, dtype=torch.uint8)
+
     monkeypatch.setattr(module, "write", late)
+    monkeypatch.setattr(snapshot, "room", slow)
     live = {"student.weight": torch.arange(6.0).view(2, 3), "student.step": torch.tensor(5.0)}
     with Saver(tmp_path, config, start("cpu")) as saver:
         saver.save(live, facts)

@@ -65,7 +65,15 @@ def test_a_torn_file_is_named(copy: Path) -> None:
         load(copy, torch.float32)
 
 
-def test_a_rank_takes_its_own_part_and_one_file(model: Path, tmp_path: Path) -> None:
+# bytes a stored byte (float32): 3 roles, an average, 2 x 2 moments; or 3 roles in half, 2 x (remainder, 8-bit moment)
+@pytest.mark.parametrize(
+    ("ranks", "change", "times"),
+    [(2, {}, 8), (1, {"memory": "compact", "dtype": "bfloat16"}, 3)],
+    ids=["standard", "compact"],
+)
+def test_a_rank_takes_its_own_part_and_one_file(
+    model: Path, tmp_path: Path, ranks: int, change: dict[str, str], times: int
+) -> None:
     net = WanTransformer3DModel(
         num_attention_heads=4, attention_head_dim=96, in_channels=48, out_channels=48, text_dim=16, ffn_dim=1536,
         num_layers=16, rope_max_seq_len=64,
@@ -74,12 +82,10 @@ def test_a_rank_takes_its_own_part_and_one_file(model: Path, tmp_path: Path) -> 
     files = [path.stat().st_size for path in (tmp_path / "model" / "transformer").glob("*.safetensors")]
     assert len(files) >= 3
     assert sum(files) > 150e6
-    write_config(tmp_path / "config", make_config(tmp_path, tmp_path / "model", tmp_path / "out"))
-    done = run_ranks([str(ROOT / "tests" / "stage2_distill" / "weigh.py"), str(tmp_path / "config"), str(model)], 2)
+    write_config(tmp_path / "config", make_config(tmp_path, tmp_path / "model", tmp_path / "out", **change))
+    done = run_ranks([str(ROOT / "tests" / "stage2_distill" / "weigh.py"), str(tmp_path / "config"), str(model)], ranks)
     assert done.returncode == 0, done.stderr[-2000:]
-    for rank in range(2):
+    for rank in range(ranks):
         figures = json.loads((tmp_path / f"config.{rank}").read_text())
-        assert figures["own"] == pytest.approx(
-            8 * sum(files) / 2, rel=0.01
-        )  # half of 3 roles, an average, 2 x 2 moments
+        assert figures["own"] == pytest.approx(times * sum(files) / ranks, rel=0.02)
         assert figures["grown"] < figures["own"] + max(files)

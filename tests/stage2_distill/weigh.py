@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from common.options import resolve
+from stage2_distill.compact import local
 from stage2_distill.config import DistillConfig
 from stage2_distill.memory import open_roles
 from stage2_distill.parallel import start
@@ -23,10 +24,10 @@ pages = int(Path("/proc/self/statm").read_text().split()[1])
 opened = open_roles(config, ranks, Path(config.model))
 peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 kept = [p for net in (opened.roles.student, opened.roles.teacher, opened.roles.critic) for p in net.parameters()]
-kept += opened.ema.weights.values()
+kept += () if opened.ema.offload else opened.ema.weights.values()  # waiting, it is not there yet
 for optimizer in (opened.student_optimizer, opened.critic_optimizer):
     kept += [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
-own = sum(value.to_local().nbytes for value in kept)
+own = sum(local(value).nbytes for value in kept)
 figures = {"grown": peak - resource.getpagesize() * pages, "own": own}
 Path(f"{sys.argv[1]}.{ranks.rank}").write_text(json.dumps(figures))
 dist.destroy_process_group()
