@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 SLAB, ALIGNED = 1 << 30, 512  # bytes
 BERTHS = 3  # one group arrives, one is there, one leaves
@@ -51,6 +52,7 @@ class Visit:
 class Host:
     """Where tensors are to live: in pinned host memory, if they are offloaded from a GPU, else where they are.
 
+    Of a sharded tensor this rank's part lives there, as a plain one: only for ranks that each hold the whole.
     Torch rounds each pinned request up to a power of two, for weights half as much again: so it is asked for slabs.
     """
 
@@ -61,7 +63,9 @@ class Host:
 
     def home(self, value: Tensor) -> Tensor:
         """The tensor itself, or its copy in host memory."""
-        return self.carve(value) if self.offload and value.is_cuda else value
+        if not (self.offload and value.is_cuda):
+            return value
+        return self.carve(value.to_local() if isinstance(value, DTensor) else value)
 
     def carve(self, value: Tensor) -> Tensor:
         """A copy of a tensor in a slab."""

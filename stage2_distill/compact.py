@@ -75,7 +75,8 @@ def write_moment(state: dict[str, Tensor], moment: Tensor, place: Tensor) -> Non
 class CompactAdamW(torch.optim.Optimizer):
     """The optimizer; parameters are bf16, plain or sharded along dimension 0.
 
-    settings: lr, beta2, eps, weight_decay. With `offload` the state lives in host memory; not for sharded parameters.
+    settings: lr, beta2, eps, weight_decay. With `offload` the state lives in host memory: where each rank holds whole
+    parameters.
     """
 
     def __init__(

@@ -86,7 +86,8 @@ class DistillConfig:
     memory: str = option(AUTO, "Float32 masters, or the compact form; auto: standard where it fits.", choices=MEMORIES)
     second_moment: str = option("8bit", "Of the compact form.", choices=MOMENTS)
     offload: str = option(
-        "average", "Compact form on one GPU: what of the student waits in host memory; all: its optimizer's state too.",
+        "average",
+        "Compact form, a whole copy a GPU: what of the student waits in host memory; all: its optimizer's state too.",
         choices=OFFLOADS,
     )  # fmt: skip
     keep_activations: str = option(

@@ -65,7 +65,7 @@ class Ema:
         with torch.cuda.stream(self.aside):
             averages = carried(({"average": weight} for weight in self._weights.values()), device)
             for (_, master), here in zip(masters, averages, strict=True):
-                here["average"].lerp_(master, 1 - decay)
+                local(here["average"]).lerp_(local(master), 1 - decay)
 
     @contextmanager
     def in_place_of(self, net: nn.Module) -> Iterator[None]:

@@ -18,7 +18,7 @@ def open_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of a role in a memory mode.
 
-    The student's is used in one of `student_every` iterations: on a single GPU its state may wait in host memory.
+    The student's is used in one of `student_every` iterations: its state may wait in host memory where a GPU holds all.
     """
     lr = config.student_lr if role == STUDENT else config.critic_lr
     settings = {"lr": lr, "beta2": config.beta2, "eps": config.eps, "weight_decay": config.weight_decay}
@@ -28,7 +28,7 @@ def open_optimizer(
         net,
         settings,
         moment=config.second_moment,
-        offload=role == STUDENT and config.offload == "all" and ranks.world == 1,
+        offload=role == STUDENT and config.offload == "all" and whole(config, ranks),
         accumulate=accumulation(config, ranks.world) > 1,
     )
 
@@ -36,8 +36,13 @@ def open_optimizer(
 def open_ema(student: nn.Module, optimizer: torch.optim.Optimizer, config: DistillConfig, ranks: Ranks) -> Ema:
     """The student's average, in host memory where it is to wait there."""
     compact = isinstance(optimizer, CompactAdamW)
-    offload = compact and config.offload != "none" and ranks.world == 1
+    offload = compact and config.offload != "none" and whole(config, ranks)
     return Ema(lambda: masters(student, optimizer), offload=offload)
+
+
+def whole(config: DistillConfig, ranks: Ranks) -> bool:
+    """Whether each rank holds whole networks, alone or as one of the replicas."""
+    return config.replicate == ranks.world
 
 
 def clip(net: nn.Module, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from stage2_distill import carry
 from stage2_distill.compact import CompactAdamW, like, local
-from stage2_distill.parallel import start
+from stage2_distill.ema import Ema
+from stage2_distill.parallel import Ranks, make_mesh, start
 
 SETTINGS = {"lr": 1e-2, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 SHAPES = ((13, 128), (13,))
@@ -26,8 +28,10 @@ def layer() -> nn.Linear:
 
 def part_of(whole: Tensor, target: Tensor) -> Tensor:
     """This rank's rows of a tensor, if the target is sharded."""
-    sharded = isinstance(target, DTensor)
-    return whole.chunk(dist.get_world_size())[dist.get_rank()] if sharded else whole
+    if not isinstance(target, DTensor):
+        return whole
+    mesh = target.device_mesh
+    return whole.chunk(mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
 
 
 def steps(net: nn.Module, optimizer: CompactAdamW, numbers: range) -> None:
@@ -44,6 +48,30 @@ def steps(net: nn.Module, optimizer: CompactAdamW, numbers: range) -> None:
 def kept(optimizer: CompactAdamW) -> list[Tensor]:
     """Masters and states."""
     return [*optimizer.masters(), *(value for p in optimizer.parameters() for value in optimizer.state[p].values())]
+
+
+def away(host: carry.Host, value: Tensor) -> Tensor:
+    """`Host.home` as it is for a GPU's tensors."""
+    return host.carve(local(value)) if host.offload else value
+
+
+def check_whole_copies(ranks: Ranks) -> None:
+    """State that waits in host memory gives the same, where each rank holds a whole copy (HSDP)."""
+    carry.Host.home, carry.pinned = away, lambda size: torch.empty(size, dtype=torch.uint8)
+    optimizers = []
+    for offload in (False, True):
+        net = layer()
+        fully_shard(net, mesh=make_mesh("cpu", ranks.world, ranks.world))
+        optimizers.append(CompactAdamW(net, SETTINGS, offload=offload))
+        average = Ema(lambda o=optimizers[-1]: zip("wb", o.masters(), strict=True), offload=offload)
+        average.settle(0.5)
+        steps(net, optimizers[-1], range(5))
+        average.update(average.masters(), 0.5, ranks.device)
+        optimizers[-1].averages = average.weights
+    here, home = optimizers
+    assert not any(isinstance(value, DTensor) for p in home.parameters() for value in home.state[p].values())
+    pairs = [*zip(kept(here), kept(home), strict=True), *((here.averages[n], home.averages[n]) for n in "wb")]
+    assert all(torch.equal(local(one), local(two)) for one, two in pairs)
 
 
 if __name__ == "__main__":
@@ -63,4 +91,5 @@ if __name__ == "__main__":
         assert one.dtype == two.dtype
         assert torch.equal(part_of(one, two), local(two)), (one.dtype, one.shape)
     assert any(value.dtype == torch.uint8 for value in kept(together))
+    check_whole_copies(ranks)
     dist.destroy_process_group()
