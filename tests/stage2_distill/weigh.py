@@ -4,6 +4,7 @@ Under torchrun; SMALL is opened before, for all that is loaded once.
 """
 
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -31,3 +32,4 @@ own = sum(local(value).nbytes for value in kept)
 figures = {"grown": peak - resource.getpagesize() * pages, "own": own}
 Path(f"{sys.argv[1]}.{ranks.rank}").write_text(json.dumps(figures))
 dist.destroy_process_group()
+os._exit(0)  # a thread of torch's may still run, and would abort the process
