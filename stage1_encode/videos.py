@@ -54,7 +54,7 @@ class Placing:
 
 
 NEEDED = {"full": 46, "24gb": 22, "16gb": 15}  # GiB of a card, at 121 x 704 x 1280, fastest first
-PLACINGS = {"full": Placing(), "24gb": Placing(False, False, 1), "16gb": Placing(False, False, 1)}
+PLACINGS = {"full": Placing(), "24gb": Placing(False, False), "16gb": Placing(False, False, 1)}
 
 
 def place(memory: str, device: torch.device) -> Placing:
