@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -144,28 +145,35 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     """Conditions and frames (stage one), latents in between (stage two); the files made.
 
     Records and latents are handed over in memory; the latents are stored in X.zarr beside the videos as well. Under
-    torchrun each process makes its share of the CSV's rows.
+    torchrun each process makes its share of the CSV's rows, or all denoise the one video together.
     """
     from common.device import pick_device
     from stage1_encode.conditions import load_conditioner
     from stage1_encode.engine import rank_and_world
     from stage1_encode.videos import Order, make_videos, place
+    from stage2_distill.lead import Leader, follow
     from stage2_distill.sample import open_student
 
     out, single = Path(config.out), config.prompt is not None
     placing = place(config.memory, pick_device(config.device))
-    student = open_student(config)
+    student, (rank, world) = open_student(config), rank_and_world()
+    together = single and world > 1
+    if together and rank:
+        follow(student)
+        return []
     models = load_conditioner(
         config.model, precision=config.vae_dtype, device=student.device, stay=placing.text, kernels=config.kernels
     )
     open_output(out, config)
-    rank, world = rank_and_world()
+    if together:
+        rank, world = 0, 1
     name = f"latents-{rank}.zarr" if world > 1 else "latents.zarr"
     store = out.with_suffix(".zarr") if single else out / name
     with tempfile.TemporaryDirectory() as work:
         table = Path(write_prompt(Path(work) / "prompt.csv", config) if single else str(config.data))
         order = Order(table, out, store, student.spec, config.seed, config.segments, config.batch_size, rank, world)
-        return make_videos(order, models, student, placing)
+        with Leader(student) if together else nullcontext(student) as sampler:
+            return make_videos(order, models, sampler, placing)
 
 
 def evaluate(config: EvaluateConfig) -> Path:

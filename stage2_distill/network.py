@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from common.video import TEXT_LENGTH
 from stage2_distill.attention import attend
 from stage2_distill.lift import at_home
+from stage2_distill.together import all_parts, attend_together, own_part
 
 if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
     from stage2_distill.kernels import linear_gelu, norm_rotate
@@ -43,6 +44,7 @@ class Plan:
     kernel: str = "auto"  # of attention
     keep: str = KEEP_ALL  # what a block keeps for its backward pass; the rest is computed again
     compiled: bool = False
+    ranks: int = 1  # processes that share the tokens of a video; without gradient only
 
 
 class Block(WanTransformerBlock):
@@ -98,13 +100,20 @@ class Network(WanTransformer3DModel):
             timestep.flatten(), encoder_hidden_states, timestep_seq_len=timestep.shape[1]
         )
         modulation = rearrange(modulation, "b k (m d) -> b k m d", m=6)
+        ranks = self.blocks[0].plan.ranks
+        if ranks > 1:
+            own = own_part(x.shape[1], ranks)
+            x, rope, given = x[:, own], (rope[0][:, own], rope[1][:, own]), max(0, given - own.start)
         for block in self.blocks:
             x = block(x, text, modulation, rope, given)
         shift, scale = (self.scale_shift_table[:, None] + temb[:, :, None]).unbind(2)
         x = modulate(self.norm_out(x.float()), shift, scale, given).type_as(x)
+        x = self.proj_out(x)
+        if ranks > 1:
+            x = all_parts(x, ranks)
         patch = dict(zip(("pt", "ph", "pw"), self.config.patch_size, strict=True))
         pattern = "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
-        return (rearrange(self.proj_out(x), pattern, t=frames, h=height, w=width, **patch),)
+        return (rearrange(x, pattern, t=frames, h=height, w=width, **patch),)
 
 
 Network.__name__ = WanTransformer3DModel.__name__  # save_pretrained writes it, and diffusers must find its class
@@ -149,7 +158,7 @@ def placed(norm: nn.RMSNorm, x: Tensor, heads: int, rope: Rope | None) -> Tensor
     return rotate(split(norm(x)), rope)
 
 
-def attention(module: WanAttention, x: Tensor, source: Tensor, rope: Rope | None, kernel: str) -> Tensor:
+def attention(module: WanAttention, x: Tensor, source: Tensor, rope: Rope | None, plan: Plan) -> Tensor:
     """Attention of x (B N D) over `source` (B M D).
 
     Without rope the source is text: of fewer than 512 rows the last one stands for all the zero rows left out.
@@ -157,8 +166,10 @@ def attention(module: WanAttention, x: Tensor, source: Tensor, rope: Rope | None
     query = placed(module.norm_q, module.to_q(x), module.heads, rope)
     key = placed(module.norm_k, module.to_k(source), module.heads, rope)
     value = rearrange(module.to_v(source), "b n (h d) -> b n h d", h=module.heads)
+    if rope is not None and plan.ranks > 1:
+        return module.to_out[0](attend_together(query, key, value, plan.kernel, plan.ranks))
     stands_for = 1 if rope is not None else TEXT_LENGTH - source.shape[1] + 1
-    return module.to_out[0](attend(query, key, value, kernel, stands_for=stands_for))
+    return module.to_out[0](attend(query, key, value, plan.kernel, stands_for=stands_for))
 
 
 def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
@@ -170,17 +181,17 @@ def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
 
 
 def block_forward(
-    block: WanTransformerBlock, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int, kernel: str
+    block: WanTransformerBlock, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int, plan: Plan
 ) -> Tensor:
     """One block: x (B N D), text (B L D), temb (B K 6 D) -> (B N D). Norms and modulation are float32."""
     rows = (block.scale_shift_table[:, None] + temb.float()).unbind(2)
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows
     tokens = x.shape[1]
     y = modulate(block.norm1(x.float()), shift, scale, given).type_as(x)
-    y = attention(block.attn1, y, y, rope, kernel)
+    y = attention(block.attn1, y, y, rope, plan)
     x = (x.float() + y * per_time(gate, tokens, given)).type_as(x)
     y = block.norm2(x.float()).type_as(x)
-    x = x + attention(block.attn2, y, text, None, kernel)
+    x = x + attention(block.attn2, y, text, None, plan)
     y = feed_forward(block.ffn, modulate(block.norm3(x.float()), ffn_shift, ffn_scale, given).type_as(x))
     return (x.float() + y.float() * per_time(ffn_gate, tokens, given)).type_as(x)
 
@@ -194,7 +205,7 @@ def policy(_context: object, op: object, *args: Tensor, **_named: object) -> Che
 @cache
 def runner(plan: Plan) -> Callable[..., Tensor]:
     """The function (block, *inputs) -> x of a plan; all blocks of all roles share it, and one compiled graph."""
-    compute = partial(block_forward, kernel=plan.kernel)
+    compute = partial(block_forward, plan=plan)
     contexts = partial(create_selective_checkpoint_contexts, policy)
 
     def run(block: Block, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int) -> Tensor:

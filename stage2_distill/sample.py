@@ -1,5 +1,6 @@
 """A checkpoint and conditions in, latents out. Shapes: B batch, C channels, T latent frames, H W latent size."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.condition import Condition
 from common.device import Travelling, pick_device
 from common.seed import generator, normal
 from common.video import TEXT_LENGTH, VideoSpec
@@ -17,7 +19,9 @@ from stage2_distill.checkpoint import StudentFacts, chosen, load, read_facts
 from stage2_distill.config_sample import EvaluateConfig, SampleConfig
 from stage2_distill.lora import load_merged, lora_of
 from stage2_distill.network import Network, Plan
+from stage2_distill.parallel import start
 from stage2_distill.rollout import rollout
+from stage2_distill.together import check_ranks
 from stage2_distill.wan import cast_parameters, denoiser, materialise, skeleton
 from stage2_distill.wan import load as load_network
 
@@ -46,10 +50,17 @@ class Student:
         """Bring the network to a device."""
         self.tensors.move(device)
 
-    @torch.no_grad()
     def __call__(self, records: Sequence[Record], seeds: Sequence[int], segment: int = 0) -> Tensor:
         """Latents (B C T H W) of records, from the noise of their seeds and of the segment."""
-        condition = collate(records, text_rows=self.text_rows).condition.to(self.device)
+        return self.denoise(self.condition(records), seeds, segment)
+
+    def condition(self, records: Sequence[Record]) -> Condition:
+        """What the network sees of records, on its device."""
+        return collate(records, text_rows=self.text_rows).condition.to(self.device)
+
+    @torch.no_grad()
+    def denoise(self, condition: Condition, seeds: Sequence[int], segment: int) -> Tensor:
+        """Latents (B C T H W) of conditions; the same noise for the same seeds and segment."""
         draws = [generator(seed, 0, segment, "sample", self.device) for seed in seeds]
         noise = normal(self.spec.latent_shape, draws)
         return rollout(denoiser(self.net, self.dtype), noise, condition, ladder=self.sigmas, generators=draws)
@@ -60,9 +71,12 @@ def open_student(config: SampleConfig) -> Student:
     checkpoint = chosen(Path(config.checkpoint))
     facts = read_facts(checkpoint)
     check_model(config.model, facts)
-    net = load_student(config, checkpoint, facts, Plan(compiled=config.compile))
+    spec = config.size(facts.spec)
+    ranks = start(config.device).world if config.data is None and int(os.environ.get("WORLD_SIZE", "1")) > 1 else 1
+    net = load_student(config, checkpoint, facts, Plan(compiled=config.compile, ranks=ranks))
+    check_ranks(ranks, tokens=spec.num_tokens, heads=net.config.num_attention_heads)
     sigmas = config.sigmas(facts.shift) or facts.sigmas
-    return Student(net, config.size(facts.spec), sigmas, getattr(torch, config.dtype), config.text_rows)
+    return Student(net, spec, sigmas, getattr(torch, config.dtype), config.text_rows)
 
 
 def check_model(model: str, facts: StudentFacts) -> None:
