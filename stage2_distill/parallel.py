@@ -34,7 +34,10 @@ def start(device: str, *, replicate: int = 1) -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"  # checkpoints and signals go over gloo
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
+            store, rank, world = next(dist.rendezvous("env://"))
+            # torchrun keeps its store when it starts killed ranks again: they must not find the addresses of the dead
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     rank, world = dist.get_rank(), dist.get_world_size()
