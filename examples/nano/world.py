@@ -1,9 +1,11 @@
 """The nano world: clips of coloured shapes on a still background, each a pure function of (seed, index).
 
-It is discrete where a tiny network must choose: centres start on a lattice, objects turn and enter where a latent
-frame begins, and move one stride a latent frame. What the caption leaves open is drawn at random.
+Every object keeps to its own half of the picture, so that what one does leaves the other free. The world is discrete
+where a tiny network must choose: centres start on a lattice, objects turn and enter where a latent frame begins, and
+move one stride a latent frame. What the caption leaves open is drawn at random.
 
-Shapes: B clips, K candidates, S object slots (0 and 1 are there from the start, 2 enters later), T frames, H W pixels.
+Shapes: B clips, S object slots (0 is there from the start, 1 from the start or never, 2 enters later or never; 1 and 2
+share a half and are never in one clip), T frames, H W pixels.
 Every draw is a hash of (seed, index, slot), so the CPU and the GPU make the same clips in any order and batch size.
 """
 
@@ -26,12 +28,11 @@ GROW, SHRINK, BOUNCE, STAY, FREE = range(8, 13)
 SLOTS = 3
 NEVER = FRAMES  # entry frame of an object that is not in the clip
 CHUNK = 4  # pixel frames a latent frame, after the first; objects turn and enter at frames 1 + 4k
-LATTICE, STRIDE = 4.0, 8.0  # pixels between places where objects start, and an object moves in a chunk
-SIZE, SMALL, LARGE = 8.0, 7.0, 11.0  # radius of most objects; a growing one goes from SMALL to LARGE
-REACH = 1.25  # a shape stays within this many radii of its centre (the triangle's tips are thinner than the gap)
-GAP = 3.0  # pixels kept free between objects
-TRIES, PLACES = 24, 40  # candidates for the two paths, and for the entering object's place
-PATH_DRAWS, PLACE_DRAWS, SCENE_DRAWS = 6, 2, 28  # uniform draws a candidate path, a candidate place, a scene
+LATTICE, STRIDE = 2.0, 6.0  # pixels between places where objects start, and an object moves in a chunk
+SIZE, SMALL, LARGE = 7.0, 7.0, 10.0  # radius of most objects; a growing one goes from SMALL to LARGE
+REACH = 1.25  # a shape stays within this many radii of its centre
+VAGUE = 0.6  # share of captions that leave an object's motion open
+PATH_DRAWS, SCENE_DRAWS = 6, 28  # uniform draws a path, a scene without its paths
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ def attributes(u: Tensor, colour: Tensor, split: Tensor | None) -> tuple[Tensor,
     """Shape and motion (B) for a colour (B) from draws u (B 3); split (B) asks for held-out combinations or
     none, None for any.
 
-    Half of the motions are FREE. Walks from a random start through all shape x motion pairs to the first allowed one.
+    A share VAGUE of the motions is FREE. Walks from a random start through all shape x motion pairs to the first allowed one.
     """
     named = len(MOTIONS) - 1
-    free = u[:, 0] < 0.5
+    free = u[:, 0] < VAGUE
     steps = torch.arange(len(SHAPES) * named, device=u.device)
     pair = (choose(u[:, 1], len(SHAPES) * named)[:, None] + steps * 7) % (len(SHAPES) * named)  # 7 and 48 are coprime
     shape = torch.where(free[:, None], pair % len(SHAPES), pair // named)
@@ -127,8 +128,14 @@ def on_lattice(u: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return LATTICE * (first + (u * count).floor().minimum(count - 1))
 
 
+def room(margin: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest centre (... 2) in the left half of an object that needs `margin` (...) pixels around it."""
+    low = torch.stack([margin, margin], dim=-1)
+    return low, constant((WIDTH / 2, HEIGHT), margin.device) - low
+
+
 def paths(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
-    """Centres (... T 2) that stay inside the picture and radii (... T), from draws u (... 6) and motion (...)."""
+    """Centres (... T 2) that stay inside the left half and radii (... T), from draws u (... 6) and motion (...)."""
     heading = headings(u, motion)
     still = (motion == GROW) | (motion == SHRINK) | (motion == STAY)
     speed = torch.where(still, 0.0, STRIDE / CHUNK)
@@ -138,43 +145,8 @@ def paths(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
     end = torch.where(motion == GROW, LARGE, torch.where(motion == SHRINK, SMALL, SIZE))
     clock = torch.linspace(0, 1, FRAMES, device=u.device)
     radius = start[..., None] + (end - start)[..., None] * clock
-    margin = REACH * radius.amax(dim=-1)[..., None] + 1
-    low = margin - offset.amin(dim=-2)
-    high = constant((WIDTH, HEIGHT), u.device) - margin - offset.amax(dim=-2)
-    return on_lattice(u[..., 4:6], low, high)[..., None, :] + offset, radius
-
-
-def apart(a: Tensor, b: Tensor, ra: Tensor, rb: Tensor) -> Tensor:
-    """True (... T) where objects at a and b (... T 2) with radii ra and rb (... T) keep their gap."""
-    return (a - b).norm(dim=-1) > REACH * (ra + rb) + GAP
-
-
-def take(values: Tensor, first: Tensor) -> Tensor:
-    """values (B K ...) at first (B) -> (B ...)."""
-    return values[torch.arange(len(first), device=first.device), first]
-
-
-def draw_paths(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Centres (B 2 T 2), radii (B 2 T) of the first candidate pair whose paths never touch, and whether there
-    was one (B).
-    """
-    u = rearrange(u, "b (k s d) -> b k s d", k=TRIES, s=2)
-    centre, radius = paths(u, motion[:, None].expand(-1, TRIES, -1))
-    clear = apart(centre[:, :, 0], centre[:, :, 1], radius[:, :, 0], radius[:, :, 1]).all(dim=-1)
-    first = clear.float().argmax(dim=1)
-    return take(centre, first), take(radius, first), clear.any(dim=1)
-
-
-def draw_place(u: Tensor, centre: Tensor, radius: Tensor, size: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
-    """A place (B 2) for an object of radius `size` (B) clear of the S' others from frame `entry` (B) on, and
-    whether there is one (B).
-    """
-    u = rearrange(u, "b (k d) -> b k d", k=PLACES)
-    margin = REACH * size[:, None, None] + 1
-    place = on_lattice(u, margin.expand_as(u), (constant((WIDTH, HEIGHT), u.device) - margin).expand_as(u))
-    clear = apart(place[:, :, None, None], centre[:, None], size[:, None, None, None], radius[:, None])
-    clear = (clear | (torch.arange(FRAMES, device=u.device) < entry[:, None, None, None])).all(dim=-1).all(dim=-1)
-    return take(place, clear.float().argmax(dim=1)), clear.any(dim=1)
+    low, high = room(REACH * radius.amax(dim=-1) + 1)
+    return on_lattice(u[..., 4:6], low - offset.amin(dim=-2), high - offset.amax(dim=-2))[..., None, :] + offset, radius
 
 
 def draw_background(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,8 +161,7 @@ def draw_scenes(seed: int, index: Tensor, *, held: bool | None) -> Scenes:
     """Scenes of the given indices (B): held=False for training, True for combinations never trained on, None for
     either.
     """
-    pairs, places = TRIES * 2 * PATH_DRAWS, PLACES * PLACE_DRAWS
-    u, v, w = uniforms(seed, index, SCENE_DRAWS + pairs + places).split([SCENE_DRAWS, pairs, places], dim=1)
+    u, v = uniforms(seed, index, SCENE_DRAWS + 2 * PATH_DRAWS).split([SCENE_DRAWS, 2 * PATH_DRAWS], dim=1)
     split = None if held is None else torch.full_like(index, held, dtype=torch.bool)
     a = choose(u[:, 0], 6)
     b = (a + 1 + choose(u[:, 1], 5)) % 6
@@ -198,13 +169,15 @@ def draw_scenes(seed: int, index: Tensor, *, held: bool | None) -> Scenes:
     shape_a, motion_a = attributes(u[:, 3:6], a, split)
     shape_b, motion_b = attributes(u[:, 6:9], b, None if held else split)
     motion = torch.stack([motion_a, motion_b], dim=1)
-    centre, radius, clear = draw_paths(v, motion)
-    second = torch.where(clear & (u[:, 9] < 0.8), 0, NEVER)
-    entry = 1 + CHUNK * (1 + choose(u[:, 10], (FRAMES - 1) // CHUNK - 1))
-    size = torch.full_like(u[:, 11], SIZE)
-    radius_there = torch.where(torch.stack([torch.zeros_like(second), second], 1)[..., None] == 0, radius, -1e3)
-    place, found = draw_place(w, centre, radius_there, size, entry)
-    entry = torch.where(found & (u[:, 12] < 0.8), entry, NEVER)
+    centre, radius = paths(rearrange(v, "b (s d) -> b s d", s=2), motion)
+    size = torch.full_like(radius[:, :1], SIZE)
+    place = on_lattice(u[:, 10:12], *room(REACH * size[:, 0, 0] + 1))[:, None, None].expand_as(centre[:, :1])
+    centre = torch.cat([centre, place], dim=1)
+    right = (u[:, 25] < 0.5)[:, None] == constant((1, 0, 0), u.device).bool()  # (B S): the first in one half, or other
+    centre = torch.stack([centre[..., 0] + right[..., None] * (WIDTH / 2), centre[..., 1]], dim=-1)
+    second = torch.where(u[:, 9] < 0.5, 0, NEVER)
+    entry = 1 + CHUNK * (1 + choose(u[:, 26], (FRAMES - 1) // CHUNK - 1))
+    entry = torch.where((second == NEVER) & (u[:, 12] < 0.9), entry, NEVER)
     background, tones = draw_background(u[:, 13:22])
     return Scenes(
         shape=torch.stack([shape_a, shape_b, choose(u[:, 22], 4)], dim=1),
@@ -212,8 +185,8 @@ def draw_scenes(seed: int, index: Tensor, *, held: bool | None) -> Scenes:
         motion=motion,
         entry=torch.stack([torch.zeros_like(second), second, entry], dim=1),
         named=u[:, 23] < 0.2,
-        centre=torch.cat([centre, place[:, None, None].expand(-1, 1, FRAMES, -1)], dim=1),
-        radius=torch.cat([radius, size[:, None, None].expand(-1, 1, FRAMES)], dim=1),
+        centre=centre,
+        radius=torch.cat([radius, size], dim=1),
         background=background,
         tones=tones,
         phase=u[:, 24],
