@@ -11,12 +11,13 @@ HEAD = """# The nano models
 A small TI2V model of the same classes and folder layout as Wan2.2-TI2V-5B, really trained, so that everything in this
 project can be seen to work on two CPU cores. It knows one world and nothing else.
 
-**World** (`world.py`, `render.py`, `captions.py`): clips of 17 frames at 64x96 and 12 fps, drawn from a seed. Up to
-three shapes (circle, square, triangle, cross) in six colours on four kinds of still background. Two are there from
-the start and move in one of 8 directions, grow, shrink, bounce or stay; half of the captions leave the motion open
-("moves"), and then the object goes straight anywhere, turns, curves or bounces, when and where it likes. Something
-may enter later, often without a name. So the future is open given the first frame and the caption. Combinations of
-shape, colour and motion that the held-out clips ask for are never trained on.
+**World** (`world.py`, `render.py`, `captions.py`): clips of 17 frames at 64x96 and 12 fps, drawn from a seed: one or
+two shapes (circle, square, triangle, cross) in six colours on four kinds of still background, each in its own half of
+the picture. The first moves in one of 8 directions, grows, shrinks, bounces or stays; 60 % of the captions leave the
+motion open ("moves"), and then the object goes straight anywhere, turns, curves or bounces, when and where it likes. In
+half of the clips a second one does the same; in nearly all others something enters later, anywhere in the other half,
+most often without a name. So the future is open given the first frame and the caption. Combinations of shape, colour
+and motion that the held-out clips ask for are never trained on.
 
 **Training** (`build.py`, one H100, seeded): the text encoder learns on captions alone what each word asks for; the VAE
 learns L1 + MSE with weight on the objects and a small KL; the denoiser learns flow matching at shift 5 with the first

@@ -85,10 +85,10 @@ def third_colour(pick: Tensor, taken: Tensor) -> Tensor:
 
 
 def attributes(u: Tensor, colour: Tensor, split: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Shape and motion (B) for a colour (B) from draws u (B 3); split (B) asks for held-out combinations or
-    none, None for any.
+    """Shape and motion (B) for a colour (B) from draws u (B 3); a share VAGUE of the motions is FREE.
 
-    A share VAGUE of the motions is FREE. Walks from a random start through all shape x motion pairs to the first allowed one.
+    split (B) asks for held-out combinations or none, None for any: it walks from a random start through all pairs of
+    shape and motion to the first allowed one.
     """
     named = len(MOTIONS) - 1
     free = u[:, 0] < VAGUE
