@@ -41,10 +41,16 @@ def test_adapters_with_inputs_in_host_memory() -> None:
     assert "\nmean iteration: " in printed("-m", "benchmarks.train_step", *options)
 
 
-def test_communication_on_two_ranks() -> None:
-    text = printed(*TORCHRUN, "-m", "benchmarks.train_step", "--tiny", "--replicate", "2", "--only", "updates,exposed")
-    for role in ("critic", "student"):
-        assert re.search(rf"\n{role} update, communication: 0\.\d+ s of .*gloo:all_reduce", text)
+def test_modes_on_two_ranks(tmp_path: Path) -> None:
+    (tmp_path / "alone").write_text("0.1")
+    options = ("--tiny", "--alone", str(tmp_path / "alone"), "--modes", "compact,hsdp", "--only", "updates,exposed")
+    text = printed(*TORCHRUN, "-m", "benchmarks.modes", *options)
+    for mode, kind in (("compact", "all_gather"), ("hsdp", "all_reduce")):
+        assert re.search(rf"\n{mode}, student update, communication: 0\.\d+ s of .*gloo:{kind}", text)
+        mean, rate = (float(re.search(rf"\n{mode}, {name}: ([\d.]+)", text)[1]) for name in (
+            "mean iteration", "rate of 2 GPUs against 2 times one"
+        ))  # fmt: skip
+        assert rate == pytest.approx(0.1 / mean, rel=0.02)
 
 
 def test_time_in_overlapping_spans() -> None:
