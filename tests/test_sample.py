@@ -15,10 +15,10 @@ from shards.latents import describe, read
 from shards.read import open_data_set
 from shards.record import Record
 from stage1_encode import vae
-from stage1_encode.conditions import Conditioner, encode_frame, load_conditioner, make_records
+from stage1_encode.conditions import Conditioner, encode_frame, load_conditioner, make_records, read_picture
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import encode
-from stage1_encode.rows import read_shards
+from stage1_encode.rows import Row, read_shards
 from stage1_encode.videos import PLACINGS, Order, Placing, make_videos, place
 from tests import tiny
 
@@ -85,6 +85,39 @@ def test_records_are_those_of_encode(order: Order, model: Path, models: Conditio
         assert torch.allclose(record.text.float(), wanted.text.float(), atol=0.02)  # prompts are batched otherwise
     assert torch.equal(found[0].first_frame, data.record(0).first_frame)
     assert found[1].first_frame is None
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_pictures_of_any_mode_become_first_frames(tmp_path: Path, mode: str) -> None:
+    pixels = tiny.picture(90, 33, seed=3)
+    deep = Image.fromarray(pixels[..., 0].astype("uint16") * 257)
+    name = "x.tif" if mode == "CMYK" else "x.png"
+    (deep if mode == "I;16" else Image.fromarray(pixels).convert(mode)).save(tmp_path / name)
+    found = read_picture(Row(0, 2, name, "a", None, ""), "a", tmp_path / "p.csv", SPEC)
+    assert isinstance(found, Tensor), found
+    assert found.shape == (64, 96, 3)
+    assert 5 < found.float().std() < 120
+
+
+@pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 180), (6, 90), (8, 270)])
+def test_pictures_are_turned_upright(tmp_path: Path, orientation: int, turn: int) -> None:
+    """EXIF says how the camera was held; the picture is stored turned against it."""
+    upright = Image.fromarray(tiny.picture(120, 180, seed=3))
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright.rotate(turn, expand=True).save(tmp_path / "turned.png", exif=exif)
+    rows = [Row(0, 2, name, "a", None, "") for name in ("turned.png", "upright.png")]
+    found, wanted = (read_picture(row, "a", tmp_path / "p.csv", SPEC) for row in rows)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 20), (20, 3000)])
+def test_pictures_of_any_size_become_first_frames(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size, (10, 200, 90)).save(tmp_path / "x.png")
+    found = read_picture(Row(0, 2, "x.png", "a", None, ""), "a", tmp_path / "p.csv", SPEC)
+    assert isinstance(found, Tensor), found
+    assert (found == torch.tensor([10, 200, 90])).all()
 
 
 def test_segments_go_on_from_the_last_frame(order: Order, models: Conditioner) -> None:
