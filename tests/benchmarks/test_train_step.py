@@ -50,7 +50,7 @@ def test_modes_on_two_ranks(tmp_path: Path) -> None:
         mean, rate = (float(re.search(rf"\n{mode}, {name}: ([\d.]+)", text)[1]) for name in (
             "mean iteration", "rate of 2 GPUs against 2 times one"
         ))  # fmt: skip
-        assert rate == pytest.approx(0.1 / mean, rel=0.02)
+        assert rate == pytest.approx(0.1 / mean, rel=0.05)
 
 
 def test_time_in_overlapping_spans() -> None:
