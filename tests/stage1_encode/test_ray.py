@@ -18,7 +18,7 @@ ray = pytest.importorskip("ray")
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -56,6 +56,26 @@ def test_a_killed_worker_costs_nothing(clips: Path, model: Path, tmp_path: Path)
     assert {name: sha for name, sha in hashes(tmp_path / "out").items() if not name.endswith(".partial")} == hashes(
         tmp_path / "whole"
     )
+
+
+def test_one_worker_a_gpu(clips: Path, model: Path, tmp_path: Path) -> None:
+    """Ray is told of two GPUs; the workers find none and compute on the CPU."""
+    encode(configure(clips / "clips.csv", model, tmp_path / "whole", shard_size=1))
+    seen: set[int] = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            seen.update(workers())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    before = set(workers())
+    watcher.start()
+    encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=1, engine="ray", device="auto"))
+    done.set()
+    watcher.join()
+    assert len(seen - before) == 2
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
 def test_a_mistake_in_a_worker_is_one_line(clips: Path, model: Path, tmp_path: Path) -> None:
