@@ -12,6 +12,7 @@ import gc
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def measure(mode: str, chosen: Case, given: argparse.Namespace, known: dict[str,
     world = dist.get_world_size()
     replicate = world if mode == "hsdp" else 1
     ranks = start(chosen.device.type, replicate=replicate)
-    config = make_config(chosen, ranks, replicate=replicate, **MODES[mode])
+    config = make_config(chosen, ranks, replicate=replicate, compile=not given.tiny, **MODES[mode])
     began = time.perf_counter()
     if given.folder is not None and mode == given.modes.split(",")[0]:
         opened, rows = load(chosen, ranks, config, given.folder)
@@ -85,9 +86,12 @@ def main() -> None:
     parser.add_argument("--alone", type=Path, required=True)
     parser.add_argument("--modes", default="compact")
     parser.add_argument("--only", default="updates")
+    parser.add_argument("--layers", type=int, default=0, help="blocks of the network, to try this script")
     parser.add_argument("--folder", type=Path, help="model folder that the first mode opens")
     given = parser.parse_args()
     chosen = case(given.tiny, half=True)
+    if given.layers:
+        chosen = replace(chosen, network=chosen.network | {"num_layers": given.layers})
     ranks = start(chosen.device.type)
     rows = [("ranks", str(ranks.world)), ("imported and joined after", f"{age():.1f} s")]
     while ranks.world > 1 and not given.alone.exists():
@@ -100,7 +104,7 @@ def main() -> None:
             rows.append((f"{mode}, {name}", value))
             show(ranks.rank, rows[-1:])
         forget(chosen)
-    if ranks.rank == 0 and not given.tiny:
+    if ranks.rank == 0 and not chosen.tiny:
         append("modes", rows, model="random weights")
 
 
