@@ -162,7 +162,7 @@ def sample_videos(config: SampleConfig) -> list[Path]:
         follow(student)
         return []
     models = load_conditioner(
-        config.model, precision=config.vae_dtype, device=student.device, stay=placing.text, kernels=config.kernels
+        config.model, precision=config.vae_dtype, device=student.device, stay=placing.text, compiled=config.compile
     )
     open_output(out, config)
     if together:

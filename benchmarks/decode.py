@@ -1,10 +1,10 @@
 """Where the decoder's time goes: by PyTorch's operations and by our kernels, against diffusers.
 
-    python benchmarks/decode.py [--tiny] [--part whole,ways,check,stock]
+    python benchmarks/decode.py [--tiny] [--part whole,check,stock]
 
 Random weights at 121 x 704 x 1280 in bfloat16; prints each figure as it is known and appends them to
-benchmarks/results/. `whole` decodes a video in every way, `ways` times each convolution alone, `check` compares our
-kernel with float32, `stock` runs diffusers' decode.
+benchmarks/results/. `whole` decodes a video in every way, `check` compares our convolutions with float32, `stock` runs
+diffusers' decode.
 """
 
 import argparse
@@ -15,15 +15,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
-from torch.nn import functional
 
 from benchmarks.report import append
 from stage1_encode.conv import Plan, by_library, fold
-from stage1_encode.decoder import Conv, Decoder, Ways, stream
+from stage1_encode.decoder import Decoder, stream
+from stage1_encode.ways import Ways
 
 Row = tuple[str, str]
 GPU = torch.cuda.is_available()
-LAST2, LAST3 = torch.channels_last, torch.channels_last_3d
 STEPS = 2  # latent frames at once
 
 
@@ -82,10 +81,12 @@ class Watched(Ways):
         """As ever."""
         self.watch("norms", 0.0, lambda: super(Watched, self).norm(x, gamma, out))
 
-    def convolve(self, x: Tensor, layer: Conv, residual: Tensor | None, skip: int) -> Tensor:
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor, plan: Plan, *, residual: Tensor | None, skip: int
+    ) -> Tensor:
         """As ever."""
-        shape = Shape(len(x) - layer.plan.depth + 1, *x.shape[1:3], layer.plan)
-        return self.watch(shape.name, shape.flops, lambda: super(Watched, self).convolve(x, layer, residual, skip))
+        shape, plain = Shape(len(x) - plan.depth + 1, *x.shape[1:3], plan), super().convolve
+        return self.watch(shape.name, shape.flops, lambda: plain(x, weight, bias, plan, residual=residual, skip=skip))
 
     def table(self) -> dict[str, tuple[float, float]]:
         """Seconds and operations by name."""
@@ -112,12 +113,11 @@ def make_model(tiny: bool) -> tuple[AutoencoderKLWan, Tensor]:
 
 def whole_rows(model: AutoencoderKLWan, z: Tensor) -> Iterator[Row]:
     """A video in every way: first a few frames, which compiles and tries, then all, by kind of work."""
-    ways = {"cuDNN by its rules": Ways(), "cuDNN tried": Ways()}
+    ways = {"PyTorch's operations": Ways()}
     if GPU:
-        ways |= {"our norms": Ways(norms=True), "our norms and convolutions": Ways(norms=True, convolutions=True)}
+        ways |= {"our norms": Ways(norms=True), "compiled": Ways(norms=True, convolutions=True)}
     first = None
     for name, way in ways.items():
-        torch.backends.cudnn.benchmark = name != "cuDNN by its rules"
         watched = Watched(way.norms, way.convolutions)
         decoder = Decoder(model, watched)
         began = settle()
@@ -164,82 +164,63 @@ def draws(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     return x, fold(weight, plan), torch.randn(plan.outputs * plan.time, **options)
 
 
-def median(work: Callable[[], object], repeats: int = 5) -> float:
-    """Median seconds of work, after one run that is not counted."""
-    work()
-    found = []
-    for _ in range(repeats):
-        began = settle()
-        work()
-        found.append(settle() - began)
-    return sorted(found)[repeats // 2]
-
-
-def way_rows(shape: Shape) -> Iterator[Row]:
-    """One convolution by our kernel, by cuDNN, and by cuDNN in two dimensions over three frames side by side."""
+def check_rows(_model: AutoencoderKLWan, _z: Tensor) -> Iterator[Row]:
+    """Our kernel's error against float32 in every convolution, with a residual where there is one."""
     from stage1_encode.conv_kernel import convolve
 
-    plan = shape.plan
-    x, weight, bias = draws(shape)
-    yield f"{shape.name}: ours", rate(shape.flops, median(lambda: convolve(x, weight, bias, plan)))
-    yield f"{shape.name}: cuDNN", rate(shape.flops, median(lambda: by_library(x, weight, bias, plan)))
-    if plan.depth == plan.side == 3:
-        beside = torch.cat([x[i : i + shape.frames] for i in range(3)], dim=3).permute(0, 3, 1, 2)
-        taps = weight.unflatten(1, (3, 3, 3, plan.channels)).permute(0, 1, 4, 2, 3).flatten(1, 2)
-        flat = taps.contiguous(memory_format=LAST2)
-        found = median(lambda: functional.conv2d(beside, flat, bias, padding=1))
-        yield f"{shape.name}: cuDNN in 2-D", rate(shape.flops, found)
-
-
-def check_rows(shape: Shape) -> Iterator[Row]:
-    """Our kernel's error against float32, on a picture that no tile divides, with a residual where there is one."""
-    from stage1_encode.conv_kernel import convolve
-
-    small = replace(shape, frames=3, height=21, width=37)
-    x, weight, bias = draws(small)
-    plan, more = shape.plan, dict[str, Tensor]()
-    if plan.space == 2:
-        plan, more = replace(plan, repeats=4, halves=1), {"residual": torch.randn_like(x)}
-    elif plan.depth == plan.side == 3:
-        size = (small.frames, 21, 37, plan.outputs)
-        plan, more = replace(plan, repeats=1), {"residual": torch.randn(size, device="cuda", dtype=torch.bfloat16)}
-    found, again = (convolve(x, weight, bias, plan, **more).float() for _ in range(2))
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        exact = {key: value.float() for key, value in more.items()}
-        wanted = by_library(x.float(), weight.float(), bias.float(), plan, **exact)
-    error = float((found - wanted).norm() / wanted.norm())
-    assert error < 1e-2, (shape.name, error)
-    yield f"{shape.name}: error of ours to float32", f"{error:.1e}, the same twice: {torch.equal(found, again)}"
+    for shape in shapes():
+        small = replace(shape, frames=3, height=21, width=37)  # which no tile divides
+        x, weight, bias = draws(small)
+        plan, more = shape.plan, dict[str, Tensor]()
+        if plan.space == 2:
+            plan, more = replace(plan, repeats=4, halves=1), {"residual": torch.randn_like(x)}
+        elif plan.depth == plan.side == 3:
+            residual = torch.randn(3, 21, 37, plan.outputs, device="cuda", dtype=torch.bfloat16)
+            plan, more = replace(plan, repeats=1), {"residual": residual}
+        found, again = (convolve(x, weight, bias, plan, **more).float() for _ in range(2))
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            exact = {key: value.float() for key, value in more.items()}
+            wanted = by_library(x.float(), weight.float(), bias.float(), plan, **exact)
+        error = float((found - wanted).norm() / wanted.norm())
+        assert error < 1e-2, (shape.name, error)
+        yield f"{shape.name}: error of ours to float32", f"{error:.1e}, the same twice: {torch.equal(found, again)}"
 
 
 def stock_rows(model: AutoencoderKLWan, z: Tensor) -> Iterator[Row]:
-    """diffusers' decode, and how far ours is from it."""
-    for module in model.parameters():
-        if module.dim() > 3:
-            module.data = module.data.contiguous(memory_format=LAST3 if module.dim() == 5 else LAST2)
-    ours = torch.cat(list(stream(Decoder(model, Ways()), z, most=STEPS)))
+    """diffusers' decode, how far ours is from it, and how far both are from float32 on a few frames."""
+    ways = Ways(norms=GPU, convolutions=GPU)
+    ours = torch.cat(list(stream(Decoder(model, ways), z, most=STEPS)))
+    few = z[:, :5]
     for run in ("first", "second"):
         began = settle()
-        with torch.inference_mode():
-            video = model.decode(z[None]).sample[0]
+        video = theirs(model, z)
         yield f"diffusers, {run} run", f"{settle() - began:.3f} s"
-    theirs = ((video.float().clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 3, 0)
-    yield "PSNR of ours to diffusers", f"{psnr(ours, theirs):.1f} dB"
+    yield "PSNR of ours to diffusers", f"{psnr(ours, video):.1f} dB"
+    pair = {"ours": torch.cat(list(stream(Decoder(model, ways), few, most=STEPS))), "diffusers": theirs(model, few)}
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        exact = theirs(model.float(), few.float())
+    for name, video in pair.items():
+        yield f"PSNR of {name} to float32, {len(exact)} frames", f"{psnr(video, exact):.1f} dB"
+
+
+@torch.inference_mode()
+def theirs(model: AutoencoderKLWan, z: Tensor) -> Tensor:
+    """diffusers' pixels (F X Y 3), whole numbers."""
+    video = model.decode(z[None]).sample[0].float().clamp(-1, 1)
+    return ((video + 1) * 127.5).round().permute(1, 2, 3, 0)
 
 
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", default="whole,ways,check,stock")
+    parser.add_argument("--part", default="whole,check,stock")
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     model, z = make_model(asked.tiny)
-    single = {"ways": way_rows, "check": check_rows}
-    video = {"whole": whole_rows, "stock": stock_rows}
+    parts = {"whole": whole_rows, "check": check_rows, "stock": stock_rows}
     rows: list[Row] = []
     for part in asked.part.split(","):
-        found = video[part](model, z) if part in video else (row for one in shapes() for row in single[part](one))
-        for row in found:
+        for row in parts[part](model, z):
             print(*row, sep=": ", flush=True)
             rows.append(row)
     append("decode", rows, model="random weights")

@@ -57,11 +57,11 @@ def autoencoder(size: Size, device: torch.device, decoder: int) -> AutoencoderKL
     return model.eval().requires_grad_(False)
 
 
-def plain(model: AutoencoderKLWan, device: torch.device, kernels: bool = False) -> vae.Vae:
+def plain(model: AutoencoderKLWan, device: torch.device, compiled: bool = False) -> vae.Vae:
     """A VAE whose latents need no scaling."""
     mean, std = (torch.full((CHANNELS,), value, device=device) for value in (0.0, 1.0))
     mean, std = (rearrange(values, "c -> 1 c 1 1 1") for values in (mean, std))
-    return vae.Vae(model, mean, std, kernels)
+    return vae.Vae(model, mean, std, compiled)
 
 
 def umt5(size: Size, device: torch.device) -> UMT5EncoderModel:
@@ -93,15 +93,15 @@ def random_text(size: Size, device: torch.device) -> text.TextEncoder:
     return text.TextEncoder(model, tokenizer)
 
 
-def make_models(folder: Path, small: bool, device: torch.device, kernels: bool) -> Conditioner:
-    """Encoders and decoder of sampling."""
+def make_models(folder: Path, small: bool, device: torch.device) -> Conditioner:
+    """Encoders and decoder of sampling, the decoder compiled."""
     tiny.make_tokenizer(folder / "tokenizer")
     size, dtype = (SMALL, torch.float32) if small else (TRUE, torch.bfloat16)
     prompts = umt5(size, device).to(dtype)
     model = autoencoder(size, device, decoder=8 if small else 256).to(dtype)
     encoder = text.TextEncoder(prompts, AutoTokenizer.from_pretrained(folder / "tokenizer"))
     frames = vae.frame_encoder(plain(fresh(model), device))
-    return Conditioner(encoder, plain(model, device, kernels), frames, device)
+    return Conditioner(encoder, plain(model, device, True), frames, device)
 
 
 def fresh(model: AutoencoderKLWan) -> AutoencoderKLWan:

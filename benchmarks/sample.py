@@ -1,6 +1,6 @@
 """Prompt and picture -> finished mp4, against diffusers' own pipeline with the same random weights, in one run.
 
-    python benchmarks/sample.py [--tiny] [--repeats 5] [--rows 20] [--no-stock] [--kernels]
+    python benchmarks/sample.py [--tiny] [--repeats 5] [--rows 20] [--no-stock]
 
 121 x 704 x 1280 in bfloat16 with compiled blocks; --tiny is a random small model on the CPU. Compilation is reported
 apart. Prints a table and appends it to benchmarks/results/.
@@ -66,12 +66,12 @@ def peak() -> float:
 class Bench:
     """What the parts of the benchmark share."""
 
-    def __init__(self, folder: Path, small: bool, repeats: int, kernels: bool = False) -> None:
+    def __init__(self, folder: Path, small: bool, repeats: int) -> None:
         self.folder, self.small, self.repeats = folder, small, repeats
         self.device = torch.device("cuda" if GPU and not small else "cpu")
         self.spec = VideoSpec(9, 64, 96) if small else VideoSpec()
         self.student = make_student(self.spec, folder, small, self.device)
-        self.models = make_models(folder, small, self.device, kernels)
+        self.models = make_models(folder, small, self.device)
         noise = numpy.random.default_rng(0).integers(0, 255, (40, 70, 3), numpy.uint8)
         Image.fromarray(noise).resize((1400, 800), Image.Resampling.BICUBIC).save(folder / "first.png")
         self.rows: list[Row] = []
@@ -228,11 +228,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=20)
     parser.add_argument("--no-stock", action="store_true")
-    parser.add_argument("--kernels", action="store_true", help="decode by our own kernels")
     asked = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     with tempfile.TemporaryDirectory() as work:
-        bench = Bench(Path(work), asked.tiny, asked.repeats, asked.kernels)
+        bench = Bench(Path(work), asked.tiny, asked.repeats)
         single = bench.whole()
         bench.parts()
         bench.equality()

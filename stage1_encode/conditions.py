@@ -16,7 +16,6 @@ from common.video import VideoSpec
 from shards.fingerprint import locate
 from shards.record import Record, Source
 from stage1_encode import text, vae
-from stage1_encode.decoder import ways_for
 from stage1_encode.frames import UnreadableError, first_frame
 from stage1_encode.rows import Row, locate_file
 from stage1_encode.vae import FrameEncoder, Vae
@@ -41,16 +40,15 @@ class Conditioner:
 
 
 def load_conditioner(
-    model: str, *, precision: str, device: torch.device, stay: bool = True, kernels: bool = False
+    model: str, *, precision: str, device: torch.device, stay: bool = True, compiled: bool = False
 ) -> Conditioner:
     """Read both models: the VAE onto the device, the text encoder, always in bf16, too where it is to `stay` there.
 
-    `precision` of the VAE: a type, or auto, which is bf16 on a GPU and float32 elsewhere.
+    `precision` of the VAE: a type, or auto, which is bf16 on a GPU and float32 elsewhere; `compiled`: its decoder too.
     """
     folder = locate(model, PARTS)
     named = ("bfloat16" if device.type == "cuda" else "float32") if precision == "auto" else precision
-    whole = replace(vae.load(folder, dtype=getattr(torch, named), device=device), kernels=kernels)
-    ways_for(device, whole.model.dtype, kernels=kernels)  # a mistake there comes out at once
+    whole = replace(vae.load(folder, dtype=getattr(torch, named), device=device), compiled=compiled)
     prompts = text.load(folder, dtype=torch.bfloat16, device=device if stay else torch.device("cpu"))
     return Conditioner(prompts, whole, vae.frame_encoder(whole), device)
 

@@ -7,7 +7,7 @@ Shapes: F frames, X Y height and width, C channels, N channels out.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -15,48 +15,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stage1_encode.conv import Plan, by_library, fold
-
-try:
-    from stage1_encode import conv_kernel, norm_kernel
-except ImportError:  # no Triton here
-    conv_kernel = norm_kernel = None  # type: ignore[assignment]
+from stage1_encode.conv import Plan, fold
+from stage1_encode.ways import TINY, Ways
 
 Part: TypeAlias = Any  # a module of diffusers', whose parts are named as there
-TINY = 1e-24  # keeps a place of zeros zero; diffusers bounds its length from below by 1e-12
 PAST = 2  # frames that a causal convolution remembers
-
-
-def normalise(x: Tensor, gamma: Tensor, out: Tensor) -> None:
-    """out (F X Y C) = SiLU of x (F X Y C) at unit root mean square over C, times gamma (C)."""
-    torch.ops.aten.silu.out(functional.rms_norm(x, gamma.shape, gamma, TINY), out=out)
-
-
-@dataclass(frozen=True)
-class Ways:
-    """How a device does the two things that take time: by PyTorch's own operations, or by kernels of ours."""
-
-    norms: bool = False  # ours: for GPUs with Triton
-    convolutions: bool = False  # ours: for Hopper GPUs in bf16
-
-    def norm(self, x: Tensor, gamma: Tensor, out: Tensor) -> None:
-        """Normalise into `out`."""
-        (norm_kernel.normalise if self.norms else normalise)(x, gamma, out)
-
-    def convolve(self, x: Tensor, layer: "Conv", residual: Tensor | None, skip: int) -> Tensor:
-        """Convolve by our kernel where its tiles fit, else by the library."""
-        plan = layer.plan if residual is not None else layer.bare
-        fits = self.convolutions and plan.channels % 64 == 0 and plan.product % plan.columns == 0
-        way = conv_kernel.convolve if fits else by_library
-        return way(x, layer.weight, layer.bias, plan, residual=residual, skip=skip).contiguous()
-
-
-def ways_for(device: torch.device, dtype: torch.dtype, *, kernels: bool) -> Ways:
-    """PyTorch's own operations, or our kernels; ValueError where those cannot run."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    if kernels and not (hopper and dtype == torch.bfloat16 and conv_kernel is not None):
-        raise ValueError("kernels: they need a Hopper GPU (H100, H200), --vae-dtype bfloat16 and Triton's Gluon")
-    return Ways(norms=kernels, convolutions=kernels)
 
 
 class Conv(nn.Module):
@@ -91,9 +54,14 @@ class Conv(nn.Module):
                 self.memory[:PAST].copy_(old[:PAST])
         return self.memory[PAST : PAST + len(x)]
 
+    def convolve(self, x: Tensor, residual: Tensor | None, skip: int = 0) -> Tensor:
+        """Convolve x, and add a residual whose first `skip` output frames are left out."""
+        plan = self.bare if residual is None else self.plan
+        return self.ways.convolve(x, self.weight, self.bias, plan, residual=residual, skip=skip)
+
     def forward(self, frames: int, residual: Tensor | None = None) -> Tensor:
         """Convolve the `frames` new frames in the memory, (F X Y N), and remember the last ones."""
-        out = self.ways.convolve(self.memory[: PAST + frames], self, residual, 0)
+        out = self.convolve(self.memory[: PAST + frames], residual)
         for place in range(PAST):
             self.memory[place].copy_(self.memory[place + frames])
         return out
@@ -170,7 +138,7 @@ class Up(nn.Module):
         if self.time is not None and not first:
             self.time.room(y).copy_(y)
             y = self.time(len(x))
-        return self.ways.convolve(y, self.space, x, int(first and self.time is not None))
+        return self.space.convolve(y, x, int(first and self.time is not None))
 
 
 def scale(norm: Part) -> nn.Parameter:

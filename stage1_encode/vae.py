@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.video import CHANNELS
-from stage1_encode.decoder import Decoder, stream, ways_for
+from stage1_encode.decoder import Decoder, stream
+from stage1_encode.ways import ways_for
 
 FRAME = torch.channels_last_3d
 NORM_EPS = 1e-24  # as good as none, but zeros stay zeros
@@ -31,7 +32,7 @@ class Vae:
     model: AutoencoderKLWan
     mean: Tensor  # (1 C 1 1 1)
     std: Tensor  # (1 C 1 1 1)
-    kernels: bool = False  # decode by our own, see `decoder.Ways`
+    compiled: bool = False  # decode by the fastest kernels, see `ways.ways_for`
 
     @property
     def device(self) -> torch.device:
@@ -41,7 +42,7 @@ class Vae:
     @cached_property
     def decoder(self) -> Decoder:
         """The decoder half for videos, made when it is first asked for."""
-        return Decoder(self.model, ways_for(self.device, self.model.dtype, kernels=self.kernels))
+        return Decoder(self.model, ways_for(self.device, self.model.dtype, compiled=self.compiled))
 
 
 @dataclass(frozen=True)

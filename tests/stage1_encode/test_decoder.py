@@ -8,9 +8,10 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from torch.nn import functional
 
-from stage1_encode import vae
+from stage1_encode import vae, ways
 from stage1_encode.conv import Plan, by_library, fold
-from stage1_encode.decoder import Decoder, Ways, normalise, steps, stream, ways_for
+from stage1_encode.decoder import Conv, Decoder, steps, stream
+from stage1_encode.ways import Ways, normalise, ours_is_faster, ways_for
 
 CPU = torch.device("cpu")
 NANO = Path(__file__).parent.parent.parent / "examples" / "nano" / "model" / "vae"
@@ -110,6 +111,16 @@ def test_pixels_come_as_they_are_made(model: Path) -> None:
     assert next(whole).dtype == torch.uint8
 
 
-def test_kernels_that_cannot_run_are_refused() -> None:
-    with pytest.raises(ValueError, match="need a Hopper GPU"):
-        ways_for(CPU, torch.bfloat16, kernels=True)
+def test_where_our_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ways_for(CPU, torch.bfloat16, compiled=True) == Ways()
+    monkeypatch.setattr(ways, "norm_kernel", ways)  # as if it were there
+    cases = [((9, 0), "bfloat16", True), ((8, 9), "bfloat16", False), ((9, 0), "float32", False)]
+    for capability, dtype, compiled in cases:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        found = ways_for(torch.device("cuda", 0), getattr(torch, dtype), compiled=True)
+        assert found == Ways(norms=True, convolutions=compiled)
+    assert not ways_for(torch.device("cuda", 0), torch.bfloat16, compiled=False).convolutions
+    faster = [layer.plan for layer in Decoder(wide_vae(), Ways()).modules() if isinstance(layer, Conv)]
+    assert not any(ours_is_faster(plan) for plan in faster), "no tile fits 32 channels"
+    assert ours_is_faster(Plan(1024, 1024, depth=1, side=2, space=2))
+    assert not ours_is_faster(Plan(512, 512))
