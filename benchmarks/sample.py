@@ -163,7 +163,7 @@ class Bench:
         )  # fmt: skip
         pipe.set_progress_bar_config(disable=True)
         steps: list[float] = []
-        self.student.net.register_forward_hook(lambda *_: steps.append(sync()))
+        hook = self.student.net.register_forward_hook(lambda *_: steps.append(sync()))
 
         def run() -> None:
             size = {"height": self.spec.height, "width": self.spec.width, "num_frames": self.spec.num_frames}
@@ -182,6 +182,7 @@ class Bench:
 
         self.models.vae.model.decode = watched
         found = statistics.median(times(run, min(3, self.repeats)))
+        hook.remove()
         step = min(after - before for before, after in zip(steps, steps[1:], strict=False))
         self.note("diffusers, 4 steps", f"{found:.2f} s, x{found / ours:.2f} of ours; a step {step:.2f} s")
         guided = found + 96 * step
