@@ -1,63 +1,90 @@
-"""The trainer's memory modes at the true size on one GPU and on N, one after the other in one start of the ranks.
+"""The trainer's memory modes at the true size: each GPU alone, then all together, in one start of the ranks.
 
-    python -m benchmarks.modes --alone /tmp/alone
-    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.modes --alone /tmp/alone --modes compact,standard,hsdp
+    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.modes --modes alone,compact,standard,hsdp
 
-The first command leaves its mean iteration in the file; the second waits for that, and says what share of the rate of
-so many single GPUs it has. hsdp: the compact form, a whole copy a GPU, what the student alone needs in host memory.
+alone: every GPU trains by itself, all at once, as one process does. hsdp: the compact form, a whole copy a GPU, what
+the student alone needs in host memory. A mean iteration is the mean of a critic's updates that leave the rollout at
+steps 1 and 2, and a fifth of such a student's; alone and compact warm up for both roles, the others for the critic's.
 """
 
 import argparse
 import gc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.device import Case, case, ceiling_of
+from benchmarks.device import Case, case, ceiling_of, seconds
+from benchmarks.exposed import communication
 from benchmarks.loading import host_peak, load
 from benchmarks.report import append
-from benchmarks.train_step import MEASURES, show
-from benchmarks.trainer import make_config, random_roles, trainer_of
+from benchmarks.train_step import MEASURES, mean_iteration, show
+from benchmarks.trainer import make_config, one_batch, random_roles, trainer_of
 from stage2_distill.parallel import Ranks, of_all_ranks, start
+from stage2_distill.schedule import CRITIC, STUDENT, exit_index
+from stage2_distill.train import Trainer, Update, update_critic, update_student
 
 Row = tuple[str, str]
 MODES = {
+    "alone": {"memory": "compact"},
     "compact": {"memory": "compact"},
     "standard": {"memory": "standard"},
     "float32": {"memory": "compact", "second_moment": "float32"},
     "hsdp": {"memory": "compact", "offload": "all"},
 }
+UPDATES = {CRITIC: update_critic, STUDENT: update_student}
 
 
 def measure(mode: str, chosen: Case, given: argparse.Namespace, known: dict[str, float]) -> Iterator[Row]:
-    """Figures of one mode; a model folder is opened by the first mode only."""
+    """Figures of one mode; `compact` opens the model folder, the others make their weights."""
     world = dist.get_world_size()
     replicate = world if mode == "hsdp" else 1
     ranks = start(chosen.device.type, replicate=replicate)
+    if mode == "alone":
+        ranks = Ranks(0, 1, ranks.device, ranks.mesh)
     config = make_config(chosen, ranks, replicate=replicate, compile=not given.tiny, **MODES[mode])
     began = time.perf_counter()
-    if given.folder is not None and mode == given.modes.split(",")[0]:
+    if given.folder is not None and mode == "compact":
         opened, rows = load(chosen, ranks, config, given.folder)
         yield from rows
     else:
         opened = random_roles(chosen, ranks, config)
         yield "three random roles made", f"{time.perf_counter() - began:.1f} s"
     trainer = trainer_of(chosen, ranks, config, opened)
-    sections = given.only.split(",")
-    yield from chain.from_iterable(MEASURES[name](chosen, trainer, known) for name in sections if name != "pause")
+    yield from iteration(chosen, trainer, known, mode)
     yield "peak host memory of the ranks", ", ".join(f"{gib:.1f}" for gib in host_peaks(ranks)) + " GiB"
-    if world == 1:
-        given.alone.write_text(str(known["mean"]))
-    else:
-        yield f"rate of {world} GPUs against {world} times one", f"{float(given.alone.read_text()) / known['mean']:.3f}"
-    if "pause" in sections and mode == given.modes.split(",")[0]:
+    if mode != "alone":
+        yield from communication(update(chosen, trainer, CRITIC, 0), chosen, f"critic update of {ranks.world} ranks")
+    if mode == "compact":
         yield from MEASURES["pause"](chosen, trainer, known)
+
+
+def update(chosen: Case, trainer: Trainer, role: str, leaves: int) -> Callable[[], Update]:
+    """An update of a role that leaves the rollout at a step."""
+    number = next(n for n in range(10_000) if exit_index(n, role, trainer.config) == leaves)
+    return lambda: UPDATES[role](trainer, number, one_batch(chosen, trainer.ranks, role, number))
+
+
+def iteration(chosen: Case, trainer: Trainer, known: dict[str, float], mode: str) -> Iterator[Row]:
+    """Seconds of both roles' updates and of a mean iteration, and the rate against GPUs that train alone."""
+    found = {}
+    for role in (CRITIC, STUDENT):
+        if role == CRITIC or mode in ("alone", "compact"):
+            warm = seconds(update(chosen, trainer, role, 0), chosen, warm=0, repeat=1)
+            yield f"first {role} update, exit 0", f"{warm:.1f} s"
+        each = [seconds(update(chosen, trainer, role, step), chosen, warm=0, repeat=1) for step in (1, 2)]
+        found[role] = mean(each)
+        yield f"{role} updates, exits 1 and 2", f"{', '.join(f'{s:.3f}' for s in each)} s"
+    spent = found[CRITIC] + found[STUDENT] / trainer.config.student_every
+    yield from mean_iteration(chosen, trainer, known, spent)
+    known[mode] = spent
+    if "alone" in known and mode != "alone":
+        yield "rate of a GPU against one that trains alone", f"{known['alone'] / spent:.3f}"
 
 
 def host_peaks(ranks: Ranks) -> list[float]:
@@ -83,20 +110,16 @@ def main() -> None:
     """Measure, print and append to the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--alone", type=Path, required=True)
-    parser.add_argument("--modes", default="compact")
-    parser.add_argument("--only", default="updates")
+    parser.add_argument("--modes", default="alone,compact,standard,hsdp")
     parser.add_argument("--layers", type=int, default=0, help="blocks of the network, to try this script")
-    parser.add_argument("--folder", type=Path, help="model folder that the first mode opens")
+    parser.add_argument("--folder", type=Path, help="model folder that the mode compact opens")
     given = parser.parse_args()
     chosen = case(given.tiny, half=True)
     if given.layers:
         chosen = replace(chosen, network=chosen.network | {"num_layers": given.layers})
     ranks = start(chosen.device.type)
-    rows = [("ranks", str(ranks.world)), ("imported and joined after", f"{age():.1f} s")]
-    while ranks.world > 1 and not given.alone.exists():
-        time.sleep(0.2)
     known = {"ceiling": ceiling_of(chosen)}
+    rows = [("ranks", str(ranks.world)), ("first product after", f"{age():.1f} s")]
     rows.append(("matrix product", f"{known['ceiling']:.0f} TFLOP/s"))
     show(ranks.rank, rows)
     for mode in given.modes.split(","):

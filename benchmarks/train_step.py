@@ -104,7 +104,7 @@ def told(step: Step, spent: float) -> str:
 
 def mean_iteration(chosen: Case, trainer: Trainer, known: dict[str, float], spent: float) -> Iterator[Row]:
     """A mean iteration, its utilisation and memory."""
-    config, known["mean"] = trainer.config, spent
+    config = trainer.config
     spared = (2.5 - len(config.ladder) / config.student_every) * config.rollout_reuse
     useful = (USEFUL[CRITIC] - spared + USEFUL[STUDENT] / config.student_every) * FORWARD / spent
     yield "mean iteration", f"{spent:.3f} s, {trainer.ranks.world / spent:.3f} samples/s"
