@@ -104,7 +104,9 @@ def do(run: Run, config: DistillConfig) -> float:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += ["--max-restarts", "1" if run.die is not None else "0", "-m", "benchmarks.witness", str(file)]
         command += [] if run.die is None else ["--die", str(run.die)]
+        start = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        print(f"    {run.name}: {ranks} ranks, {time.perf_counter() - start:.0f} s, code {done.returncode}", flush=True)
         if done.returncode:
             raise RuntimeError(f"{run.name}, {ranks} ranks: {done.stderr[-4000:]}")
     assert run.die is None or (Path(config.out) / "killed").exists()
