@@ -184,7 +184,7 @@ def evaluate(config: EvaluateConfig) -> Path:
 
     looks = Looks(
         config.out, config.shards, config.model, config.videos, config.shown,
-        config.analyser, config.i3d, config.clip, config.device,
+        config.analyser, config.i3d, config.clip, config.device, config.batch_size,
     )  # fmt: skip
     if config.videos:
         open_tools(looks)  # a mistake there comes out before hours of sampling

@@ -1,7 +1,7 @@
 """The zarr store of sampled latents: written by training and sampling, read by decoding.
 
-Layout: one group a step, holding `latents` (N C T H W) float32, one chunk a video. The group's attributes carry the
-`VideoSpec`, the keys, prompts and seeds, and `done`, written last: a group without it is still being written.
+Layout: one group a step, holding `latents` (N C T H W) float32, a chunk a video, or a few. The group's attributes carry
+the `VideoSpec`, the keys, prompts and seeds, and `done`, written last: a group without it is still being written.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,12 +27,17 @@ class LatentGroup:
     seeds: tuple[int, ...]
 
 
-def create(path: Path, group: LatentGroup) -> None:
-    """Make room for one step's latents; an unfinished group of the same name is replaced."""
+def create(path: Path, group: LatentGroup, *, together: int = 1) -> None:
+    """Make room for one step's latents; an unfinished group of the same name is replaced.
+
+    `together` videos share a chunk: many small ones are written and read faster, but by one process only.
+    """
     store = zarr.open_group(path, mode="a")
     made = store.create_group(group.step, overwrite=True)
     shape = (len(group.keys), *group.spec.latent_shape)
-    made.create_array("latents", shape=shape, chunks=(1, *group.spec.latent_shape), dtype="float32", compressors=None)
+    made.create_array(
+        "latents", shape=shape, chunks=(together, *group.spec.latent_shape), dtype="float32", compressors=None
+    )
     made.attrs.put(
         {
             "spec": asdict(group.spec),
@@ -47,7 +52,11 @@ def create(path: Path, group: LatentGroup) -> None:
 def write(path: Path, step: str, rows: Sequence[int], latents: Tensor) -> None:
     """Store latents (B C T H W) as the rows of a step; different ranks may write different rows."""
     array = zarr.open_array(path / step / "latents", mode="r+")
-    for row, video in zip(rows, latents.detach().to("cpu", torch.float32).numpy(), strict=True):
+    videos = latents.detach().to("cpu", torch.float32).numpy()
+    if list(rows) == list(range(rows[0], rows[0] + len(videos))):
+        array[rows[0] : rows[0] + len(videos)] = videos
+        return
+    for row, video in zip(rows, videos, strict=True):
         array[row] = video
 
 

@@ -1,27 +1,38 @@
-"""A judge that the user brings: a Python file with `judge(video, prompt)`. Shapes: F frames, X Y pixels."""
+"""A judge that the user brings: a Python file with `judge(video, prompt)`, or `judge_all(videos, prompts)` for speed.
+
+Shapes: B videos, F frames, X Y pixels.
+"""
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy
+from torch import Tensor
 
 Answers = Mapping[str, "bool | Sequence[bool]"]  # a question, or several of one kind, and whether the video is right
-Judge = Callable[[numpy.ndarray, str], Answers]  # (video (F X Y 3) uint8, prompt)
+Judge = Callable[[Tensor, Sequence[str]], Sequence[Answers]]  # (videos (B F X Y 3) uint8 on any device, B prompts)
 
 
 def load(path: str) -> Judge:
-    """The function `judge` of a Python file; ValueError where there is none."""
+    """The judge of a Python file; ValueError where there is none.
+
+    Its `judge` takes one video (F X Y 3) as a numpy array, `judge_all` takes and gives what `Judge` says.
+    """
     spec = importlib.util.spec_from_file_location("analyser", path)
     if spec is None or spec.loader is None or not Path(path).is_file():
         raise ValueError(f"analyser={path}: is not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        judge: Judge = module.judge
+        judge = module.judge
     except (SyntaxError, ImportError, AttributeError) as error:
         raise ValueError(f"analyser={path}: {error}; it must define judge(video, prompt)") from error
-    return judge
+
+    def one_by_one(videos: Tensor, prompts: Sequence[str]) -> list[Answers]:
+        return [judge(video, prompt) for video, prompt in zip(videos.cpu().numpy(), prompts, strict=True)]
+
+    many: Judge = vars(module).get("judge_all", one_by_one)
+    return many
 
 
 def shares(answers: Sequence[Answers]) -> dict[str, float]:

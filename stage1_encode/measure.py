@@ -1,7 +1,7 @@
 """The pixel half of `evaluate`: decode some videos of every set, look at them, write those that the report shows.
 
-Shapes: F frames, X Y pixels. It reads OUT/contest.json and OUT/latents.zarr, and writes OUT/pixels.json, OUT/videos/
-and, with an I3D network, OUT/i3d.safetensors.
+Shapes: B videos, F frames, X Y pixels. It reads OUT/contest.json and OUT/latents.zarr, and writes OUT/pixels.json,
+OUT/videos/ and, with an I3D network, OUT/i3d.safetensors.
 """
 
 import json
@@ -24,7 +24,6 @@ from shards.fingerprint import locate
 from shards.manifest import write_file
 from shards.read import DataSet, open_data_set
 from stage1_encode import analyser, appearance, clip, i3d, vae
-from stage1_encode.decode import read_pixels
 from stage1_encode.mp4 import write_video
 
 PIXELS, FEATURES, VIDEOS = "pixels.json", "i3d.safetensors", "videos"
@@ -44,6 +43,7 @@ class Looks:
     i3d: str | None = None
     clip: str | None = None
     device: str = "auto"
+    batch_size: int = 1  # videos decoded at once
 
 
 @dataclass(frozen=True)
@@ -78,20 +78,25 @@ def measure(looks: Looks) -> Path:
     answers: dict[str, list[analyser.Answers]] = defaultdict(list)
     seen: dict[str, list[Tensor]] = defaultdict(list)
     count = min(looks.videos, contest.count)
+    given = first_frames(tools, count, looks.batch_size)
     names = wanted_sets(contest, references=looks.i3d is not None)
     with Progress(count * len(names), label="look at videos") as progress:
         for name in names:
             group = latents.describe(out / LATENTS, name)
-            for row in range(count):
-                video = read_pixels(tools.vae, out / LATENTS, group, row)
-                found[name].append(look(tools, video, row, group.prompts[row]))
+            for start in range(0, count, looks.batch_size):
+                rows = range(start, min(start + looks.batch_size, count))
+                prompts = [group.prompts[row] for row in rows]
+                videos = read_videos(tools.vae, out / LATENTS, name, rows)
+                found[name] += look(tools, videos, given[rows.start : rows.stop], prompts)
                 if tools.judge:
-                    answers[name].append(tools.judge(video, group.prompts[row]))
+                    answers[name] += tools.judge(videos, prompts)
                 if tools.i3d:
-                    seen[name].append(i3d.features(tools.i3d, video, tools.vae.device))
-                if row < looks.shown and name in first_sets(contest):
-                    write_shown(out / VIDEOS / name / f"{row:03d}.mp4", video, fps=group.spec.fps)
-                progress.advance()
+                    seen[name] += [i3d.features(tools.i3d, one.cpu().numpy(), tools.vae.device) for one in videos]
+                for row in rows if name in first_sets(contest) else ():
+                    if row < looks.shown:
+                        show = videos[row - start].cpu().numpy()
+                        write_shown(out / VIDEOS / name / f"{row:03d}.mp4", show, fps=group.spec.fps)
+                progress.advance(count=len(rows))
     if seen:
         write_file(out / FEATURES, save({name: torch.stack(parts) for name, parts in seen.items()}))
     sums = {name: summary(found[name]) | {"answers": analyser.shares(answers[name])} for name in names}
@@ -124,18 +129,47 @@ def wanted_sets(contest: Contest, *, references: bool) -> list[str]:
     return list(dict.fromkeys([*names, *further]))
 
 
-def look(tools: Tools, video: numpy.ndarray, row: int, prompt: str) -> Look:
-    """Measure one video (F X Y 3) uint8."""
-    given = tools.data.record(row).first_frame
-    picture = None if given is None else vae.decode_video(tools.vae, given).numpy()[0]
-    return Look(
-        None if picture is None else appearance.psnr(video[0], picture),
-        None if picture is None else appearance.perceptual(video[0], picture),
-        appearance.motion(video),
-        appearance.saturation(video),
-        appearance.contrast(video),
-        clip.score(tools.clip, video, prompt) if tools.clip else None,
+def read_videos(model: vae.Vae, store: Path, name: str, rows: range) -> Tensor:
+    """Decode rows of a set (B F X Y 3) uint8 on the VAE's device; ValueError where its latents are damaged."""
+    read = latents.read_rows(store, name, rows.start, rows.stop)
+    if not torch.isfinite(read).all():
+        raise ValueError(f"latents={store}: {name}, one of the rows {rows.start} to {rows.stop - 1} is not finite")
+    return decode(model, read)
+
+
+def decode(model: vae.Vae, read: Tensor) -> Tensor:
+    """Pixels (B F X Y 3) of latents (B C T H W): one large video by the decoder made for those, or all at once."""
+    return vae.decode_videos(model, read) if len(read) > 1 else vae.decode_video(model, read[0])[None].to(model.device)
+
+
+def first_frames(tools: Tools, count: int, batch: int) -> list[Tensor | None]:
+    """The given first frames (X Y 3) uint8 as the VAE shows them; None where there is none."""
+    given = [tools.data.record(row).first_frame for row in range(count)]
+    there = [frame for frame in given if frame is not None]
+    parts = [decode(tools.vae, torch.stack(there[i : i + batch])) for i in range(0, len(there), batch)]
+    pictures = (picture for part in parts for picture in part[:, 0])
+    return [None if frame is None else next(pictures) for frame in given]
+
+
+def look(tools: Tools, videos: Tensor, given: list[Tensor | None], prompts: list[str]) -> list[Look]:
+    """Measure videos (B F X Y 3) uint8, of which `given` are the first frames."""
+    starts = videos[:, 0]
+    pictures = torch.stack([start if one is None else one for start, one in zip(starts, given, strict=True)])
+    found = (
+        appearance.psnr(starts, pictures),
+        appearance.perceptual(starts, pictures),
+        appearance.motion(videos),
+        appearance.saturation(videos),
+        appearance.contrast(videos),
     )
+    looks = []
+    for place, (psnr, perceptual, *rest) in enumerate(zip(*(one.tolist() for one in found), strict=True)):
+        score = clip.score(tools.clip, videos[place].cpu().numpy(), prompts[place]) if tools.clip else None
+        known = given[place] is not None
+        motion, saturation, contrast = rest
+        same = (psnr, perceptual) if known else (None, None)
+        looks.append(Look(same[0], same[1], motion, saturation, contrast, score))
+    return looks
 
 
 def summary(found: list[Look]) -> dict[str, object]:

@@ -17,7 +17,7 @@ WANDB = ("off", "online", "offline")
 EXIT_SCHEDULES = ("random", "stratified")
 NOT_NEGATIVE = (
     "keep_every",
-    "critic_warmup", "warmup", "grad_clip", "ema_start", "student_lr", "critic_lr", "eps", "weight_decay",
+    "critic_warmup", "warmup", "cooldown", "grad_clip", "ema_start", "student_lr", "critic_lr", "eps", "weight_decay",
     "preview_every", "lora_rank",
 )  # fmt: skip
 SHARES = ("ema_decay", "beta1", "beta2", "score_low", "score_high", "text_only_fraction", "first_frame_jitter")
@@ -47,6 +47,7 @@ class DistillConfig:
     student_lr: float = option(5e-7, "Learning rate of the student.")
     critic_lr: float = option(1e-7, "Learning rate of the critic.")
     warmup: int = option(0, "Updates of each role over which its learning rate rises to the full one.")
+    cooldown: int = option(0, "Last iterations, over which both learning rates fall evenly to nothing.")
     beta1: float = option(0.0, "AdamW.")
     beta2: float = option(0.999, "AdamW.")
     eps: float = option(1e-8, "AdamW.")

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, T latent frames, H W latent size, L text rows, D te
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from stage2_distill.wan import denoiser, guided
 from stage2_distill.wan import load as load_network
 
 CONFIG, SELECTION = "evaluate.yaml", "selection.json"
+CHUNK = 4 << 20  # bytes of latents that share a chunk of the store
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,9 @@ def sample_set(setting: Setting, sampler: Sampler, plain: Denoiser, seed: int) -
     """Sample all conditions with one contestant and seed into the store."""
     records, store, name = setting.records, setting.store, set_name(sampler.contestant, seed)
     keys, prompts = tuple(r.key for r in records), tuple(r.source.prompt for r in records)
-    latents.create(store, latents.LatentGroup(name, setting.facts.spec, keys, prompts, (seed,) * len(records)))
+    spec = setting.facts.spec
+    together = max(1, CHUNK // (4 * math.prod(spec.latent_shape)))
+    latents.create(store, latents.LatentGroup(name, spec, keys, prompts, (seed,) * len(records)), together=together)
     took = []
     with Progress(len(records), label=f"sample {name}") as progress:
         for rows in batches([r.first_frame is not None for r in records], setting.config.batch_size):

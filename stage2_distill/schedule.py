@@ -43,9 +43,11 @@ def updates_before(iteration: int, config: DistillConfig) -> int:
 
 
 def learning_rate(iteration: int, role: str, config: DistillConfig) -> float:
-    """Rises evenly over the role's first `warmup` updates, then stays."""
+    """Rises evenly over the role's first `warmup` updates and falls over the last `cooldown` iterations."""
     full = config.student_lr if role == STUDENT else config.critic_lr
-    return full * min(1.0, (updates_of(role, iteration, config) + 1) / max(1, config.warmup))
+    rise = (updates_of(role, iteration, config) + 1) / max(1, config.warmup)
+    fall = (config.iterations - iteration) / config.cooldown if config.cooldown else 1.0
+    return full * min(1.0, rise, fall)
 
 
 def position(iteration: int, config: DistillConfig) -> int:

@@ -7,6 +7,7 @@ colour is an object; a second blob of the same colour, a ghost or a blur shows a
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -26,7 +27,7 @@ BACKGROUND_STEP, BACKGROUND_SHARE = 26.0, 0.01  # a background pixel counts as c
 
 @dataclass(frozen=True)
 class Reading:
-    """What is seen in each clip."""
+    """What is seen in each clip; the verdicts ask for it on the CPU."""
 
     area: Tensor  # (B K T) pixels of each colour
     centre: Tensor  # (B K T 2) x and y, where there is any
@@ -134,22 +135,21 @@ def read(video: Tensor) -> Reading:
 
 def steady(reading: Reading, clip: int, colour: int, start: int) -> bool:
     """True if an object keeps one shape, a smooth path and a smooth size from frame `start` on."""
-    area, centre = reading.area[clip, colour, start:], reading.centre[clip, colour, start:]
-    fit = reading.fit[clip, colour, start:]
-    if not bool((area > PRESENT).all()) or fit.mean() < FIT_MEAN or fit.min() < FIT_LOW:
+    area, centre, fit = (part[clip, colour, start:].numpy() for part in (reading.area, reading.centre, reading.fit))
+    if not (area > PRESENT).all() or fit.mean() < FIT_MEAN or fit.min() < FIT_LOW:
         return False
     if len(area) < 2:
         return True
     ratio = area[1:] / area[:-1]
-    smooth = (centre[1:] - centre[:-1]).norm(dim=-1).max() < STEP
+    smooth = numpy.linalg.norm(centre[1:] - centre[:-1], axis=-1).max() < STEP
     return bool(smooth and ratio.max() < GROWTH and ratio.min() > 1 / GROWTH)
 
 
 def entrants(reading: Reading, clip: int, known: Sequence[int]) -> list[tuple[int, int]]:
     """Colour and first frame of every object beyond the `known` colours; a speck counts as one."""
-    area = reading.area[clip]
-    others = [k for k in range(len(area)) if k not in known and bool((area[k] > SPECK).any())]
-    return [(k, int((area[k] > PRESENT).float().argmax())) for k in others]
+    area = reading.area[clip].numpy()
+    others = [k for k in range(len(area)) if k not in known and (area[k] > SPECK).any()]
+    return [(k, int((area[k] > PRESENT).argmax())) for k in others]
 
 
 def is_valid(reading: Reading, clip: int, asked: Sequence[Asked]) -> bool:
@@ -160,8 +160,8 @@ def is_valid(reading: Reading, clip: int, asked: Sequence[Asked]) -> bool:
     if len(found) != len(late) or not all(steady(reading, clip, colour, 0) for colour in known):
         return False
     for colour, start in found:
-        early = reading.area[clip, colour, : max(start - 1, 0)]
-        if start == 0 or bool((early > SPECK).any()) or not steady(reading, clip, colour, min(start + 1, 16)):
+        early = reading.area[clip, colour, : max(start - 1, 0)].numpy()
+        if start == 0 or (early > SPECK).any() or not steady(reading, clip, colour, min(start + 1, 16)):
             return False
     return bool(reading.smudge[clip].max() < SMUDGE and reading.changed[clip] < BACKGROUND_SHARE)
 
@@ -172,8 +172,8 @@ def judge(reading: Reading, clip: int, asked: Sequence[Asked]) -> Verdict:
     for a in asked:
         if a.colour is None:
             continue
-        there = reading.area[clip, a.colour] > PRESENT
-        colour.append(bool(there[-1]) if a.enters else bool(there.float().mean() > 0.9))
+        there = reading.area[clip, a.colour].numpy() > PRESENT
+        colour.append(bool(there[-1]) if a.enters else bool(there.mean() > 0.9))
         shape.append(bool(reading.shape[clip, a.colour] == a.shape))
         if a.motion is not None:
             motion.append(bool(reading.motion[clip, a.colour] == a.motion))
@@ -181,15 +181,21 @@ def judge(reading: Reading, clip: int, asked: Sequence[Asked]) -> Verdict:
     return Verdict(counts[0], counts[1], counts[2], is_valid(reading, clip, asked))
 
 
+def judge_clips(video: Tensor, asked: Sequence[Sequence[Asked]]) -> list[Verdict]:
+    """Read uint8 clips (B T H W 3) where they are and compare each with what its prompt asks for."""
+    seen = Reading(**{name: value.cpu() for name, value in vars(read(video)).items()})
+    return [judge(seen, i, one) for i, one in enumerate(asked)]
+
+
 def score(video: Tensor, asked: Sequence[Sequence[Asked]], batch: int = 64) -> dict[str, float]:
     """Shares of right colours, shapes and named motions and of valid clips, for uint8 clips (N T H W 3) and
     their prompts.
     """
-    verdicts = []
-    for start in range(0, len(video), batch):
-        seen = read(video[start : start + batch])
-        seen = Reading(**{name: value.cpu() for name, value in vars(seen).items()})
-        verdicts += [judge(seen, i, asked[start + i]) for i in range(len(seen.area))]
+    verdicts = [
+        verdict
+        for start in range(0, len(video), batch)
+        for verdict in judge_clips(video[start : start + batch], asked[start : start + batch])
+    ]
     totals = {
         "colour": [verdict.colour for verdict in verdicts],
         "shape": [verdict.shape for verdict in verdicts],

@@ -1,18 +1,29 @@
-"""The nano world's exact answers for `evaluate --analyser`. Shapes: T frames, H W pixels."""
+"""The nano world's exact answers for `evaluate --analyser`. Shapes: B clips, T frames, H W pixels."""
+
+from collections.abc import Sequence
 
 import numpy
 import torch
+from torch import Tensor
 
-from examples.nano.analyse import judge as judge_read
-from examples.nano.analyse import read
+from examples.nano.analyse import Verdict, judge_clips
 from examples.nano.captions import parse
 
+Answers = dict[str, bool | list[bool]]
 
-def judge(video: numpy.ndarray, prompt: str) -> dict[str, bool | list[bool]]:
-    """Whether a clip (T H W 3) uint8 shows what its prompt asks for, an answer an object; open questions are
-    left out.
-    """
-    verdict = judge_read(read(torch.from_numpy(video)[None]), 0, parse(prompt))
+
+def judge(video: numpy.ndarray, prompt: str) -> Answers:
+    """Whether a clip (T H W 3) uint8 shows what its prompt asks for."""
+    return judge_all(torch.from_numpy(video)[None], [prompt])[0]
+
+
+def judge_all(videos: Tensor, prompts: Sequence[str]) -> list[Answers]:
+    """The same for clips (B T H W 3) on any device."""
+    return [answers(verdict) for verdict in judge_clips(videos, [parse(prompt) for prompt in prompts])]
+
+
+def answers(verdict: Verdict) -> Answers:
+    """A verdict, an answer an object; open questions are left out."""
     counts = {"colour": verdict.colour, "shape": verdict.shape, "motion": verdict.motion}
     answers = {key: [place < right for place in range(asked)] for key, (right, asked) in counts.items()}
     return {"valid": verdict.valid} | {key: found for key, found in answers.items() if found}

@@ -21,32 +21,40 @@ class StandIn(torch.nn.Module):
 
 
 def test_psnr() -> None:
-    assert appearance.psnr(GREY, GREY) == 100
-    assert appearance.psnr(GREY, GREY + 10) == pytest.approx(20 * numpy.log10(255 / 10))
+    grey = torch.from_numpy(GREY)
+    found = appearance.psnr(torch.stack([grey, grey]), torch.stack([grey, grey + 10]))
+    assert found.tolist() == [100, pytest.approx(20 * numpy.log10(255 / 10))]
 
 
 def test_perceptual_distance_orders_damage() -> None:
     picture = tiny.picture(64, 64, seed=1)
     moved, noise = tiny.picture(64, 64, seed=1, shift=2), numpy.random.default_rng(0).integers(0, 255, picture.shape)
-    assert appearance.perceptual(picture, picture) == 0
-    assert 0 < appearance.perceptual(picture, moved) < appearance.perceptual(picture, noise.astype(numpy.uint8))
+    others = torch.from_numpy(numpy.stack([picture, moved, noise.astype(numpy.uint8)]))
+    same, near, far = appearance.perceptual(others[:1].expand(3, -1, -1, -1), others).tolist()
+    assert same == 0 < near < far
 
 
 def test_motion_saturation_contrast() -> None:
     video = numpy.stack([GREY, GREY + 51, GREY])
-    assert appearance.motion(video) == pytest.approx(0.2)
-    assert (appearance.saturation(video), appearance.contrast(video)) == (0, 0)
-    video[..., 0] = 255  # the others are 100, 151, 100
-    assert appearance.saturation(video) == pytest.approx((155 + 104 + 155) / 3 / 255)
-    half = numpy.zeros((1, 4, 4, 3), numpy.uint8)
-    half[:, :2] = 255
-    assert appearance.contrast(half) == pytest.approx(0.5)
+    coloured = video.copy()
+    coloured[..., 0] = 255  # the others are 100, 151, 100
+    both = torch.from_numpy(numpy.stack([video, coloured]))
+    assert appearance.motion(both).tolist() == pytest.approx([0.2, 0.2 * 2 / 3])
+    assert appearance.motion(both[:, :1]).tolist() == [0, 0]
+    assert appearance.saturation(both).tolist() == pytest.approx([0, (155 + 104 + 155) / 3 / 255])
+    half = numpy.zeros((2, 1, 4, 4, 3), numpy.uint8)
+    half[1, :, :2] = 255
+    assert appearance.contrast(torch.from_numpy(half)).tolist() == pytest.approx([0, 0.5])
 
 
 def test_a_judge_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "judge.py").write_text("def judge(video, prompt):\n    return {'red': bool(video[0, 0, 0, 0] > 128)}\n")
     judge = analyser.load(str(tmp_path / "judge.py"))
-    assert judge(GREY[None], "a") == {"red": False}
+    assert judge(torch.from_numpy(GREY[None, None]), ["a"]) == [{"red": False}]
+    (tmp_path / "all.py").write_text(
+        "def judge(v, p):\n    pass\ndef judge_all(v, p):\n    return [{'n': len(v) == 2}] * 2\n"
+    )
+    assert analyser.load(str(tmp_path / "all.py"))(torch.zeros(2, 1), ["a", "b"]) == [{"n": True}, {"n": True}]
     found = analyser.shares([{"a": True, "b": [True, False]}, {"a": False}, {"a": True, "b": [False, False]}])
     assert found == {"a": pytest.approx(2 / 3), "b": 0.25}
     (tmp_path / "none.py").write_text("x = 1\n")

@@ -70,6 +70,12 @@ def test_warm_up_rises_over_the_updates_of_each_role() -> None:
     assert learning_rate(0, CRITIC, config(critic_lr=2.0)) == 2.0
 
 
+def test_rates_fall_over_the_last_iterations() -> None:
+    c = config(cooldown=4, iterations=10, warmup=2, critic_lr=2.0, student_lr=1.0)
+    assert [learning_rate(i, CRITIC, c) for i in (0, 1, 6, 7, 8, 9)] == [1.0, 2.0, 2.0, 1.5, 1.0, 0.5]
+    assert learning_rate(9, STUDENT, c) == 0.25
+
+
 def test_warm_up_reaches_the_weights(model: Path, shards: Path, tmp_path: Path) -> None:
     """The first AdamW step of betas (0, .) is lr x sign(gradient): a tenth with a warm-up of ten updates."""
     options = {"iterations": 1, "checkpoint_every": 1, "weight_decay": 0.0}
@@ -121,6 +127,7 @@ def test_average_equals_the_formula(offload: bool) -> None:
         ({"first_frame_jitter": -0.1}, "first_frame_jitter=-0.1"),
         ({"exit_schedule": "often"}, "choose one of random, stratified"),
         ({"warmup": -1}, "warmup=-1"),
+        ({"cooldown": -1}, "cooldown=-1"),
         ({"ema_start": -1}, "ema_start=-1"),
         ({"num_frames": 1}, "num_frames=1"),
         ({"student_lr": -1.0}, "student_lr=-1.0"),
