@@ -1,11 +1,12 @@
 """The VAE's decoder for speed, from diffusers' own weights: latents in, frames out as they are made.
 
-Activations lie as (F X Y C), channels last. Every causal convolution owns one piece of memory, its last two input
-frames first and the new ones behind them, into which the normalisation before it writes: nothing is concatenated or
-padded. A video goes through in steps of a few latent frames; its first one is a step of its own, as in training.
+Activations lie as (F X Y C), channels last. The normalisation before a causal convolution writes behind the two frames
+that this one remembers, into one piece of memory that all share: nothing is concatenated or padded. A video goes
+through in steps of a few latent frames; its first one is a step of its own, as in training.
 Shapes: F frames, X Y height and width, C channels, N channels out.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -22,10 +23,24 @@ Part: TypeAlias = Any  # a module of diffusers', whose parts are named as there
 PAST = 2  # frames that a causal convolution remembers
 
 
-class Conv(nn.Module):
-    """A convolution with folded weights, and the memory of its input."""
+class Desk:
+    """One piece of memory that every convolution lays its input on, one after the other."""
 
-    def __init__(self, conv: nn.Conv3d | nn.Conv2d, ways: Ways, plan: Plan) -> None:
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """All of it that a tensor of this shape needs; what lay there is lost."""
+        count = math.prod(shape)
+        if len(self.memory) < count:
+            self.memory = like.new_empty(count)
+        return self.memory[:count].view(shape)
+
+
+class Conv(nn.Module):
+    """A convolution with folded weights, and the last frames of its input."""
+
+    def __init__(self, conv: nn.Conv3d | nn.Conv2d, ways: Ways, desk: Desk, plan: Plan) -> None:
         super().__init__()
         weight = conv.weight if conv.weight.dim() == 5 else conv.weight.unsqueeze(2)
         assert conv.bias is not None
@@ -34,36 +49,32 @@ class Conv(nn.Module):
         self.weight = nn.Parameter(fold(weight.detach(), plan), requires_grad=False)
         self.bias = nn.Parameter(functional.pad(conv.bias.detach(), (0, extra)), requires_grad=False)
         self.ways, self.plan, self.bare = ways, plan, replace(plan, repeats=0)
-        self.memory = torch.empty(0)
+        self.desk = desk
+        self.past: Tensor | None = None  # (2 X Y C); None = the video begins
+        self.input: Tensor | None = None  # on the desk
 
     def forget(self) -> None:
         """Begin a new video."""
-        self.memory[:PAST].zero_()
-
-    def release(self) -> None:
-        """Give the memory back."""
-        self.memory = self.memory.new_empty(0)
+        self.past = None
 
     def room(self, x: Tensor) -> Tensor:
-        """Where as many new frames as x (F X Y .) has are to be written, (F X Y C)."""
-        shape = (*x.shape[1:3], self.plan.channels)
-        if self.memory.shape[1:] != shape or len(self.memory) < PAST + len(x):
-            old = self.memory
-            self.memory = x.new_zeros((PAST + len(x), *shape))
-            if old.shape[1:] == shape:
-                self.memory[:PAST].copy_(old[:PAST])
-        return self.memory[PAST : PAST + len(x)]
+        """Where as many new frames as x (F X Y .) has are to be written, (F X Y C), before anything else is."""
+        self.input = self.desk.take((PAST + len(x), *x.shape[1:3], self.plan.channels), x)
+        if self.past is None:
+            self.input[:PAST].zero_()
+        else:
+            self.input[:PAST].copy_(self.past)
+        return self.input[PAST:]
 
     def convolve(self, x: Tensor, residual: Tensor | None, skip: int = 0) -> Tensor:
         """Convolve x, and add a residual whose first `skip` output frames are left out."""
         plan = self.bare if residual is None else self.plan
         return self.ways.convolve(x, self.weight, self.bias, plan, residual=residual, skip=skip)
 
-    def forward(self, frames: int, residual: Tensor | None = None) -> Tensor:
-        """Convolve the `frames` new frames in the memory, (F X Y N), and remember the last ones."""
-        out = self.convolve(self.memory[: PAST + frames], residual)
-        for place in range(PAST):
-            self.memory[place].copy_(self.memory[place + frames])
+    def forward(self, residual: Tensor | None = None) -> Tensor:
+        """Convolve the new frames that were written, (F X Y N), and remember the last ones."""
+        assert self.input is not None
+        out, self.past, self.input = self.convolve(self.input, residual), self.input[-PAST:].clone(), None
         return out
 
 
@@ -76,20 +87,20 @@ def conv_plan(conv: nn.Conv3d, *, residual: bool = False) -> Plan:
 class Block(nn.Module):
     """A residual block."""
 
-    def __init__(self, block: Part, ways: Ways) -> None:
+    def __init__(self, block: Part, ways: Ways, desk: Desk) -> None:
         super().__init__()
         self.ways = ways
         self.first_scale, self.second_scale = scale(block.norm1), scale(block.norm2)
-        self.first = Conv(block.conv1, ways, conv_plan(block.conv1))
-        self.second = Conv(block.conv2, ways, conv_plan(block.conv2, residual=True))
+        self.first = Conv(block.conv1, ways, desk, conv_plan(block.conv1))
+        self.second = Conv(block.conv2, ways, desk, conv_plan(block.conv2, residual=True))
         self.shortcut = point(block.conv_shortcut) if isinstance(block.conv_shortcut, nn.Conv3d) else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(F X Y C) -> (F X Y N)."""
         self.ways.norm(x, self.first_scale, self.first.room(x))
-        hidden = self.first(len(x))
+        hidden = self.first()
         self.ways.norm(hidden, self.second_scale, self.second.room(hidden))
-        return self.second(len(x), self.shortcut(x))
+        return self.second(self.shortcut(x))
 
 
 class Attention(nn.Module):
@@ -110,10 +121,10 @@ class Attention(nn.Module):
 class Up(nn.Module):
     """A level: residual blocks, then twice the size, and in some levels twice the frames, around a shortcut."""
 
-    def __init__(self, block: Part, ways: Ways) -> None:
+    def __init__(self, block: Part, ways: Ways, desk: Desk) -> None:
         super().__init__()
         self.ways = ways
-        self.blocks = nn.Sequential(*(Block(resnet, ways) for resnet in block.resnets))
+        self.blocks = nn.Sequential(*(Block(resnet, ways, desk) for resnet in block.resnets))
         self.time: Conv | None = None
         self.space: Conv | None = None
         if block.upsampler is None:
@@ -122,10 +133,9 @@ class Up(nn.Module):
         channels, outputs = conv.in_channels, conv.out_channels
         columns = min(256, outputs)
         if doubled:
-            self.time = Conv(
-                block.upsampler.time_conv, ways, Plan(channels, channels, side=1, columns=min(256, channels), time=2)
-            )
-        self.space = Conv(conv, ways, Plan(
+            plan = Plan(channels, channels, side=1, columns=min(256, channels), time=2)
+            self.time = Conv(block.upsampler.time_conv, ways, desk, plan)
+        self.space = Conv(conv, ways, desk, Plan(
             channels, outputs, depth=1, side=2, columns=columns, space=2,
             repeats=block.avg_shortcut.repeats, halves=2 if doubled else 1,
         ))  # fmt: skip
@@ -137,7 +147,7 @@ class Up(nn.Module):
             return y
         if self.time is not None and not first:
             self.time.room(y).copy_(y)
-            y = self.time(len(x))
+            y = self.time()
         return self.space.convolve(y, x, int(first and self.time is not None))
 
 
@@ -161,18 +171,21 @@ class Decoder(nn.Module):
     def __init__(self, model: Part, ways: Ways) -> None:
         super().__init__()
         decoder = model.decoder
-        self.ways, self.patch = ways, model.config.patch_size or 1
+        self.ways, self.patch, self.desk = ways, model.config.patch_size or 1, Desk()
         self.colours = decoder.conv_out.out_channels
         self.enter = point(model.post_quant_conv)
-        self.conv_in = Conv(decoder.conv_in, ways, conv_plan(decoder.conv_in))
+        self.conv_in = Conv(decoder.conv_in, ways, self.desk, conv_plan(decoder.conv_in))
         middle = decoder.mid_block
         self.middle = nn.Sequential(
-            Block(middle.resnets[0], ways), Attention(middle.attentions[0]), Block(middle.resnets[1], ways)
+            Block(middle.resnets[0], ways, self.desk),
+            Attention(middle.attentions[0]),
+            Block(middle.resnets[1], ways, self.desk),
         )
-        self.ups = nn.ModuleList(Up(block, ways) for block in decoder.up_blocks)
+        self.ups = nn.ModuleList(Up(block, ways, self.desk) for block in decoder.up_blocks)
         self.scale = scale(decoder.norm_out)
         outputs = -(-self.colours // 16) * 16
-        self.conv_out = Conv(decoder.conv_out, ways, Plan(decoder.conv_out.in_channels, outputs, columns=outputs))
+        plan = Plan(decoder.conv_out.in_channels, outputs, columns=outputs)
+        self.conv_out = Conv(decoder.conv_out, ways, self.desk, plan)
 
     def forget(self) -> None:
         """Begin a new video."""
@@ -181,19 +194,18 @@ class Decoder(nn.Module):
                 module.forget()
 
     def release(self) -> None:
-        """Give all memories back, until the next video."""
-        for module in self.modules():
-            if isinstance(module, Conv):
-                module.release()
+        """Give all memory back, until the next video."""
+        self.forget()
+        self.desk.memory = torch.empty(0)
 
     def forward(self, z: Tensor, *, first: bool) -> Tensor:
         """Frames (F X Y 3), not clamped, of latent frames (T H W C) that follow those given before."""
         self.conv_in.room(z).copy_(self.enter(z))
-        x = self.middle(self.conv_in(len(z)))
+        x = self.middle(self.conv_in())
         for up in self.ups:
             x = up(x, first=first)
         self.ways.norm(x, self.scale, self.conv_out.room(x))
-        cells = self.conv_out(len(x))[..., : self.colours]
+        cells = self.conv_out()[..., : self.colours]
         return rearrange(cells, "f x y (c q p) -> f (x p) (y q) c", p=self.patch, q=self.patch)
 
 
