@@ -35,13 +35,22 @@ def start(device: str, *, replicate: int = 1) -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"  # checkpoints and signals go over gloo
         if "WORLD_SIZE" in os.environ:
             store, rank, world = next(dist.rendezvous("env://"))
-            # torchrun keeps its store when it starts killed ranks again: they must not find the addresses of the dead
-            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+            dist.init_process_group(backend, store=own_store(store), rank=rank, world_size=world)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     rank, world = dist.get_rank(), dist.get_world_size()
     return Ranks(rank, world, place, make_mesh(place.type, world, replicate))
+
+
+def own_store(store: dist.Store) -> dist.Store:
+    """A part of torchrun's store for this start of the ranks.
+
+    torchrun keeps its store when it starts killed ranks again: they must not find the addresses of the dead. On several
+    nodes it counts restarts a node, so the count cannot name the part there.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def make_mesh(kind: str, world: int, replicate: int) -> DeviceMesh:
