@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.device import Case, case, synchronize
 from benchmarks.report import append
-from benchmarks.trainer import make_config, random_network
+from benchmarks.trainer import make_config, random_network, randomise
 from stage2_distill.config import DistillConfig
 from stage2_distill.memory import Opened, open_roles
 from stage2_distill.network import Plan
@@ -43,9 +43,12 @@ def write_model(folder: Path, tiny: bool) -> None:
     index = {name: file for file, values in parts.items() for name, _ in values}
     index_file = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index_file.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    draws = torch.Generator(chosen.device).manual_seed(0)
     for file, values in parts.items():
-        made = {n: torch.empty(v.shape, dtype=v.dtype, device=chosen.device).normal_(0, 0.02).cpu() for n, v in values}
-        save_file(made, folder / "transformer" / file)
+        made = {name: torch.empty(v.shape, dtype=v.dtype, device=chosen.device) for name, v in values}
+        for name, value in made.items():
+            randomise(name, value, draws)
+        save_file({name: value.cpu() for name, value in made.items()}, folder / "transformer" / file)
 
 
 def write_apart(folder: Path, tiny: bool) -> None:

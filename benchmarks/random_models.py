@@ -8,9 +8,10 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from einops import rearrange
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from benchmarks.trainer import randomise
 from common.condition import Condition, pin
 from common.flow import ladder, x0_from_velocity
 from common.video import CHANNELS, VideoSpec, tokens_per_frame
@@ -112,16 +113,6 @@ def fresh(model: AutoencoderKLWan) -> AutoencoderKLWan:
     return other.eval().requires_grad_(False)
 
 
-def randomise(module: nn.Module) -> None:
-    """Matrices small, vectors as they are at the start of a training."""
-    draws = torch.Generator(next(module.parameters()).device).manual_seed(0)
-    for name, value in module.named_parameters():
-        if value.dim() > 1:
-            value.data.normal_(0, 0.02, generator=draws)
-        else:
-            value.data.fill_(float("norm" in name and name.endswith("weight")))
-
-
 def make_student(spec: VideoSpec, folder: Path, small: bool, device: torch.device) -> Student:
     """A random network with the true sizes, its blocks compiled."""
     facts = {"_class_name": "WanTransformer3DModel", "in_channels": 48, "out_channels": 48, "num_layers": 30,
@@ -133,7 +124,9 @@ def make_student(spec: VideoSpec, folder: Path, small: bool, device: torch.devic
     (folder / "transformer" / "config.json").write_text(json.dumps(facts))
     dtype = torch.float32 if small else torch.bfloat16
     net = materialise(skeleton(folder, dtype, Plan(compiled=not small)), device).requires_grad_(False)
-    randomise(net)
+    draws = torch.Generator(device).manual_seed(0)
+    for name, weight in net.named_parameters():
+        randomise(name, weight, draws)
     return Student(net, spec, ladder((1000, 750, 500, 250), s=5.0), dtype)
 
 

@@ -46,13 +46,25 @@ def random_network(chosen: Case, plan: Plan, dtype: torch.dtype) -> Network:
 
 
 def random_role(chosen: Case, ranks: Ranks, net: Network) -> Network:
-    """Shard a network that computes in the case's dtype; weights N(0, 0.02)."""
+    """Shard a network that computes in the case's dtype, with random weights."""
     shard(net, ranks, chosen.dtype)
     draws = torch.Generator(chosen.device).manual_seed(0)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            local(parameter).normal_(0, 0.02, generator=draws)
+    for name, parameter in net.named_parameters():
+        randomise(name, local(parameter), draws)
     return net
+
+
+@torch.no_grad()
+def randomise(name: str, weight: Tensor, draws: torch.Generator) -> None:
+    """Matrices N(0, 0.02), norms 1, biases 0.
+
+    Small norms would make attention uniform: its products would meet equal numbers, and a GPU that its power limits
+    would be several per cent faster than on a real model.
+    """
+    if weight.dim() > 1:
+        weight.normal_(0, 0.02, generator=draws)
+    else:
+        weight.fill_(float("norm" in name and name.endswith("weight")))
 
 
 def random_roles(chosen: Case, ranks: Ranks, config: DistillConfig) -> Opened:

@@ -35,10 +35,11 @@ class Advance(Protocol):
 def advance(weight: Tensor, state: dict[str, Tensor], grad: Tensor, rates: Tensor, place: Tensor) -> None:
     """One AdamW update of all elements (N) of one parameter, in place; the order of operations is torch's.
 
-    rates: float32 (7): 1 - lr decay, -lr, beta2, 1 - beta2, sqrt(1 - beta2^step), eps, factor of the gradient.
+    rates: float32 (8): 1 - lr decay, -lr, beta2, 1 - beta2, sqrt(1 - beta2^step), eps, 1 / sqrt(1 - beta2^step), factor
+    of the gradient.
     place: int64 (2): step, number of the first element within the whole parameter.
     """
-    shrink, minus_lr, beta2, rest, correction, eps, factor = rates.unbind()
+    shrink, minus_lr, beta2, rest, correction, eps, _, factor = rates.unbind()
     grad = grad.float() * factor
     moment = torch.addcmul(read_moment(state) * beta2, rest * grad, grad)
     write_moment(state, moment, place)
@@ -155,11 +156,11 @@ class CompactAdamW(torch.optim.Optimizer):
             yield like(parameter, join(local(parameter.detach()), parts["low"]))
 
     def rates(self, step: int, device: torch.device) -> Tensor:
-        """The numbers of one step (7), float32."""
+        """The numbers of one step (8), float32."""
         group = self.param_groups[0]
         lr, beta2 = group["lr"], group["beta2"]
         correction = (1 - beta2**step) ** 0.5
-        numbers = [1 - lr * group["weight_decay"], -lr, beta2, 1 - beta2, correction, group["eps"]]
+        numbers = [1 - lr * group["weight_decay"], -lr, beta2, 1 - beta2, correction, group["eps"], 1 / correction]
         factor = torch.ones((), device=device) if self.factor is None else self.factor
         return torch.cat([torch.tensor(numbers).to(device, non_blocking=True), factor[None]])
 

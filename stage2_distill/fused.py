@@ -41,7 +41,7 @@ def _advance(  # type: ignore[no-untyped-def]
 ) -> None:
     number = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
     inside = number < count
-    grad = tl.load(grad_at + number, mask=inside, other=0.0).to(tl.float32) * tl.load(rates_at + 6)
+    grad = tl.load(grad_at + number, mask=inside, other=0.0).to(tl.float32) * tl.load(rates_at + 7)
     kept = tl.load(moment_at + number, mask=inside, other=0)
     moment = kept.to(tl.float32)
     tops = tl.program_id(0).to(tl.int64) * (CHUNK // 64) + tl.arange(0, CHUNK // 64)
@@ -63,7 +63,8 @@ def _advance(  # type: ignore[no-untyped-def]
             tl.store(moment_at + number, tl.reshape(code, (CHUNK,)), mask=inside)
     high = tl.load(weight_at + number, mask=inside, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
     bits = high * 65536 + tl.load(low_at + number, mask=inside, other=0).to(tl.int32)
-    denominator = tl.sqrt_rn(moment) * tl.div_rn(1.0, tl.load(rates_at + 4)) + tl.load(rates_at + 5)
+    # torch divides by a number on a GPU through its reciprocal, which it takes in float64
+    denominator = tl.sqrt_rn(moment) * tl.load(rates_at + 6) + tl.load(rates_at + 5)
     master = bits.to(tl.float32, bitcast=True) * tl.load(rates_at)
     master = tl.fma(tl.load(rates_at + 1), tl.div_rn(grad, denominator), master)
     bits = master.to(tl.int32, bitcast=True)

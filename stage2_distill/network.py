@@ -16,6 +16,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from common.video import TEXT_LENGTH
@@ -95,7 +96,7 @@ class Network(WanTransformer3DModel):
         given = height * width if timestep.shape[1] == 2 else 0
         rope = self.rope(hidden_states)
         rope = rope[0][..., 0::2].contiguous(), rope[1][..., 1::2].contiguous()
-        x = rearrange(self.patch_embedding(hidden_states), "b d t h w -> b (t h w) d").contiguous()
+        x = embed(self.patch_embedding, hidden_states)
         temb, modulation, text, _ = self.condition_embedder(
             timestep.flatten(), encoder_hidden_states, timestep_seq_len=timestep.shape[1]
         )
@@ -106,9 +107,8 @@ class Network(WanTransformer3DModel):
             x, rope, given = x[:, own], (rope[0][:, own], rope[1][:, own]), max(0, given - own.start)
         for block in self.blocks:
             x = block(x, text, modulation, rope, given)
-        shift, scale = (self.scale_shift_table[:, None] + temb[:, :, None]).unbind(2)
-        x = modulate(self.norm_out(x.float()), shift, scale, given).type_as(x)
-        x = self.proj_out(x)
+        rows = self.scale_shift_table[:, None] + temb[:, :, None]
+        x = self.proj_out(finisher(self.blocks[0].plan.compiled)(self.norm_out, x, rows, given))
         if ranks > 1:
             x = all_parts(x, ranks)
         patch = dict(zip(("pt", "ph", "pw"), self.config.patch_size, strict=True))
@@ -126,6 +126,25 @@ def adopt(net: WanTransformer3DModel, plan: Plan | None = None) -> Network:
         block.__class__ = Block
         block.plan = plan or Plan()
     return net
+
+
+def embed(patches: nn.Conv3d, latents: Tensor) -> Tensor:
+    """Tokens (B N D) of latents (B C T H W): one product, where a convolution would lay its result out anew."""
+    pt, ph, pw = patches.kernel_size
+    rows = rearrange(latents, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+    return linear(rows, patches.weight.flatten(1), patches.bias)
+
+
+def finish(norm: nn.Module, x: Tensor, rows: Tensor, given: int) -> Tensor:
+    """x (B N D) normalised and modulated in float32 by rows (B K 2 D): shift and scale."""
+    shift, scale = rows.unbind(2)
+    return modulate(norm(x.float()), shift, scale, given).type_as(x)
+
+
+@cache
+def finisher(compiled: bool) -> Callable[..., Tensor]:
+    """`finish` as it is or compiled."""
+    return torch.compile(finish, dynamic=False, fullgraph=True) if compiled else finish
 
 
 def per_time(rows: Tensor, tokens: int, given: int) -> Tensor:
