@@ -37,7 +37,7 @@ from stage2_distill.parallel import start
 from stage2_distill.resume import state
 from stage2_distill.reuse import Reuse
 from stage2_distill.schedule import CRITIC, STUDENT, exit_index, parts, student_turn
-from stage2_distill.snapshot import Snapshot, host_mesh
+from stage2_distill.snapshot import Rooms, Snapshot, host_mesh, make_rooms
 from stage2_distill.train import Step, Trainer, train_step, update_critic, update_student
 
 Row = tuple[str, str]
@@ -165,11 +165,14 @@ def pause(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[
     """How much longer a checkpoint makes the shortest iteration, and how long the copy to host memory takes."""
     config = trainer.config
     short = next(n for n in range(10_000) if n % config.student_every and exit_index(n, CRITIC, config) == 0)
+    began, rooms = perf_counter(), Rooms()
+    make_rooms(state(trainer), rooms)
+    yield "room for it in host memory, once in a run, beside training", f"{perf_counter() - began:.1f} s"
     alone = seconds(lambda: turn(chosen, trainer, short), chosen, warm=0, repeat=1)
     ended: list[float] = []
     began = perf_counter()
     live = state(trainer)
-    snapshot = Snapshot(live, host_mesh(trainer.ranks))
+    snapshot = Snapshot(live, host_mesh(trainer.ranks), rooms)
     for copy in snapshot.copies.values():
         copy.add_done_callback(lambda _: ended.append(perf_counter() - began))
 

@@ -126,6 +126,8 @@ def iterate(out: Path, trainer: Trainer, data: DataSet | Mixture, facts: Student
         for iteration in range(done, config.iterations):
             watch.write(iteration, attempt(trainer, iteration, loaded, saver))
             reached = iteration + 1
+            if iteration == done:
+                saver.prepare(state(trainer))
             if previews.due(reached):
                 previews.make(trainer, reached)
             ending = stop.wanted() or reached == config.iterations

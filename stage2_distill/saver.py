@@ -37,7 +37,7 @@ from stage2_distill.checkpoint import (
 from stage2_distill.compact import local
 from stage2_distill.config import DistillConfig
 from stage2_distill.parallel import Ranks
-from stage2_distill.snapshot import Snapshot, host_mesh
+from stage2_distill.snapshot import Rooms, Snapshot, host_mesh, make_rooms
 
 FILE_BYTES = 2**30  # a rank's file; while it is written it stands in memory once more
 LONGEST = timedelta(hours=2)  # that ranks wait for the slowest one's files
@@ -56,6 +56,8 @@ class Saver:
         self.group = dist.new_group(backend="gloo", timeout=LONGEST)  # its own: training talks at the same time
         self.host = host_mesh(ranks)
         self.thread: threading.Thread | None = None
+        self.rooms: Rooms = {}
+        self.making: threading.Thread | None = None
         self.snapshot: Snapshot | None = None  # of the newest one
         self.failed: str | None = None  # why the newest one was not written
 
@@ -63,11 +65,25 @@ class Saver:
         """Begin a checkpoint of live tensors; they may change once `copied` has returned."""
         self.wait()
         beside = self.config.checkpoint_beside
-        self.snapshot = Snapshot(tensors, self.host) if beside else None
+        if beside:
+            self.prepared()
+            make_rooms(tensors, self.rooms)
+        self.snapshot = Snapshot(tensors, self.host, self.rooms) if beside else None
         self.thread = threading.Thread(target=self._write, args=(dict(tensors), facts), name="checkpoint", daemon=True)
         self.thread.start()
         if not beside:
             self.wait()
+
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begin to make room for copies of such tensors, so that the first checkpoint need not wait for it."""
+        if self.config.checkpoint_beside and self.making is None:
+            self.making = threading.Thread(target=make_rooms, args=(tensors, self.rooms), daemon=True)
+            self.making.start()
+
+    def prepared(self) -> None:
+        """Wait until that has been done, if it was begun."""
+        if self.making is not None:
+            self.making.join()
 
     def copied(self) -> None:
         """Wait until the tensors may change."""

@@ -1,9 +1,9 @@
 """Copies of training's state in host memory, made by threads while training goes on.
 
 Nothing of the state changes before the next optimizer step, so that only this must wait for them (`Snapshot.result`).
+Memory that is touched for the first time takes ten times as long to write: it is kept from one checkpoint to the next.
 """
 
-import mmap
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from stage2_distill.compact import local
 from stage2_distill.parallel import Ranks
 
-COPIERS = 8  # threads: fresh memory is slow to touch
+COPIERS = 8  # threads
 CHUNK = 32 << 20  # bytes of pinned memory that a thread copies through
-LARGE = 2 << 20  # bytes of a huge page
+Rooms = dict[str, Tensor]  # bytes in host memory, by the name of what is copied there
 
 
 def host_mesh(ranks: Ranks) -> DeviceMesh:
@@ -27,30 +27,42 @@ def host_mesh(ranks: Ranks) -> DeviceMesh:
     return ranks.mesh if ranks.device.type == "cpu" else init_device_mesh("cpu", ranks.mesh.shape, mesh_dim_names=names)
 
 
-class Snapshot:
-    """The state as it is now, once the device has caught up; sharded as the tensors are."""
+def make_rooms(tensors: Mapping[str, Tensor], rooms: Rooms) -> None:
+    """Memory for copies of `tensors`, touched."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], host: DeviceMesh) -> None:
-        self.host = host
+    def make(name: str) -> None:
+        if name not in rooms:
+            home = torch.empty(local(tensors[name]).nbytes, dtype=torch.uint8)
+            home.numpy()[:] = 0  # torch would use all cores for each
+            rooms[name] = home
+
+    with ThreadPoolExecutor(COPIERS) as pool:
+        list(pool.map(make, tensors))
+
+
+class Snapshot:
+    """The state as it is now, once the device has caught up; sharded as the tensors are, in `rooms`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], host: DeviceMesh, rooms: Rooms) -> None:
+        self.host, self.rooms = host, rooms
         self.own = threading.local()  # a thread's stream and pinned memory
         self.begun = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
         pool = ThreadPoolExecutor(COPIERS)
-        self.copies: dict[str, Future[Tensor]] = {n: pool.submit(self.copy, value) for n, value in tensors.items()}
+        self.copies: dict[str, Future[Tensor]] = {name: pool.submit(self.copy, name, tensors[name]) for name in tensors}
         pool.shutdown(wait=False)
 
     def result(self) -> dict[str, Tensor]:
         """Wait for all copies."""
         return {name: copy.result() for name, copy in self.copies.items()}
 
-    def copy(self, value: Tensor) -> Tensor:
+    def copy(self, name: str, value: Tensor) -> Tensor:
         """A copy of one tensor."""
         part = local(value).detach()
-        flat = part.contiguous().view(-1).view(torch.uint8)
-        home = room(flat.numel())
+        flat, home = part.contiguous().view(-1).view(torch.uint8), self.rooms[name]
         if part.is_cuda:
             self.download(flat, home)
         else:
-            home.numpy()[:] = flat.numpy()  # torch would use all cores for each
+            home.numpy()[:] = flat.numpy()
         home = home.view(part.dtype).view(part.shape)
         if not isinstance(value, DTensor):
             return home
@@ -72,12 +84,3 @@ class Snapshot:
                 here.copy_(part, non_blocking=True)
                 stream.synchronize()
                 home.numpy()[start : start + CHUNK] = here.numpy()
-
-
-def room(size: int) -> Tensor:
-    """Some bytes of fresh host memory, where it is much in huge pages: they take a fifth of the time to touch."""
-    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
