@@ -1,5 +1,6 @@
 """Sampling in one process: the same records as `encode`, segments that go on, memory modes that change nothing."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,26 @@ def test_segments_go_on_from_the_last_frame(order: Order, models: Conditioner) -
         last = vae.decode_video(models.vae, read(order.store, "sample", row))[-1]
         assert torch.equal(read(order.store, "sample", row + 1)[:, :1], encode_frame(models, last).float())
     assert not torch.equal(read(order.store, "sample", 0)[:, 1:], read(order.store, "sample", 1)[:, 1:])
+
+
+def test_memory_does_not_grow_with_segments(order: Order, models: Conditioner) -> None:
+    """When latents are asked for, those before the last ones are gone."""
+    alive: list[int] = []
+
+    class Watched(Noise):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made: list[weakref.ref[Tensor]] = []
+
+        def __call__(self, records: list[Record], seeds: list[int], segment: int) -> Tensor:
+            alive.append(sum(made() is not None for made in self.made))
+            x0 = super().__call__(records, seeds, segment)
+            self.made.append(weakref.ref(x0))
+            return x0
+
+    make_videos(replace(order, segments=6), models, Watched(), Placing())
+    assert len(alive) == 12
+    assert max(alive) <= 1
 
 
 def test_memory_modes_give_the_same_files(order: Order, models: Conditioner) -> None:
