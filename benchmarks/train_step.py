@@ -8,7 +8,7 @@ A mean iteration is the time of --count whole iterations by their number, from w
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from benchmarks.loading import host_peak, load, write_apart
 from benchmarks.network import backward_of, forward_of
 from benchmarks.report import append
 from benchmarks.trainer import (
+    balanced,
     finite,
     make_config,
     one_batch,
@@ -32,13 +33,12 @@ from benchmarks.trainer import (
     report_memory,
     trainer_of,
 )  # fmt: skip
-from stage2_distill.config import DistillConfig
 from stage2_distill.parallel import start
 from stage2_distill.resume import state
 from stage2_distill.reuse import Reuse
-from stage2_distill.schedule import CRITIC, STUDENT, exit_index, parts, student_turn
+from stage2_distill.schedule import CRITIC, STUDENT, exit_index, parts
 from stage2_distill.snapshot import Rooms, Snapshot, host_mesh, make_rooms
-from stage2_distill.train import Step, Trainer, train_step, update_critic, update_student
+from stage2_distill.train import Step, Trainer, Update, train_step, update_critic, update_student
 
 Row = tuple[str, str]
 FORWARD = 520.7  # TFLOP at the true size
@@ -52,22 +52,6 @@ def turn(chosen: Case, trainer: Trainer, iteration: int) -> Step:
     ranks = trainer.ranks
     todo = parts(trainer.config, start=iteration, rank=ranks.rank, world=ranks.world)
     return train_step(trainer, iteration, ((part, random_condition(chosen)) for part in todo))
-
-
-def exits(config: DistillConfig, role: str, start: int, count: int) -> list[int]:
-    """Where a role's updates in `count` iterations leave the rollout."""
-    turns = [n for n in range(start, start + count) if role == CRITIC or student_turn(n, config)]
-    return [exit_index(n, role, config) for n in turns]
-
-
-def balanced(config: DistillConfig, count: int) -> int:
-    """The student's turn from which the updates of `count` iterations leave at the mean exit, in both roles."""
-    middle = (len(config.ladder) - 1) / 2
-
-    def off(start: int) -> float:
-        return max(abs(mean(exits(config, role, start, count)) - middle) for role in (STUDENT, CRITIC))
-
-    return min(range(config.student_every, 2000, config.student_every), key=off)
 
 
 def iteration(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
@@ -124,13 +108,18 @@ def updates(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator
     """A mean iteration in short: of each role one update that leaves at step 1 and one at step 2."""
     found = {}
     for role, update in ((CRITIC, update_critic), (STUDENT, update_student)):
-        turns = [next(n for n in range(10_000) if exit_index(n, role, trainer.config) == step) for step in (1, 2)]
-        runs = [partial(update, trainer, n, one_batch(chosen, trainer.ranks, role, n)) for n in turns]
-        first = partial(update, trainer, turns[0], one_batch(chosen, trainer.ranks, role, turns[0]))
-        yield f"first {role} update", f"{seconds(first, chosen, warm=0, repeat=1):.1f} s"
-        each = [seconds(run, chosen, warm=0, repeat=1) for run in runs]
+
+        def run(exit_at: int, role: str = role, update: Callable[..., Update] = update) -> float:
+            number = next(n for n in range(10_000) if exit_index(n, role, trainer.config) == exit_at)
+            data = one_batch(chosen, trainer.ranks, role, number)
+            return seconds(lambda: update(trainer, number, data), chosen, warm=0, repeat=1)
+
+        if trainer.config.compile or role == CRITIC:
+            yield f"first {role} update", f"{run(0):.1f} s"
+        each = [run(1), run(2)]
         found[role] = mean(each)
         yield f"{role} updates", f"{', '.join(f'{s:.2f}' for s in each)}, mean {found[role]:.2f} s"
+        yield f"peak memory after the {role}'s", report_memory(chosen)
     spent = found[CRITIC] + found[STUDENT] / trainer.config.student_every
     yield from mean_iteration(chosen, trainer, known, spent)
 

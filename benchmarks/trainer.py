@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from statistics import mean
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -18,7 +19,7 @@ from stage2_distill.network import Network, Plan, adopt
 from stage2_distill.optim import open_ema, open_optimizer
 from stage2_distill.parallel import Ranks, of_all_ranks, shard
 from stage2_distill.reuse import Reuse
-from stage2_distill.schedule import CRITIC, STUDENT, Part
+from stage2_distill.schedule import CRITIC, STUDENT, Part, exit_index, student_turn
 from stage2_distill.train import Roles, Trainer
 from stage2_distill.wan import cast_parameters
 
@@ -106,6 +107,22 @@ def random_condition(chosen: Case, batch: int = 1) -> Condition:
 def one_batch(chosen: Case, ranks: Ranks, role: str, iteration: int) -> Iterator[tuple[Part, Condition]]:
     """The only micro-batch of one update."""
     yield Part(iteration, role, (ranks.rank,), (ranks.rank,), 1.0, True), random_condition(chosen)
+
+
+def exits(config: DistillConfig, role: str, start: int, count: int) -> list[int]:
+    """Where a role's updates in `count` iterations leave the rollout."""
+    turns = [n for n in range(start, start + count) if role == CRITIC or student_turn(n, config)]
+    return [exit_index(n, role, config) for n in turns]
+
+
+def balanced(config: DistillConfig, count: int) -> int:
+    """The student's turn from which the updates of `count` iterations leave at the mean exit, in both roles."""
+    middle = (len(config.ladder) - 1) / 2
+
+    def off(start: int) -> float:
+        return max(abs(mean(exits(config, role, start, count)) - middle) for role in (STUDENT, CRITIC))
+
+    return min(range(config.student_every, 2000, config.student_every), key=off)
 
 
 def report_memory(chosen: Case) -> str:
