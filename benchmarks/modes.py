@@ -1,11 +1,11 @@
 """The trainer's memory modes at the true size: each GPU alone, then all together, in one start of the ranks.
 
-    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.modes --modes alone,compact,standard,hsdp
+    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.modes --modes alone,compact,standard,hsdp,checkpoint
 
 alone: every GPU trains by itself, all at once, as one process does. hsdp: the compact form, a whole copy a GPU, what
 the student alone needs in host memory. A mean iteration is the mean of a critic's updates that leave the rollout at
 steps 1 and 2, and a fifth of such a student's; but for alone and compact the student's is that at step 1 and half a
-forward pass, and it is not warmed up for.
+forward pass, and it is not warmed up for. checkpoint: the pause of one in the compact form.
 """
 
 import argparse
@@ -37,6 +37,7 @@ MODES = {
     "standard": {"memory": "standard"},
     "float32": {"memory": "compact", "second_moment": "float32"},
     "hsdp": {"memory": "compact", "offload": "all"},
+    "checkpoint": {"memory": "compact"},
 }
 THOROUGH = ("alone", "compact")
 UPDATES = {CRITIC: update_critic, STUDENT: update_student}
@@ -58,12 +59,13 @@ def measure(mode: str, chosen: Case, given: argparse.Namespace, known: dict[str,
         opened = random_roles(chosen, ranks, config)
         yield "three random roles made", f"{time.perf_counter() - began:.1f} s"
     trainer = trainer_of(chosen, ranks, config, opened)
+    if mode == "checkpoint":
+        yield from MEASURES["pause"](chosen, trainer, known)
+        return
     yield from iteration(chosen, trainer, known, mode)
     yield "peak host memory of the ranks", ", ".join(f"{gib:.1f}" for gib in host_peaks(ranks)) + " GiB"
     if mode != "alone":
         yield from communication(update(chosen, trainer, CRITIC, 0), chosen, f"critic update of {ranks.world} ranks")
-    if mode == "compact":
-        yield from MEASURES["pause"](chosen, trainer, known)
 
 
 def update(chosen: Case, trainer: Trainer, role: str, leaves: int) -> Callable[[], Update]:
@@ -114,7 +116,7 @@ def main() -> None:
     """Measure, print and append to the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--modes", default="alone,compact,standard,hsdp")
+    parser.add_argument("--modes", default="alone,compact,standard,hsdp,checkpoint")
     parser.add_argument("--layers", type=int, default=0, help="blocks of the network, to try this script")
     parser.add_argument("--folder", type=Path, help="model folder that the mode compact opens, if it is there")
     given = parser.parse_args()

@@ -42,7 +42,7 @@ def test_adapters_with_inputs_in_host_memory() -> None:
 
 
 def test_modes_on_two_ranks() -> None:
-    text = printed(*TORCHRUN, "-m", "benchmarks.modes", "--tiny", "--modes", "alone,compact,hsdp")
+    text = printed(*TORCHRUN, "-m", "benchmarks.modes", "--tiny", "--modes", "alone,compact,hsdp,checkpoint")
     alone = float(re.search(r"\nalone, mean iteration: ([\d.]+)", text)[1])
     for mode, kind in (("compact", "all_gather"), ("hsdp", "all_reduce")):
         assert re.search(rf"\n{mode}, critic update of 2 ranks, communication: 0\.\d+ s of .*gloo:{kind}", text)
@@ -50,7 +50,7 @@ def test_modes_on_two_ranks() -> None:
             "mean iteration", "rate of a GPU against one that trains alone"
         ))  # fmt: skip
         assert rate == pytest.approx(alone / mean, rel=0.1)
-    assert "\ncompact, pause of a checkpoint: " in text
+    assert "\ncheckpoint, pause of a checkpoint: " in text
 
 
 def test_time_in_overlapping_spans() -> None:
