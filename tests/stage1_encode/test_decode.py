@@ -64,6 +64,10 @@ def test_pixels_are_those_of_diffusers(model: Path) -> None:
     found = vae.decode_video(own, draw)
     assert found.shape == (9, 64, 96, 3) and found.dtype == torch.uint8
     assert ((wanted + 1) * 127.5 - found).abs().max() <= 0.51
+    together = vae.decode_videos(own, torch.stack([torch.zeros_like(draw), draw]))
+    assert together.shape == (2, 9, 64, 96, 3)
+    assert ((wanted + 1) * 127.5 - together[1]).abs().max() <= 0.51
+    assert (together[0] != together[1]).any()
 
 
 def test_colours_survive_the_file(tmp_path: Path) -> None:

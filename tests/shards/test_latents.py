@@ -1,0 +1,23 @@
+"""The store of latents gives back what was written, however many videos share a chunk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.video import VideoSpec
+from shards import latents
+
+SPEC = VideoSpec(9, 64, 96, 12)
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_rows_come_back(tmp_path: Path, together: int) -> None:
+    videos = torch.randn((7, *SPEC.latent_shape), generator=torch.Generator().manual_seed(0))
+    names = tuple(map(str, range(7)))
+    latents.create(tmp_path, latents.LatentGroup("a", SPEC, names, names, (0,) * 7), together=together)
+    for rows in ([0, 1], [5, 2], [3, 4], [6]):  # in a row or not, across chunks
+        latents.write(tmp_path, "a", rows, videos[rows])
+    latents.finish(tmp_path, "a")
+    assert torch.equal(latents.read_rows(tmp_path, "a", 0, 7), videos)
+    assert torch.equal(latents.read(tmp_path, "a", 5), videos[5])
