@@ -126,6 +126,7 @@ def test_average_equals_the_formula(offload: bool) -> None:
         ({"text_only_fraction": 1.5}, "text_only_fraction=1.5"),
         ({"first_frame_jitter": -0.1}, "first_frame_jitter=-0.1"),
         ({"exit_schedule": "often"}, "choose one of random, stratified"),
+        ({"offload": "some"}, "choose one of none, average, all"),
         ({"warmup": -1}, "warmup=-1"),
         ({"cooldown": -1}, "cooldown=-1"),
         ({"ema_start": -1}, "ema_start=-1"),
