@@ -4,8 +4,8 @@
 
 alone: every GPU trains by itself, all at once, as one process does. hsdp: the compact form, a whole copy a GPU, what
 the student alone needs in host memory. A mean iteration is the mean of a critic's updates that leave the rollout at
-steps 1 and 2, and a fifth of such a student's; but for alone and compact the student's is that at step 1 and half a
-forward pass, and it is not warmed up for. checkpoint: the pause of one in the compact form.
+steps 1 and 2, and a fifth of such a student's; standard, float32 and hsdp take the student's at step 1, not warmed up
+for, and half a forward pass. checkpoint: the pause of one in the compact form.
 """
 
 import argparse
