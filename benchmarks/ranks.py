@@ -152,7 +152,8 @@ def first_weights() -> dict[str, torch.Tensor]:
 def measure(given: argparse.Namespace, folder: Path) -> Iterator[Row]:
     """All runs, so many at once."""
     make_data(folder / "data")
-    todo = runs(given.gpus)
+    first, *others = runs(given.gpus)
+    todo = [first, *(run for run in others if any(word in run.name for word in given.only.split(",")))]
     configs = [make_config(run, folder, given) for run in todo]
     start, outs = first_weights(), [Path(config.out) for config in configs]
     with ThreadPoolExecutor(given.at_once) as pool:
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--memory", default="compact")
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--only", default="", help="runs whose names have one of these words, and one GPU's")
     parser.add_argument("--at-once", type=int, default=6)
     given = parser.parse_args()
     rows: list[Row] = []
