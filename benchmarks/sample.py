@@ -183,6 +183,7 @@ class Bench:
         self.models.vae.model.decode = watched
         found = statistics.median(times(run, min(3, self.repeats)))
         hook.remove()
+        self.models.vae.model.decode = plain
         step = min(after - before for before, after in zip(steps, steps[1:], strict=False))
         self.note("diffusers, 4 steps", f"{found:.2f} s, x{found / ours:.2f} of ours; a step {step:.2f} s")
         guided = found + 96 * step
@@ -196,6 +197,7 @@ class Bench:
     def small_cards(self) -> None:
         """The paths for smaller cards, and what decoding takes there by latent frames at once."""
         host = torch.device("cpu")
+        self.models.vae.keep_fast_decoder()
         self.models.vae.decoder.release()
         records = self.records()
         if GPU:

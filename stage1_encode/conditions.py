@@ -4,6 +4,7 @@ Shapes: C channels, H W latent size, X Y pixels.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from stage1_encode.rows import Row, locate_file
 from stage1_encode.vae import FrameEncoder, Vae
 
 TEXT_TOKENS = 8192  # embedded at once
+READERS = 8  # pictures read at once, while the texts are embedded
 PARTS = ("vae", "text_encoder", "tokenizer")
 
 
@@ -49,6 +51,7 @@ def load_conditioner(
     folder = locate(model, PARTS)
     named = ("bfloat16" if device.type == "cuda" else "float32") if precision == "auto" else precision
     whole = replace(vae.load(folder, dtype=getattr(torch, named), device=device), compiled=compiled)
+    whole.keep_fast_decoder()
     prompts = text.load(folder, dtype=torch.bfloat16, device=device if stay else torch.device("cpu"))
     return Conditioner(prompts, whole, vae.frame_encoder(whole), device)
 
@@ -59,13 +62,15 @@ def make_records(models: Conditioner, rows: Sequence[Row], table: Path, spec: Vi
     ValueError names the first row that cannot be used.
     """
     prompts = [text.clean(row.prompt) for row in rows]
-    pictures = [read_picture(row, prompt, table, spec) for row, prompt in zip(rows, prompts, strict=True)]
+    with ThreadPoolExecutor(READERS) as pool:
+        reading = pool.map(lambda row, prompt: read_picture(row, prompt, table, spec), rows, prompts)
+        models.words.move(models.device)
+        embeddings = text.embed(models.text, text.tokenize(models.text, prompts), budget=TEXT_TOKENS)
+        pictures = list(reading)
     found_wrong = [(row, found) for row, found in zip(rows, pictures, strict=True) if isinstance(found, str)]
     problems = [f"line {row.line}, {row.path}: {found}" for row, found in found_wrong]
     if problems:
         raise ValueError(f"{len(problems)} of the conditions cannot be used; {problems[0]}")
-    models.words.move(models.device)
-    embeddings = text.embed(models.text, text.tokenize(models.text, prompts), budget=TEXT_TOKENS)
     latents = [encode_frame(models, found) if isinstance(found, Tensor) else None for found in pictures]
     if ready := mark(models.device):
         ready.synchronize()

@@ -44,6 +44,11 @@ class Vae:
         """The decoder half for videos, made when it is first asked for."""
         return Decoder(self.model, ways_for(self.device, self.model.dtype, compiled=self.compiled))
 
+    def keep_fast_decoder(self) -> None:
+        """Let go of diffusers' own decoder, of which `decoder` has the weights in an order of its own."""
+        assert self.decoder.colours
+        self.model.decoder = None
+
 
 @dataclass(frozen=True)
 class FrameEncoder:

@@ -53,8 +53,9 @@ class Placing:
     steps: int = vae.STEPS  # latent frames decoded at once
 
 
-NEEDED = {"full": 46, "24gb": 22, "16gb": 15}  # GiB of a card, at 121 x 704 x 1280, fastest first
-PLACINGS = {"full": Placing(), "24gb": Placing(False, False), "16gb": Placing(False, False, 1)}
+# GiB of a card, at 121 x 704 x 1280, fastest first: benchmarks/results/sample-*, and the context of the driver
+NEEDED = {"full": 33, "24gb": 22, "16gb": 15}
+PLACINGS = {"full": Placing(), "24gb": Placing(text=False, steps=1), "16gb": Placing(text=False, network=False)}
 
 
 def place(memory: str, device: torch.device) -> Placing:

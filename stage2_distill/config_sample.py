@@ -36,7 +36,7 @@ class SampleConfig:
     num_frames: int | None = option(None, "Frames of a segment, 4k+1; without it, as in training.")
     height: int | None = option(None, "Height in pixels, a multiple of 32; without it, as in training.")
     width: int | None = option(None, "Width in pixels, a multiple of 32; without it, as in training.")
-    memory: str = option("auto", "What may stay on the GPU: full needs 48 GB; auto looks at the card.", choices=MEMORY)
+    memory: str = option("auto", "What may stay on the GPU: full needs 40 GB; auto looks at the card.", choices=MEMORY)
     device: str = device_option()
 
     def __post_init__(self) -> None:

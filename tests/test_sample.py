@@ -176,7 +176,7 @@ def test_the_card_chooses(monkeypatch: pytest.MonkeyPatch, gib: float, asked: st
 def test_too_small_a_card_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(total_memory=int(23.6 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    with pytest.raises(ValueError, match=r"memory=full: full needs 46 GiB and the card has 24; --memory 24gb fits"):
+    with pytest.raises(ValueError, match=r"memory=full: full needs 33 GiB and the card has 24; --memory 24gb fits"):
         place("full", torch.device("cuda", 0))
     card.total_memory = 8 * 2**30
     with pytest.raises(ValueError, match="nothing fits"):
