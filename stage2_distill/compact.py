@@ -36,10 +36,12 @@ def advance(weight: Tensor, state: dict[str, Tensor], grad: Tensor, rates: Tenso
     """One AdamW update of all elements (N) of one parameter, in place; the order of operations is torch's.
 
     rates: float32 (8): 1 - lr decay, -lr, beta2, 1 - beta2, sqrt(1 - beta2^step), eps, 1 / sqrt(1 - beta2^step), factor
-    of the gradient.
+    of the gradient; where that is not a number, nothing changes.
     place: int64 (2): step, number of the first element within the whole parameter.
     """
     shrink, minus_lr, beta2, rest, correction, eps, _, factor = rates.unbind()
+    if factor.isnan():
+        return
     grad = grad.float() * factor
     moment = torch.addcmul(read_moment(state) * beta2, rest * grad, grad)
     write_moment(state, moment, place)
@@ -130,6 +132,11 @@ class CompactAdamW(torch.optim.Optimizer):
         norm = global_norm(list(self.gradients().values()), self.parameters()[0])
         self.factor = (limit / (norm + 1e-6)).clamp(max=1.0)
         return norm
+
+    def only_if(self, fine: Tensor) -> None:
+        """Let the next step change nothing unless `fine`, a boolean on the device: nobody waits to look at it."""
+        factor = torch.ones((), device=fine.device) if self.factor is None else self.factor
+        self.factor = torch.where(fine, factor, torch.nan)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -40,8 +40,10 @@ def _advance(  # type: ignore[no-untyped-def]
     weight_at, low_at, grad_at, moment_at, top_at, rates_at, place_at, count, KIND: tl.constexpr, CHUNK: tl.constexpr
 ) -> None:
     number = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    factor = tl.load(rates_at + 7)
+    count = tl.where(factor == factor, count, 0)  # not a number: nothing changes
     inside = number < count
-    grad = tl.load(grad_at + number, mask=inside, other=0.0).to(tl.float32) * tl.load(rates_at + 7)
+    grad = tl.load(grad_at + number, mask=inside, other=0.0).to(tl.float32) * factor
     kept = tl.load(moment_at + number, mask=inside, other=0)
     moment = kept.to(tl.float32)
     tops = tl.program_id(0).to(tl.int64) * (CHUNK // 64) + tl.arange(0, CHUNK // 64)

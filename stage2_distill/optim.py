@@ -50,6 +50,15 @@ def clip(net: nn.Module, optimizer: torch.optim.Optimizer, limit: float) -> Tens
     return optimizer.clip(limit) if isinstance(optimizer, CompactAdamW) else clip_in_place(net, limit)
 
 
+def step_if(optimizer: torch.optim.Optimizer, fine: Tensor) -> bool:
+    """Take a step that changes no weight unless `fine`, a boolean on the device; False where the optimizer has none."""
+    if isinstance(optimizer, CompactAdamW):
+        optimizer.only_if(fine)
+        optimizer.step()
+        return True
+    return False
+
+
 def masters(net: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Names and float32 masters of all parameters, one at a time."""
     names = [name for name, _ in net.named_parameters()]

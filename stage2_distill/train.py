@@ -17,7 +17,7 @@ from stage2_distill.config import DistillConfig
 from stage2_distill.ema import Ema
 from stage2_distill.figures import LOOKS, Clock, look
 from stage2_distill.losses import critic_loss, dmd_loss
-from stage2_distill.optim import clip, masters, set_rate
+from stage2_distill.optim import clip, masters, set_rate, step_if
 from stage2_distill.parallel import Ranks, of_all_ranks, reduce_gradients
 from stage2_distill.reuse import Reuse
 from stage2_distill.rollout import rollout
@@ -187,13 +187,17 @@ def score_draws(trainer: Trainer, part: Part, x0: Tensor, exit_at: int) -> tuple
 def apply(trainer: Trainer, net: nn.Module, optimizer: torch.optim.Optimizer, figures: Tensor, exit_at: int) -> Update:
     """Clip, refuse what is not finite, step. The figures of all ranks are read here: the one wait of an update."""
     norm = clip(net, optimizer, trainer.config.grad_clip)
-    *rows, (grad_norm, *_) = torch.cat([of_all_ranks(figures), norm.expand(1, len(figures))]).tolist()
+    shown = torch.cat([of_all_ranks(figures), norm.expand(1, len(figures))])
+    with trainer.clock("update"):
+        taken = step_if(optimizer, shown[:, 0].sum().isfinite())
+    *rows, (grad_norm, *_) = shown.tolist()
     loss, *looks = (sum(column) / len(rows) for column in zip(*rows, strict=True))
     if not math.isfinite(loss + grad_norm):
         bad = [rank for rank, row in enumerate(rows) if not math.isfinite(row[0])]
         where = f"on rank {', '.join(map(str, bad))}" if bad else "on no rank, but its gradient is not finite"
         raise DivergedError(f"loss {loss:g}, gradient norm {grad_norm:g}; the loss is not finite {where}")
     with trainer.clock("update"):
-        optimizer.step()
+        if not taken:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return Update(loss, grad_norm, exit_at, tuple(looks))

@@ -148,3 +148,18 @@ def test_gradients_of_many_batches_add_up_in_float32() -> None:
     compact.step()
     compact.zero_grad()
     assert compact.gradients() == {}
+
+
+@pytest.mark.parametrize("moment", ["float32", "8bit"])
+def test_a_step_that_is_not_fine_changes_nothing(moment: str) -> None:
+    half, compact, full, _ = pair(moment)
+    give_gradients(half, full, 0)
+    compact.step()
+    kept = [*compact.masters(), *(compact.state[p]["exp_avg_sq"].clone() for p in half.parameters())]
+    for fine in (False, True):
+        give_gradients(half, full, 1)
+        compact.clip(1.0)
+        compact.only_if(torch.tensor(fine))
+        compact.step()
+        found = [*compact.masters(), *(compact.state[p]["exp_avg_sq"] for p in half.parameters())]
+        assert all(torch.equal(a, b) is not fine for a, b in zip(kept, found, strict=True))

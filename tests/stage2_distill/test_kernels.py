@@ -90,6 +90,23 @@ def test_the_fused_update_is_the_plain_one(moment: str) -> None:
     assert (found[0] == found[1]).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("moment", ["float32", "bfloat16", "8bit"])
+def test_a_fused_step_that_is_not_fine_changes_nothing(moment: str) -> None:
+    from stage2_distill.compact import CompactAdamW
+
+    net = torch.nn.Linear(192, 100, device="cuda", dtype=torch.bfloat16)
+    compact = CompactAdamW(net, {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}, moment=moment)
+    for count, fine in enumerate((True, False, True)):
+        before = [*compact.masters(), *(compact.state[p]["exp_avg_sq"].clone() for p in net.parameters())]
+        for parameter in net.parameters():
+            parameter.grad = (1 + count) * torch.randn_like(parameter)
+        compact.clip(10.0)
+        compact.only_if(torch.tensor(fine, device="cuda"))
+        compact.step()
+        after = [*compact.masters(), *(compact.state[p]["exp_avg_sq"] for p in net.parameters())]
+        assert all(torch.equal(a, b) is not fine for a, b in zip(before, after, strict=True))
+
+
 def test_offloaded_state_gives_the_same_weights() -> None:
     from stage2_distill.compact import CompactAdamW
 
