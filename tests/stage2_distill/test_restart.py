@@ -8,10 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from runs import ROOT, make_config, make_shards, run_here
 
 from common.options import write_config
 from stage2_distill.checkpoint import checkpoints
+from stage2_distill.parallel import own_store
 
 OPTIONS = {
     "iterations": 6,
@@ -48,3 +50,14 @@ def test_a_killed_rank(model: Path, tmp_path: Path) -> None:
     times = Counter((int(iteration), int(sample)) for iteration, role, sample, _ in lines if role == "critic")
     assert {n: {times[n, sample] for sample in range(4)} for n in range(5)} == {0: {1}, 1: {1}, 2: {1}, 3: {1}, 4: {2}}
     assert len({tuple(line) for line in lines}) == 4 * (6 + 3), "the same samples the second time"
+
+
+def test_each_start_has_a_part_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    for count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert not own_store(store).check(["address"])
+        own_store(store).set("address", count)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert own_store(store) is store, "restarts are counted by node"
