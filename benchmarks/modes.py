@@ -1,11 +1,12 @@
 """The trainer's memory modes at the true size: each GPU alone, then all together, in one start of the ranks.
 
-    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.modes --modes alone,compact,standard,hsdp,checkpoint
+    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.modes [--modes alone,compact]
 
 alone: every GPU trains by itself, all at once, as one process does. hsdp: the compact form, a whole copy a GPU, what
 the student alone needs in host memory. A mean iteration is the mean of a critic's updates that leave the rollout at
 steps 1 and 2, and a fifth of such a student's; standard, float32 and hsdp take the student's at step 1, not warmed up
 for, and half a forward pass. checkpoint: the pause of one in the compact form.
+accumulated: the most memory of the standard form where gradients are summed, as in the published recipe.
 """
 
 import argparse
@@ -25,9 +26,10 @@ from benchmarks.exposed import communication
 from benchmarks.loading import host_peak, load
 from benchmarks.report import append
 from benchmarks.train_step import MEASURES, mean_iteration, show
-from benchmarks.trainer import make_config, one_batch, random_roles, trainer_of
+from benchmarks.trainer import make_config, one_batch, random_condition, random_roles, report_memory, trainer_of
+from common.condition import Condition
 from stage2_distill.parallel import Ranks, of_all_ranks, start
-from stage2_distill.schedule import CRITIC, STUDENT, exit_index
+from stage2_distill.schedule import CRITIC, STUDENT, Part, exit_index
 from stage2_distill.train import Trainer, Update, update_critic, update_student
 
 Row = tuple[str, str]
@@ -38,6 +40,7 @@ MODES = {
     "float32": {"memory": "compact", "second_moment": "float32"},
     "hsdp": {"memory": "compact", "offload": "all"},
     "checkpoint": {"memory": "compact"},
+    "accumulated": {"memory": "standard"},
 }
 THOROUGH = ("alone", "compact")
 UPDATES = {CRITIC: update_critic, STUDENT: update_student}
@@ -62,15 +65,30 @@ def measure(mode: str, chosen: Case, given: argparse.Namespace, known: dict[str,
     if mode == "checkpoint":
         yield from MEASURES["pause"](chosen, trainer, known)
         return
+    if mode == "accumulated":
+        update_critic(trainer, leaving(trainer, CRITIC, 0), two_batches(chosen, ranks))
+        yield "peak memory in the second of two micro-batches", report_memory(chosen)
+        return
     yield from iteration(chosen, trainer, known, mode)
     yield "peak host memory of the ranks", ", ".join(f"{gib:.1f}" for gib in host_peaks(ranks)) + " GiB"
     if mode != "alone":
         yield from communication(update(chosen, trainer, CRITIC, 0), chosen, f"critic update of {ranks.world} ranks")
 
 
+def leaving(trainer: Trainer, role: str, step: int) -> int:
+    """The first iteration in which a role's update leaves the rollout at a step."""
+    return next(n for n in range(10_000) if exit_index(n, role, trainer.config) == step)
+
+
+def two_batches(chosen: Case, ranks: Ranks) -> Iterator[tuple[Part, Condition]]:
+    """Both micro-batches of a critic's update."""
+    for last in (False, True):
+        yield Part(0, CRITIC, (ranks.rank,), (ranks.rank,), 0.5, last), random_condition(chosen)
+
+
 def update(chosen: Case, trainer: Trainer, role: str, leaves: int) -> Callable[[], Update]:
     """An update of a role that leaves the rollout at a step."""
-    number = next(n for n in range(10_000) if exit_index(n, role, trainer.config) == leaves)
+    number = leaving(trainer, role, leaves)
     return lambda: UPDATES[role](trainer, number, one_batch(chosen, trainer.ranks, role, number))
 
 
@@ -116,7 +134,7 @@ def main() -> None:
     """Measure, print and append to the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--modes", default="alone,compact,standard,hsdp,checkpoint")
+    parser.add_argument("--modes", default="alone,compact,standard,hsdp,checkpoint,accumulated")
     parser.add_argument("--layers", type=int, default=0, help="blocks of the network, to try this script")
     parser.add_argument("--folder", type=Path, help="model folder that the mode compact opens, if it is there")
     given = parser.parse_args()

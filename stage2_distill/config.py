@@ -88,7 +88,8 @@ class DistillConfig:
     second_moment: str = option("8bit", "Of the compact form.", choices=MOMENTS)
     offload: str = option(
         "average",
-        "Compact form, a whole copy a GPU: what of the student waits in host memory; all: its optimizer's state too.",
+        "Compact form, a whole copy a GPU: what waits in host memory; all, or average and gradients accumulate: "
+        "the student's optimizer's state too.",
         choices=OFFLOADS,
     )  # fmt: skip
     keep_activations: str = option(

@@ -18,18 +18,21 @@ def open_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of a role in a memory mode.
 
-    The student's is used in one of `student_every` iterations: its state may wait in host memory where a GPU holds all.
+    The student's is used in one of `student_every` iterations: its state may wait in host memory where a GPU holds all,
+    and makes room there for gradients that are summed in float32.
     """
     lr = config.student_lr if role == STUDENT else config.critic_lr
     settings = {"lr": lr, "beta2": config.beta2, "eps": config.eps, "weight_decay": config.weight_decay}
     if memory == STANDARD:
         return PlainAdamW(net, settings) if config.beta1 == 0 else adamw(net, lr, config)
+    accumulate = accumulation(config, ranks.world) > 1
+    waits = config.offload == "all" or (config.offload == "average" and accumulate)
     return CompactAdamW(
         net,
         settings,
         moment=config.second_moment,
-        offload=role == STUDENT and config.offload == "all" and whole(config, ranks),
-        accumulate=accumulation(config, ranks.world) > 1,
+        offload=role == STUDENT and waits and whole(config, ranks),
+        accumulate=accumulate,
     )
 
 

@@ -3,16 +3,19 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from runs import make_config, make_shards, run_here, run_worker, tensors
 
+from stage2_distill import carry
 from stage2_distill.checkpoint import load, newest
 from stage2_distill.config import DistillConfig
 from stage2_distill.master import join
 from stage2_distill.memory import choose_memory
+from stage2_distill.optim import open_optimizer
 from stage2_distill.parallel import start
 
 HALF = {"dtype": "bfloat16", "grad_clip": 1e6, "global_batch": 2}
@@ -116,3 +119,22 @@ def test_auto_is_standard_where_it_fits(model: Path, shards: Path, tmp_path: Pat
         choose_memory(make_config(shards, model, tmp_path, memory="compact", dtype="bfloat16"), start("cpu"), 1)
         == "compact"
     )
+
+
+@pytest.mark.parametrize(
+    ("offload", "clips", "waits"), [("average", 2, False), ("average", 4, True), ("all", 2, True), ("none", 4, False)]
+)
+def test_the_students_state_makes_room_for_summed_gradients(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offload: str, clips: int, waits: bool
+) -> None:
+    """One GPU's 80 GB hold the 5B's float32 sums, 19 GiB, or the student's state beside bf16 gradients, not both."""
+    asked: dict[str, bool] = {}
+    monkeypatch.setattr(carry.Host, "__init__", lambda self, *, offload: asked.update(given=offload))
+    monkeypatch.setattr(carry.Host, "home", lambda self, value: value)
+    config = make_config(tmp_path, model, tmp_path, **HALF | {"memory": "compact", "offload": offload})
+    config = replace(config, batch_size=2, global_batch=clips)
+    found = {}
+    for role in ("student", "critic"):
+        open_optimizer(torch.nn.Linear(64, 2, dtype=torch.bfloat16), role, config, start("cpu"), "compact")
+        found[role] = asked["given"]
+    assert found == {"student": waits, "critic": False}
