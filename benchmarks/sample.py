@@ -1,6 +1,6 @@
 """Prompt and picture -> finished mp4, against diffusers' own pipeline with the same random weights, in one run.
 
-    python benchmarks/sample.py [--tiny] [--repeats 5] [--rows 20] [--no-stock]
+    python benchmarks/sample.py [--tiny] [--repeats 5] [--rows 20] [--eager] [--only PART,PART]
 
 121 x 704 x 1280 in bfloat16 with compiled blocks; --tiny is a random small model on the CPU. Compilation is reported
 apart. Prints a table and appends it to benchmarks/results/.
@@ -10,64 +10,39 @@ import argparse
 import csv
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
 import torch
-from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.clock import GPU, peak, times
 from benchmarks.random_models import make_models, make_student, plain_denoise
 from benchmarks.report import append
+from benchmarks.stock import PROMPT, run_stock
 from common.seed import generator, normal
 from common.video import VideoSpec
 from shards.record import Record, collate
 from stage1_encode import decoder, vae
 from stage1_encode.conditions import make_records
-from stage1_encode.mp4 import Film, write_video
+from stage1_encode.mp4 import Film
 from stage1_encode.rows import read_shards
 from stage1_encode.videos import PLACINGS, Order, Placing, make_videos
+from stage2_distill.network import Plan
 from stage2_distill.rollout import rollout
 
 Row = tuple[str, str]
-PROMPT = "A red circle moves to the right, slowly, in front of a grey wall, and then it turns and comes back again."
-GPU = torch.cuda.is_available()
-
-
-def sync() -> float:
-    """The time, once the GPU has done its work."""
-    if GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def times(work: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of each repeat."""
-    found = []
-    for _ in range(repeats):
-        began = sync()
-        work()
-        found.append(sync() - began)
-    return found
-
-
-def peak() -> float:
-    """Most GiB allocated since the last call."""
-    if not GPU:
-        return 0.0
-    most = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return most
 
 
 class Bench:
     """What the parts of the benchmark share."""
 
-    def __init__(self, folder: Path, small: bool, repeats: int) -> None:
-        self.folder, self.small, self.repeats = folder, small, repeats
+    def __init__(self, folder: Path, small: bool, repeats: int, count: int) -> None:
+        self.folder, self.repeats, self.count = folder, repeats, count
+        self.single = float("nan")  # seconds of one video
         self.device = torch.device("cuda" if GPU and not small else "cpu")
         self.spec = VideoSpec(9, 64, 96) if small else VideoSpec()
         self.student = make_student(self.spec, folder, small, self.device)
@@ -75,6 +50,12 @@ class Bench:
         noise = numpy.random.default_rng(0).integers(0, 255, (40, 70, 3), numpy.uint8)
         Image.fromarray(noise).resize((1400, 800), Image.Resampling.BICUBIC).save(folder / "first.png")
         self.rows: list[Row] = []
+
+    def compile_nothing(self) -> None:
+        """What `sample` does without --compile."""
+        for block in self.student.net.blocks:
+            block.plan = Plan()
+        self.models = replace(self.models, vae=replace(self.models.vae, compiled=False))
 
     def note(self, what: str, figure: str) -> None:
         """Keep a figure, and print it at once."""
@@ -99,32 +80,32 @@ class Bench:
         (rows,) = read_shards(order.table, shard_size=9, text_only=True)
         return make_records(self.models, rows, order.table, self.spec, stay=True)
 
-    def whole(self) -> float:
-        """Prompt and picture to file; the median."""
+    def whole(self) -> None:
+        """Prompt and picture to file."""
         first = times(lambda: self.make(1, Placing()), 1)[0]
         self.note("first video, compilation included", f"{first:.2f} s")
         peak()
         found = times(lambda: self.make(1, Placing()), self.repeats)
-        median = statistics.median(found)
-        self.note(
-            "prompt + picture -> mp4", f"{median:.2f} s ({min(found):.2f}-{max(found):.2f}), peak {peak():.1f} GiB"
-        )
-        return median
+        self.single, span = statistics.median(found), f"{min(found):.2f}-{max(found):.2f}"
+        self.note("prompt + picture -> mp4", f"{self.single:.2f} s ({span}), peak {peak():.1f} GiB")
 
     def parts(self) -> None:
-        """Denoising, decode, what the mp4 adds, text and first frame."""
+        """Text and first frame, decode, what the mp4 adds; noise for latents is the worst that an encoder can meet."""
+        x0 = normal(self.spec.latent_shape, [generator(0, 0, 0, "sample", self.device)])
+        self.median("text + first frame", self.records)
+        decode = self.median("decode", lambda: list(vae.stream_video(self.models.vae, x0[0])))
+        self.median("mp4 beyond the decode", lambda: self.film(x0[0]), minus=decode)
+
+    def denoising(self) -> None:
+        """The network alone."""
         records = self.records()
-        x0 = self.student(records, [0])
+        self.median("denoising, 4 steps", lambda: self.student(records, [0]))
 
-        def note(what: str, work: Callable[[], object], minus: float = 0.0) -> float:
-            seconds = statistics.median(times(work, self.repeats)) - minus
-            self.note(what, f"{seconds:.3f} s")
-            return seconds
-
-        decode = note("decode", lambda: list(vae.stream_video(self.models.vae, x0[0])))
-        note("denoising, 4 steps", lambda: self.student(records, [0]))
-        note("text + first frame", self.records)
-        note("mp4 beyond the decode", lambda: self.film(x0[0]), decode)
+    def median(self, what: str, work: Callable[[], object], *, minus: float = 0.0) -> float:
+        """Note the median seconds of work, after one run that is not counted."""
+        seconds = statistics.median(times(work, 1 + self.repeats)[1:]) - minus
+        self.note(what, f"{seconds:.3f} s")
+        return seconds
 
     def equality(self) -> None:
         """The same twice, the given frame kept, and the plain path's numbers."""
@@ -154,45 +135,18 @@ class Bench:
             for frames in vae.stream_video(self.models.vae, video):
                 film.add(frames)
 
-    def stock(self, ours: float) -> None:
+    def stock(self) -> None:
         """diffusers' pipeline with 4 steps, and 50 guided ones projected from its own step."""
-        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
-        pipe = WanImageToVideoPipeline(
-            tokenizer=self.models.text.tokenizer, text_encoder=self.models.text.model, vae=self.models.vae.model,
-            scheduler=scheduler, transformer=self.student.net, expand_timesteps=True,
-        )  # fmt: skip
-        pipe.set_progress_bar_config(disable=True)
-        steps: list[float] = []
-        hook = self.student.net.register_forward_hook(lambda *_: steps.append(sync()))
-
-        def run() -> None:
-            size = {"height": self.spec.height, "width": self.spec.width, "num_frames": self.spec.num_frames}
-            image = Image.open(self.folder / "first.png").convert("RGB").resize((self.spec.width, self.spec.height))
-            made = pipe(image, PROMPT, guidance_scale=1.0, num_inference_steps=4, output_type="np", **size).frames[0]
-            write_video(self.folder / "stock.mp4", (made * 255).round().astype(numpy.uint8), fps=24)
-
-        decoded: list[tuple[Tensor, Tensor, float]] = []
-        plain = self.models.vae.model.decode
-
-        def watched(z: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-            began = sync()
-            (video,) = plain(z, return_dict=False)
-            decoded.append((z, video, sync() - began))
-            return (video,)
-
-        self.models.vae.model.decode = watched
-        found = statistics.median(times(run, min(3, self.repeats)))
-        hook.remove()
-        self.models.vae.model.decode = plain
-        step = min(after - before for before, after in zip(steps, steps[1:], strict=False))
-        self.note("diffusers, 4 steps", f"{found:.2f} s, x{found / ours:.2f} of ours; a step {step:.2f} s")
-        guided = found + 96 * step
+        found = run_stock(self.student.net, self.models, self.spec, self.folder, min(3, self.repeats))
+        ours, guided = self.single, found.whole + 96 * found.step
+        self.note(
+            "diffusers, 4 steps", f"{found.whole:.2f} s, x{found.whole / ours:.2f} of ours; a step {found.step:.2f} s"
+        )
         self.note("diffusers, 50 guided steps, projected", f"{guided:.0f} s, x{guided / ours:.1f} of ours")
-        z, video, seconds = decoded[-1]
-        pixels = torch.cat(list(decoder.stream(self.models.vae.decoder, z[0], most=vae.STEPS)))
-        wanted = ((video[0].float().clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
-        error = (pixels.float() - wanted).square().mean() / 255**2
-        self.note("diffusers, decode", f"{seconds:.2f} s; PSNR of ours to it {float(-10 * error.log10()):.1f} dB")
+        pixels = torch.cat(list(decoder.stream(self.models.vae.decoder, found.latents[0], most=vae.STEPS)))
+        wanted = ((found.video[0].float().clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
+        psnr = -10 * float(((pixels.float() - wanted).square().mean() / 255**2).log10())
+        self.note("diffusers, decode", f"{found.decode:.2f} s; PSNR of ours to it {psnr:.1f} dB")
 
     def small_cards(self) -> None:
         """The paths for smaller cards, and what decoding takes there by latent frames at once."""
@@ -207,41 +161,44 @@ class Bench:
         self.note("denoising without the text encoder, peak", f"{peak():.1f} GiB")
         if GPU:
             self.student.move(host)
+        for name in ("16gb", "24gb"):
+            self.models.vae.decoder.release()
+            peak()
+            found = times(lambda name=name: self.make(1, PLACINGS[name]), min(3, self.repeats))
+            self.note(f"--memory {name}", f"{statistics.median(found):.2f} s, peak {peak():.1f} GiB")
+        self.student.move(host if GPU else self.device)
         for most in (1, 2, 3):
             self.models.vae.decoder.release()
             peak()
             seconds = times(lambda most=most: list(vae.stream_video(self.models.vae, x0[0], steps=most)), 2)[-1]
             self.note(f"decode alone, {most} latent frames at once", f"{seconds:.3f} s, peak {peak():.1f} GiB")
-        self.models.vae.decoder.release()
-        for name in ("24gb", "16gb"):
-            peak()
-            found = times(lambda name=name: self.make(1, PLACINGS[name]), min(3, self.repeats))
-            self.note(f"--memory {name}", f"{statistics.median(found):.2f} s, peak {peak():.1f} GiB")
 
-    def many(self, count: int, single: float) -> None:
+    def many(self) -> None:
         """The rate over many rows."""
-        rate = times(lambda: self.make(count, Placing()), 1)[0] / count
-        self.note(f"{count} rows", f"{3600 / rate:.0f} videos an hour, x{single / rate:.2f} of one at a time")
+        rate = times(lambda: self.make(self.count, Placing()), 1)[0] / self.count
+        self.note(f"{self.count} rows", f"{3600 / rate:.0f} videos an hour, x{self.single / rate:.2f} of one at a time")
+
+
+PARTS = {"whole": Bench.whole, "parts": Bench.parts, "denoising": Bench.denoising, "equality": Bench.equality,
+         "stock": Bench.stock, "small": Bench.small_cards, "rows": Bench.many}  # fmt: skip
 
 
 def main() -> None:
-    """Run all parts."""
+    """Run the parts that are asked for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=20)
-    parser.add_argument("--no-stock", action="store_true")
+    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
     asked = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     with tempfile.TemporaryDirectory() as work:
-        bench = Bench(Path(work), asked.tiny, asked.repeats)
-        single = bench.whole()
-        bench.parts()
-        bench.equality()
-        if not asked.no_stock:
-            bench.stock(single)
-        bench.small_cards()
-        bench.many(asked.rows, single)
+        bench = Bench(Path(work), asked.tiny, asked.repeats, asked.rows)
+        if asked.eager:
+            bench.compile_nothing()
+        for part in asked.only.split(","):
+            PARTS[part](bench)
         append("sample", bench.rows, model="random weights")
 
 

@@ -8,10 +8,10 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import sys
 from pathlib import Path
-from benchmarks.sample import Bench
-bench = Bench(Path(sys.argv[1]), True, 1)
-single = bench.whole()
-bench.parts(), bench.equality(), bench.stock(single), bench.small_cards(), bench.many(2, single)
+from benchmarks.sample import PARTS, Bench
+bench = Bench(Path(sys.argv[1]), True, 1, 2)
+for part in PARTS.values():
+    part(bench)
 """
 
 
