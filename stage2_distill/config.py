@@ -9,7 +9,7 @@ from common.video import TEXT_LENGTH, VideoSpec
 DTYPES = ("float32", "bfloat16")
 AUTO, STANDARD, COMPACT = "auto", "standard", "compact"
 MEMORIES, MOMENTS = (AUTO, STANDARD, COMPACT), ("8bit", "bfloat16", "float32")
-KEEPS = ("none", "host", "attention", "all")
+KEEPS = ("none", "host", "attention", "results", "all")
 OFFLOADS = ("none", "average", "all")
 ATTENTIONS = ("auto", "torch", "cudnn", "flash", "efficient", "math")
 CRITIC_LOSSES = ("x0", "flow", "noise")
@@ -93,10 +93,9 @@ class DistillConfig:
         choices=OFFLOADS,
     )  # fmt: skip
     keep_activations: str = option(
-        "attention",
-        "What a block keeps for its backward pass; the rest is computed again. host: its input, in host memory.",
-        choices=KEEPS,
-    )
+        "attention", "What a block keeps for its backward pass; the rest is computed again. host: its input, in host "
+        "memory; results: attention's and the feed-forward's.", choices=KEEPS,
+    )  # fmt: skip
     text_rows: int = option(TEXT_LENGTH, "Text rows computed; fewer are quicker and the same, if prompts are short.")
     attention: str = option("auto", "Kernel of attention; auto is cuDNN in bf16 on a GPU.", choices=ATTENTIONS)
     compile: bool = option(False, "Compile the blocks first: a minute at the start, then a quarter faster on a GPU.")

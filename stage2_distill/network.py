@@ -28,7 +28,7 @@ if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
     from stage2_distill.kernels import linear_gelu, norm_rotate
 
 Rope: TypeAlias = tuple[Tensor, Tensor]  # cos and sin (1 N 1 d/2) float32
-KEEP_NONE, KEEP_ATTENTION, KEEP_HOST, KEEP_ALL = "none", "attention", "host", "all"
+KEEP_HOST, KEEP_ATTENTION, KEEP_RESULTS, KEEP_ALL = "host", "attention", "results", "all"
 ATTENTION_OPS = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -215,23 +215,27 @@ def block_forward(
     return (x.float() + y.float() * per_time(ffn_gate, tokens, given)).type_as(x)
 
 
-def policy(_context: object, op: object, *args: Tensor, **_named: object) -> CheckpointPolicy:
-    """Keep self-attention: half of a block's arithmetic, one tensor of its size. Attention to text is cheap."""
-    alike = op in ATTENTION_OPS and args[0].shape[-2] == args[1].shape[-2]
-    return CheckpointPolicy.MUST_SAVE if alike else CheckpointPolicy.PREFER_RECOMPUTE
+def policy(results: bool, _context: object, op: object, *args: Tensor, **_named: object) -> CheckpointPolicy:
+    """Keep self-attention: half of a block's arithmetic, one tensor of its size. Attention to text is cheap.
+
+    With `results` the feed-forward's too: its gate needs it, and it is a fifth of the rest for one more tensor.
+    """
+    kept = op in ATTENTION_OPS and args[0].shape[-2] == args[1].shape[-2]
+    kept |= results and op is torch.ops.aten.addmm.default and args[1].shape[-1] > args[2].shape[-1]
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @cache
 def runner(plan: Plan) -> Callable[..., Tensor]:
     """The function (block, *inputs) -> x of a plan; all blocks of all roles share it, and one compiled graph."""
     compute = partial(block_forward, plan=plan)
-    contexts = partial(create_selective_checkpoint_contexts, policy)
+    contexts = partial(create_selective_checkpoint_contexts, partial(policy, plan.keep == KEEP_RESULTS))
 
     def run(block: Block, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int) -> Tensor:
         if plan.keep == KEEP_ALL or not torch.is_grad_enabled():
             return compute(block, x, text, temb, rope, given)
         inputs = (block, x, text, temb, rope, given)
-        if plan.keep == KEEP_ATTENTION:
+        if plan.keep in (KEEP_ATTENTION, KEEP_RESULTS):
             return checkpoint(compute, *inputs, use_reentrant=False, context_fn=contexts)
         return checkpoint(compute, *inputs, use_reentrant=False)
 

@@ -18,6 +18,8 @@ TIMES = {True: torch.tensor([[0.0, 937.5], [0.0, 20.0]]), False: torch.tensor([[
 PLANS = [
     Plan(kernel="math", keep="all"),
     Plan(keep="none"),
+    Plan(keep="results"),
+    Plan(keep="results", compiled=True),
     Plan(keep="host"),
     Plan(keep="host", compiled=True),
     Plan(keep="attention"),
@@ -73,22 +75,31 @@ def test_no_plan_changes_the_numbers(theirs: WanTransformer3DModel, plan: Plan) 
 
 
 class Count(TorchDispatchMode):
-    """Counts the attentions that are really computed."""
+    """Counts the attentions and the narrowing products that are really computed."""
 
     calls = 0
+    narrowing = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         self.calls += op in ATTENTION_OPS
+        self.narrowing += op is torch.ops.aten.addmm.default and args[1].shape[1] > args[2].shape[1]
         return op(*args, **(kwargs or {}))
 
 
 def test_keeping_attention_computes_it_once(theirs: WanTransformer3DModel) -> None:
-    calls = {}
-    for keep in ("none", "host", "attention", "all"):
+    calls, narrowing = {}, {}
+    for keep in ("none", "host", "attention", "results", "all"):
         with Count() as count:
             gradients(adopt(copy.deepcopy(theirs), Plan(keep=keep)), TIMES[True])
-        calls[keep] = count.calls
-    assert calls == {"none": 8, "host": 8, "attention": 6, "all": 4}  # two layers, self- and text attention
+        calls[keep], narrowing[keep] = count.calls, count.narrowing
+    assert calls == {
+        "none": 8,
+        "host": 8,
+        "attention": 6,
+        "results": 6,
+        "all": 4,
+    }  # two layers, self- and text attention
+    assert narrowing["none"] == narrowing["attention"] == narrowing["results"] + 2 == narrowing["all"] + 2
 
 
 def test_a_saved_network_is_diffusers_own(theirs: WanTransformer3DModel, tmp_path: Path) -> None:
