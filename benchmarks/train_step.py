@@ -56,6 +56,7 @@ def turn(chosen: Case, trainer: Trainer, iteration: int) -> Step:
 
 def iteration(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
     """Whole iterations one after the other, all that a run does but data and files; the average is updated aside."""
+    trainer = replace(trainer, config=replace(trainer.config, ema_start=0))  # pinned memory for it takes 20 s to come
     count = int(known["count"])
     start = balanced(trainer.config, count)
     began = perf_counter()
