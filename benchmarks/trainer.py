@@ -30,8 +30,8 @@ def make_config(chosen: Case, ranks: Ranks, **changes: object) -> DistillConfig:
     plain = DistillConfig(
         shards=("random",), model="random", out="random",
         num_frames=spec.num_frames, height=spec.height, width=spec.width, fps=spec.fps,
-        global_batch=ranks.world, iterations=1_000_000, ema_start=1_000_000, compile=not chosen.tiny, device=chosen.device.type,
-        dtype=str(chosen.dtype).removeprefix("torch."),
+        global_batch=ranks.world, iterations=1_000_000, ema_start=1_000_000,
+        compile=not chosen.tiny, device=chosen.device.type, dtype=str(chosen.dtype).removeprefix("torch."),
     )  # fmt: skip
     return replace(plain, **changes)
 
