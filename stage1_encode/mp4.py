@@ -46,6 +46,8 @@ class Film:
 
     def add(self, frames: Tensor) -> None:
         """Append frames (F X Y 3) uint8, on any device; they must not be changed after."""
+        if not len(frames):
+            return
         planes = begin_copy(torch.stack([to_planes(frame) for frame in frames]), torch.device("cpu"))
         self.waiting.append(self.thread.submit(self._encode, planes, mark(frames.device)))
         while len(self.waiting) > AHEAD:
