@@ -122,7 +122,7 @@ def iterate(out: Path, trainer: Trainer, data: DataSet | Mixture, facts: Student
         Saver(out, config, ranks) as saver,
         Stop() as stop,
     ):
-        saver.before_steps_of(trainer.student_optimizer, trainer.critic_optimizer)
+        saver.before_steps_of((trainer.student_optimizer, trainer.critic_optimizer), trainer.clock)
         for iteration in range(done, config.iterations):
             watch.write(iteration, attempt(trainer, iteration, loaded, saver))
             reached = iteration + 1

@@ -8,7 +8,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +36,7 @@ from stage2_distill.checkpoint import (
 )  # fmt: skip
 from stage2_distill.compact import local
 from stage2_distill.config import DistillConfig
+from stage2_distill.figures import Clock
 from stage2_distill.parallel import Ranks
 from stage2_distill.snapshot import Rooms, Snapshot, host_mesh, make_rooms
 
@@ -91,10 +92,16 @@ class Saver:
         if snapshot is not None:
             snapshot.result()
 
-    def before_steps_of(self, *optimizers: torch.optim.Optimizer) -> None:
+    def before_steps_of(self, optimizers: Iterable[torch.optim.Optimizer], clock: Clock) -> None:
         """Let these wait for it before each step: training goes on meanwhile, and changes nothing else."""
+
+        def wait(*_: object) -> None:
+            if self.snapshot is not None:
+                with clock("checkpoint"):
+                    self.copied()
+
         for optimizer in optimizers:
-            optimizer.register_step_pre_hook(lambda *_: self.copied())
+            optimizer.register_step_pre_hook(wait)
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until the checkpoint that was begun has ended, well or not."""

@@ -14,6 +14,7 @@ from stage2_distill import saver as module
 from stage2_distill import snapshot
 from stage2_distill.checkpoint import StudentFacts, checkpoints, prune, read_facts, write_best
 from stage2_distill.config import DistillConfig
+from stage2_distill.figures import Clock
 from stage2_distill.parallel import start
 from stage2_distill.saver import SaveError, Saver
 from stage2_distill.wan import load as load_network
@@ -61,8 +62,10 @@ def test_training_goes_on_and_does_not_change_what_is_written(
         saver.save(live, facts)
         assert not checkpoints(tmp_path)  # save has returned and nothing is written yet
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-        saver.before_steps_of(optimizer)
+        clock = Clock(torch.device("cpu"))
+        saver.before_steps_of([optimizer], clock)
         optimizer.step()  # waits until the copies are made
+        assert clock.read()["checkpoint"] > 0
         for value in live.values():
             value.zero_()
         changed.set()
