@@ -96,7 +96,8 @@ class Saver:
         """Let these wait for it before each step: training goes on meanwhile, and changes nothing else."""
 
         def wait(*_: object) -> None:
-            if self.snapshot is not None:
+            snapshot = self.snapshot
+            if snapshot is not None and not snapshot.done():
                 with clock("checkpoint"):
                     self.copied()
 

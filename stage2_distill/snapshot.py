@@ -51,6 +51,10 @@ class Snapshot:
         self.copies: dict[str, Future[Tensor]] = {name: pool.submit(self.copy, name, tensors[name]) for name in tensors}
         pool.shutdown(wait=False)
 
+    def done(self) -> bool:
+        """Whether all copies are made."""
+        return all(copy.done() for copy in self.copies.values())
+
     def result(self) -> dict[str, Tensor]:
         """Wait for all copies."""
         return {name: copy.result() for name, copy in self.copies.items()}
