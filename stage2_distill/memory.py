@@ -17,7 +17,7 @@ from stage2_distill.wan import skeleton
 from stage2_distill.weights import copy_weights, read_weights
 
 STANDARD_BYTES = 26  # a parameter: two roles' masters and second moments (8 each), gradients 4, average 4, teacher 2
-REST = 16 << 30  # bytes of activations and of gathered weights
+REST = 20 << 30  # bytes of activations, of gathered weights and of what torch reserves beyond them
 
 
 def choose_memory(config: DistillConfig, ranks: Ranks, parameters: int) -> str:
