@@ -21,13 +21,7 @@ H264 = {
     # its lookahead does not repeat itself bit for bit; slices do, for any number of cores
     "x264-params": "b-adapt=0:scenecut=0:rc-lookahead=0:mbtree=0:sliced-threads=1",
 }
-RED, BLUE = 0.2126, 0.0722  # of the brightness, BT.709
-GREEN = 1 - RED - BLUE
-YUV = [
-    [219 / 255 * part for part in (RED, GREEN, BLUE)],
-    [112 / 255 / (1 - BLUE) * part for part in (-RED, -GREEN, 1 - BLUE)],
-    [112 / 255 / (1 - RED) * part for part in (1 - RED, -GREEN, -BLUE)],
-]
+RED, BLUE = 0.2126, 0.0722  # of the brightness, BT.709; the rest is green
 AHEAD = 4  # pieces that may wait for the encoder
 
 
@@ -109,8 +103,8 @@ def to_planes(pixels: Tensor) -> Tensor:
 
     (3X/2 Y) uint8: brightness, then blue and red of every four places. On a GPU it is done before the encoder waits.
     """
-    matrix = torch.tensor(YUV, device=pixels.device)
-    yuv = (pixels.float() @ matrix.T).movedim(2, 0)
-    colours = functional.avg_pool2d(yuv[None, 1:], 2)[0] + 128
-    planes = torch.cat([(yuv[0] + 16).flatten(), colours.flatten()])
-    return planes.round().to(torch.uint8).view(-1, pixels.shape[1])
+    red, green, blue = pixels.float().unbind(2)
+    light = RED * red + (1 - RED - BLUE) * green + BLUE * blue
+    colours = torch.stack([(blue - light) / (1 - BLUE), (red - light) / (1 - RED)]) * (112 / 255)
+    planes = [light * (219 / 255) + 16, functional.avg_pool2d(colours[None], 2)[0] + 128]
+    return torch.cat([plane.flatten() for plane in planes]).round().to(torch.uint8).view(-1, pixels.shape[1])
