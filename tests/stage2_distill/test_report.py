@@ -46,7 +46,7 @@ def out(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             videos=3,
             shown=2,
             analyser=str(folder / "judge.py"),
-            batch_size=6,
+            batch_size=2,
             dtype="float32",
             device="cpu",
         )  # fmt: skip
