@@ -24,16 +24,17 @@ def cluster() -> Iterator[None]:
 
 
 def workers() -> list[int]:
-    """Processes in which a `Worker` of this cluster lives."""
-    found = []
+    """Processes in which a `Worker` of this cluster lives, without what such a process forks (it has the name too)."""
+    found: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             name = path.read_bytes()
+            parent = path.with_name("stat").read_text().rpartition(")")[2].split()[1]
         except OSError:
             continue
         if name.startswith(b"ray::Worker"):
-            found.append(int(path.parent.name))
-    return found
+            found[int(path.parent.name)] = int(parent)
+    return [process for process, parent in found.items() if parent not in found]
 
 
 def test_a_killed_worker_costs_nothing(clips: Path, model: Path, tmp_path: Path) -> None:
