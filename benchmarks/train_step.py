@@ -191,8 +191,8 @@ def show(rank: int, rows: list[Row]) -> None:
         print(*row, sep=": ", flush=True)
 
 
-def main() -> None:
-    """Measure, print and append to the results."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--memory", default="compact")
@@ -204,7 +204,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="model folder to open; without it weights are made on the device")
     parser.add_argument("--only", default=SECTIONS, help=f"of {SECTIONS},updates,exposed")
     parser.add_argument("--count", type=int, default=20, help="iterations timed")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print and append to the results."""
+    given = arguments()
     chosen = case(given.tiny, half=given.memory == "compact" or given.lora > 0)
     ranks = start(chosen.device.type, replicate=given.replicate)
     knobs = {"memory": given.memory, "keep_activations": given.keep, "replicate": given.replicate}

@@ -84,14 +84,8 @@ class Network(WanTransformer3DModel):
     ) -> tuple[Tensor] | object:
         """Velocity (B C T H W), in a tuple, from latents (B C T H W), times (B K) and text (B L D)."""
         if timestep.ndim != 2 or timestep.shape[1] > 2 or return_dict:
-            return super().forward(
-                hidden_states,
-                timestep,
-                encoder_hidden_states,
-                encoder_hidden_states_image,
-                return_dict,
-                attention_kwargs,
-            )
+            rest = encoder_hidden_states_image, return_dict, attention_kwargs
+            return super().forward(hidden_states, timestep, encoder_hidden_states, *rest)
         frames, height, width = (s // p for s, p in zip(hidden_states.shape[2:], self.config.patch_size, strict=True))
         given = height * width if timestep.shape[1] == 2 else 0
         rope = self.rope(hidden_states)
