@@ -210,10 +210,15 @@ class Decoder(nn.Module):
 
 
 def steps(frames: int, most: int) -> list[range]:
-    """The latent frames of a video step by step: the first alone, then as many at once as divide the rest evenly."""
+    """The latent frames of a video step by step: the first alone, then as many at once as divide the rest evenly.
+
+    The last of them come singly again: what is shown last is all that a film's encoder still has to do then.
+    """
     rest = frames - 1
     size = next((size for size in range(most, 0, -1) if rest % size == 0), 1)
-    return [range(1), *(range(start, start + size) for start in range(1, frames, size))]
+    singly = max(1, frames - size)
+    whole = [range(start, start + size) for start in range(1, singly, size)]
+    return [range(1), *whole, *(range(place, place + 1) for place in range(singly, frames))]
 
 
 @torch.inference_mode()
