@@ -10,25 +10,24 @@ import argparse
 import csv
 import statistics
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.clock import GPU, peak, times
 from benchmarks.random_models import make_models, make_student, plain_denoise
 from benchmarks.report import append
 from benchmarks.stock import PROMPT, run_stock
+from benchmarks.watch import Watch, medians
 from common.seed import generator, normal
 from common.video import VideoSpec
 from shards.record import Record, collate
 from stage1_encode import decoder, vae
 from stage1_encode.conditions import make_records
-from stage1_encode.mp4 import Film
 from stage1_encode.rows import read_shards
 from stage1_encode.videos import PLACINGS, Order, Placing, make_videos
 from stage2_distill.network import Plan
@@ -50,6 +49,7 @@ class Bench:
         noise = numpy.random.default_rng(0).integers(0, 255, (40, 70, 3), numpy.uint8)
         Image.fromarray(noise).resize((1400, 800), Image.Resampling.BICUBIC).save(folder / "first.png")
         self.rows: list[Row] = []
+        self.theirs: nn.Module | None = None  # diffusers' decoder, where it had to go
 
     def compile_nothing(self) -> None:
         """What `sample` does without --compile."""
@@ -80,32 +80,25 @@ class Bench:
         (rows,) = read_shards(order.table, shard_size=9, text_only=True)
         return make_records(self.models, rows, order.table, self.spec, stay=True)
 
-    def whole(self) -> None:
-        """Prompt and picture to file."""
+    def whole(self, how: str = "") -> None:
+        """Prompt and picture to file, and the parts of the same videos."""
         first = times(lambda: self.make(1, Placing()), 1)[0]
-        self.note("first video, compilation included", f"{first:.2f} s")
+        self.note(f"{how}first video, compilation included", f"{first:.2f} s")
+        watch = Watch(self.student.net, self.models.vae.decoder)
         peak()
-        found = times(lambda: self.make(1, Placing()), self.repeats)
-        self.single, span = statistics.median(found), f"{min(found):.2f}-{max(found):.2f}"
-        self.note("prompt + picture -> mp4", f"{self.single:.2f} s ({span}), peak {peak():.1f} GiB")
+        found = [watch.video(lambda: self.make(1, Placing())) for _ in range(self.repeats)]
+        parts, spread = medians(found), [one.whole for one in found]
+        self.single, span = parts.whole, f"{min(spread):.2f}-{max(spread):.2f}"
+        self.note(f"{how}prompt + picture -> mp4", f"{self.single:.2f} s ({span}), peak {peak():.1f} GiB")
+        self.note(f"{how}denoising, 4 steps", f"{parts.denoising:.3f} s")
+        self.note(f"{how}decode", f"{parts.decode:.3f} s")
+        self.note(f"{how}mp4 beyond the decode", f"{parts.after:.3f} s")
+        self.note(f"{how}text, first frame and opening of files", f"{parts.before:.3f} s")
 
-    def parts(self) -> None:
-        """Text and first frame, decode, what the mp4 adds; noise for latents is the worst that an encoder can meet."""
-        x0 = normal(self.spec.latent_shape, [generator(0, 0, 0, "sample", self.device)])
-        self.median("text + first frame", self.records)
-        decode = self.median("decode", lambda: list(vae.stream_video(self.models.vae, x0[0])))
-        self.median("mp4 beyond the decode", lambda: self.film(x0[0]), minus=decode)
-
-    def denoising(self) -> None:
-        """The network alone."""
-        records = self.records()
-        self.median("denoising, 4 steps", lambda: self.student(records, [0]))
-
-    def median(self, what: str, work: Callable[[], object], *, minus: float = 0.0) -> float:
-        """Note the median seconds of work, after one run that is not counted."""
-        seconds = statistics.median(times(work, 1 + self.repeats)[1:]) - minus
-        self.note(what, f"{seconds:.3f} s")
-        return seconds
+    def text(self) -> None:
+        """Text and first frame."""
+        seconds = statistics.median(times(self.records, 1 + self.repeats)[1:])
+        self.note("text + first frame", f"{seconds:.3f} s")
 
     def equality(self) -> None:
         """The same twice, the given frame kept, and the plain path's numbers."""
@@ -129,15 +122,11 @@ class Bench:
 
         return rollout(denoise, noise, condition, ladder=self.student.sigmas, generators=draws)
 
-    def film(self, video: Tensor) -> None:
-        """Decode into a file."""
-        with Film(self.folder / "x.mp4", fps=24) as film:
-            for frames in vae.stream_video(self.models.vae, video):
-                film.add(frames)
-
     def stock(self) -> None:
         """diffusers' pipeline with 4 steps, and 50 guided ones projected from its own step."""
-        found = run_stock(self.student.net, self.models, self.spec, self.folder, min(3, self.repeats))
+        if self.theirs is not None:
+            self.models.vae.model.decoder = self.theirs.to(self.device)
+        found = run_stock(self.student.net, self.models, self.spec, self.folder)
         ours, guided = self.single, found.whole + 96 * found.step
         self.note(
             "diffusers, 4 steps", f"{found.whole:.2f} s, x{found.whole / ours:.2f} of ours; a step {found.step:.2f} s"
@@ -149,29 +138,16 @@ class Bench:
         self.note("diffusers, decode", f"{found.decode:.2f} s; PSNR of ours to it {psnr:.1f} dB")
 
     def small_cards(self) -> None:
-        """The paths for smaller cards, and what decoding takes there by latent frames at once."""
-        host = torch.device("cpu")
+        """The paths for smaller cards."""
+        self.theirs = self.models.vae.model.decoder.to("cpu")  # `sample` lets go of it, diffusers will want it again
         self.models.vae.keep_fast_decoder()
-        self.models.vae.decoder.release()
-        records = self.records()
-        if GPU:
-            self.models.words.move(host)  # the first move, which copies, is not part of a video
-        peak()
-        x0 = self.student(records, [0])
-        self.note("denoising without the text encoder, peak", f"{peak():.1f} GiB")
-        if GPU:
-            self.student.move(host)
-        for name in ("16gb", "24gb"):
+        self.make(1, PLACINGS["24gb"])  # the first move to host memory, which copies, is not part of a video
+        for name, repeats in (("24gb", self.repeats), ("16gb", 2)):
             self.models.vae.decoder.release()
             peak()
-            found = times(lambda name=name: self.make(1, PLACINGS[name]), min(3, self.repeats))
+            found = times(lambda name=name: self.make(1, PLACINGS[name]), min(repeats, self.repeats))
             self.note(f"--memory {name}", f"{statistics.median(found):.2f} s, peak {peak():.1f} GiB")
-        self.student.move(host if GPU else self.device)
-        for most in (1, 2, 3):
-            self.models.vae.decoder.release()
-            peak()
-            seconds = times(lambda most=most: list(vae.stream_video(self.models.vae, x0[0], steps=most)), 2)[-1]
-            self.note(f"decode alone, {most} latent frames at once", f"{seconds:.3f} s, peak {peak():.1f} GiB")
+        self.student.move(self.device)
 
     def many(self) -> None:
         """The rate over many rows."""
@@ -179,8 +155,8 @@ class Bench:
         self.note(f"{self.count} rows", f"{3600 / rate:.0f} videos an hour, x{self.single / rate:.2f} of one at a time")
 
 
-PARTS = {"whole": Bench.whole, "parts": Bench.parts, "denoising": Bench.denoising, "equality": Bench.equality,
-         "stock": Bench.stock, "small": Bench.small_cards, "rows": Bench.many}  # fmt: skip
+PARTS = {"whole": Bench.whole, "text": Bench.text, "equality": Bench.equality, "small": Bench.small_cards,
+         "rows": Bench.many, "stock": Bench.stock}  # fmt: skip
 
 
 def main() -> None:
@@ -199,7 +175,8 @@ def main() -> None:
             bench.compile_nothing()
         for part in asked.only.split(","):
             PARTS[part](bench)
-        append("sample", bench.rows, model="random weights")
+        if not asked.tiny:
+            append("sample", bench.rows, model="random weights")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ class Stock:
     video: Tensor  # (1 3 F X Y)
 
 
-def run_stock(net: Network, models: Conditioner, spec: VideoSpec, folder: Path, repeats: int) -> Stock:
-    """Medians; the picture is first.png in the folder."""
+def run_stock(net: Network, models: Conditioner, spec: VideoSpec, folder: Path) -> Stock:
+    """The second of two videos; the picture is first.png in the folder."""
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     pipe = WanImageToVideoPipeline(
         tokenizer=models.text.tokenizer, text_encoder=models.text.model, vae=models.vae.model,
@@ -54,7 +54,7 @@ def run_stock(net: Network, models: Conditioner, spec: VideoSpec, folder: Path, 
         write_video(folder / "stock.mp4", (made * 255).round().astype(numpy.uint8), fps=24)
 
     models.vae.model.decode = watched
-    whole = statistics.median(times(run, repeats))
+    whole = times(run, 2)[1]
     hook.remove()
     models.vae.model.decode = plain
     step = statistics.median(
@@ -62,5 +62,5 @@ def run_stock(net: Network, models: Conditioner, spec: VideoSpec, folder: Path, 
         for k in range(0, len(steps), 4)
         for before, after in zip(steps[k : k + 3], steps[k + 1 : k + 4], strict=True)
     )
-    z, video, _ = decoded[-1]
-    return Stock(whole, step, statistics.median(seconds for _, _, seconds in decoded), z, video)
+    z, video, seconds = decoded[-1]
+    return Stock(whole, step, seconds, z, video)
