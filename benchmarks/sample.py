@@ -29,7 +29,7 @@ from shards.record import Record, collate
 from stage1_encode import decoder, vae
 from stage1_encode.conditions import make_records
 from stage1_encode.rows import read_shards
-from stage1_encode.videos import PLACINGS, Order, Placing, make_videos
+from stage1_encode.videos import PLACINGS, Order, Placing, Sampler, make_videos
 from stage2_distill.network import Plan
 from stage2_distill.rollout import rollout
 
@@ -45,6 +45,7 @@ class Bench:
         self.device = torch.device("cuda" if GPU and not small else "cpu")
         self.spec = VideoSpec(9, 64, 96) if small else VideoSpec()
         self.student = make_student(self.spec, folder, small, self.device)
+        self.sampler: Sampler = self.student
         self.models = make_models(folder, small, self.device)
         noise = numpy.random.default_rng(0).integers(0, 255, (40, 70, 3), numpy.uint8)
         Image.fromarray(noise).resize((1400, 800), Image.Resampling.BICUBIC).save(folder / "first.png")
@@ -72,7 +73,7 @@ class Bench:
 
     def make(self, count: int, placing: Placing) -> None:
         """Make videos."""
-        make_videos(self.order(count), self.models, self.student, placing)
+        make_videos(self.order(count), self.models, self.sampler, placing)
 
     def records(self) -> list[Record]:
         """The records of one row."""

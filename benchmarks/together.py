@@ -1,85 +1,72 @@
-"""Denoising one video on several GPUs against one, with the same latents.
+"""One video from prompt and picture to the mp4 file by several GPUs together, then by one of them alone; same latents.
 
-    torchrun --nproc-per-node 2 -m benchmarks.together [--tiny] [--repeats 5]
+    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.together [--tiny] [--repeats 3]
 
-Random weights at 121 x 704 x 1280 in bfloat16 with compiled blocks; --tiny is a small model on the CPU. Every rank also
-makes the whole video alone, at the same time as the others. Prints figures as they are known and appends them to
+As `sample --prompt` does it: all ranks denoise, the first does the rest. Random weights at 121 x 704 x 1280 in bfloat16
+with compiled blocks; --tiny is a small model on the CPU. Prints figures as they are known and appends them to
 benchmarks/results/.
 """
 
 import argparse
-import statistics
 import tempfile
-import time
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.random_models import make_student
 from benchmarks.report import append
-from common.condition import Condition
-from common.video import TEXT_LENGTH, VideoSpec
+from benchmarks.sample import Bench
+from common.video import VideoSpec
+from shards.latents import read
+from stage1_encode.videos import STEP
+from stage2_distill.lead import Leader, follow
 from stage2_distill.network import Plan
-from stage2_distill.parallel import start
+from stage2_distill.parallel import Ranks, start
 from stage2_distill.sample import Student
 
 
-def settle(device: torch.device) -> float:
-    """The time, once all ranks have done their work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    dist.barrier()
-    return time.perf_counter()
-
-
-def conditions(student: Student) -> Condition:
-    """Random ones, the same on all ranks."""
-    draws = torch.Generator(student.device).manual_seed(1)
-    options = {"device": student.device, "generator": draws, "dtype": torch.float32}
-    frame = torch.randn(1, *student.spec.first_frame_shape, **options)
-    text = torch.randn(1, TEXT_LENGTH, student.net.config.text_dim, **options)
-    return Condition(frame.bfloat16(), text.bfloat16())
-
-
-def make(student: Student, plan: Plan, repeats: int) -> tuple[float, float, Tensor]:
-    """Seconds of the first video, the median of those after it, and its latents."""
+def share(student: Student, ranks: int, *, compiled: bool) -> None:
+    """Let so many ranks have a part each of every video."""
     for block in student.net.blocks:
-        block.plan = plan
-    condition, found = conditions(student), []
-    for _ in range(1 + repeats):
-        began = settle(student.device)
-        x0 = student.denoise(condition, [0], 0)
-        found.append(settle(student.device) - began)
-    return found[0], statistics.median(found[1:]), x0
+        block.plan = Plan(compiled=compiled, ranks=ranks)
+
+
+def videos(bench: Bench, how: str) -> tuple[float, Tensor]:
+    """Seconds of a video, and its latents (C T H W)."""
+    bench.whole(f"{how}, ")
+    return bench.single, read(bench.order(1).store, STEP, 0)
+
+
+def lead(bench: Bench, ranks: Ranks, *, compiled: bool) -> None:
+    """Both ways on the first rank; the others end with the first way."""
+    share(bench.student, ranks.world, compiled=compiled)
+    with Leader(bench.student) as bench.sampler:
+        both, x0 = videos(bench, f"{ranks.world} GPUs")
+    bench.sampler = bench.student
+    share(bench.student, 1, compiled=compiled)
+    alone, wanted = videos(bench, "one GPU")
+    bench.note(f"a video by {ranks.world} GPUs, against one", f"x{alone / both:.2f}")
+    bench.note("latents, relative L2", f"{float((x0 - wanted).norm() / wanted.norm()):.1e}")
 
 
 def main() -> None:
-    """Both ways."""
-    parser = argparse.ArgumentParser()
+    """Measure, print and append to the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
     ranks = start("cpu" if asked.tiny else "auto")
-    rows: list[tuple[str, str]] = []
-
-    def note(what: str, figure: str) -> None:
-        rows.append((what, figure))
-        if not ranks.rank:
-            print(f"{what}: {figure}", flush=True)
-
-    with tempfile.TemporaryDirectory() as folder:
-        spec = VideoSpec(9, 64, 96) if asked.tiny else VideoSpec()
-        student = make_student(spec, Path(folder), asked.tiny, ranks.device)
-    first, together, x0 = make(student, Plan(compiled=not asked.tiny, ranks=ranks.world), asked.repeats)
-    note(f"denoising, 4 steps, {ranks.world} GPUs together", f"{together:.3f} s (the first {first:.1f} s)")
-    _, alone, wanted = make(student, Plan(compiled=not asked.tiny), asked.repeats)
-    note("each alone", f"{alone:.3f} s, x{alone / together:.2f}")
-    note("latents, relative L2", f"{float((x0 - wanted).norm() / wanted.norm()):.1e}")
-    if not ranks.rank:
-        append("together", rows, model="random weights")
-    dist.destroy_process_group()
+    with tempfile.TemporaryDirectory() as work:
+        if ranks.rank:
+            spec = VideoSpec(9, 64, 96) if asked.tiny else VideoSpec()
+            student = make_student(spec, Path(work), asked.tiny, ranks.device)
+            share(student, ranks.world, compiled=not asked.tiny)
+            follow(student)
+            return
+        bench = Bench(Path(work), asked.tiny, asked.repeats, 1)
+        lead(bench, ranks, compiled=not asked.tiny)
+        if not asked.tiny:
+            append("together", bench.rows, model="random weights")
 
 
 if __name__ == "__main__":
