@@ -57,6 +57,7 @@ def measure(given: argparse.Namespace, work: Path) -> Iterator[Row]:
     """One GPU alone, then all."""
     rank, world = rank_and_world()
     size, device = TINY if given.tiny else TRUE, pick_device("cpu" if given.tiny else "cuda")
+    start = time.perf_counter()
     if rank == 0:
         make_rows(work, given.clips, given.rows * world)
     dist.barrier()
@@ -66,6 +67,7 @@ def measure(given: argparse.Namespace, work: Path) -> Iterator[Row]:
     encoders = Encoders(fresh(random_vae(size, device), config.vae_dtype), encoder)
     write_negative(config, encoders)  # warms up, as the frames do
     vae.encode_frames(encoders.vae, pictures(size, config.batch_size, device))
+    yield "clips and models made after", f"{time.perf_counter() - start:.1f} s"
     shards = -(-given.rows // given.shard_size)
     rates = []
     for ranks, numbers in ((1, range(0 if rank else shards)), (world, share(config, shards * world))):
