@@ -77,7 +77,7 @@ def runs(gpus: int) -> list[Run]:
         Run(f"{gpus} GPUs", ((gpus, full),)),
         Run(f"{gpus} GPUs, each a whole copy (HSDP)", ((gpus, full),), replicate=gpus),
         Run(f"elastic {gpus} > {half} > {gpus}", ((gpus, 2), (half, 4), (gpus, full))),
-        Run("one rank killed", ((gpus, full),), die=SAVED + 1),
+        Run("one rank killed", ((gpus, full),), die=ITERATIONS - 1),
     ]
 
 
@@ -138,7 +138,11 @@ def compare(name: str, spent: float, out: Path, base: Path, start: dict[str, tor
     off = ((loss - wanted).abs() / wanted).max() if len(loss) == len(wanted) else torch.tensor(torch.inf)
     way, right = moved(out, start), moved(base, start)
     far = (way - right).norm() / right.norm()
-    return name, f"{same}, losses off by {off:.1e} at most, student's way by {far:.1e}, {spent:.0f} s"
+    starts = ", ".join((out / "starts.txt").read_text().split())
+    return (
+        name,
+        f"started at {starts}, {same}, losses off by {off:.1e} at most, student's way by {far:.1e}, {spent:.0f} s",
+    )
 
 
 def first_weights() -> dict[str, torch.Tensor]:

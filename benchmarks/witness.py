@@ -1,6 +1,7 @@
 """`cli.py distill` that leaves what each rank trained on: `-m benchmarks.witness CONFIG [--die ITERATION]`.
 
 OUT/seen-RANK.txt gets one line a sample: iteration, role, place in the global batch, digest of first frame and text.
+OUT/starts.txt gets the first iteration of every start.
 With --die the last rank kills itself with signal 9 in that iteration, once.
 """
 
@@ -37,6 +38,7 @@ def main() -> None:
     given = parser.parse_args()
     config = resolve(DistillConfig, {"config": given.config})
     out, simulate, step = Path(config.out), train.simulate, run.train_step
+    begun: list[int] = []
 
     def noting(trainer: Trainer, part: Part, condition: Condition, exit_at: int) -> tuple[Tensor, Condition, int]:
         with (out / f"seen-{trainer.ranks.rank}.txt").open("a") as file:
@@ -46,6 +48,10 @@ def main() -> None:
 
     def dying(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, Condition]]) -> Step:
         killed = out / "killed"
+        if not begun and trainer.ranks.rank == 0:
+            with (out / "starts.txt").open("a") as file:
+                file.write(f"{iteration}\n")
+        begun.append(iteration)
         if iteration == given.die and trainer.ranks.rank == trainer.ranks.world - 1 and not killed.exists():
             killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
