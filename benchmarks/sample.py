@@ -25,11 +25,12 @@ from benchmarks.stock import PROMPT, run_stock
 from benchmarks.watch import Watch, medians
 from common.seed import generator, normal
 from common.video import VideoSpec
+from shards.latents import read
 from shards.record import Record, collate
 from stage1_encode import decoder, vae
 from stage1_encode.conditions import make_records
 from stage1_encode.rows import read_shards
-from stage1_encode.videos import PLACINGS, Order, Placing, Sampler, make_videos
+from stage1_encode.videos import PLACINGS, STEP, Order, Placing, Sampler, make_videos
 from stage2_distill.network import Plan
 from stage2_distill.rollout import rollout
 
@@ -138,8 +139,15 @@ class Bench:
         psnr = -10 * float(((pixels.float() - wanted).square().mean() / 255**2).log10())
         self.note("diffusers, decode", f"{found.decode:.2f} s; PSNR of ours to it {psnr:.1f} dB")
 
+    def latents(self) -> Tensor:
+        """Those of the last single video, (C T H W)."""
+        return read(self.order(1).store, STEP, 0)
+
     def small_cards(self) -> None:
         """The paths for smaller cards."""
+        if not self.order(1).store.exists():
+            self.make(1, Placing())
+        full = self.latents()
         self.theirs = self.models.vae.model.decoder.to("cpu")  # `sample` lets go of it, diffusers will want it again
         self.models.vae.keep_fast_decoder()
         self.make(1, PLACINGS["24gb"])  # the first move to host memory, which copies, is not part of a video
@@ -147,7 +155,8 @@ class Bench:
             self.models.vae.decoder.release()
             peak()
             found = times(lambda name=name: self.make(1, PLACINGS[name]), min(repeats, self.repeats))
-            self.note(f"--memory {name}", f"{statistics.median(found):.2f} s, peak {peak():.1f} GiB")
+            same = f"same latents {torch.equal(self.latents(), full)}"
+            self.note(f"--memory {name}", f"{statistics.median(found):.2f} s, peak {peak():.1f} GiB, {same}")
         self.student.move(self.device)
 
     def many(self) -> None:

@@ -17,8 +17,6 @@ from benchmarks.random_models import make_student
 from benchmarks.report import append
 from benchmarks.sample import Bench
 from common.video import VideoSpec
-from shards.latents import read
-from stage1_encode.videos import STEP
 from stage2_distill.lead import Leader, follow
 from stage2_distill.network import Plan
 from stage2_distill.parallel import Ranks, start
@@ -34,7 +32,7 @@ def share(student: Student, ranks: int, *, compiled: bool) -> None:
 def videos(bench: Bench, how: str) -> tuple[float, Tensor]:
     """Seconds of a video, and its latents (C T H W)."""
     bench.whole(f"{how}, ")
-    return bench.single, read(bench.order(1).store, STEP, 0)
+    return bench.single, bench.latents()
 
 
 def lead(bench: Bench, ranks: Ranks, *, compiled: bool) -> None:
