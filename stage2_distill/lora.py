@@ -4,10 +4,9 @@ A role is the base with its adapter switched on. Adapters are float32 and sharde
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,16 +36,32 @@ def lora_of(options: Mapping[str, object]) -> Lora | None:
     return Lora(rank, float(str(options.get("lora_alpha") or rank))) if rank else None
 
 
-class Layer(Protocol):
-    """A linear layer with adapters, as peft makes it."""
+class Layer(nn.Module):
+    """A linear layer with adapters: peft's, with a forward pass that does not look its adapter up by name.
 
-    _active_adapter: list[str]
+    So all adapters are one compiled graph, where names would make one for each.
+    """
 
-    def merge(self, safe_merge: bool, adapter_names: list[str]) -> None:
-        """Add an adapter's product to the base weight."""
+    base_layer: nn.Module
+    scaling: dict[str, float]
+    merge: Callable[[bool, list[str]], None]  # adds adapters' products to the base weight
+    used: tuple[nn.Module, nn.Module, float] | None = None  # factors and weight of the adapter that is on
 
-    def get_base_layer(self) -> nn.Module:
-        """The layer without adapters."""
+    def forward(self, x: Tensor) -> Tensor:
+        """The base layer's result, and that of the adapter which is on."""
+        result: Tensor = self.base_layer(x)
+        if self.used is None:
+            return result
+        first, second, weight = self.used
+        return result + second(first(x)) * weight
+
+    def switch(self, adapter: str | None) -> None:
+        """Use an adapter, or none. peft's own `set_adapter` would change which parameters are trained."""
+        if adapter is None:
+            self.used = None
+        else:
+            first, second = (self.get_submodule(f"lora_{factor}.{adapter}") for factor in "AB")
+            self.used = first, second, self.scaling[adapter]
 
 
 def add_adapters(net: Network, names: Sequence[str], lora: Lora) -> list[Layer]:
@@ -68,7 +83,11 @@ def add_adapters(net: Network, names: Sequence[str], lora: Lora) -> list[Layer]:
         parameter.requires_grad_(".lora_" in name)
         if ".lora_" in name:
             parameter.data = parameter.data.float()
-    return [module for module in net.modules() if isinstance(module, LoraLayer)]
+    layers = [module for module in net.modules() if isinstance(module, LoraLayer)]
+    kinds = {kind: type("Switched", (Layer, kind), {}) for kind in {type(layer) for layer in layers}}
+    for layer in layers:
+        layer.__class__ = kinds[type(layer)]
+    return layers
 
 
 class Role(nn.Module):
@@ -83,15 +102,17 @@ class Role(nn.Module):
     ) -> tuple[Tensor]:
         """Velocity (B C T H W), in a tuple; a backward pass through it finds the same adapter on."""
         self.switch_on()
+        if self.adapter is not None and torch.is_grad_enabled() and not hidden_states.requires_grad:
+            hidden_states = hidden_states.detach().requires_grad_()  # else the first block would be a graph of its own
         (velocity,) = self.base(hidden_states, timestep, encoder_hidden_states, return_dict=return_dict)
         if velocity.requires_grad:  # the blocks are computed again, after other roles have had their turn
             velocity.register_hook(lambda grad: self.switch_on())
         return (velocity,)
 
     def switch_on(self) -> None:
-        """Use this role's adapter. peft's own `set_adapter` would change which parameters are trained."""
+        """Use this role's adapter."""
         for layer in self.layers:
-            layer._active_adapter = [] if self.adapter is None else [self.adapter]
+            layer.switch(self.adapter)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -147,5 +168,5 @@ def load_merged(net: Network, checkpoint: Path, weights: str, lora: Lora) -> Non
     for name, layer in [(name, module) for name, module in net.named_modules() if module in layers]:
         layer.merge(False, [weights])
         parent, _, child = name.rpartition(".")
-        net.get_submodule(parent).add_module(child, layer.get_base_layer())
+        net.get_submodule(parent).add_module(child, layer.base_layer)
     net.requires_grad_(False)

@@ -1,5 +1,6 @@
 """Student and critic as adapters on one frozen base: the same guarantees as three networks, in the memory of one."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from stage2_distill.checkpoint import load as load_checkpoint
 from stage2_distill.checkpoint import newest, read_facts
 from stage2_distill.config_sample import SampleConfig
 from stage2_distill.lora import Lora, Role, add_adapters, load_merged
-from stage2_distill.network import Plan
+from stage2_distill.network import Plan, finisher, runner
 from stage2_distill.sample import load_student
 from stage2_distill.train import Trainer
 from stage2_distill.wan import denoiser, load
@@ -124,6 +125,33 @@ def test_blocks_are_computed_again_with_the_right_adapter(model: Path, keep: str
         assert all(weight.grad is None for _, weight in critic.named_parameters())
     for name, gradient in gradients["all"].items():
         torch.testing.assert_close(gradients[keep][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_all_adapters_share_compiled_graphs(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradient, without, and the base alone: three graphs of a block for five uses, and the plain numbers."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the graphs without their kernels
+    graphs, found = torch._dynamo.utils.counters["stats"], {}
+    for compiled in (False, True):
+        runner.cache_clear()
+        finisher.cache_clear()
+        torch._dynamo.reset()
+        net = load(model, torch.float32, Plan(keep="none", compiled=compiled))
+        layers = add_adapters(net, ("student", "critic"), Lora(3, 6.0))
+        roles = [Role(net, layers, name) for name in ("student", "critic", None)]
+        weights = [weight for role in roles for _, weight in role.named_parameters()]
+        for number, weight in enumerate(weights):
+            torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(number))
+        began = graphs["unique_graphs"]
+        with torch.no_grad():
+            found[compiled] = [denoiser(role, torch.float32)(*inputs(0)) for role in roles]
+        for role in roles[:2]:
+            denoiser(role, torch.float32)(*inputs(0)).square().sum().backward()
+        found[compiled] += [weight.grad for weight in weights]
+    runner.cache_clear()
+    finisher.cache_clear()
+    assert graphs["unique_graphs"] - began == 3 + 2, "two of what follows the blocks"
+    for one, two in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
 def test_stopped_and_resumed_equals_unbroken(whole: Path, model: Path, shards: Path, tmp_path: Path) -> None:
