@@ -9,6 +9,7 @@ A mean iteration is the time of --count whole iterations by their number, from w
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from stage2_distill.parallel import start
 from stage2_distill.resume import state
 from stage2_distill.reuse import Reuse
 from stage2_distill.schedule import CRITIC, STUDENT, exit_index, parts
-from stage2_distill.snapshot import Rooms, Snapshot, host_mesh, make_rooms
+from stage2_distill.snapshot import Rooms, Snapshot, host_mesh, make_rooms, role_of
 from stage2_distill.train import Step, Trainer, Update, train_step, update_critic, update_student
 
 Row = tuple[str, str]
@@ -117,9 +118,11 @@ def updates(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator
 
         if trainer.config.compile or role == CRITIC:
             yield f"first {role} update", f"{run(0):.1f} s"
-        each = [run(1), run(2)]
+        each = []
+        for exit_at in (1, 2):  # their mean is the mean of all four
+            each.append(run(exit_at))
+            yield f"{role} update, exit {exit_at}", f"{each[-1]:.2f} s"
         found[role] = mean(each)
-        yield f"{role} updates", f"{', '.join(f'{s:.2f}' for s in each)}, mean {found[role]:.2f} s"
         yield f"peak memory after the {role}'s", report_memory(chosen)
     spent = found[CRITIC] + found[STUDENT] / trainer.config.student_every
     yield from mean_iteration(chosen, trainer, known, spent)
@@ -158,25 +161,26 @@ def pause(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[
     began, rooms = perf_counter(), Rooms()
     make_rooms(state(trainer), rooms)
     yield "room for it in host memory, once in a run, beside training", f"{perf_counter() - began:.1f} s"
-    alone = seconds(lambda: turn(chosen, trainer, short), chosen, warm=0, repeat=1)
-    ended: list[float] = []
+    alone = seconds(lambda: turn(chosen, trainer, short), chosen, warm=1, repeat=1)
+    ended: dict[str, float] = {}
+
+    def note(role: str, _: object) -> None:
+        ended[role] = perf_counter() - began
+
     began = perf_counter()
     live = state(trainer)
-    snapshot = Snapshot(live, host_mesh(trainer.ranks), rooms)
-    for copy in snapshot.copies.values():
-        copy.add_done_callback(lambda _: ended.append(perf_counter() - began))
-
-    def wait(*_: object) -> None:
-        snapshot.result()
-
-    hook = trainer.critic_optimizer.register_step_pre_hook(wait)
+    snapshot = Snapshot(live, host_mesh(trainer.ranks), rooms, first=CRITIC)
+    for name, copy in snapshot.copies.items():
+        copy.add_done_callback(partial(note, role_of(name)))
+    hook = trainer.critic_optimizer.register_step_pre_hook(lambda *_: wait(snapshot.missing(CRITIC)) and None)
     turn(chosen, trainer, short)
     synchronize(chosen)
     beside = perf_counter() - began
     hook.remove()
-    size = sum(value.numel() * value.element_size() for value in live.values()) / 2**30
+    size = sum(value.nbytes for value in live.values()) / 2**30
     yield "pause of a checkpoint", f"{beside - alone:.2f} s beside an iteration of {alone:.2f} s, {size:.1f} GiB"
-    yield "its state in host memory", f"after {max(ended):.2f} s"
+    wait(snapshot.copies.values())
+    yield "in host memory", ", ".join(f"the {role}'s state after {ended[role]:.2f} s" for role in (CRITIC, STUDENT))
 
 
 MEASURES = {

@@ -25,7 +25,7 @@ from stage2_distill.preview import Previews, open_previews
 from stage2_distill.resume import begin, state
 from stage2_distill.reuse import Reuse
 from stage2_distill.saver import Saver
-from stage2_distill.schedule import CRITIC, Part, accumulation, parts, position
+from stage2_distill.schedule import CRITIC, STUDENT, Part, accumulation, parts, position
 from stage2_distill.stop import Stop
 from stage2_distill.train import DivergedError, Step, Trainer, train_step
 from stage2_distill.watch import Watch
@@ -122,13 +122,15 @@ def iterate(out: Path, trainer: Trainer, data: DataSet | Mixture, facts: Student
         Saver(out, config, ranks) as saver,
         Stop() as stop,
     ):
-        saver.before_steps_of((trainer.student_optimizer, trainer.critic_optimizer), trainer.clock)
+        optimizers = {STUDENT: trainer.student_optimizer, CRITIC: trainer.critic_optimizer}
+        saver.before_steps_of(optimizers, trainer.clock)
         for iteration in range(done, config.iterations):
             watch.write(iteration, attempt(trainer, iteration, loaded, saver))
             reached = iteration + 1
             if iteration == done:
                 saver.prepare(state(trainer))
             if previews.due(reached):
+                saver.copied()  # the average takes the student's place meanwhile
                 previews.make(trainer, reached)
             ending = stop.wanted() or reached == config.iterations
             if ending or reached % config.checkpoint_every == 0:

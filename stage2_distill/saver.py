@@ -8,9 +8,11 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import wait
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -38,6 +40,7 @@ from stage2_distill.compact import local
 from stage2_distill.config import DistillConfig
 from stage2_distill.figures import Clock
 from stage2_distill.parallel import Ranks
+from stage2_distill.schedule import first_role
 from stage2_distill.snapshot import Rooms, Snapshot, host_mesh, make_rooms
 
 FILE_BYTES = 2**30  # a rank's file; while it is written it stands in memory once more
@@ -69,7 +72,8 @@ class Saver:
         if beside:
             self.prepared()
             make_rooms(tensors, self.rooms)
-        self.snapshot = Snapshot(tensors, self.host, self.rooms) if beside else None
+        first = first_role(facts.iteration, self.config)
+        self.snapshot = Snapshot(tensors, self.host, self.rooms, first=first) if beside else None
         self.thread = threading.Thread(target=self._write, args=(dict(tensors), facts), name="checkpoint", daemon=True)
         self.thread.start()
         if not beside:
@@ -92,17 +96,17 @@ class Saver:
         if snapshot is not None:
             snapshot.result()
 
-    def before_steps_of(self, optimizers: Iterable[torch.optim.Optimizer], clock: Clock) -> None:
-        """Let these wait for it before each step: training goes on meanwhile, and changes nothing else."""
+    def before_steps_of(self, optimizers: Mapping[str, torch.optim.Optimizer], clock: Clock) -> None:
+        """Let each role's optimizer wait before a step for the copies of what it changes, and for no others."""
+        for role, optimizer in optimizers.items():
+            optimizer.register_step_pre_hook(partial(self._before_step, role, clock))
 
-        def wait(*_: object) -> None:
-            snapshot = self.snapshot
-            if snapshot is not None and not snapshot.done():
-                with clock("checkpoint"):
-                    self.copied()
-
-        for optimizer in optimizers:
-            optimizer.register_step_pre_hook(wait)
+    def _before_step(self, role: str, clock: Clock, *_: object) -> None:
+        snapshot = self.snapshot
+        missing = [] if snapshot is None else snapshot.missing(role)
+        if missing:
+            with clock("checkpoint"):
+                wait(missing)
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until the checkpoint that was begun has ended, well or not."""

@@ -28,6 +28,11 @@ def student_turn(iteration: int, config: DistillConfig) -> bool:
     return iteration >= config.critic_warmup and iteration % config.student_every == 0
 
 
+def first_role(iteration: int, config: DistillConfig) -> str:
+    """The role that is updated first in an iteration."""
+    return STUDENT if student_turn(iteration, config) else CRITIC
+
+
 def updates_of(role: str, iteration: int, config: DistillConfig) -> int:
     """Number of updates of a role in iterations 0..iteration-1."""
 

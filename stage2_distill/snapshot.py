@@ -1,6 +1,7 @@
 """Copies of training's state in host memory, made by threads while training goes on.
 
-Nothing of the state changes before the next optimizer step, so that only this must wait for them (`Snapshot.result`).
+Nothing of a role's state changes before its next optimizer step, so that only this must wait for its copies. The
+average changes after the student's.
 Memory that is touched for the first time takes ten times as long to write: it is kept from one checkpoint to the next.
 """
 
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from stage2_distill.compact import local
 from stage2_distill.parallel import Ranks
+from stage2_distill.schedule import CRITIC, STUDENT
 
 COPIERS = 8  # threads
 CHUNK = 32 << 20  # bytes of pinned memory that a thread copies through
@@ -25,6 +27,11 @@ def host_mesh(ranks: Ranks) -> DeviceMesh:
     """The ranks' mesh in host memory."""
     names = ranks.mesh.mesh_dim_names
     return ranks.mesh if ranks.device.type == "cpu" else init_device_mesh("cpu", ranks.mesh.shape, mesh_dim_names=names)
+
+
+def role_of(name: str) -> str:
+    """Whose optimizer step is the first that may change this tensor of the state."""
+    return CRITIC if name.startswith(CRITIC) else STUDENT
 
 
 def make_rooms(tensors: Mapping[str, Tensor], rooms: Rooms) -> None:
@@ -41,19 +48,23 @@ def make_rooms(tensors: Mapping[str, Tensor], rooms: Rooms) -> None:
 
 
 class Snapshot:
-    """The state as it is now, once the device has caught up; sharded as the tensors are, in `rooms`."""
+    """The state as it is now, once the device has caught up; sharded as the tensors are, in `rooms`.
 
-    def __init__(self, tensors: Mapping[str, Tensor], host: DeviceMesh, rooms: Rooms) -> None:
+    The tensors of the role that is updated `first` are copied first.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], host: DeviceMesh, rooms: Rooms, *, first: str) -> None:
         self.host, self.rooms = host, rooms
         self.own = threading.local()  # a thread's stream and pinned memory
         self.begun = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
         pool = ThreadPoolExecutor(COPIERS)
-        self.copies: dict[str, Future[Tensor]] = {name: pool.submit(self.copy, name, tensors[name]) for name in tensors}
+        names = sorted(tensors, key=lambda name: role_of(name) != first)
+        self.copies: dict[str, Future[Tensor]] = {name: pool.submit(self.copy, name, tensors[name]) for name in names}
         pool.shutdown(wait=False)
 
-    def done(self) -> bool:
-        """Whether all copies are made."""
-        return all(copy.done() for copy in self.copies.values())
+    def missing(self, role: str) -> list[Future[Tensor]]:
+        """Copies of what the role's next step changes that are not made yet."""
+        return [copy for name, copy in self.copies.items() if role_of(name) == role and not copy.done()]
 
     def result(self) -> dict[str, Tensor]:
         """Wait for all copies."""

@@ -17,6 +17,7 @@ from stage2_distill.config import DistillConfig
 from stage2_distill.figures import Clock
 from stage2_distill.parallel import start
 from stage2_distill.saver import SaveError, Saver
+from stage2_distill.schedule import CRITIC, STUDENT
 from stage2_distill.wan import load as load_network
 
 
@@ -63,7 +64,7 @@ def test_training_goes_on_and_does_not_change_what_is_written(
         assert not checkpoints(tmp_path)  # save has returned and nothing is written yet
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
         clock = Clock(torch.device("cpu"))
-        saver.before_steps_of([optimizer], clock)
+        saver.before_steps_of({STUDENT: optimizer}, clock)
         optimizer.step()  # waits until the copies are made
         assert clock.read()["checkpoint"] > 0
         for value in live.values():
@@ -73,6 +74,35 @@ def test_training_goes_on_and_does_not_change_what_is_written(
     found = tensors(checkpoints(tmp_path)[0])
     assert torch.equal(found["student.weight"], torch.arange(6.0).view(2, 3))
     assert found["student.step"] == 5
+
+
+def test_a_step_waits_for_the_copies_of_its_role_alone(
+    config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The role that is updated next is copied first, and its step waits for no other."""
+    may_copy, begun, copy = threading.Event(), [], snapshot.Snapshot.copy
+
+    def watched(self: snapshot.Snapshot, name: str, value: torch.Tensor) -> torch.Tensor:
+        begun.append(name)
+        assert name.startswith("critic") or may_copy.wait(5)
+        return copy(self, name, value)
+
+    monkeypatch.setattr(snapshot, "COPIERS", 1)
+    monkeypatch.setattr(snapshot.Snapshot, "copy", watched)
+    names = "student.w", "ema.w", "critic.w", "student_optimizer.w", "critic_optimizer.w"
+    clock, optimizers = Clock(torch.device("cpu")), {}
+    for role in (STUDENT, CRITIC):
+        optimizers[role] = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    with Saver(tmp_path, replace(config, student_every=5), start("cpu")) as saver:
+        saver.before_steps_of(optimizers, clock)
+        saver.save({name: torch.ones(3) for name in names}, facts)  # after iteration 1: no turn of the student
+        optimizers[CRITIC].step()
+        assert begun[:2] == ["critic.w", "critic_optimizer.w"]
+        assert len(saver.snapshot.missing(STUDENT)) == 3
+        threading.Timer(0.2, may_copy.set).start()
+        optimizers[STUDENT].step()
+        assert saver.snapshot is None or not saver.snapshot.missing(STUDENT)
+        saver.finish()
 
 
 def test_what_reads_back_otherwise_gets_no_name_and_prunes_nothing(
