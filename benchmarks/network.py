@@ -128,6 +128,17 @@ def attentions(chosen: Case) -> Iterator[Row]:
             yield rate(name, run, cost * tokens**2 * heads * size, chosen)
 
 
+def texts(chosen: Case) -> Iterator[Row]:
+    """Attention to a text of 512 rows, by kernel."""
+    heads, size = chosen.network["num_attention_heads"], chosen.network["attention_head_dim"]
+    where = {"device": chosen.device, "dtype": chosen.dtype}
+    tokens = inputs(chosen)["hidden_states"][0, 0].numel() // 4
+    for kernel in ("cudnn", "flash", "efficient") if chosen.device.type == "cuda" else ("torch", "math"):
+        q, k, v = (torch.randn(1, count, heads, size, **where) for count in (tokens, 512, 512))
+        cost = 4 * tokens * 512 * heads * size
+        yield rate(f"attention to text, {kernel}", partial(attend, q, k, v, kernel), cost, chosen)
+
+
 def product(rows: int, a: int, b: int, where: dict[str, object]) -> Run:
     """A linear layer on random inputs."""
     x, w, bias = torch.randn(rows, a, **where), torch.randn(b, a, **where), torch.randn(b, **where)
@@ -172,11 +183,11 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--only", default="parts,attentions,forward,backward,profile")
+    parser.add_argument("--only", default="parts,attentions,texts,forward,backward,profile")
     parser.add_argument("--out", type=Path, default=Path())
     given = parser.parse_args()
     chosen = case(given.tiny)
-    sections = {"parts": parts, "attentions": attentions, "forward": forward, "backward": backward}
+    sections = {"parts": parts, "attentions": attentions, "texts": texts, "forward": forward, "backward": backward}
     rows: list[Row] = []
     for name in given.only.split(","):
         found = write_profiles(chosen, given.out) if name == "profile" else sections[name](chosen)
