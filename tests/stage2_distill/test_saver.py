@@ -3,6 +3,8 @@
 import shutil
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from stage2_distill import saver as module
 from stage2_distill import snapshot
 from stage2_distill.checkpoint import StudentFacts, checkpoints, prune, read_facts, write_best
 from stage2_distill.config import DistillConfig
+from stage2_distill.ema import Ema
 from stage2_distill.figures import Clock
 from stage2_distill.parallel import start
 from stage2_distill.saver import SaveError, Saver
@@ -103,6 +106,36 @@ def test_a_step_waits_for_the_copies_of_its_role_alone(
         optimizers[STUDENT].step()
         assert saver.snapshot is None or not saver.snapshot.missing(STUDENT)
         saver.finish()
+
+
+def test_previews_wait_for_the_student_s_copies(
+    model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preview puts the average in the student's place: not while the student is being copied for a checkpoint."""
+    options = {"iterations": 4, "ema_start": 0, "checkpoint_every": 3, "keep": 2}
+    options |= {"preview_every": 4, "preview_count": 1}
+    swapped, ends, copy, in_place_of = threading.Event(), [], snapshot.Snapshot.copy, Ema.in_place_of
+
+    def late(self: snapshot.Snapshot, name: str, value: torch.Tensor) -> torch.Tensor:
+        ends.append(time.monotonic() + 2)
+        if name.startswith("student."):
+            swapped.wait(max(0, ends[0] - time.monotonic()))
+        return copy(self, name, value)
+
+    @contextmanager
+    def told(self: Ema, net: torch.nn.Module) -> Iterator[None]:
+        with in_place_of(self, net):
+            if ends:  # there is a preview before the first iteration too
+                swapped.set()
+            yield
+
+    quick = run_here(make_config(shards, model, tmp_path / "quick", **options))
+    monkeypatch.setattr(snapshot.Snapshot, "copy", late)
+    monkeypatch.setattr(Ema, "in_place_of", told)
+    run_here(make_config(shards, model, tmp_path / "late", **options))
+    first = quick.with_name("step-000003")
+    expected, found = tensors(first), tensors(tmp_path / "late" / first.name)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
 def test_what_reads_back_otherwise_gets_no_name_and_prunes_nothing(
