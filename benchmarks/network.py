@@ -133,10 +133,12 @@ def texts(chosen: Case) -> Iterator[Row]:
     heads, size = chosen.network["num_attention_heads"], chosen.network["attention_head_dim"]
     where = {"device": chosen.device, "dtype": chosen.dtype}
     tokens = inputs(chosen)["hidden_states"][0, 0].numel() // 4
-    for kernel in ("cudnn", "flash", "efficient") if chosen.device.type == "cuda" else ("torch", "math"):
-        q, k, v = (torch.randn(1, count, heads, size, **where) for count in (tokens, 512, 512))
-        cost = 4 * tokens * 512 * heads * size
-        yield rate(f"attention to text, {kernel}", partial(attend, q, k, v, kernel), cost, chosen)
+    names = ("cudnn", "flash", "efficient") if chosen.device.type == "cuda" else ("torch", "math")
+    for kernel in names:
+        for grad, cost in ((False, 4), (True, 14)):
+            run = attention_of(kernel, (1, heads, tokens, size), where, grad, keys=512)
+            name = f"attention to text, {kernel}{' with backward' * grad}"
+            yield rate(name, run, cost * tokens * 512 * heads * size, chosen)
 
 
 def product(rows: int, a: int, b: int, where: dict[str, object]) -> Run:
@@ -145,10 +147,13 @@ def product(rows: int, a: int, b: int, where: dict[str, object]) -> Run:
     return lambda: torch.nn.functional.linear(x, w, bias)
 
 
-def attention_of(kernel: str, shape: tuple[int, ...], where: dict[str, object], grad: bool) -> Run:
+def attention_of(
+    kernel: str, shape: tuple[int, ...], where: dict[str, object], grad: bool, *, keys: int | None = None
+) -> Run:
     """Attention on random inputs, with its backward if asked."""
     batch, heads, tokens, size = shape
-    q, k, v = (torch.randn(batch, tokens, heads, size, **where, requires_grad=grad) for _ in range(3))
+    counts = tokens, keys or tokens, keys or tokens
+    q, k, v = (torch.randn(batch, count, heads, size, **where, requires_grad=grad) for count in counts)
 
     call = ATTENTIONS.get(kernel, partial(attend, kernel=kernel))
 
