@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common.condition import Condition, Denoiser
+from common.device import begin_copy, mark
 from common.flow import score_sigma
 from common.seed import generator, normal, uniform
 from stage2_distill.config import DistillConfig
@@ -185,12 +186,18 @@ def score_draws(trainer: Trainer, part: Part, x0: Tensor, exit_at: int) -> tuple
 
 
 def apply(trainer: Trainer, net: nn.Module, optimizer: torch.optim.Optimizer, figures: Tensor, exit_at: int) -> Update:
-    """Clip, refuse what is not finite, step. The figures of all ranks are read here: the one wait of an update."""
+    """Clip, refuse what is not finite, step. The figures of all ranks are read here: the one wait of an update.
+
+    It ends when the figures are there, while the GPU still has the step before it: the GPU waits for nobody.
+    """
     norm = clip(net, optimizer, trainer.config.grad_clip)
     shown = torch.cat([of_all_ranks(figures), norm.expand(1, len(figures))])
+    here, copied = begin_copy(shown, torch.device("cpu")), mark(trainer.ranks.device)
     with trainer.clock("update"):
         taken = step_if(optimizer, shown[:, 0].sum().isfinite())
-    *rows, (grad_norm, *_) = shown.tolist()
+    if copied is not None:
+        copied.synchronize()
+    *rows, (grad_norm, *_) = here.tolist()
     loss, *looks = (sum(column) / len(rows) for column in zip(*rows, strict=True))
     if not math.isfinite(loss + grad_norm):
         bad = [rank for rank, row in enumerate(rows) if not math.isfinite(row[0])]
