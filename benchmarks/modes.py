@@ -66,7 +66,10 @@ def measure(mode: str, chosen: Case, given: argparse.Namespace, known: dict[str,
         update_critic(trainer, leaving(trainer, CRITIC, 0), two_batches(chosen, ranks))
         yield "peak memory in the second of two micro-batches", report_memory(chosen)
         return
-    yield from (pause if mode == "checkpoint" else iteration)(chosen, trainer, known, mode)
+    if mode == "checkpoint":
+        yield from MEASURES["pause"](chosen, trainer, known)
+    else:
+        yield from iteration(chosen, trainer, known, mode)
     yield "peak host memory of the ranks", ", ".join(f"{gib:.1f}" for gib in host_peaks(ranks)) + " GiB"
     if mode not in ("alone", "checkpoint"):
         yield from communication(update(chosen, trainer, CRITIC, 0), chosen, f"critic update of {ranks.world} ranks")
@@ -87,13 +90,6 @@ def update(chosen: Case, trainer: Trainer, role: str, leaves: int) -> Callable[[
     """An update of a role that leaves the rollout at a step."""
     number = leaving(trainer, role, leaves)
     return lambda: UPDATES[role](trainer, number, one_batch(chosen, trainer.ranks, role, number))
-
-
-def pause(chosen: Case, trainer: Trainer, known: dict[str, float], _mode: str) -> Iterator[Row]:
-    """What a checkpoint adds to an iteration, once all is compiled."""
-    warm = seconds(update(chosen, trainer, CRITIC, 0), chosen, warm=0, repeat=1)
-    yield "first critic update, compilation included", f"{warm:.1f} s"
-    yield from MEASURES["pause"](chosen, trainer, known)
 
 
 def iteration(chosen: Case, trainer: Trainer, known: dict[str, float], mode: str) -> Iterator[Row]:
