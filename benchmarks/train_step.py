@@ -9,7 +9,6 @@ A mean iteration is the time of --count whole iterations by their number, from w
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from stage2_distill.parallel import start
 from stage2_distill.resume import state
 from stage2_distill.reuse import Reuse
 from stage2_distill.schedule import CRITIC, STUDENT, exit_index, parts
-from stage2_distill.snapshot import Rooms, Snapshot, host_mesh, make_rooms, role_of
+from stage2_distill.snapshot import Rooms, Snapshot, host_mesh, make_rooms
 from stage2_distill.train import Step, Trainer, Update, train_step, update_critic, update_student
 
 Row = tuple[str, str]
@@ -162,25 +161,20 @@ def pause(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[
     make_rooms(state(trainer), rooms)
     yield "room for it in host memory, once in a run, beside training", f"{perf_counter() - began:.1f} s"
     alone = seconds(lambda: turn(chosen, trainer, short), chosen, warm=1, repeat=1)
-    ended: dict[str, float] = {}
-
-    def note(role: str, _: object) -> None:
-        ended[role] = perf_counter() - began
-
     began = perf_counter()
     live = state(trainer)
     snapshot = Snapshot(live, host_mesh(trainer.ranks), rooms, first=CRITIC)
-    for name, copy in snapshot.copies.items():
-        copy.add_done_callback(partial(note, role_of(name)))
-    hook = trainer.critic_optimizer.register_step_pre_hook(lambda *_: wait(snapshot.missing(CRITIC)) and None)
+    issued = perf_counter() - began
+    hook = trainer.critic_optimizer.register_step_pre_hook(lambda *_: snapshot.hold(CRITIC))
     turn(chosen, trainer, short)
     synchronize(chosen)
     beside = perf_counter() - began
     hook.remove()
     size = sum(value.nbytes for value in live.values()) / 2**30
     yield "pause of a checkpoint", f"{beside - alone:.2f} s beside an iteration of {alone:.2f} s, {size:.1f} GiB"
-    wait(snapshot.copies.values())
-    yield "in host memory", ", ".join(f"the {role}'s state after {ended[role]:.2f} s" for role in (CRITIC, STUDENT))
+    began = perf_counter()
+    Snapshot(live, host_mesh(trainer.ranks), rooms, first=CRITIC).result()
+    yield "the copy by itself", f"{perf_counter() - began:.2f} s, begun in {issued:.2f} s"
 
 
 MEASURES = {

@@ -9,7 +9,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import wait
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -103,10 +102,9 @@ class Saver:
 
     def _before_step(self, role: str, clock: Clock, *_: object) -> None:
         snapshot = self.snapshot
-        missing = [] if snapshot is None else snapshot.missing(role)
-        if missing:
+        if snapshot is not None and snapshot.missing(role):
             with clock("checkpoint"):
-                wait(missing)
+                snapshot.hold(role)
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until the checkpoint that was begun has ended, well or not."""

@@ -1,25 +1,25 @@
-"""Copies of training's state in host memory, made by threads while training goes on.
+"""Copies of training's state in host memory, made while training goes on.
 
 Nothing of a role's state changes before its next optimizer step, so that only this must wait for its copies. The
 average changes after the student's.
-Memory that is touched for the first time takes ten times as long to write: it is kept from one checkpoint to the next.
+Memory that is touched for the first time takes ten times as long to write: it is kept from one checkpoint to the next,
+pinned, so that a GPU copies there by itself.
 """
 
-import threading
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from stage2_distill.carry import SLAB, Host, space
 from stage2_distill.compact import local
 from stage2_distill.parallel import Ranks
 from stage2_distill.schedule import CRITIC, STUDENT
 
-COPIERS = 8  # threads
-CHUNK = 32 << 20  # bytes of pinned memory that a thread copies through
+COPIERS = 8  # threads, for what lives in host memory
 Rooms = dict[str, Tensor]  # bytes in host memory, by the name of what is copied there
 
 
@@ -35,16 +35,10 @@ def role_of(name: str) -> str:
 
 
 def make_rooms(tensors: Mapping[str, Tensor], rooms: Rooms) -> None:
-    """Memory for copies of `tensors`, touched."""
-
-    def make(name: str) -> None:
-        if name not in rooms:
-            home = torch.empty(local(tensors[name]).nbytes, dtype=torch.uint8)
-            home.numpy()[:] = 0  # torch would use all cores for each
-            rooms[name] = home
-
-    with ThreadPoolExecutor(COPIERS) as pool:
-        list(pool.map(make, tensors))
+    """Memory for copies of `tensors`, touched and pinned."""
+    new = {name: local(value) for name, value in tensors.items() if name not in rooms}
+    host = Host(offload=True, slab=min(SLAB, sum(map(space, new.values()))))
+    rooms |= {name: host.room(value.nbytes) for name, value in new.items()}
 
 
 class Snapshot:
@@ -54,48 +48,63 @@ class Snapshot:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], host: DeviceMesh, rooms: Rooms, *, first: str) -> None:
-        self.host, self.rooms = host, rooms
-        self.own = threading.local()  # a thread's stream and pinned memory
-        self.begun = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        self.tensors, self.host, self.rooms = tensors, host, rooms
+        self.names = sorted(tensors, key=lambda name: role_of(name) != first)
+        self.arrived: dict[str, torch.cuda.Event] = {}  # by role
+        if any(local(value).is_cuda for value in tensors.values()):
+            self.download()
         pool = ThreadPoolExecutor(COPIERS)
-        names = sorted(tensors, key=lambda name: role_of(name) != first)
-        self.copies: dict[str, Future[Tensor]] = {name: pool.submit(self.copy, name, tensors[name]) for name in names}
+        here = [name for name in self.names if not local(tensors[name]).is_cuda]
+        self.copies: dict[str, Future[None]] = {name: pool.submit(self.copy, name) for name in here}
         pool.shutdown(wait=False)
 
-    def missing(self, role: str) -> list[Future[Tensor]]:
-        """Copies of what the role's next step changes that are not made yet."""
+    def download(self) -> None:
+        """Start copying what lives on a GPU, beside its arithmetic."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for name in self.names:
+                part = local(self.tensors[name]).detach()
+                if part.is_cuda:
+                    self.home(name).copy_(part, non_blocking=True)
+                    self.arrived[role_of(name)] = aside.record_event()
+
+    def copy(self, name: str) -> None:
+        """Copy one tensor that lives in host memory."""
+        home, value = self.home(name), local(self.tensors[name]).detach()
+        home.view(-1).view(torch.uint8).numpy()[:] = value.contiguous().view(-1).view(torch.uint8).numpy()
+
+    def home(self, name: str) -> Tensor:
+        """Where the copy of a tensor is, or this rank's part of it."""
+        part = local(self.tensors[name])
+        return self.rooms[name].view(part.dtype).view(part.shape)
+
+    def missing(self, role: str) -> bool:
+        """Whether copies of what the role's next step changes are still being made."""
+        arrived = self.arrived.get(role)
+        return bool(self.waiting(role)) or (arrived is not None and not arrived.query())
+
+    def waiting(self, role: str) -> list[Future[None]]:
+        """Copies from host memory that have not been made."""
         return [copy for name, copy in self.copies.items() if role_of(name) == role and not copy.done()]
+
+    def hold(self, role: str) -> None:
+        """Let what the device does next wait for the role's copies; this thread for those from host memory alone."""
+        wait(self.waiting(role))
+        if role in self.arrived:
+            torch.cuda.current_stream().wait_event(self.arrived[role])
 
     def result(self) -> dict[str, Tensor]:
         """Wait for all copies."""
-        return {name: copy.result() for name, copy in self.copies.items()}
+        for arrived in self.arrived.values():
+            arrived.synchronize()
+        for copy in self.copies.values():
+            copy.result()
+        return {name: self.sharded(name) for name in self.tensors}
 
-    def copy(self, name: str, value: Tensor) -> Tensor:
-        """A copy of one tensor."""
-        part = local(value).detach()
-        flat, home = part.contiguous().view(-1).view(torch.uint8), self.rooms[name]
-        if part.is_cuda:
-            self.download(flat, home)
-        else:
-            home.numpy()[:] = flat.numpy()
-        home = home.view(part.dtype).view(part.shape)
+    def sharded(self, name: str) -> Tensor:
+        """The copy of a tensor, sharded as it is."""
+        home, value = self.home(name), self.tensors[name]
         if not isinstance(value, DTensor):
             return home
         return DTensor.from_local(home, self.host, value.placements, shape=value.shape, stride=value.stride())
-
-    def download(self, source: Tensor, home: Tensor) -> None:
-        """Copy bytes from a GPU on a stream of this thread."""
-        if not hasattr(self.own, "stream"):
-            torch.cuda.set_device(source.device)
-            self.own.stream = torch.cuda.Stream(source.device)
-            self.own.pinned = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True)
-        stream: torch.cuda.Stream = self.own.stream
-        with torch.cuda.stream(stream):
-            assert self.begun is not None
-            stream.wait_event(self.begun)
-            for start in range(0, source.numel(), CHUNK):
-                part = source[start : start + CHUNK]
-                here = self.own.pinned[: part.numel()]
-                here.copy_(part, non_blocking=True)
-                stream.synchronize()
-                home.numpy()[start : start + CHUNK] = here.numpy()

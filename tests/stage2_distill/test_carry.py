@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from stage2_distill import carry
+from stage2_distill.snapshot import make_rooms
 
 
 def test_tensors_share_slabs_and_keep_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,8 +15,7 @@ def test_tensors_share_slabs_and_keep_their_values(monkeypatch: pytest.MonkeyPat
         return torch.zeros(size, dtype=torch.uint8)
 
     monkeypatch.setattr(carry, "pinned", plain)
-    monkeypatch.setattr(carry, "SLAB", 4096)
-    host = carry.Host(offload=True)
+    host = carry.Host(offload=True, slab=4096)
     values = [torch.randn(n, 7).to(dtype) for n in (3, 40, 100, 1) for dtype in (torch.float32, torch.int16)]
     homes = [host.carve(value) for value in values]
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(homes, values, strict=True))
@@ -29,3 +29,16 @@ def test_what_is_not_on_a_gpu_stays() -> None:
     value = torch.ones(3)
     assert carry.Host(offload=True).home(value) is value
     assert list(carry.carried([{"a": value}], torch.device("cpu")))[0]["a"] is value
+
+
+def test_memory_is_asked_for_once_and_zero_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carry, "PIECE", 1000)
+    assert not carry.pinned(4321).any()
+    asked: list[int] = []
+    monkeypatch.setattr(carry, "pinned", lambda size: asked.append(size) or torch.zeros(size, dtype=torch.uint8))
+    rooms: dict[str, torch.Tensor] = {}
+    state = {"a": torch.ones(100), "b": torch.ones(3, dtype=torch.uint8), "c": torch.ones(())}
+    for _ in range(2):
+        make_rooms(state, rooms)
+    assert asked == [512 * 3]
+    assert [room.nbytes for room in rooms.values()] == [400, 3, 4]

@@ -54,9 +54,9 @@ def test_training_goes_on_and_does_not_change_what_is_written(
         assert changed.wait(30)
         write(*arguments)
 
-    def slow(*arguments) -> torch.Tensor:
+    def slow(*arguments) -> None:
         time.sleep(0.2)
-        return copy(*arguments)
+        copy(*arguments)
 
     copy = snapshot.Snapshot.copy
     monkeypatch.setattr(module, "write", late)
@@ -85,10 +85,10 @@ def test_a_step_waits_for_the_copies_of_its_role_alone(
     """The role that is updated next is copied first, and its step waits for no other."""
     may_copy, begun, copy = threading.Event(), [], snapshot.Snapshot.copy
 
-    def watched(self: snapshot.Snapshot, name: str, value: torch.Tensor) -> torch.Tensor:
+    def watched(self: snapshot.Snapshot, name: str) -> None:
         begun.append(name)
         assert name.startswith("critic") or may_copy.wait(5)
-        return copy(self, name, value)
+        copy(self, name)
 
     monkeypatch.setattr(snapshot, "COPIERS", 1)
     monkeypatch.setattr(snapshot.Snapshot, "copy", watched)
@@ -101,7 +101,7 @@ def test_a_step_waits_for_the_copies_of_its_role_alone(
         saver.save({name: torch.ones(3) for name in names}, facts)  # after iteration 1: no turn of the student
         optimizers[CRITIC].step()
         assert begun[:2] == ["critic.w", "critic_optimizer.w"]
-        assert len(saver.snapshot.missing(STUDENT)) == 3
+        assert len(saver.snapshot.waiting(STUDENT)) == 3
         threading.Timer(0.2, may_copy.set).start()
         optimizers[STUDENT].step()
         assert saver.snapshot is None or not saver.snapshot.missing(STUDENT)
@@ -116,11 +116,11 @@ def test_previews_wait_for_the_student_s_copies(
     options |= {"preview_every": 4, "preview_count": 1}
     swapped, ends, copy, in_place_of = threading.Event(), [], snapshot.Snapshot.copy, Ema.in_place_of
 
-    def late(self: snapshot.Snapshot, name: str, value: torch.Tensor) -> torch.Tensor:
+    def late(self: snapshot.Snapshot, name: str) -> None:
         ends.append(time.monotonic() + 2)
         if name.startswith("student."):
             swapped.wait(max(0, ends[0] - time.monotonic()))
-        return copy(self, name, value)
+        copy(self, name)
 
     @contextmanager
     def told(self: Ema, net: torch.nn.Module) -> Iterator[None]:
