@@ -46,9 +46,9 @@ def random_network(chosen: Case, plan: Plan, dtype: torch.dtype) -> Network:
     return cast_parameters(adopt(net, plan), dtype).eval()
 
 
-def random_role(chosen: Case, ranks: Ranks, net: Network) -> Network:
+def random_role(chosen: Case, ranks: Ranks, net: Network, *, casts: bool = False) -> Network:
     """Shard a network that computes in the case's dtype, with random weights."""
-    shard(net, ranks, chosen.dtype)
+    shard(net, ranks, chosen.dtype, casts=casts)
     draws = torch.Generator(chosen.device).manual_seed(0)
     for name, parameter in net.named_parameters():
         randomise(name, local(parameter), draws)
@@ -75,7 +75,7 @@ def random_roles(chosen: Case, ranks: Ranks, config: DistillConfig) -> Opened:
     if lora is not None:
         net = random_network(chosen, plan, chosen.dtype)
         layers = add_adapters(net, (STUDENT, CRITIC), lora)
-        random_role(chosen, ranks, net)
+        random_role(chosen, ranks, net, casts=True)
         roles = Roles(*(Role(net, layers, adapter) for adapter in (STUDENT, None, CRITIC)))
     else:
         dtype = torch.float32 if config.memory == STANDARD else chosen.dtype

@@ -2,7 +2,7 @@
 
 The host is far ahead of the device, so that memory which is free once a copy has ended would not be free in time: what
 leaves is held until the stream of the arithmetic has waited for the copy; what comes back takes memory of that stream.
-Blocks come back in reverse order; with one the next below is fetched.
+They come back in reverse order, and each lets those below it be fetched.
 """
 
 import weakref
@@ -22,6 +22,7 @@ class Lifted:
 
     home: Tensor
     device: torch.device
+    landed: bool = False
     here: Tensor | None = None
     arrived: torch.cuda.Event | None = None
 
@@ -37,6 +38,7 @@ class Lifted:
                 self.arrived = inward.record_event()
 
 
+AHEAD = 2  # tensors that are fetched before they are asked for; a block keeps as many
 LEAVING: list[tuple[Tensor, torch.cuda.Event]] = []  # the last one lifted
 WAITING: list["weakref.ref[Lifted]"] = []  # the last one comes back first; those of a dropped graph are gone
 
@@ -63,19 +65,26 @@ def lift(value: Tensor) -> Lifted:
 
 
 def land(lifted: Lifted) -> Tensor:
-    """The tensor on its device again; the one that was lifted before it is fetched ahead."""
+    """The tensor on its device again; those that were lifted before it are fetched ahead."""
     main = torch.cuda.current_stream(lifted.device)
     let_go(main)
     lifted.fetch()
-    while WAITING and WAITING[-1]() in (None, lifted):
+    lifted.landed = True
+    while WAITING and gone(WAITING[-1]()):
         WAITING.pop()
-    below = WAITING[-1]() if WAITING else None
-    if below is not None:
-        below.fetch()
+    for waiting in reversed(WAITING[-AHEAD:]):
+        below = waiting()
+        if below is not None:
+            below.fetch()
     assert lifted.here is not None
     assert lifted.arrived is not None
     main.wait_event(lifted.arrived)
     return lifted.here
+
+
+def gone(lifted: Lifted | None) -> bool:
+    """Whether nobody waits for it any longer."""
+    return lifted is None or lifted.landed
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from common.seed import generator
 from stage2_distill.checkpoint import load
@@ -45,7 +46,7 @@ class Layer(nn.Module):
     base_layer: nn.Module
     scaling: dict[str, float]
     merge: Callable[[bool, list[str]], None]  # adds adapters' products to the base weight
-    used: tuple[nn.Module, nn.Module, float] | None = None  # factors and weight of the adapter that is on
+    used: tuple[nn.Linear, nn.Linear, float] | None = None  # factors and weight of the adapter that is on
 
     def forward(self, x: Tensor) -> Tensor:
         """The base layer's result, and that of the adapter which is on."""
@@ -53,7 +54,7 @@ class Layer(nn.Module):
         if self.used is None:
             return result
         first, second, weight = self.used
-        return result + second(first(x)) * weight
+        return result + linear(linear(x, first.weight.to(x.dtype)), second.weight.to(x.dtype)) * weight
 
     def switch(self, adapter: str | None) -> None:
         """Use an adapter, or none. peft's own `set_adapter` would change which parameters are trained."""
@@ -61,6 +62,8 @@ class Layer(nn.Module):
             self.used = None
         else:
             first, second = (self.get_submodule(f"lora_{factor}.{adapter}") for factor in "AB")
+            assert isinstance(first, nn.Linear)
+            assert isinstance(second, nn.Linear)
             self.used = first, second, self.scaling[adapter]
 
 
@@ -127,7 +130,7 @@ def open_adapted(model: Path, ranks: Ranks, plan: Plan, lora: Lora, *, dtype: to
     """Student, teacher and critic on one base of `dtype`; adapters begin without effect."""
     net = skeleton(model, dtype, plan)
     layers = add_adapters(net, (STUDENT, CRITIC), lora)
-    shard(net, ranks, dtype)
+    shard(net, ranks, dtype, casts=True)
     base = {name.replace(".base_layer.", "."): p for name, p in net.named_parameters() if ".lora_" not in name}
     read_weights(model / "transformer", base)
     student, teacher, critic = (Role(net, layers, adapter) for adapter in (STUDENT, None, CRITIC))

@@ -193,20 +193,37 @@ def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
     return ffn(x)
 
 
+def rows_of(block: WanTransformerBlock, temb: Tensor) -> tuple[Tensor, ...]:
+    """Shift, scale and gate of self-attention and of the feed-forward, each (B K D) float32; temb: (B K 6 D)."""
+    rows = block.scale_shift_table[:, None] + temb.float()
+    return tuple(rows[:, :, row] for row in range(6))
+
+
+def attention_part(
+    block: WanTransformerBlock, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int, plan: Plan
+) -> Tensor:
+    """A block's attention to the video and to the text: x (B N D), text (B L D) -> (B N D)."""
+    shift, scale, gate, *_ = rows_of(block, temb)
+    y = modulate(block.norm1(x.float()), shift, scale, given).type_as(x)
+    y = attention(block.attn1, y, y, rope, plan)
+    x = (x.float() + y * per_time(gate, x.shape[1], given)).type_as(x)
+    y = block.norm2(x.float()).type_as(x)
+    return x + attention(block.attn2, y, text, None, plan)
+
+
+def feed_forward_part(block: WanTransformerBlock, x: Tensor, temb: Tensor, given: int) -> Tensor:
+    """A block's feed-forward: x (B N D) -> (B N D)."""
+    *_, shift, scale, gate = rows_of(block, temb)
+    y = feed_forward(block.ffn, modulate(block.norm3(x.float()), shift, scale, given).type_as(x))
+    return (x.float() + y.float() * per_time(gate, x.shape[1], given)).type_as(x)
+
+
 def block_forward(
     block: WanTransformerBlock, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int, plan: Plan
 ) -> Tensor:
     """One block: x (B N D), text (B L D), temb (B K 6 D) -> (B N D). Norms and modulation are float32."""
-    rows = (block.scale_shift_table[:, None] + temb.float()).unbind(2)
-    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows
-    tokens = x.shape[1]
-    y = modulate(block.norm1(x.float()), shift, scale, given).type_as(x)
-    y = attention(block.attn1, y, y, rope, plan)
-    x = (x.float() + y * per_time(gate, tokens, given)).type_as(x)
-    y = block.norm2(x.float()).type_as(x)
-    x = x + attention(block.attn2, y, text, None, plan)
-    y = feed_forward(block.ffn, modulate(block.norm3(x.float()), ffn_shift, ffn_scale, given).type_as(x))
-    return (x.float() + y.float() * per_time(ffn_gate, tokens, given)).type_as(x)
+    x = attention_part(block, x, text, temb, rope, given, plan)
+    return feed_forward_part(block, x, temb, given)
 
 
 def policy(results: bool, _context: object, op: object, *args: Tensor, **_named: object) -> CheckpointPolicy:
@@ -231,7 +248,9 @@ def runner(plan: Plan) -> Callable[..., Tensor]:
         inputs = (block, x, text, temb, rope, given)
         if plan.keep in (KEEP_ATTENTION, KEEP_RESULTS):
             return checkpoint(compute, *inputs, use_reentrant=False, context_fn=contexts)
-        return checkpoint(compute, *inputs, use_reentrant=False)
+        # in two, for what both need for their backward passes is much
+        x = checkpoint(partial(attention_part, plan=plan), *inputs, use_reentrant=False)
+        return checkpoint(feed_forward_part, block, x, temb, given, use_reentrant=False)
 
     chosen = torch.compile(run, dynamic=False, fullgraph=True) if plan.compiled else run
 

@@ -63,13 +63,13 @@ def make_mesh(kind: str, world: int, replicate: int) -> DeviceMesh:
     return init_device_mesh(kind, (replicate, world // replicate), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(net: Network, ranks: Ranks, dtype: torch.dtype) -> Network:
+def shard(net: Network, ranks: Ranks, dtype: torch.dtype, *, casts: bool = False) -> Network:
     """Apply FSDP2 to a skeleton, each block, then the root, and give this rank's part its memory.
 
     The network computes in `dtype`, gradients are reduced in float32. Inputs are not cast: the times must stay
-    float32. One process whose parameters have the dtype already needs no sharding.
+    float32. One process needs no sharding where parameters have the dtype already, or the network `casts` the others.
     """
-    if ranks.world > 1 or any(parameter.dtype != dtype for parameter in net.parameters()):
+    if ranks.world > 1 or not (casts or all(parameter.dtype == dtype for parameter in net.parameters())):
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in net.blocks:
             fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
