@@ -55,3 +55,15 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @linear_gelu.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], weight.shape[0])
+
+
+@torch.library.custom_op("ti2v::linear_add", mutates_args=())
+def linear_add(x: Tensor, weight: Tensor, onto: Tensor) -> Tensor:
+    """onto + x W^T of x (B N D) and `onto` (B N F): the addition is the product's epilogue, and rounded with it."""
+    flat = torch.addmm(onto.flatten(0, 1), x.flatten(0, 1), weight.t())
+    return flat.unflatten(0, x.shape[:2])
+
+
+@linear_add.register_fake
+def _(x: Tensor, weight: Tensor, onto: Tensor) -> Tensor:
+    return torch.empty_like(onto, memory_format=torch.contiguous_format)

@@ -8,7 +8,6 @@ Shapes: B batch, N tokens, G tokens of the given frame, K times (1 or 2), D widt
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TypeAlias
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -16,18 +15,17 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from common.video import TEXT_LENGTH
 from stage2_distill.attention import attend
 from stage2_distill.lift import at_home
 from stage2_distill.together import all_parts, attend_together, own_part
+from stage2_distill.tokens import Rope, embed, finisher, modulate, per_time, rotate
 
 if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
-    from stage2_distill.kernels import linear_gelu, norm_rotate
+    from stage2_distill.kernels import linear_add, linear_gelu, norm_rotate
 
-Rope: TypeAlias = tuple[Tensor, Tensor]  # cos and sin (1 N 1 d/2) float32
 KEEP_HOST, KEEP_ATTENTION, KEEP_RESULTS, KEEP_ALL = "host", "attention", "results", "all"
 ATTENTION_OPS = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -122,45 +120,6 @@ def adopt(net: WanTransformer3DModel, plan: Plan | None = None) -> Network:
     return net
 
 
-def embed(patches: nn.Conv3d, latents: Tensor) -> Tensor:
-    """Tokens (B N D) of latents (B C T H W): one product, where a convolution would lay its result out anew."""
-    pt, ph, pw = patches.kernel_size
-    rows = rearrange(latents, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
-    return linear(rows, patches.weight.flatten(1), patches.bias)
-
-
-def finish(norm: nn.Module, x: Tensor, rows: Tensor, given: int) -> Tensor:
-    """x (B N D) normalised and modulated in float32 by rows (B K 2 D): shift and scale."""
-    shift, scale = rows.unbind(2)
-    return modulate(norm(x.float()), shift, scale, given).type_as(x)
-
-
-@cache
-def finisher(compiled: bool) -> Callable[..., Tensor]:
-    """`finish` as it is or compiled."""
-    return torch.compile(finish, dynamic=False, fullgraph=True) if compiled else finish
-
-
-def per_time(rows: Tensor, tokens: int, given: int) -> Tensor:
-    """The row of each token, (B N D) or (B 1 D), from rows (B K D): the first for `given` tokens, the last after."""
-    if rows.shape[1] == 1:
-        return rows
-    first = torch.arange(tokens, device=rows.device)[:, None] < given
-    return torch.where(first, rows[:, :1], rows[:, 1:])
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, given: int) -> Tensor:
-    """x (B N D) * (1 + scale) + shift, with rows (B K D)."""
-    return x * (1 + per_time(scale, x.shape[1], given)) + per_time(shift, x.shape[1], given)
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn the pairs of x (B N H d) by their place's angles, in float32 (RoFormer, arXiv 2104.09864)."""
-    cos, sin = rope
-    first, second = rearrange(x, "b n h (p two) -> two b n h p", two=2)
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x)
-
-
 def placed(norm: nn.RMSNorm, x: Tensor, heads: int, rope: Rope | None) -> Tensor:
     """Queries or keys x (B N D), normalised over all heads and turned by their place: (B N H d)."""
     split = partial(rearrange, pattern="b n (h d) -> b n h d", h=heads)
@@ -172,7 +131,7 @@ def placed(norm: nn.RMSNorm, x: Tensor, heads: int, rope: Rope | None) -> Tensor
 
 
 def attention(module: WanAttention, x: Tensor, source: Tensor, rope: Rope | None, plan: Plan) -> Tensor:
-    """Attention of x (B N D) over `source` (B M D).
+    """Attention of x (B N D) over `source` (B M D), without the layer that follows it.
 
     Without rope the source is text: of fewer than 512 rows the last one stands for all the zero rows left out.
     """
@@ -180,15 +139,25 @@ def attention(module: WanAttention, x: Tensor, source: Tensor, rope: Rope | None
     key = placed(module.norm_k, module.to_k(source), module.heads, rope)
     value = rearrange(module.to_v(source), "b n (h d) -> b n h d", h=module.heads)
     if rope is not None and plan.ranks > 1:
-        return module.to_out[0](attend_together(query, key, value, plan.kernel, plan.ranks))
+        return attend_together(query, key, value, plan.kernel, plan.ranks)
     stands_for = 1 if rope is not None else TEXT_LENGTH - source.shape[1] + 1
-    return module.to_out[0](attend(query, key, value, plan.kernel, stands_for=stands_for))
+    return attend(query, key, value, plan.kernel, stands_for=stands_for)
+
+
+def bare(x: Tensor, layer: nn.Module) -> bool:
+    """Whether a kernel without gradient may stand for a layer: one with an adapter adds to its result."""
+    return x.is_cuda and not torch.is_grad_enabled() and type(layer) is nn.Linear
+
+
+def add_to(onto: Tensor, layer: nn.Linear, x: Tensor) -> Tensor:
+    """`onto` (B N D) and a layer's result on x (B N D)."""
+    return linear_add(x, layer.weight, onto + layer.bias) if bare(x, layer) else onto + layer(x)
 
 
 def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
     """The feed-forward of a block on x (B N D)."""
     up, down = ffn.net[0].proj, ffn.net[2]
-    if x.is_cuda and not torch.is_grad_enabled() and type(up) is nn.Linear:  # an adapter adds to a layer's result
+    if bare(x, up):
         return down(linear_gelu(x, up.weight, up.bias))
     return ffn(x)
 
@@ -205,10 +174,10 @@ def attention_part(
     """A block's attention to the video and to the text: x (B N D), text (B L D) -> (B N D)."""
     shift, scale, gate, *_ = rows_of(block, temb)
     y = modulate(block.norm1(x.float()), shift, scale, given).type_as(x)
-    y = attention(block.attn1, y, y, rope, plan)
+    y = block.attn1.to_out[0](attention(block.attn1, y, y, rope, plan))
     x = (x.float() + y * per_time(gate, x.shape[1], given)).type_as(x)
     y = block.norm2(x.float()).type_as(x)
-    return x + attention(block.attn2, y, text, None, plan)
+    return add_to(x, block.attn2.to_out[0], attention(block.attn2, y, text, None, plan))
 
 
 def feed_forward_part(block: WanTransformerBlock, x: Tensor, temb: Tensor, given: int) -> Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from runs import make_config, make_shards, run_here, tensors
 
-from stage2_distill.network import Plan, adopt, rotate
+from stage2_distill.network import Plan, adopt
+from stage2_distill.tokens import rotate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -33,6 +34,14 @@ def test_gelu_in_the_product() -> None:
     x, w, b = (torch.randn(*shape, device="cuda") for shape in ((2, 50, 64), (256, 64), (256,)))
     exact = torch.nn.functional.gelu(x.double() @ w.double().t() + b.double(), approximate="tanh")
     assert off(linear_gelu(x.bfloat16(), w.bfloat16(), b.bfloat16()), exact) < 8e-3
+
+
+def test_a_sum_in_the_product() -> None:
+    from stage2_distill.kernels import linear_add
+
+    x, w, onto = (torch.randn(*shape, device="cuda") for shape in ((2, 50, 64), (256, 64), (2, 50, 256)))
+    exact = onto.double() + x.double() @ w.double().t()
+    assert off(linear_add(x.bfloat16(), w.bfloat16(), onto.bfloat16()), exact) < 8e-3
 
 
 @pytest.mark.parametrize("compiled", [False, True])

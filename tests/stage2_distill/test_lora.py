@@ -14,8 +14,9 @@ from stage2_distill.checkpoint import load as load_checkpoint
 from stage2_distill.checkpoint import newest, read_facts
 from stage2_distill.config_sample import SampleConfig
 from stage2_distill.lora import Lora, Role, add_adapters, load_merged
-from stage2_distill.network import Plan, finisher, runner
+from stage2_distill.network import Plan, runner
 from stage2_distill.sample import load_student
+from stage2_distill.tokens import finisher
 from stage2_distill.train import Trainer
 from stage2_distill.wan import denoiser, load
 
