@@ -74,6 +74,16 @@ def test_no_plan_changes_the_numbers(theirs: WanTransformer3DModel, plan: Plan) 
     assert_close(gradients(adopt(copy.deepcopy(theirs), plan), TIMES[True]), expected)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_without_gradient_the_numbers_are_the_same(theirs: WanTransformer3DModel, given: bool) -> None:
+    ours = adopt(copy.deepcopy(theirs))
+    having = gradients(ours, TIMES[given])["out"]
+    with torch.no_grad():
+        text = normal(2, 512, TEXT_DIM, seed=2)
+        (without,) = ours(normal(*SHAPE, seed=1), TIMES[given], text, return_dict=False)
+    torch.testing.assert_close(without, having, rtol=1e-6, atol=1e-6)
+
+
 class Count(TorchDispatchMode):
     """Counts the attentions and the narrowing products that are really computed."""
 
