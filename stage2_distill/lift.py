@@ -38,7 +38,7 @@ class Lifted:
                 self.arrived = inward.record_event()
 
 
-AHEAD = 2  # tensors that are fetched before they are asked for; a block keeps as many
+AHEAD = 2  # tensors that are fetched before they are asked for
 LEAVING: list[tuple[Tensor, torch.cuda.Event]] = []  # the last one lifted
 WAITING: list["weakref.ref[Lifted]"] = []  # the last one comes back first; those of a dropped graph are gone
 
@@ -89,10 +89,14 @@ def gone(lifted: Lifted | None) -> bool:
 
 @contextmanager
 def at_home(like: Tensor) -> Iterator[None]:
-    """Tensors as large as `like` that the autograd graph saves meanwhile wait in host memory; on a CPU they stay."""
+    """Tensors of tokens that the autograd graph saves meanwhile wait in host memory; on a CPU they stay.
+
+    like: all tokens (B N D); half as many are lifted too.
+    """
 
     def pack(value: Tensor) -> Tensor | Lifted:
-        return lift(value) if value.is_cuda and value.shape == like.shape and value.dtype == like.dtype else value
+        tokens = value.dim() == like.dim() and value.shape[-1] == like.shape[-1] and value.dtype == like.dtype
+        return lift(value) if value.is_cuda and tokens and 2 * value.numel() >= like.numel() else value
 
     def unpack(kept: Tensor | Lifted) -> Tensor:
         return land(kept) if isinstance(kept, Lifted) else kept

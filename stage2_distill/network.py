@@ -6,8 +6,10 @@ Shapes: B batch, N tokens, G tokens of the given frame, K times (1 or 2), D widt
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import TypeAlias
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from common.video import TEXT_LENGTH
-from stage2_distill.attention import attend
+from stage2_distill.attention import ATTENTION_OPS, attend
 from stage2_distill.lift import at_home
 from stage2_distill.together import all_parts, attend_together, own_part
 from stage2_distill.tokens import Rope, embed, finisher, modulate, per_time, rotate
@@ -26,14 +28,8 @@ from stage2_distill.tokens import Rope, embed, finisher, modulate, per_time, rot
 if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
     from stage2_distill.kernels import linear_add, linear_gelu, norm_rotate
 
-KEEP_HOST, KEEP_ATTENTION, KEEP_RESULTS, KEEP_ALL = "host", "attention", "results", "all"
-ATTENTION_OPS = [
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_attention_math.default,
-]
+Run: TypeAlias = Callable[..., Tensor]
+KEEP_NONE, KEEP_HOST, KEEP_ATTENTION, KEEP_RESULTS, KEEP_ALL = "none", "host", "attention", "results", "all"
 
 
 @dataclass(frozen=True)
@@ -180,7 +176,7 @@ def attention_part(
     return add_to(x, block.attn2.to_out[0], attention(block.attn2, y, text, None, plan))
 
 
-def feed_forward_part(block: WanTransformerBlock, x: Tensor, temb: Tensor, given: int) -> Tensor:
+def feed_forward_part(block: WanTransformerBlock, x: Tensor, temb: Tensor, given: int | Tensor) -> Tensor:
     """A block's feed-forward: x (B N D) -> (B N D)."""
     *_, shift, scale, gate = rows_of(block, temb)
     y = feed_forward(block.ffn, modulate(block.norm3(x.float()), shift, scale, given).type_as(x))
@@ -206,25 +202,45 @@ def policy(results: bool, _context: object, op: object, *args: Tensor, **_named:
 
 
 @cache
-def runner(plan: Plan) -> Callable[..., Tensor]:
-    """The function (block, *inputs) -> x of a plan; all blocks of all roles share it, and one compiled graph."""
+def runner(plan: Plan) -> Run:
+    """The function (block, *inputs) -> x of a plan; all blocks of all roles share it, and its compiled graphs."""
     compute = partial(block_forward, plan=plan)
     contexts = partial(create_selective_checkpoint_contexts, partial(policy, plan.keep == KEEP_RESULTS))
 
     def run(block: Block, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int) -> Tensor:
-        if plan.keep == KEEP_ALL or not torch.is_grad_enabled():
-            return compute(block, x, text, temb, rope, given)
         inputs = (block, x, text, temb, rope, given)
-        if plan.keep in (KEEP_ATTENTION, KEEP_RESULTS):
-            return checkpoint(compute, *inputs, use_reentrant=False, context_fn=contexts)
-        # in two, for what both need for their backward passes is much
-        x = checkpoint(partial(attention_part, plan=plan), *inputs, use_reentrant=False)
-        return checkpoint(feed_forward_part, block, x, temb, given, use_reentrant=False)
+        if plan.keep == KEEP_ALL or not torch.is_grad_enabled():
+            return compute(*inputs)
+        return checkpoint(compute, *inputs, use_reentrant=False, context_fn=contexts)
 
-    chosen = torch.compile(run, dynamic=False, fullgraph=True) if plan.compiled else run
+    whole = compiled(run, plan)
+    return in_pieces(whole, plan) if plan.keep in (KEEP_NONE, KEEP_HOST) else whole
 
-    def run_lifted(block: Block, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int) -> Tensor:
-        with at_home(x):
-            return chosen(block, x, text, temb, rope, given)
 
-    return run_lifted if plan.keep == KEEP_HOST else chosen
+def in_pieces(whole: Run, plan: Plan) -> Run:
+    """With gradient: pieces that are computed again one after the other, each from its own input.
+
+    Together they would need two and a half times the memory, also as one compiled graph, which mixes them.
+    """
+
+    parts = (partial(attention_part, plan=plan), feed_forward_part)
+    first, second = (compiled(partial(checkpoint, part, use_reentrant=False), plan) for part in parts)
+
+    def run(block: Block, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int) -> Tensor:
+        if not torch.is_grad_enabled():
+            return whole(block, x, text, temb, rope, given)
+        with at_home(x) if plan.keep == KEEP_HOST else nullcontext():
+            x = first(block, x, text, temb, rope, given)
+            halves = []
+            for half in x.chunk(2, dim=1):
+                here = torch.full((), given, device=x.device)  # a number would be a graph of its own
+                halves.append(second(block, half.contiguous(), temb, here))
+                given -= half.shape[1]
+        return torch.cat(halves, dim=1)
+
+    return run
+
+
+def compiled(run: Run, plan: Plan) -> Run:
+    """A function as it is or compiled."""
+    return torch.compile(run, dynamic=False, fullgraph=True) if plan.compiled else run

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 Rope: TypeAlias = tuple[Tensor, Tensor]  # cos and sin (1 N 1 d/2) float32
 
 
-def per_time(rows: Tensor, tokens: int, given: int) -> Tensor:
+def per_time(rows: Tensor, tokens: int, given: int | Tensor) -> Tensor:
     """The row of each token, (B N D) or (B 1 D), from rows (B K D): the first for `given` tokens, the last after."""
     if rows.shape[1] == 1:
         return rows
@@ -25,7 +25,7 @@ def per_time(rows: Tensor, tokens: int, given: int) -> Tensor:
     return rows[:, late.long()]  # reads one row a token, where both rows would be twice as much as the token itself
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, given: int) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, given: int | Tensor) -> Tensor:
     """x (B N D) * (1 + scale) + shift, with rows (B K D)."""
     return x * (1 + per_time(scale, x.shape[1], given)) + per_time(shift, x.shape[1], given)
 

@@ -125,11 +125,11 @@ def test_blocks_are_computed_again_with_the_right_adapter(model: Path, keep: str
         gradients[plan] = {name: weight.grad for name, weight in student.named_parameters()}
         assert all(weight.grad is None for _, weight in critic.named_parameters())
     for name, gradient in gradients["all"].items():
-        torch.testing.assert_close(gradients[keep][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+        assert (gradients[keep][name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
 def test_all_adapters_share_compiled_graphs(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With gradient, without, and the base alone: three graphs of a block for five uses, and the plain numbers."""
+    """With gradient (in two parts), without, and the base alone: graphs of a block for five uses, and plain numbers."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the graphs without their kernels
     graphs, found = torch._dynamo.utils.counters["stats"], {}
     for compiled in (False, True):
@@ -150,7 +150,7 @@ def test_all_adapters_share_compiled_graphs(model: Path, monkeypatch: pytest.Mon
         found[compiled] += [weight.grad for weight in weights]
     runner.cache_clear()
     finisher.cache_clear()
-    assert graphs["unique_graphs"] - began == 3 + 2, "two of what follows the blocks"
+    assert graphs["unique_graphs"] - began == 2 + 1 + 1 + 2, "two of what follows the blocks"
     for one, two in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
