@@ -223,8 +223,9 @@ def in_pieces(whole: Run, plan: Plan) -> Run:
     Together they would need two and a half times the memory, also as one compiled graph, which mixes them.
     """
 
-    parts = (partial(attention_part, plan=plan), feed_forward_part)
-    first, second = (compiled(partial(checkpoint, part, use_reentrant=False), plan) for part in parts)
+    attend_part = partial(attention_part, plan=plan)
+    first = compiled(lambda *inputs: checkpoint(attend_part, *inputs, use_reentrant=False), plan)
+    second = compiled(lambda *inputs: checkpoint(feed_forward_part, *inputs, use_reentrant=False), plan)
 
     def run(block: Block, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int) -> Tensor:
         if not torch.is_grad_enabled():
