@@ -23,10 +23,10 @@ from common.video import TEXT_LENGTH
 from stage2_distill.attention import ATTENTION_OPS, attend
 from stage2_distill.lift import at_home
 from stage2_distill.together import all_parts, attend_together, own_part
-from stage2_distill.tokens import Rope, embed, finisher, modulate, per_time, rotate
+from stage2_distill.tokens import Rope, add_to, bare, embed, finisher, modulated, per_time, rotate
 
 if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
-    from stage2_distill.kernels import linear_add, linear_gelu, norm_rotate
+    from stage2_distill.kernels import linear_gelu, norm_rotate
 
 Run: TypeAlias = Callable[..., Tensor]
 KEEP_NONE, KEEP_HOST, KEEP_ATTENTION, KEEP_RESULTS, KEEP_ALL = "none", "host", "attention", "results", "all"
@@ -140,16 +140,6 @@ def attention(module: WanAttention, x: Tensor, source: Tensor, rope: Rope | None
     return attend(query, key, value, plan.kernel, stands_for=stands_for)
 
 
-def bare(x: Tensor, layer: nn.Module) -> bool:
-    """Whether a kernel without gradient may stand for a layer: one with an adapter adds to its result."""
-    return x.is_cuda and not torch.is_grad_enabled() and type(layer) is nn.Linear
-
-
-def add_to(onto: Tensor, layer: nn.Linear, x: Tensor) -> Tensor:
-    """`onto` (B N D) and a layer's result on x (B N D)."""
-    return linear_add(x, layer.weight, onto + layer.bias) if bare(x, layer) else onto + layer(x)
-
-
 def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
     """The feed-forward of a block on x (B N D)."""
     up, down = ffn.net[0].proj, ffn.net[2]
@@ -158,29 +148,28 @@ def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
     return ffn(x)
 
 
-def rows_of(block: WanTransformerBlock, temb: Tensor) -> tuple[Tensor, ...]:
-    """Shift, scale and gate of self-attention and of the feed-forward, each (B K D) float32; temb: (B K 6 D)."""
-    rows = block.scale_shift_table[:, None] + temb.float()
-    return tuple(rows[:, :, row] for row in range(6))
+def rows_of(block: WanTransformerBlock, temb: Tensor) -> Tensor:
+    """Shift, scale and gate of self-attention and of the feed-forward, (B K 6 D) float32; temb: (B K 6 D)."""
+    return block.scale_shift_table[:, None] + temb.float()
 
 
 def attention_part(
     block: WanTransformerBlock, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int, plan: Plan
 ) -> Tensor:
     """A block's attention to the video and to the text: x (B N D), text (B L D) -> (B N D)."""
-    shift, scale, gate, *_ = rows_of(block, temb)
-    y = modulate(block.norm1(x.float()), shift, scale, given).type_as(x)
+    rows = rows_of(block, temb)
+    y = modulated(block.norm1, x, rows, 0, given)
     y = block.attn1.to_out[0](attention(block.attn1, y, y, rope, plan))
-    x = (x.float() + y * per_time(gate, x.shape[1], given)).type_as(x)
+    x = (x.float() + y * per_time(rows[:, :, 2], x.shape[1], given)).type_as(x)
     y = block.norm2(x.float()).type_as(x)
     return add_to(x, block.attn2.to_out[0], attention(block.attn2, y, text, None, plan))
 
 
 def feed_forward_part(block: WanTransformerBlock, x: Tensor, temb: Tensor, given: int | Tensor) -> Tensor:
     """A block's feed-forward: x (B N D) -> (B N D)."""
-    *_, shift, scale, gate = rows_of(block, temb)
-    y = feed_forward(block.ffn, modulate(block.norm3(x.float()), shift, scale, given).type_as(x))
-    return (x.float() + y.float() * per_time(gate, x.shape[1], given)).type_as(x)
+    rows = rows_of(block, temb)
+    y = feed_forward(block.ffn, modulated(block.norm3, x, rows, 3, given))
+    return (x.float() + y.float() * per_time(rows[:, :, 5], x.shape[1], given)).type_as(x)
 
 
 def block_forward(
