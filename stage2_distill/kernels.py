@@ -45,46 +45,6 @@ def _(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@triton.jit
-def _norm_modulate(  # type: ignore[no-untyped-def]
-    x_at, rows_at, out_at, tokens, given, eps, TIMES: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, BLOCK)
-    inside = place < WIDTH
-    x = tl.load(x_at + row * WIDTH + place, mask=inside, other=0.0).to(tl.float32)
-    x = tl.where(inside, x - tl.sum(x) / WIDTH, 0.0)
-    x = x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps)
-    time = row // tokens * TIMES
-    if TIMES == 2:
-        time += (row % tokens >= given).to(tl.int64)
-    shift = tl.load(rows_at + (time * 6 + FIRST) * WIDTH + place, mask=inside, other=0.0)
-    scale = tl.load(rows_at + (time * 6 + FIRST + 1) * WIDTH + place, mask=inside, other=0.0)
-    tl.store(out_at + row * WIDTH + place, (x * (1 + scale) + shift).to(out_at.dtype.element_ty), mask=inside)
-
-
-@torch.library.custom_op("ti2v::norm_modulate", mutates_args=())
-def norm_modulate(x: Tensor, rows: Tensor, first: int, given: int, eps: float) -> Tensor:
-    """Layer norm of x (B N D), modulated by two of the rows (B K 6 D) float32: shift is number `first`, scale follows.
-
-    The first of K = 2 times is that of `given` tokens.
-    """
-    x, rows = x.contiguous(), rows.contiguous()
-    batch, tokens, width = x.shape
-    out = torch.empty_like(x)
-    block = triton.next_power_of_2(width)
-    _norm_modulate[(batch * tokens,)](
-        x, rows, out, tokens, given, eps, TIMES=rows.shape[1], FIRST=first, WIDTH=width, BLOCK=block, num_warps=8
-    )
-    return out
-
-
-@norm_modulate.register_fake
-def _(x: Tensor, rows: Tensor, first: int, given: int, eps: float) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 @torch.library.custom_op("ti2v::linear_gelu", mutates_args=())
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(x W^T + b), tanh form, of x (B N D): (B N F); the activation is the product's epilogue."""
@@ -95,14 +55,3 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @linear_gelu.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], weight.shape[0])
-
-
-@torch.library.custom_op("ti2v::linear_add", mutates_args=("onto",))
-def linear_add(x: Tensor, weight: Tensor, onto: Tensor) -> None:
-    """Add x W^T of x (B N D) to `onto` (B N F), in the epilogue; a sum of its own would begin with a copy."""
-    onto.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t())
-
-
-@linear_add.register_fake
-def _(x: Tensor, weight: Tensor, onto: Tensor) -> None:
-    return None

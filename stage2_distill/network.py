@@ -23,7 +23,7 @@ from common.video import TEXT_LENGTH
 from stage2_distill.attention import ATTENTION_OPS, attend
 from stage2_distill.lift import at_home
 from stage2_distill.together import all_parts, attend_together, own_part
-from stage2_distill.tokens import Rope, add_to, bare, embed, finisher, modulated, per_time, rotate
+from stage2_distill.tokens import Rope, embed, finisher, modulate, per_time, rotate
 
 if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
     from stage2_distill.kernels import linear_gelu, norm_rotate
@@ -127,7 +127,7 @@ def placed(norm: nn.RMSNorm, x: Tensor, heads: int, rope: Rope | None) -> Tensor
 
 
 def attention(module: WanAttention, x: Tensor, source: Tensor, rope: Rope | None, plan: Plan) -> Tensor:
-    """Attention of x (B N D) over `source` (B M D), without the layer that follows it.
+    """Attention of x (B N D) over `source` (B M D).
 
     Without rope the source is text: of fewer than 512 rows the last one stands for all the zero rows left out.
     """
@@ -135,41 +135,41 @@ def attention(module: WanAttention, x: Tensor, source: Tensor, rope: Rope | None
     key = placed(module.norm_k, module.to_k(source), module.heads, rope)
     value = rearrange(module.to_v(source), "b n (h d) -> b n h d", h=module.heads)
     if rope is not None and plan.ranks > 1:
-        return attend_together(query, key, value, plan.kernel, plan.ranks)
+        return module.to_out[0](attend_together(query, key, value, plan.kernel, plan.ranks))
     stands_for = 1 if rope is not None else TEXT_LENGTH - source.shape[1] + 1
-    return attend(query, key, value, plan.kernel, stands_for=stands_for)
+    return module.to_out[0](attend(query, key, value, plan.kernel, stands_for=stands_for))
 
 
 def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
     """The feed-forward of a block on x (B N D)."""
     up, down = ffn.net[0].proj, ffn.net[2]
-    if bare(x, up):
+    if x.is_cuda and not torch.is_grad_enabled() and type(up) is nn.Linear:  # an adapter adds to a layer's result
         return down(linear_gelu(x, up.weight, up.bias))
     return ffn(x)
 
 
-def rows_of(block: WanTransformerBlock, temb: Tensor) -> Tensor:
-    """Shift, scale and gate of self-attention and of the feed-forward, (B K 6 D) float32; temb: (B K 6 D)."""
-    return block.scale_shift_table[:, None] + temb.float()
+def rows_of(block: WanTransformerBlock, temb: Tensor) -> tuple[Tensor, ...]:
+    """Shift, scale and gate of self-attention and of the feed-forward, six of (B K D) float32; temb: (B K 6 D)."""
+    return (block.scale_shift_table[:, None] + temb.float()).unbind(2)
 
 
 def attention_part(
     block: WanTransformerBlock, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int, plan: Plan
 ) -> Tensor:
     """A block's attention to the video and to the text: x (B N D), text (B L D) -> (B N D)."""
-    rows = rows_of(block, temb)
-    y = modulated(block.norm1, x, rows, 0, given)
-    y = block.attn1.to_out[0](attention(block.attn1, y, y, rope, plan))
-    x = (x.float() + y * per_time(rows[:, :, 2], x.shape[1], given)).type_as(x)
+    shift, scale, gate, *_ = rows_of(block, temb)
+    y = modulate(block.norm1(x.float()), shift, scale, given).type_as(x)
+    y = attention(block.attn1, y, y, rope, plan)
+    x = (x.float() + y * per_time(gate, x.shape[1], given)).type_as(x)
     y = block.norm2(x.float()).type_as(x)
-    return add_to(x, block.attn2.to_out[0], attention(block.attn2, y, text, None, plan))
+    return x + attention(block.attn2, y, text, None, plan)
 
 
 def feed_forward_part(block: WanTransformerBlock, x: Tensor, temb: Tensor, given: int | Tensor) -> Tensor:
     """A block's feed-forward: x (B N D) -> (B N D)."""
-    rows = rows_of(block, temb)
-    y = feed_forward(block.ffn, modulated(block.norm3, x, rows, 3, given))
-    return (x.float() + y.float() * per_time(rows[:, :, 5], x.shape[1], given)).type_as(x)
+    *_, shift, scale, gate = rows_of(block, temb)
+    y = feed_forward(block.ffn, modulate(block.norm3(x.float()), shift, scale, given).type_as(x))
+    return (x.float() + y.float() * per_time(gate, x.shape[1], given)).type_as(x)
 
 
 def block_forward(
@@ -209,9 +209,10 @@ def runner(plan: Plan) -> Run:
 def in_pieces(whole: Run, plan: Plan) -> Run:
     """With gradient: pieces that are computed again one after the other, each from its own input.
 
-    Together they would need two and a half times the memory, also as one compiled graph, which mixes them.
+    Together they would need two and a half times the memory, also as one compiled graph, which mixes them. With inputs
+    in host memory the feed-forward takes half of the tokens at a time.
     """
-
+    count = 2 if plan.keep == KEEP_HOST else 1
     attend_part = partial(attention_part, plan=plan)
     first = compiled(lambda *inputs: checkpoint(attend_part, *inputs, use_reentrant=False), plan)
     second = compiled(lambda *inputs: checkpoint(feed_forward_part, *inputs, use_reentrant=False), plan)
@@ -221,12 +222,12 @@ def in_pieces(whole: Run, plan: Plan) -> Run:
             return whole(block, x, text, temb, rope, given)
         with at_home(x) if plan.keep == KEEP_HOST else nullcontext():
             x = first(block, x, text, temb, rope, given)
-            halves = []
-            for half in x.chunk(2, dim=1):
+            done = []
+            for part in x.chunk(count, dim=1):
                 here = torch.full((), given, device=x.device)  # a number would be a graph of its own
-                halves.append(second(block, half.contiguous(), temb, here))
-                given -= half.shape[1]
-        return torch.cat(halves, dim=1)
+                done.append(second(block, part.contiguous(), temb, here))
+                given -= part.shape[1]
+        return torch.cat(done, dim=1)
 
     return run
 

@@ -12,9 +12,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
-    from stage2_distill.kernels import linear_add, norm_modulate
-
 Rope: TypeAlias = tuple[Tensor, Tensor]  # cos and sin (1 N 1 d/2) float32
 
 
@@ -22,36 +19,13 @@ def per_time(rows: Tensor, tokens: int, given: int | Tensor) -> Tensor:
     """The row of each token, (B N D) or (B 1 D), from rows (B K D): the first for `given` tokens, the last after."""
     if rows.shape[1] == 1:
         return rows
-    late = torch.arange(tokens, device=rows.device) >= given
-    if torch.is_grad_enabled():  # a row's gradient is a sum over tokens: quick behind `where`, slow behind an index
-        return torch.where(late[:, None], rows[:, 1:], rows[:, :1])
-    return rows[:, late.long()]  # reads one row a token, where both rows would be twice as much as the token itself
+    first = torch.arange(tokens, device=rows.device)[:, None] < given
+    return torch.where(first, rows[:, :1], rows[:, 1:])
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, given: int | Tensor) -> Tensor:
     """x (B N D) * (1 + scale) + shift, with rows (B K D)."""
     return x * (1 + per_time(scale, x.shape[1], given)) + per_time(shift, x.shape[1], given)
-
-
-def bare(x: Tensor, layer: nn.Module) -> bool:
-    """Whether a kernel without gradient may stand for a layer: one with an adapter adds to its result."""
-    return x.is_cuda and not torch.is_grad_enabled() and type(layer) is nn.Linear
-
-
-def add_to(onto: Tensor, layer: nn.Linear, x: Tensor) -> Tensor:
-    """`onto` (B N D) and a layer's result on x (B N D)."""
-    if not bare(x, layer):
-        return onto + layer(x)
-    total = onto + layer.bias
-    linear_add(x, layer.weight, total)
-    return total
-
-
-def modulated(norm: nn.LayerNorm, x: Tensor, rows: Tensor, first: int, given: int | Tensor) -> Tensor:
-    """x (B N D) normalised, and modulated by rows (B K 6 D) `first` (shift) and the next (scale), in float32."""
-    if x.is_cuda and not torch.is_grad_enabled() and isinstance(given, int):
-        return norm_modulate(x, rows, first, given, norm.eps)
-    return modulate(norm(x.float()), rows[:, :, first], rows[:, :, first + 1], given).type_as(x)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

@@ -103,7 +103,7 @@ def test_roles_begin_as_the_base_and_part_from_it(model: Path) -> None:
         torch.testing.assert_close(denoiser(role, torch.float32)(x_t, sigma, condition), before, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("keep", ["none", "attention"])
+@pytest.mark.parametrize("keep", ["none", "attention", "host"])
 def test_blocks_are_computed_again_with_the_right_adapter(model: Path, keep: str) -> None:
     """Between a role's forward and its backward pass the other roles have their turn, as in an update."""
     gradients = {}
@@ -125,7 +125,10 @@ def test_blocks_are_computed_again_with_the_right_adapter(model: Path, keep: str
         gradients[plan] = {name: weight.grad for name, weight in student.named_parameters()}
         assert all(weight.grad is None for _, weight in critic.named_parameters())
     for name, gradient in gradients["all"].items():
-        assert (gradients[keep][name] - gradient).norm() < 1e-5 * gradient.norm(), name
+        if keep == "host":  # sums one half of the tokens after the other
+            assert (gradients[keep][name] - gradient).norm() < 1e-5 * gradient.norm(), name
+        else:
+            torch.testing.assert_close(gradients[keep][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_all_adapters_share_compiled_graphs(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,26 +75,15 @@ def test_no_plan_changes_the_numbers(theirs: WanTransformer3DModel, plan: Plan) 
     assert_close(gradients(adopt(copy.deepcopy(theirs), plan), TIMES[True]), expected)
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_without_gradient_the_numbers_are_the_same(theirs: WanTransformer3DModel, given: bool) -> None:
-    ours = adopt(copy.deepcopy(theirs))
-    having = gradients(ours, TIMES[given])["out"]
-    with torch.no_grad():
-        text = normal(2, 512, TEXT_DIM, seed=2)
-        (without,) = ours(normal(*SHAPE, seed=1), TIMES[given], text, return_dict=False)
-    torch.testing.assert_close(without, having, rtol=1e-6, atol=1e-6)
-
-
 class Count(TorchDispatchMode):
-    """Counts the attentions and the rows of narrowing products that are really computed."""
+    """Counts the attentions and the narrowing products that are really computed."""
 
     calls = 0
     narrowing = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         self.calls += op in ATTENTION_OPS
-        if op is torch.ops.aten.addmm.default and args[1].shape[1] > args[2].shape[1]:
-            self.narrowing += len(args[1])
+        self.narrowing += op is torch.ops.aten.addmm.default and args[1].shape[1] > args[2].shape[1]
         return op(*args, **(kwargs or {}))
 
 
@@ -111,8 +100,7 @@ def test_keeping_attention_computes_it_once(theirs: WanTransformer3DModel) -> No
         "results": 6,
         "all": 4,
     }  # two layers, self- and text attention
-    twice = 2 * 36  # layers, tokens
-    assert narrowing["none"] == narrowing["attention"] == narrowing["results"] + twice == narrowing["all"] + twice
+    assert narrowing["none"] == narrowing["attention"] == narrowing["results"] + 2 == narrowing["all"] + 2
 
 
 def test_a_saved_network_is_diffusers_own(theirs: WanTransformer3DModel, tmp_path: Path) -> None:
