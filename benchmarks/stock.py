@@ -29,8 +29,8 @@ class Stock:
     video: Tensor  # (1 3 F X Y)
 
 
-def run_stock(net: Network, models: Conditioner, spec: VideoSpec, folder: Path) -> Stock:
-    """The second of two videos; the picture is first.png in the folder."""
+def run_stock(net: Network, models: Conditioner, spec: VideoSpec, folder: Path, repeats: int) -> Stock:
+    """Medians of `repeats` videos after a first one; the picture is first.png in the folder."""
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     pipe = WanImageToVideoPipeline(
         tokenizer=models.text.tokenizer, text_encoder=models.text.model, vae=models.vae.model,
@@ -38,13 +38,15 @@ def run_stock(net: Network, models: Conditioner, spec: VideoSpec, folder: Path) 
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     steps: list[float] = []
-    decoded: list[tuple[Tensor, Tensor, float]] = []
+    decoded: list[tuple[Tensor, Tensor]] = []
+    decodes: list[float] = []
     plain, hook = models.vae.model.decode, net.register_forward_hook(lambda *_: steps.append(sync()))
 
     def watched(z: Tensor, return_dict: bool = True) -> tuple[Tensor]:
         began = sync()
         (video,) = plain(z, return_dict=False)
-        decoded.append((z, video, sync() - began))
+        decodes.append(sync() - began)
+        decoded[:] = [(z, video)]
         return (video,)
 
     def run() -> None:
@@ -54,13 +56,12 @@ def run_stock(net: Network, models: Conditioner, spec: VideoSpec, folder: Path) 
         write_video(folder / "stock.mp4", (made * 255).round().astype(numpy.uint8), fps=24)
 
     models.vae.model.decode = watched
-    whole = times(run, 2)[1]
+    whole = statistics.median(times(run, 1 + repeats)[1:])
     hook.remove()
     models.vae.model.decode = plain
     step = statistics.median(
         after - before
-        for k in range(0, len(steps), 4)
+        for k in range(4, len(steps), 4)
         for before, after in zip(steps[k : k + 3], steps[k + 1 : k + 4], strict=True)
     )
-    z, video, seconds = decoded[-1]
-    return Stock(whole, step, seconds, z, video)
+    return Stock(whole, step, statistics.median(decodes[1:]), *decoded[0])
