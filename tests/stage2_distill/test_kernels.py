@@ -1,11 +1,13 @@
 """The kernels for GPUs against the plain forms, on a GPU; `make test` on a machine without one skips them."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from runs import make_config, make_shards, run_here, tensors
 
+from stage2_distill import network
 from stage2_distill.network import Plan, adopt
 from stage2_distill.tokens import rotate
 
@@ -127,7 +129,7 @@ def test_offloaded_state_gives_the_same_weights() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_activations_in_host_memory_give_the_same_gradients() -> None:
+def test_activations_in_host_memory_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.device import Case, inputs, random_network
     from benchmarks.network import backward_of
     from common.video import VideoSpec
@@ -135,8 +137,10 @@ def test_activations_in_host_memory_give_the_same_gradients() -> None:
     fields = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
     chosen = Case(VideoSpec(17, 128, 128), torch.device("cuda"), torch.bfloat16, fields)
     net, given, found = random_network(chosen), inputs(chosen), []
-    for keep in ("none", "host"):
-        backward_of(adopt(net, Plan(kernel="math", keep=keep)), given)()
+    backward = backward_of(adopt(net, Plan(kernel="math", keep="host")), given)
+    for at_home in (network.at_home, lambda _: nullcontext()):
+        monkeypatch.setattr(network, "at_home", at_home)
+        backward()
         found.append([p.grad.clone() for p in net.parameters()])
         net.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
