@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks.device import Case, case, synchronize
+from benchmarks.device import Case, case, randomise, synchronize
 from benchmarks.report import append
-from benchmarks.trainer import make_config, random_network, randomise
+from benchmarks.trainer import make_config, random_network
 from stage2_distill.config import DistillConfig
 from stage2_distill.memory import Opened, open_roles
 from stage2_distill.network import Plan

@@ -69,10 +69,10 @@ def theirs(chosen: Case, *, compiled: bool) -> WanTransformer3DModel:
 
 
 def line(name: str, run: Run, chosen: Case, base: float | None = None) -> tuple[Row, float]:
-    """One row: first call, median, ratio to `base`, peak memory."""
+    """One row: first call, median of 5, ratio to `base`, peak memory."""
     peak_gib(chosen)
     first = seconds(run, chosen, warm=0, repeat=1)
-    steady = seconds(run, chosen, warm=1, repeat=2)
+    steady = seconds(run, chosen, warm=1, repeat=5)
     ratio = f", x{base / steady:.3f}" if base else ""
     row = (name, f"{steady:.4f} s{ratio}, first {first:.1f} s, {peak_gib(chosen):.1f} GiB")
     print(*row, sep=": ", flush=True)

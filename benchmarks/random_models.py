@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from benchmarks.trainer import randomise
+from benchmarks.device import randomise
 from common.condition import Condition, pin
 from common.flow import ladder, x0_from_velocity
 from common.video import CHANNELS, VideoSpec, tokens_per_frame

@@ -8,7 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from benchmarks.device import Case
+from benchmarks.device import Case, randomise
 from common.condition import Condition
 from stage2_distill.compact import local
 from stage2_distill.config import STANDARD, DistillConfig
@@ -53,19 +53,6 @@ def random_role(chosen: Case, ranks: Ranks, net: Network, *, casts: bool = False
     for name, parameter in net.named_parameters():
         randomise(name, local(parameter), draws)
     return net
-
-
-@torch.no_grad()
-def randomise(name: str, weight: Tensor, draws: torch.Generator) -> None:
-    """Matrices N(0, 0.02), norms 1, biases 0.
-
-    Small norms would make attention uniform: its products would meet equal numbers, and a GPU that its power limits
-    would be several per cent faster than on a real model.
-    """
-    if weight.dim() > 1:
-        weight.normal_(0, 0.02, generator=draws)
-    else:
-        weight.fill_(float("norm" in name and name.endswith("weight")))
 
 
 def random_roles(chosen: Case, ranks: Ranks, config: DistillConfig) -> Opened:
