@@ -16,7 +16,6 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from shards.manifest import read_manifest, read_negative
 from shards.record import Record, from_members, pad_text
-from stage1_encode import text, vae
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import TooManyFailuresError, encode
 from stage1_encode.frames import first_frame
@@ -268,42 +267,3 @@ def test_a_picture_stands_in_for_a_video(clips: Path, model: Path, tmp_path: Pat
     (record,) = records(tmp_path / "out")
     assert record.source.size == (80, 160)
     assert json.loads((tmp_path / "out/plan.json").read_text())["shard_size"] == 4
-
-
-def test_the_frame_encoder_is_the_vae_at_a_third_of_the_work(model: Path) -> None:
-    whole = AutoencoderKLWan.from_pretrained(model / "vae")
-    own = vae.frame_encoder(vae.load(model, dtype=torch.float32, device=torch.device("cpu")))
-    pixels = torch.randint(0, 256, (3, 96, 160, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    with torch.no_grad():
-        mode = whole.encode(pixels.permute(0, 3, 1, 2)[:, :, None] / 127.5 - 1).latent_dist.mode()
-    torch.testing.assert_close(vae.encode_frames(own, pixels), (mode - own.mean) / own.std, rtol=1e-4, atol=1e-4)
-
-
-def test_lower_precision_stays_within_one_percent(model: Path) -> None:
-    pixels = torch.randint(0, 256, (4, 64, 96, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    exact, half = (
-        vae.encode_frames(vae.frame_encoder(vae.load(model, dtype=dtype, device=torch.device("cpu"))), pixels)
-        for dtype in (torch.float32, torch.float16)
-    )
-    assert (half - exact).norm() / exact.norm() < 0.01
-
-
-def test_the_text_encoder_is_the_one_of_transformers_in_fewer_passes(model: Path) -> None:
-    theirs = UMT5EncoderModel.from_pretrained(model / "text_encoder").eval()
-    with torch.no_grad():
-        for index, weight in enumerate(p for n, p in theirs.named_parameters() if "layer_norm" in n):
-            weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(index))
-        ids = torch.randint(3, 200, (3, 20), generator=torch.Generator().manual_seed(0))
-        expected = theirs(ids).last_hidden_state
-        ours = text.fused(theirs)
-        kinds = {type(module).__name__ for module in ours.modules()}
-        assert {"RMSNorm", "GELU"} <= kinds and not {"UMT5LayerNorm", "NewGELUActivation"} & kinds
-        torch.testing.assert_close(ours(ids).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_prompts_are_padded_within_their_batch_only() -> None:
-    tokens = [[1] * length for length in (9, 2, 30, 3, 2, 29)]
-    groups = text.group(tokens, 60)
-    assert groups == [[1, 4, 3, 0], [5, 2]]
-    assert all(len(group) * max(len(tokens[place]) for place in group) <= 60 for group in groups)
-    assert text.group([[1] * 100], 60) == [[0]]

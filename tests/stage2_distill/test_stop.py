@@ -21,7 +21,6 @@ from common.options import write_config
 from stage2_distill import run, train
 from stage2_distill import stop as stop_module
 from stage2_distill.checkpoint import INDEX, STUDENT, checkpoints, damage, read_facts
-from stage2_distill.journal import Journal
 from stage2_distill.saver import SaveError
 
 SLOW = {"seconds", "memory_gib"}
@@ -202,29 +201,6 @@ def test_a_full_disk_leaves_the_older_ones_and_training_goes_on(
     assert_same(unbroken, last)
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000006", "step-000008"]
     assert not list((tmp_path / "run").glob("*.partial"))
-
-
-def test_opening_metrics_drops_what_will_run_again_and_what_is_torn(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(f'{{"iteration": {n}}}\n' for n in range(5)) + '{"itera')
-    journal = Journal(path, start=3)
-    journal.write({"iteration": 3})
-    journal.close()
-    assert [line["iteration"] for line in lines(tmp_path)] == [0, 1, 2, 3]
-
-
-def test_metrics_wait_for_room(tmp_path: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    journal = Journal(tmp_path / "metrics.jsonl", start=0)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (25, before[1]))  # the second line fits in part
-    try:
-        for iteration in range(3):
-            journal.write({"iteration": iteration})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    journal.write({"iteration": 3})
-    journal.close()
-    assert [line["iteration"] for line in lines(tmp_path)] == [0, 1, 2, 3]
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_prunes_nothing(

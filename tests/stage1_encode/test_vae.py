@@ -1,0 +1,26 @@
+"""The VAE's encoder for single frames against diffusers' own, and in lower precision."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+
+from stage1_encode import vae
+
+
+def test_the_frame_encoder_is_the_vae_at_a_third_of_the_work(model: Path) -> None:
+    whole = AutoencoderKLWan.from_pretrained(model / "vae")
+    own = vae.frame_encoder(vae.load(model, dtype=torch.float32, device=torch.device("cpu")))
+    pixels = torch.randint(0, 256, (3, 96, 160, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    with torch.no_grad():
+        mode = whole.encode(pixels.permute(0, 3, 1, 2)[:, :, None] / 127.5 - 1).latent_dist.mode()
+    torch.testing.assert_close(vae.encode_frames(own, pixels), (mode - own.mean) / own.std, rtol=1e-4, atol=1e-4)
+
+
+def test_lower_precision_stays_within_one_percent(model: Path) -> None:
+    pixels = torch.randint(0, 256, (4, 64, 96, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    exact, half = (
+        vae.encode_frames(vae.frame_encoder(vae.load(model, dtype=dtype, device=torch.device("cpu"))), pixels)
+        for dtype in (torch.float32, torch.float16)
+    )
+    assert (half - exact).norm() / exact.norm() < 0.01
