@@ -8,8 +8,10 @@ Ratios are to diffusers compiled, with cuDNN attention, in the same run.
 import argparse
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.attention.flex_attention as flex
@@ -17,12 +19,14 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from benchmarks.device import Case, a_time_a_token, case, inputs, kernels, peak_gib, random_network, seconds
+from stage2_distill import network
 from stage2_distill.attention import attend
 from stage2_distill.network import Plan, adopt
 
 Row = tuple[str, str]
 Run = Callable[[], object]
 FLEX = torch.compile(flex.flex_attention, dynamic=False)
+FLASH_3 = importlib.import_module("fa3_fwd_interface") if importlib.util.find_spec("fa3_fwd_interface") else None
 
 
 def flex_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -32,9 +36,23 @@ def flex_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
+def flash_3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """FlashAttention-3 on (B N H d), by the package fa3-fwd, which has no backward pass."""
+    out = FLASH_3.flash_attn_func(query, key, value)
+    assert isinstance(out, Tensor)
+    return out.flatten(2)
+
+
 ATTENTIONS: dict[str, Callable[..., Tensor]] = {"flex": flex_attend}  # beyond torch's own kernels
-if importlib.util.find_spec("flash_attn_interface"):
-    ATTENTIONS["flash 3"] = importlib.import_module("flash_attn_interface").flash_attn_func
+if FLASH_3 is not None:
+    ATTENTIONS["flash 3"] = flash_3
+
+
+def attend_with(query: Tensor, key: Tensor, value: Tensor, kernel: str, *, stands_for: int = 1) -> Tensor:
+    """`attend`, which it replaces in a network, with these kernels too."""
+    if kernel in ATTENTIONS:
+        return ATTENTIONS[kernel](query, key, value)
+    return attend(query, key, value, kernel, stands_for=stands_for)
 
 
 def forward_of(net: WanTransformer3DModel, given: dict[str, Tensor]) -> Run:
@@ -95,7 +113,9 @@ def compare(chosen: Case, make: Callable[..., Run], plans: dict[str, Plan], *, e
 def forward(chosen: Case) -> Iterator[Row]:
     """Forward passes."""
     plans = {"ours": Plan(compiled=not chosen.tiny)}
-    yield from compare(chosen, forward_of, plans, eager=True)
+    plans |= {f"ours, {kernel}": replace(plans["ours"], kernel=kernel) for kernel in ATTENTIONS if kernel != "flex"}
+    with mock.patch.object(network, "attend", attend_with):
+        yield from compare(chosen, forward_of, plans, eager=True)
 
 
 def backward(chosen: Case) -> Iterator[Row]:
@@ -122,7 +142,7 @@ def attentions(chosen: Case) -> Iterator[Row]:
     tokens = inputs(chosen)["hidden_states"][0, 0].numel() // 4
     names = ("cudnn", "flash", "efficient", *ATTENTIONS) if chosen.device.type == "cuda" else ("torch", "math")
     for kernel in names:
-        for grad, cost in ((False, 4), (True, 14)):
+        for grad, cost in ((False, 4), (True, 14))[: 1 if kernel == "flash 3" else 2]:
             run = attention_of(kernel, (1, heads, tokens, size), where, grad)
             name = f"attention {kernel}{' with backward' * grad}"
             yield rate(name, run, cost * tokens**2 * heads * size, chosen)
