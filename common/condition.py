@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.device import begin_copy
 from common.flow import per_sample
 
 
@@ -24,9 +25,9 @@ class Condition:
     frame_time: Tensor | None = None  # (B): time of a given frame's tokens, as a share of the video's; None = 0
 
     def to(self, device: torch.device) -> "Condition":
-        """The same on a device."""
+        """The same on a device, perhaps not there yet: what is begun on a GPU waits for it, the host does not."""
         parts = (self.first_frame, self.text, self.given, self.frame_time)
-        frame, text, given, time = (None if part is None else part.to(device) for part in parts)
+        frame, text, given, time = (None if part is None else begin_copy(part, device) for part in parts)
         assert text is not None
         return Condition(frame, text, given, time)
 

@@ -22,7 +22,10 @@ def generator(
 
 def normal(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normal float32 draws (B *shape), sample b from generators[b]."""
-    return torch.stack([torch.randn(tuple(shape), generator=g, device=g.device) for g in generators])
+    draws = torch.empty(len(generators), *shape, device=generators[0].device)
+    for row, one in zip(draws, generators, strict=True):
+        row.normal_(generator=one)
+    return draws
 
 
 def uniform(generators: Sequence[torch.Generator]) -> Tensor:
