@@ -11,6 +11,7 @@ import csv
 import statistics
 import tempfile
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy
@@ -53,6 +54,11 @@ class Bench:
         self.rows: list[Row] = []
         self.theirs: nn.Module | None = None  # diffusers' decoder, where it had to go
 
+    @cached_property
+    def watch(self) -> Watch:
+        """Where the parts of videos begin and end."""
+        return Watch(self.student.net, self.models.vae.decoder)
+
     def compile_nothing(self) -> None:
         """What `sample` does without --compile."""
         for block in self.student.net.blocks:
@@ -86,9 +92,8 @@ class Bench:
         """Prompt and picture to file, and the parts of the same videos."""
         first = times(lambda: self.make(1, Placing()), 1)[0]
         self.note(f"{how}first video, compilation included", f"{first:.2f} s")
-        watch = Watch(self.student.net, self.models.vae.decoder)
         peak()
-        found = [watch.video(lambda: self.make(1, Placing())) for _ in range(self.repeats)]
+        found = [self.watch.videos(lambda: self.make(1, Placing()))[0] for _ in range(self.repeats)]
         parts, spread = medians(found), [one.whole for one in found]
         self.single, span = parts.whole, f"{min(spread):.2f}-{max(spread):.2f}"
         self.note(f"{how}prompt + picture -> mp4", f"{self.single:.2f} s ({span}), peak {peak():.1f} GiB")
@@ -161,8 +166,11 @@ class Bench:
 
     def many(self) -> None:
         """The rate over many rows."""
-        rate = times(lambda: self.make(self.count, Placing()), 1)[0] / self.count
+        found = self.watch.videos(lambda: self.make(self.count, Placing()))
+        rate, parts, first = sum(one.whole for one in found) / self.count, medians(found[1:]), found[0].before
         self.note(f"{self.count} rows", f"{3600 / rate:.0f} videos an hour, x{self.single / rate:.2f} of one at a time")
+        told = f"denoising {parts.denoising:.3f} s, decode {parts.decode:.3f} s, between videos {parts.before:.3f} s"
+        self.note("of them a later one", f"{told}; {first:.2f} s before the first")
 
 
 PARTS = {"whole": Bench.whole, "text": Bench.text, "equality": Bench.equality, "small": Bench.small_cards,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from statistics import median
 from typing import TypeAlias
 
@@ -48,29 +48,36 @@ def between(first: Mark, second: Mark) -> float:
 
 
 class Watch:
-    """Marks where the denoiser and the decoder begin and end."""
+    """Marks where the denoiser and the decoder begin and end, of one video after the other."""
 
     def __init__(self, net: nn.Module, decoder: nn.Module) -> None:
-        self.marks: dict[str, Mark] = {}
-        net.register_forward_pre_hook(lambda *_: self.first("denoising"))
-        decoder.register_forward_pre_hook(lambda *_: self.first("decode"))
-        decoder.register_forward_hook(lambda *_: self.last("end"))
+        self.marks: list[tuple[str, Mark]] = []
+        net.register_forward_pre_hook(lambda *_: self.begin("denoising", after="end"))
+        decoder.register_forward_pre_hook(lambda *_: self.begin("decode", after="denoising"))
+        decoder.register_forward_hook(lambda *_: self.end())
 
-    def first(self, name: str) -> None:
-        """Mark a place, the first time."""
-        if name not in self.marks:
-            self.marks[name] = mark()
+    def begin(self, name: str, *, after: str) -> None:
+        """Mark the first of several calls."""
+        if not self.marks or self.marks[-1][0] == after:
+            self.marks.append((name, mark()))
 
-    def last(self, name: str) -> None:
-        """Mark a place, the last time."""
-        self.marks[name] = mark()
+    def end(self) -> None:
+        """Mark the last of several calls."""
+        if self.marks[-1][0] == "end":
+            self.marks.pop()
+        self.marks.append(("end", mark()))
 
-    def video(self, make: Callable[[], object]) -> Parts:
-        """Make one video."""
-        self.marks = {}
-        began, start = sync(), mark()
+    def videos(self, make: Callable[[], object]) -> list[Parts]:
+        """Make videos; what comes before the first and after the last one's decode is theirs, a gap the later one's."""
+        self.marks = []
+        began, last = sync(), mark()
         make()
-        whole = sync() - began
-        steps = [start, *(self.marks[name] for name in ("denoising", "decode", "end"))]
-        before, denoising, decode = (between(a, b) for a, b in zip(steps, steps[1:], strict=False))
-        return Parts(whole, before, denoising, decode, whole - before - denoising - decode)
+        whole, spent, found = sync() - began, 0.0, list[Parts]()
+        for place in range(0, len(self.marks), 3):
+            steps = [last, *(one for _, one in self.marks[place : place + 3])]
+            last = steps[-1]
+            parts = [between(a, b) for a, b in zip(steps, steps[1:], strict=False)]
+            spent += sum(parts)
+            found.append(Parts(sum(parts), *parts, after=0.0))
+        found[-1] = replace(found[-1], whole=found[-1].whole + whole - spent, after=whole - spent)
+        return found
