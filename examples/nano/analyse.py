@@ -22,6 +22,7 @@ PRESENT, SPECK = 55.0, 14.0  # pixels: an object is at least so large, and anyth
 FIT_MEAN, FIT_LOW = 0.78, 0.55  # overlap with the best shape template: mean over the frames, and in every frame
 STEP, GROWTH = 4.5, 1.7  # largest move (pixels) and change of area (ratio) from one frame to the next
 SMUDGE = 24.0  # pixels of colour outside all objects that a frame may have
+AT_ONCE = {"cpu": 4, "cuda": 64}  # clips: on a CPU more of them make memory, not arithmetic, the work
 BACKGROUND_STEP, BACKGROUND_SHARE = 26.0, 0.01  # a background pixel counts as changed; share of them allowed
 
 
@@ -182,20 +183,19 @@ def judge(reading: Reading, clip: int, asked: Sequence[Asked]) -> Verdict:
 
 
 def judge_clips(video: Tensor, asked: Sequence[Sequence[Asked]]) -> list[Verdict]:
-    """Read uint8 clips (B T H W 3) where they are and compare each with what its prompt asks for."""
-    seen = Reading(**{name: value.cpu() for name, value in vars(read(video)).items()})
-    return [judge(seen, i, one) for i, one in enumerate(asked)]
+    """Read uint8 clips (B T H W 3) where they are, a few at once, and compare each with what its prompt asks for."""
+    verdicts, count = list[Verdict](), AT_ONCE[video.device.type]
+    for start in range(0, len(video), count):
+        seen = Reading(**{name: value.cpu() for name, value in vars(read(video[start : start + count])).items()})
+        verdicts += [judge(seen, clip, one) for clip, one in enumerate(asked[start : start + count])]
+    return verdicts
 
 
-def score(video: Tensor, asked: Sequence[Sequence[Asked]], batch: int = 64) -> dict[str, float]:
+def score(video: Tensor, asked: Sequence[Sequence[Asked]]) -> dict[str, float]:
     """Shares of right colours, shapes and named motions and of valid clips, for uint8 clips (N T H W 3) and
     their prompts.
     """
-    verdicts = [
-        verdict
-        for start in range(0, len(video), batch)
-        for verdict in judge_clips(video[start : start + batch], asked[start : start + batch])
-    ]
+    verdicts = judge_clips(video, asked)
     totals = {
         "colour": [verdict.colour for verdict in verdicts],
         "shape": [verdict.shape for verdict in verdicts],
