@@ -80,7 +80,8 @@ def randomise(name: str, weight: Tensor, draws: torch.Generator) -> None:
 
 def inputs(chosen: Case, batch: int = 1) -> dict[str, Tensor]:
     """Latents, times of the two kinds of frames (B 2) and text for a network's forward."""
-    where = {"device": chosen.device, "dtype": chosen.dtype}
+    draws = torch.Generator(chosen.device).manual_seed(1)
+    where = {"device": chosen.device, "dtype": chosen.dtype, "generator": draws}
     times = torch.tensor([[0.0, 833.0]] * batch, device=chosen.device)
     text = torch.randn(batch, 512, chosen.network["text_dim"], **where)
     return {

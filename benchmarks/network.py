@@ -50,7 +50,7 @@ if FLASH_3 is not None:
 
 def attend_with(query: Tensor, key: Tensor, value: Tensor, kernel: str, *, stands_for: int = 1) -> Tensor:
     """`attend`, which it replaces in a network, with these kernels too."""
-    if kernel in ATTENTIONS:
+    if kernel in ATTENTIONS and stands_for == 1:
         return ATTENTIONS[kernel](query, key, value)
     return attend(query, key, value, kernel, stands_for=stands_for)
 

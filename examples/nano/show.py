@@ -1,11 +1,23 @@
-"""Pictures for the model card: rows are clips, columns are frames. Shapes: N clips, T frames, H W pixels."""
+"""Pictures of nano clips: rows are clips, columns are frames. Shapes: N clips, T frames, H W pixels.
 
+`python -m examples.nano.show REPORT PICTURE` draws what `cli.py evaluate --out REPORT` compared: of each of the first
+conditions the teacher at 50 steps, at 4, the undistilled student and the student, all of the first seed.
+"""
+
+import argparse
 from pathlib import Path
 
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+
+from shards.contest import CONTEST, LATENTS, read_contest, set_name
+from shards.latents import read_rows
+from stage1_encode import vae
+
+MODEL = Path("examples/nano/model")
+SHOWN = 4  # contestants; further checkpoints come after the first student
 
 COLUMNS = (0, 2, 4, 6, 8, 10, 12, 14, 16)
 
@@ -25,3 +37,28 @@ def sheet(clips: Tensor, path: Path, *, gap_every: int = 1) -> None:
     picture = Image.fromarray(torch.cat(blocks).numpy())
     few = picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
+
+
+def contest(report: Path, count: int) -> Tensor:
+    """Clips (N T H W 3) uint8 of an evaluation: of each condition its contestants', one after the other."""
+    compared = read_contest(report)
+    model = vae.load(MODEL, dtype=torch.float32, device=torch.device("cpu"))
+    names = [set_name(contestant, compared.seeds[0]) for contestant in compared.contestants[:SHOWN]]
+    sets = [vae.decode_videos(model, read_rows(report / LATENTS, name, 0, count)) for name in names]
+    return rearrange(sets, "k n t h w c -> (n k) t h w c")
+
+
+def main() -> None:
+    """Draw the first conditions of an evaluation."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--count", type=int, default=6, help="conditions")
+    asked = parser.parse_args()
+    if not (asked.report / CONTEST).is_file():
+        parser.error(f"{asked.report}: holds no {CONTEST}; name the --out folder of evaluate")
+    sheet(contest(asked.report, asked.count), asked.picture, gap_every=SHOWN)
+
+
+if __name__ == "__main__":
+    main()

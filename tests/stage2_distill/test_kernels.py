@@ -2,12 +2,13 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from runs import make_config, make_shards, run_here, tensors
 
-from stage2_distill import network
+from stage2_distill import lift, network
 from stage2_distill.network import Plan, adopt
 from stage2_distill.tokens import rotate
 
@@ -138,11 +139,14 @@ def test_activations_in_host_memory_give_the_same_gradients(monkeypatch: pytest.
     chosen = Case(VideoSpec(17, 128, 128), torch.device("cuda"), torch.bfloat16, fields)
     net, given, found = random_network(chosen), inputs(chosen), []
     backward = backward_of(adopt(net, Plan(kernel="math", keep="host")), given)
+    lifted = mock.Mock(wraps=lift.lift)
+    monkeypatch.setattr(lift, "lift", lifted)
     for at_home in (network.at_home, lambda _: nullcontext()):
         monkeypatch.setattr(network, "at_home", at_home)
         backward()
         found.append([p.grad.clone() for p in net.parameters()])
         net.zero_grad()
+    assert lifted.call_count >= 2 * fields["num_layers"], "an input of each piece"
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

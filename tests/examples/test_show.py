@@ -1,0 +1,44 @@
+"""Sheets of clips keep the colours that the clips have."""
+
+from pathlib import Path
+
+import numpy
+import torch
+from einops import rearrange
+from PIL import Image
+
+from common.video import VideoSpec
+from examples.nano.render import render
+from examples.nano.show import COLUMNS, contest, sheet
+from examples.nano.world import RGB, draw_scenes
+from shards.contest import LATENTS, Contest, Contestant, set_name, write_contest
+from shards.latents import LatentGroup, create, write
+
+
+def test_small_objects_keep_their_colours(tmp_path: Path) -> None:
+    clean = render(draw_scenes(9, torch.arange(24), held=None)).float()
+    clips = (clean + 3 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).byte()
+    sheet(clips, tmp_path / "sheet.png")
+    drawn = numpy.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+    rows = rearrange(drawn, "(n h) (t w) c -> n t h w c", n=24, t=len(COLUMNS))[:, :, :64, 1:-1]
+    wanted = clips[:, list(COLUMNS)].numpy().astype(int)
+    for colour in RGB:
+        inside = numpy.abs(clean[:, list(COLUMNS)].numpy() - colour).max(axis=-1) < 1
+        assert inside.sum() > 1000
+        assert numpy.abs(rows - wanted)[inside].mean() < 3, colour
+
+
+def test_an_evaluation_is_drawn_contestant_by_contestant(tmp_path: Path) -> None:
+    kinds = tuple(
+        Contestant(name, name, 4, name) for name in ("teacher", "teacher-few", "undistilled", "student", "more")
+    )
+    write_contest(tmp_path, Contest(kinds, (3, 4), (4, 3), 2, 1.5))
+    spec = VideoSpec(17, 64, 96, fps=12)
+    for place, one in enumerate(kinds):
+        group = LatentGroup(set_name(one, 3), spec, ("a", "b"), ("p", "q"), (3, 3))
+        create(tmp_path / LATENTS, group)
+        write(tmp_path / LATENTS, group.step, [0, 1], torch.full((2, *spec.latent_shape), float(place)))
+    clips = contest(tmp_path, 2)
+    assert clips.shape == (8, 17, 64, 96, 3)
+    assert torch.equal(clips[:4], clips[4:]), "both conditions hold the same latents"
+    assert len({clip.float().mean().item() for clip in clips[:4]}) == 4
