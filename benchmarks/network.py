@@ -6,12 +6,11 @@ Ratios are to diffusers compiled, with cuDNN attention, in the same run.
 """
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.attention.flex_attention as flex
@@ -19,14 +18,13 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from benchmarks.device import Case, a_time_a_token, case, inputs, kernels, peak_gib, random_network, seconds
-from stage2_distill import network
-from stage2_distill.attention import attend
+from stage2_distill.attention import attend, flash_is_3
 from stage2_distill.network import Plan, adopt
+from stage2_distill.parallel import repeatable
 
 Row = tuple[str, str]
 Run = Callable[[], object]
 FLEX = torch.compile(flex.flex_attention, dynamic=False)
-FLASH_3 = importlib.import_module("fa3_fwd_interface") if importlib.util.find_spec("fa3_fwd_interface") else None
 
 
 def flex_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -34,25 +32,6 @@ def flex_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     out = FLEX(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).flatten(2)
-
-
-def flash_3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """FlashAttention-3 on (B N H d), by the package fa3-fwd, which has no backward pass."""
-    out = FLASH_3.flash_attn_func(query, key, value)
-    assert isinstance(out, Tensor)
-    return out.flatten(2)
-
-
-ATTENTIONS: dict[str, Callable[..., Tensor]] = {"flex": flex_attend}  # beyond torch's own kernels
-if FLASH_3 is not None:
-    ATTENTIONS["flash 3"] = flash_3
-
-
-def attend_with(query: Tensor, key: Tensor, value: Tensor, kernel: str, *, stands_for: int = 1) -> Tensor:
-    """`attend`, which it replaces in a network, with these kernels too."""
-    if kernel in ATTENTIONS and stands_for == 1:
-        return ATTENTIONS[kernel](query, key, value)
-    return attend(query, key, value, kernel, stands_for=stands_for)
 
 
 def forward_of(net: WanTransformer3DModel, given: dict[str, Tensor]) -> Run:
@@ -110,18 +89,33 @@ def compare(chosen: Case, make: Callable[..., Run], plans: dict[str, Plan], *, e
         yield line(name, make(adopt(net, plan), given), chosen, base)[0]
 
 
+def by_kernel(name: str, plan: Plan) -> dict[str, Plan]:
+    """A plan, and where `auto` is FlashAttention-3, the same on cuDNN."""
+    return {name: plan} | ({f"{name}, cudnn": replace(plan, kernel="cudnn")} if flash_is_3() else {})
+
+
 def forward(chosen: Case) -> Iterator[Row]:
     """Forward passes."""
-    plans = {"ours": Plan(compiled=not chosen.tiny)}
-    plans |= {f"ours, {kernel}": replace(plans["ours"], kernel=kernel) for kernel in ATTENTIONS if kernel != "flex"}
-    with mock.patch.object(network, "attend", attend_with):
-        yield from compare(chosen, forward_of, plans, eager=True)
+    yield from compare(chosen, forward_of, by_kernel("ours", Plan(compiled=not chosen.tiny)), eager=True)
 
 
 def backward(chosen: Case) -> Iterator[Row]:
-    """Forward and backward passes with checkpointing."""
-    plans = {f"ours, keep {keep}": Plan(keep=keep, compiled=not chosen.tiny) for keep in ("attention",)}
-    yield from compare(chosen, backward_of, plans, eager=False)
+    """Forward and backward passes with checkpointing; then as in training, where sums have an order."""
+    plan = Plan(keep="attention", compiled=not chosen.tiny)
+    yield from compare(chosen, backward_of, by_kernel("ours, keep attention", plan), eager=False)
+    with in_order():
+        run = backward_of(adopt(random_network(chosen), plan), inputs(chosen))
+        yield line("ours, keep attention, in order", run, chosen)[0]
+
+
+@contextmanager
+def in_order() -> Iterator[None]:
+    """`repeatable`, for a while."""
+    repeatable()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def parts(chosen: Case) -> Iterator[Row]:
@@ -136,16 +130,21 @@ def parts(chosen: Case) -> Iterator[Row]:
 
 
 def attentions(chosen: Case) -> Iterator[Row]:
-    """Rates of the attention kernels alone."""
+    """Rates of the attention kernels alone, and whether a backward pass gives the same bits twice."""
     heads, size = chosen.network["num_attention_heads"], chosen.network["attention_head_dim"]
     where = {"device": chosen.device, "dtype": chosen.dtype}
     tokens = inputs(chosen)["hidden_states"][0, 0].numel() // 4
-    names = ("cudnn", "flash", "efficient", *ATTENTIONS) if chosen.device.type == "cuda" else ("torch", "math")
-    for kernel in names:
-        for grad, cost in ((False, 4), (True, 14))[: 1 if kernel == "flash 3" else 2]:
-            run = attention_of(kernel, (1, heads, tokens, size), where, grad)
-            name = f"attention {kernel}{' with backward' * grad}"
-            yield rate(name, run, cost * tokens**2 * heads * size, chosen)
+    shape, flop = (1, heads, tokens, size), 2 * tokens**2 * heads * size
+    for kernel in ("cudnn", "flash", "efficient", "flex") if chosen.device.type == "cuda" else ("torch", "math"):
+        name = "attention flash 3" if kernel == "flash" and flash_is_3() else f"attention {kernel}"
+        yield rate(name, attention_of(kernel, shape, where, False), 2 * flop, chosen)
+        run = attention_of(kernel, shape, where, True)
+        for order in (nullcontext, in_order) if kernel in ("cudnn", "flash") else (nullcontext,):
+            with order():
+                same = all(map(torch.equal, run(), run()))
+                found = f"{name} with backward{', in order' * (order is in_order)}"
+                what, told = rate(found, run, 7 * flop, chosen)
+                yield what, f"{told}, {'the same' if same else 'other'} bits twice"
 
 
 def texts(chosen: Case) -> Iterator[Row]:
@@ -169,18 +168,17 @@ def product(rows: int, a: int, b: int, where: dict[str, object]) -> Run:
 
 def attention_of(
     kernel: str, shape: tuple[int, ...], where: dict[str, object], grad: bool, *, keys: int | None = None
-) -> Run:
+) -> Callable[[], tuple[Tensor, ...]]:
     """Attention on random inputs, with its backward if asked."""
     batch, heads, tokens, size = shape
     counts = tokens, keys or tokens, keys or tokens
     q, k, v = (torch.randn(batch, count, heads, size, **where, requires_grad=grad) for count in counts)
 
-    call = ATTENTIONS.get(kernel, partial(attend, kernel=kernel))
+    call = flex_attend if kernel == "flex" else partial(attend, kernel=kernel)
 
-    def run() -> None:
+    def run() -> tuple[Tensor, ...]:
         out = call(q, k, v)
-        if grad:
-            torch.autograd.grad(out, (q, k, v), out)
+        return torch.autograd.grad(out, (q, k, v), out) if grad else ()
 
     return run
 

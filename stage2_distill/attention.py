@@ -1,12 +1,16 @@
 """Which kernel computes attention. Shapes: B batch, N queries, M keys, H heads, d head size."""
 
+import logging
 import math
+from functools import cache
+from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+FLASH_3 = "flash_attn_interface"  # the module of the package flash-attn-3
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -23,14 +27,37 @@ ATTENTION_OPS = [
 ]
 
 
+@torch.compiler.assume_constant_result
+@cache
+def flash_is_3() -> bool:
+    """Whether torch's flash kernel is FlashAttention-3 from here on: on a Hopper GPU, its package being installed."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    if not hopper or torch.__version__ < "2.11" or find_spec(FLASH_3) is None:
+        return False
+    try:
+        nn.attention.activate_flash_attention_impl("FA3")
+    except (ImportError, OSError, RuntimeError) as error:
+        logging.warning("%s is installed but cannot be used (%s); attention runs on cuDNN", FLASH_3, error)
+        return False
+    return True
+
+
+def choose(kernel: str, *, half_on_gpu: bool) -> str:
+    """The kernel that a name stands for; FlashAttention-3 is flash once `flash_is_3`."""
+    if half_on_gpu and kernel in ("auto", "flash") and flash_is_3():
+        return "flash"
+    if kernel == "auto":
+        return "cudnn" if half_on_gpu else "torch"
+    return kernel
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, kernel: str, *, stands_for: int = 1) -> Tensor:
     """Softmax attention of query (B N H d) over key and value (B M H d): (B N H*d), in the inputs' dtype.
 
     The last of the M counts as `stands_for` equal ones: log(count) on its logit, for which only torch has a kernel.
-    `auto` is cuDNN where it can be used (bf16 on a GPU), and torch's own choice elsewhere.
+    `auto` is, in bf16 on a GPU, FlashAttention-3 where it is installed, else cuDNN; elsewhere torch's own choice.
     """
-    half_on_gpu = query.is_cuda and query.element_size() == 2
-    chosen = ("cudnn" if half_on_gpu else "torch") if kernel == "auto" else kernel
+    chosen = choose(kernel, half_on_gpu=query.is_cuda and query.element_size() == 2)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if stands_for > 1:
         bias = query.new_zeros(key.shape[2])

@@ -97,7 +97,7 @@ class DistillConfig:
         "memory; results: attention's and the feed-forward's.", choices=KEEPS,
     )  # fmt: skip
     text_rows: int = option(TEXT_LENGTH, "Text rows computed; fewer are quicker and the same, if prompts are short.")
-    attention: str = option("auto", "Kernel of attention; auto is cuDNN in bf16 on a GPU.", choices=ATTENTIONS)
+    attention: str = option("auto", "Kernel of attention; auto: FlashAttention-3 or cuDNN in bf16.", choices=ATTENTIONS)
     compile: bool = option(False, "Compile the blocks first: a minute at the start, then a quarter faster on a GPU.")
     preview_every: int = option(0, "Iterations from one preview to the next; 0 = none.")
     preview_count: int = option(4, "Conditions of a preview: the first of the preview's data set.")

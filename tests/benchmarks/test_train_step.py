@@ -7,10 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from torch import Tensor
 
-from benchmarks import network
-from benchmarks.device import case
 from benchmarks.exposed import length, union
 
 ROOT = Path(__file__).parent.parent.parent
@@ -54,20 +51,6 @@ def test_modes_on_two_ranks() -> None:
         ))  # fmt: skip
         assert rate == pytest.approx(alone / mean, rel=0.1)
     assert "\ncheckpoint, pause of a checkpoint: " in text
-
-
-def test_a_kernel_beyond_torchs_own_serves_the_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        seen.append(key.shape[1])
-        return network.attend(query, key, value, "math")
-
-    monkeypatch.setitem(network.ATTENTIONS, "flash 3", kernel)
-    rows = [name for name, _ in network.forward(case(tiny=True))]
-    assert rows == ["diffusers eager", "diffusers compiled", "ours", "ours, flash 3"]
-    own, text = min(seen), max(seen)
-    assert seen == [own, text] * (len(seen) // 2) and text == 512, "both attentions of every block, in this plan alone"
 
 
 def test_time_in_overlapping_spans() -> None:

@@ -9,7 +9,9 @@ import torch
 from runs import make_config, make_shards, run_here, tensors
 
 from stage2_distill import lift, network
+from stage2_distill.attention import attend, flash_is_3
 from stage2_distill.network import Plan, adopt
+from stage2_distill.parallel import repeatable
 from stage2_distill.tokens import rotate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -37,6 +39,42 @@ def test_gelu_in_the_product() -> None:
     x, w, b = (torch.randn(*shape, device="cuda") for shape in ((2, 50, 64), (256, 64), (256,)))
     exact = torch.nn.functional.gelu(x.double() @ w.double().t() + b.double(), approximate="tanh")
     assert off(linear_gelu(x.bfloat16(), w.bfloat16(), b.bfloat16()), exact) < 8e-3
+
+
+@pytest.mark.parametrize("kernel", ["auto", "cudnn", "flash", "efficient"])
+@pytest.mark.parametrize("keys", [1500, 512])
+def test_attention(kernel: str, keys: int) -> None:
+    """Forward and backward pass, against float64."""
+    torch.manual_seed(0)
+    half = [torch.randn(1, n, 4, 128, device="cuda", dtype=torch.bfloat16) for n in (1500, keys, keys)]
+    found = [x.requires_grad_() for x in half]
+    exact = [x.detach().double().requires_grad_() for x in half]
+    ours, theirs = attend(*found, kernel), attend(*exact, "math")
+    pull = torch.randn_like(ours)
+    grads = zip(torch.autograd.grad(ours, found, pull), torch.autograd.grad(theirs, exact, pull.double()), strict=True)
+    assert max(off(ours, theirs), *(off(mine, other) for mine, other in grads)) < 4e-3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_have_the_same_bits_twice(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.device import Case, inputs, random_network
+    from benchmarks.network import backward_of
+    from common.video import VideoSpec
+
+    if not flash_is_3():
+        pytest.skip("no FlashAttention-3; cuDNN adds in any order")
+    fields = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
+    chosen = Case(VideoSpec(33, 512, 512), torch.device("cuda"), torch.bfloat16, fields)
+    net, found = adopt(random_network(chosen), Plan(keep="attention", compiled=compiled)), []
+    run = backward_of(net, inputs(chosen))
+    try:
+        repeatable()
+        for _ in range(4):
+            run()
+            found.append([p.grad.clone() for p in net.parameters()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -1,0 +1,68 @@
+"""Which kernel a name stands for; what the kernels compute is tested on a GPU, in test_kernels.py."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from stage2_distill.attention import FLASH_3, attend, choose, flash_is_3
+
+NAMES = ("auto", "torch", "cudnn", "flash", "efficient", "math")
+PACKAGE = """
+import torch
+ops = torch.library.Library("flash_attn_3", "DEF")
+ops.define("fwd(Tensor q) -> Tensor")
+ops.define("bwd(Tensor q) -> Tensor")
+"""
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A folder of modules on a machine that says that it has an H100."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.syspath_prepend(tmp_path)
+    flash_is_3.cache_clear()
+    yield tmp_path
+    flash_is_3.cache_clear()
+    sys.modules.pop(FLASH_3, None)
+    if nn.attention.current_flash_attention_impl() is not None:
+        nn.attention.restore_flash_attention_impl()
+
+
+def test_auto_without_the_package(hopper: Path) -> None:
+    assert [choose(name, half_on_gpu=True) for name in NAMES] == ["cudnn", *NAMES[1:]]
+    assert [choose(name, half_on_gpu=False) for name in NAMES] == ["torch", *NAMES[1:]]
+    assert nn.attention.current_flash_attention_impl() is None
+
+
+def test_auto_with_flash_attention_3(hopper: Path) -> None:
+    (hopper / f"{FLASH_3}.py").write_text(PACKAGE)
+    assert choose("auto", half_on_gpu=False) == "torch"
+    assert choose("cudnn", half_on_gpu=True) == "cudnn" and nn.attention.current_flash_attention_impl() is None
+    assert choose("auto", half_on_gpu=True) == "flash" == choose("flash", half_on_gpu=True)
+    assert nn.attention.current_flash_attention_impl() == "FA3"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+def test_it_is_for_hopper_alone(hopper: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    (hopper / f"{FLASH_3}.py").write_text(PACKAGE)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert choose("auto", half_on_gpu=True) == "cudnn"
+
+
+@pytest.mark.parametrize("text", ["raise ImportError('libcudart.so.12: cannot open shared object file')", ""])
+def test_a_package_that_cannot_be_used_is_named(hopper: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
+    (hopper / f"{FLASH_3}.py").write_text(text)
+    assert choose("auto", half_on_gpu=True) == "cudnn"
+    (line,) = caplog.messages
+    assert line.startswith(f"{FLASH_3} is installed but cannot be used (") and "cuDNN" in line
+
+
+def test_the_choice_can_be_compiled() -> None:
+    query = torch.randn(1, 8, 2, 16)
+    compiled = torch.compile(lambda x: attend(x, x, x, "auto"), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(query), attend(query, query, query, "math"))
