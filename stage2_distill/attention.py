@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from functools import cache
 from importlib.util import find_spec
 
@@ -28,14 +29,21 @@ ATTENTION_OPS = [
 
 
 @torch.compiler.assume_constant_result
-@cache
 def flash_is_3() -> bool:
+    """`make_flash_3`, where torch.compile asks too."""
+    return make_flash_3()
+
+
+@cache
+def make_flash_3() -> bool:
     """Whether torch's flash kernel is FlashAttention-3 from here on: on a Hopper GPU, its package being installed."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     if not hopper or torch.__version__ < "2.11" or find_spec(FLASH_3) is None:
         return False
     try:
-        nn.attention.activate_flash_attention_impl("FA3")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch.s own gives way
+            nn.attention.activate_flash_attention_impl("FA3")
     except (ImportError, OSError, RuntimeError) as error:
         logging.warning("%s is installed but cannot be used (%s); attention runs on cuDNN", FLASH_3, error)
         return False

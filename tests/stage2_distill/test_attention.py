@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from stage2_distill.attention import FLASH_3, attend, choose, flash_is_3
+from stage2_distill.attention import FLASH_3, attend, choose, make_flash_3
 
 NAMES = ("auto", "torch", "cudnn", "flash", "efficient", "math")
 PACKAGE = """
@@ -25,9 +25,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.syspath_prepend(tmp_path)
-    flash_is_3.cache_clear()
+    make_flash_3.cache_clear()
     yield tmp_path
-    flash_is_3.cache_clear()
+    make_flash_3.cache_clear()
     sys.modules.pop(FLASH_3, None)
     if nn.attention.current_flash_attention_impl() is not None:
         nn.attention.restore_flash_attention_impl()
