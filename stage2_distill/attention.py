@@ -42,7 +42,7 @@ def make_flash_3() -> bool:
         return False
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch.s own gives way
+            warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch's own gives way
             nn.attention.activate_flash_attention_impl("FA3")
     except (ImportError, OSError, RuntimeError) as error:
         logging.warning("%s is installed but cannot be used (%s); attention runs on cuDNN", FLASH_3, error)
