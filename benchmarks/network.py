@@ -111,7 +111,7 @@ def backward(chosen: Case) -> Iterator[Row]:
 @contextmanager
 def in_order() -> Iterator[None]:
     """`repeatable`, for a while."""
-    repeatable()
+    repeatable(torch.device("cuda"))
     try:
         yield
     finally:

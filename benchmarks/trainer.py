@@ -17,7 +17,7 @@ from stage2_distill.lora import Role, add_adapters, lora_of
 from stage2_distill.memory import Opened
 from stage2_distill.network import Network, Plan, adopt
 from stage2_distill.optim import open_ema, open_optimizer
-from stage2_distill.parallel import Ranks, of_all_ranks, shard
+from stage2_distill.parallel import Ranks, of_all_ranks, repeatable, shard
 from stage2_distill.reuse import Reuse
 from stage2_distill.schedule import CRITIC, STUDENT, Part, exit_index, student_turn
 from stage2_distill.train import Roles, Trainer
@@ -77,7 +77,8 @@ def random_roles(chosen: Case, ranks: Ranks, config: DistillConfig) -> Opened:
 
 
 def trainer_of(chosen: Case, ranks: Ranks, config: DistillConfig, opened: Opened) -> Trainer:
-    """A trainer of opened roles."""
+    """A trainer of opened roles, its kernels in order as those of a run."""
+    repeatable(ranks.device)
     negative = torch.randn(512, chosen.network["text_dim"], device=chosen.device)
     return Trainer(
         config, ranks, opened.roles, opened.student_optimizer, opened.critic_optimizer, opened.ema,

@@ -31,7 +31,6 @@ def start(device: str, *, replicate: int = 1) -> Ranks:
     place = pick_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-        repeatable()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"  # checkpoints and signals go over gloo
         if "WORLD_SIZE" in os.environ:
@@ -43,14 +42,15 @@ def start(device: str, *, replicate: int = 1) -> Ranks:
     return Ranks(rank, world, place, make_mesh(place.type, world, replicate))
 
 
-def repeatable() -> None:
-    """Kernels add in the same order every time, so that a resumed run has the bits of an unbroken one.
+def repeatable(device: torch.device) -> None:
+    """Make a GPU's kernels add in the same order every time, so that a resumed run has the bits of an unbroken one.
 
-    torch warns once of a kernel that cannot, as cuDNN's backward pass of attention.
+    torch warns once of a kernel that does not, as cuDNN's backward pass of attention.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def own_store(store: dist.Store) -> dist.Store:

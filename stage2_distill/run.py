@@ -20,7 +20,7 @@ from stage2_distill.config import DistillConfig
 from stage2_distill.figures import Clock
 from stage2_distill.first_frame import vary
 from stage2_distill.memory import open_roles
-from stage2_distill.parallel import Ranks, start
+from stage2_distill.parallel import Ranks, repeatable, start
 from stage2_distill.preview import Previews, open_previews
 from stage2_distill.resume import begin, state
 from stage2_distill.reuse import Reuse
@@ -40,6 +40,7 @@ MAY_CHANGE = {"out", "iterations", "device", "batch_size", "model", "replicate"}
 def distill(config: DistillConfig) -> Path:
     """Train, or go on training, and return the newest checkpoint."""
     ranks = start(config.device, replicate=config.replicate)
+    repeatable(ranks.device)
     model = locate(config.model, ("transformer",))
     data = open_data_sets(config.shards)
     check_manifest(Path(config.shards[0]), data.manifest, spec=config.spec, encoder=expected_encoder(model))

@@ -1,4 +1,4 @@
-"""Which kernel a name stands for; what the kernels compute is tested on a GPU, in test_kernels.py."""
+"""Which kernel a name stands for, and who asks for an order of sums; test_kernels.py has what kernels compute."""
 
 import sys
 from collections.abc import Iterator
@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import make_config, make_shards, run_here
 from torch import nn
 
+from stage2_distill import run
 from stage2_distill.attention import FLASH_3, attend, choose, make_flash_3
+from stage2_distill.parallel import repeatable
 
 NAMES = ("auto", "torch", "cudnn", "flash", "efficient", "math")
 PACKAGE = """
@@ -66,3 +69,25 @@ def test_the_choice_can_be_compiled() -> None:
     query = torch.randn(1, 8, 2, 16)
     compiled = torch.compile(lambda x: attend(x, x, x, "auto"), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(query), attend(query, query, query, "math"))
+
+
+def test_sums_on_a_gpu_have_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # that the test's own is taken back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    repeatable(torch.device("cpu"))
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        repeatable(torch.device("cuda"))
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_training_asks_for_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(run, "repeatable", asked.append)
+    config = make_config(make_shards(tmp_path / "data", model), model, tmp_path / "run", iterations=1)
+    run_here(config)
+    assert asked == [torch.device("cpu")]

@@ -68,7 +68,7 @@ def test_gradients_have_the_same_bits_twice(compiled: bool, monkeypatch: pytest.
     net, found = adopt(random_network(chosen), Plan(keep="attention", compiled=compiled)), []
     run = backward_of(net, inputs(chosen))
     try:
-        repeatable()
+        repeatable(chosen.device)
         for _ in range(4):
             run()
             found.append([p.grad.clone() for p in net.parameters()])
