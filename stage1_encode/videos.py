@@ -5,6 +5,7 @@ before. Shapes: B videos, C channels, T latent frames, H W latent size, F frames
 """
 
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -165,7 +166,7 @@ class Work:
         self.order, self.models, self.sampler, self.placing = order, models, sampler, placing
         self.films, self.keeper = films, keeper
         self.takes: list[Take] = []
-        self.kept: list[Future[None]] = []
+        self.kept = deque[Future[None]]()
 
     def make(self, rows: Sequence[Row], seeds: Sequence[int]) -> Iterator[int]:
         """Begin the videos of some rows; yields how many at a time."""
@@ -210,10 +211,12 @@ class Work:
         return frames[-1]
 
     def keep(self, records: Sequence[Record], x0: Tensor, segment: int) -> None:
-        """Store latents (B C T H W) meanwhile."""
+        """Store latents (B C T H W) meanwhile, when those before them are stored."""
         places = [int(record.key) // self.order.world for record in records]
         rows = [place * self.order.segments + segment for place in places]
         self.kept.append(self.keeper.submit(self._write, rows, begin_copy(x0, torch.device("cpu")), mark(x0.device)))
+        while len(self.kept) > 1:
+            self.kept.popleft().result()
 
     def _write(self, rows: Sequence[int], x0: Tensor, ready: torch.cuda.Event | None) -> None:
         if ready:

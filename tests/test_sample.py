@@ -1,5 +1,6 @@
 """Sampling in one process: the same records as `encode`, segments that go on, memory modes that change nothing."""
 
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.video import VideoSpec
+from shards import latents
 from shards.latents import describe, read
 from shards.read import open_data_set
 from shards.record import Record
@@ -133,9 +135,16 @@ def test_segments_go_on_from_the_last_frame(order: Order, models: Conditioner) -
     assert not torch.equal(read(order.store, "sample", 0)[:, 1:], read(order.store, "sample", 1)[:, 1:])
 
 
-def test_memory_does_not_grow_with_segments(order: Order, models: Conditioner) -> None:
-    """When latents are asked for, those before the last ones are gone."""
+def test_memory_does_not_grow_with_segments(order: Order, models: Conditioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When latents are asked for, those before the last ones are gone, on a slow disk too."""
     alive: list[int] = []
+    write = latents.write
+
+    def slow(*given: object) -> None:
+        time.sleep(0.3)
+        write(*given)
+
+    monkeypatch.setattr(latents, "write", slow)
 
     class Watched(Noise):
         def __init__(self) -> None:
