@@ -37,7 +37,7 @@ def flash_is_3() -> bool:
 @cache
 def make_flash_3() -> bool:
     """Whether torch's flash kernel is FlashAttention-3 from here on: on a Hopper GPU, its package being installed."""
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     if not hopper or torch.__version__ < "2.11" or find_spec(FLASH_3) is None:
         return False
     try:

@@ -50,7 +50,7 @@ def test_auto_with_flash_attention_3(hopper: Path) -> None:
     assert nn.attention.current_flash_attention_impl() == "FA3"
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 4), (10, 0)])
 def test_it_is_for_hopper_alone(hopper: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     (hopper / f"{FLASH_3}.py").write_text(PACKAGE)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
