@@ -19,6 +19,7 @@ import torch
 from benchmarks.encode_ranks import make_rows
 from benchmarks.random_models import TINY, TRUE, Size, autoencoder, random_text
 from benchmarks.report import append
+from shards.manifest import read_manifest
 
 Row = tuple[str, str]
 
@@ -41,7 +42,7 @@ def run(given: argparse.Namespace, work: Path, gpus: list[int]) -> Iterator[Row]
     began = time.time()
     subprocess.run(command, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))})
     ended = sorted(shard.stat().st_mtime for shard in out.glob("*.tar"))
-    records = given.rows * count
+    records = read_manifest(out).records
     rate = (records - given.shard_size * count) / (ended[-1] - ended[count - 1])
     name = f"encode --engine ray, {len(gpus) or 'no'} GPU(s)"
     yield name, f"{rate:.1f} records/s between its first shards and its last, {records} records"
@@ -61,6 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         work = Path(made)
         write_model(work / "model", TRUE if gpus else TINY, device)
+        torch.cuda.empty_cache()  # the workers need the room
         for used in (gpus[:1], gpus)[: 1 + (len(gpus) > 1)]:
             folder = work / f"{max(1, len(used))}"
             folder.mkdir()

@@ -211,11 +211,11 @@ class Work:
         return frames[-1]
 
     def keep(self, records: Sequence[Record], x0: Tensor, segment: int) -> None:
-        """Store latents (B C T H W) meanwhile, when those before them are stored."""
+        """Store latents (B C T H W) meanwhile; when this returns, those before them are stored."""
         places = [int(record.key) // self.order.world for record in records]
         rows = [place * self.order.segments + segment for place in places]
         self.kept.append(self.keeper.submit(self._write, rows, begin_copy(x0, torch.device("cpu")), mark(x0.device)))
-        while len(self.kept) > 1:
+        if len(self.kept) > 1:
             self.kept.popleft().result()
 
     def _write(self, rows: Sequence[int], x0: Tensor, ready: torch.cuda.Event | None) -> None:

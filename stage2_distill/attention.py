@@ -30,7 +30,7 @@ ATTENTION_OPS = [
 
 @torch.compiler.assume_constant_result
 def flash_is_3() -> bool:
-    """`make_flash_3`, where torch.compile asks too."""
+    """`make_flash_3`; torch.compile takes its word, where it would trace into a cached function."""
     return make_flash_3()
 
 
@@ -57,6 +57,16 @@ def choose(kernel: str, *, half_on_gpu: bool) -> str:
     if kernel == "auto":
         return "cudnn" if half_on_gpu else "torch"
     return kernel
+
+
+def check_kernel(kernel: str, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """ValueError where a kernel cannot attend, backward pass included, with heads of `size` on a device."""
+    x = torch.zeros(1, 128, 1, size, dtype=dtype, device=device, requires_grad=True)
+    try:
+        attend(x, x, x, kernel).sum().backward()
+    except RuntimeError as error:
+        heads, why = f"heads of {size} in {str(dtype).removeprefix('torch.')}", str(error).partition(".")[0]
+        raise ValueError(f"attention={kernel}: no kernel for {heads} on {device.type} ({why}); use torch") from error
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, kernel: str, *, stands_for: int = 1) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from stage2_distill.attention import check_kernel
 from stage2_distill.config import AUTO, COMPACT, STANDARD, DistillConfig
 from stage2_distill.ema import Ema
 from stage2_distill.lora import Role, lora_of, open_adapted
@@ -44,14 +45,16 @@ class Opened:
 def open_roles(config: DistillConfig, ranks: Ranks, model: Path) -> Opened:
     """Three networks, sharded before they have memory; trained ones have float32 masters, the teacher has none.
 
-    Or one network with two adapters.
+    Or one network with two adapters. ValueError where the kernel of attention cannot serve them.
     """
     compute = getattr(torch, config.dtype)
+    bare = skeleton(model, compute)
+    check_kernel(config.attention, bare.config.attention_head_dim, compute, ranks.device)
     plan = Plan(config.attention, config.keep_activations, config.compile)
     lora = lora_of(vars(config))
     if lora is not None:
         return open_lora(config, ranks, open_adapted(model, ranks, plan, lora, dtype=compute, seed=config.seed))
-    memory = choose_memory(config, ranks, sum(p.numel() for p in skeleton(model, compute).parameters()))
+    memory = choose_memory(config, ranks, sum(p.numel() for p in bare.parameters()))
 
     def trained(role: str) -> tuple[Network, torch.optim.Optimizer]:
         dtype = torch.float32 if memory == STANDARD else compute

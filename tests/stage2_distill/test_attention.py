@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from runs import make_config, make_shards, run_here
 from torch import nn
 
 from stage2_distill import run
-from stage2_distill.attention import FLASH_3, attend, choose, make_flash_3
+from stage2_distill.attention import FLASH_3, attend, check_kernel, choose, make_flash_3
 from stage2_distill.parallel import repeatable
 
 NAMES = ("auto", "torch", "cudnn", "flash", "efficient", "math")
@@ -69,6 +70,22 @@ def test_the_choice_can_be_compiled() -> None:
     query = torch.randn(1, 8, 2, 16)
     compiled = torch.compile(lambda x: attend(x, x, x, "auto"), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(query), attend(query, query, query, "math"))
+
+
+@pytest.mark.parametrize("kernel", NAMES)
+def test_a_kernel_that_cannot_serve_is_refused_before_anything_is_read(
+    kernel: str, model: Path, tmp_path: Path
+) -> None:
+    if kernel not in ("cudnn", "efficient"):  # these are for GPUs
+        check_kernel(kernel, 12, torch.float32, torch.device("cpu"))
+        return
+    config = make_config(make_shards(tmp_path / "data", model), model, tmp_path / "run", attention=kernel)
+    with pytest.raises(
+        ValueError, match=rf"^attention={kernel}: no kernel for heads of 12 in float32 on cpu .*; use torch$"
+    ):
+        run_here(config)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["distill.yaml"]
+    run_here(replace(config, attention="auto", iterations=1))
 
 
 def test_sums_on_a_gpu_have_an_order(monkeypatch: pytest.MonkeyPatch) -> None:

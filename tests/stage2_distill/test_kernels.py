@@ -56,7 +56,7 @@ def test_attention(kernel: str, keys: int) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gradients_have_the_same_bits_twice(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_have_the_same_bits_twice(compiled: bool) -> None:
     from benchmarks.device import Case, inputs, random_network
     from benchmarks.network import backward_of
     from common.video import VideoSpec
