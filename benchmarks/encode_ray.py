@@ -1,4 +1,4 @@
-"""`encode --engine ray` as a user gives it: on one GPU, then on all that are there; a run each, with its own shards.
+"""`encode --engine ray` as a user gives it: on one GPU, two, four, as many as there are; a run each, of its own shards.
 
     python -m benchmarks.encode_ray [--tiny] [--rows 2048] [--shard-size 64] [--clips 48]
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.encode import write_rows
 from benchmarks.encode_ranks import make_rows
 from benchmarks.random_models import TINY, TRUE, Size, autoencoder, random_text
 from benchmarks.report import append
@@ -36,7 +37,8 @@ def write_model(folder: Path, size: Size, device: torch.device) -> None:
 def run(given: argparse.Namespace, work: Path, gpus: list[int]) -> Iterator[Row]:
     """One run of the command; the rate between the first shard and the last."""
     out, size, count = work / f"out-{len(gpus)}", TINY if given.tiny else TRUE, max(1, len(gpus))
-    command = [sys.executable, "cli.py", "encode", "--engine", "ray", "--data", str(work / f"{count}" / "rows.csv")]
+    table = write_rows(work, sorted(work.glob("clips/*")), given.rows * count)
+    command = [sys.executable, "cli.py", "encode", "--engine", "ray", "--data", str(table)]
     command += ["--model", str(work / "model"), "--out", str(out), "--shard-size", str(given.shard_size)]
     command += ["--height", str(size.height), "--width", str(size.width)]
     began = time.time()
@@ -63,10 +65,8 @@ def main() -> None:
         work = Path(made)
         write_model(work / "model", TRUE if gpus else TINY, device)
         torch.cuda.empty_cache()  # the workers need the room
-        for used in (gpus[:1], gpus)[: 1 + (len(gpus) > 1)]:
-            folder = work / f"{max(1, len(used))}"
-            folder.mkdir()
-            make_rows(folder, given.clips, given.rows * max(1, len(used)))
+        make_rows(work, given.clips, given.rows)
+        for used in [gpus[:count] for count in (1, 2, 4, 8) if count <= max(1, len(gpus))]:
             for row in run(given, work, used):
                 rows.append(row)
                 print(*row, sep=": ", flush=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import make_config, make_shards, run_here, tensors
 
+from benchmarks.ranks import MODEL, SPEC, make_data
 from stage2_distill import lift, network
 from stage2_distill.attention import attend, flash_is_3
 from stage2_distill.network import Plan, adopt
@@ -188,13 +189,26 @@ def test_activations_in_host_memory_give_the_same_gradients(monkeypatch: pytest.
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def resumed_is_unbroken(shards: Path, model: Path, folder: Path, **options: object) -> None:
+    options |= {"dtype": "bfloat16", "memory": "compact", "device": "cuda", "global_batch": 2}
+    options |= {"ema_start": 2, "rollout_reuse": True, "grad_clip": 1e6}
+    whole = tensors(run_here(make_config(shards, model, folder / "whole", **options)))
+    run_here(make_config(shards, model, folder / "half", **options, iterations=3))
+    again = tensors(run_here(make_config(shards, model, folder / "half", **options)))
+    assert whole.keys() == again.keys()
+    assert [name for name, value in whole.items() if not torch.equal(value, again[name])] == []
+
+
 @pytest.mark.parametrize("offload", ["average", "all"])
 def test_stopped_and_resumed_on_a_gpu_equals_unbroken(model: Path, tmp_path: Path, offload: str) -> None:
     shards = make_shards(tmp_path / "data", model)
-    options = {"dtype": "bfloat16", "memory": "compact", "device": "cuda", "attention": "math", "global_batch": 2}
-    options |= {"offload": offload, "ema_start": 2, "rollout_reuse": True, "grad_clip": 1e6}
-    whole = tensors(run_here(make_config(shards, model, tmp_path / "whole", **options)))
-    run_here(make_config(shards, model, tmp_path / "half", **options, iterations=3))
-    again = tensors(run_here(make_config(shards, model, tmp_path / "half", **options)))
-    assert whole.keys() == again.keys()
-    assert [name for name, value in whole.items() if not torch.equal(value, again[name])] == []
+    resumed_is_unbroken(shards, model, tmp_path, attention="math", offload=offload)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_stopped_and_resumed_on_the_kernel_that_users_get(tmp_path: Path, compiled: bool) -> None:
+    if not flash_is_3():
+        pytest.skip("no FlashAttention-3; cuDNN adds in any order")
+    size = {"num_frames": SPEC.num_frames, "height": SPEC.height, "width": SPEC.width, "fps": SPEC.fps}
+    rates = {"student_lr": 1e-5, "critic_lr": 1e-5}
+    resumed_is_unbroken(make_data(tmp_path / "data"), MODEL, tmp_path, compile=compiled, **size, **rates)
