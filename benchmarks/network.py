@@ -18,9 +18,8 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from benchmarks.device import Case, a_time_a_token, case, inputs, kernels, peak_gib, random_network, seconds
-from stage2_distill.attention import attend, flash_is_3
+from stage2_distill.attention import attend, flash_is_3, repeatable
 from stage2_distill.network import Plan, adopt
-from stage2_distill.parallel import repeatable
 
 Row = tuple[str, str]
 Run = Callable[[], object]
@@ -103,17 +102,17 @@ def backward(chosen: Case) -> Iterator[Row]:
     """Forward and backward passes with checkpointing; then as in training, where sums have an order."""
     plan = Plan(keep="attention", compiled=not chosen.tiny)
     yield from compare(chosen, backward_of, by_kernel("ours, keep attention", plan), eager=False)
-    with in_order():
+    with in_order(plan.kernel, chosen):
         run = backward_of(adopt(random_network(chosen), plan), inputs(chosen))
         yield line("ours, keep attention, in order", run, chosen)[0]
 
 
 @contextmanager
-def in_order() -> Iterator[None]:
-    """`repeatable`, for a while."""
-    repeatable(torch.device("cuda"))
+def in_order(kernel: str, chosen: Case) -> Iterator[str]:
+    """`repeatable`, for a while; the kernel."""
+    repeatable(kernel, chosen.dtype, chosen.device)
     try:
-        yield
+        yield kernel
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -139,10 +138,10 @@ def attentions(chosen: Case) -> Iterator[Row]:
         name = "attention flash 3" if kernel == "flash" and flash_is_3() else f"attention {kernel}"
         yield rate(name, attention_of(kernel, shape, where, False), 2 * flop, chosen)
         run = attention_of(kernel, shape, where, True)
-        for order in (nullcontext, in_order) if kernel in ("cudnn", "flash") else (nullcontext,):
-            with order():
+        for order in (nullcontext(), in_order(kernel, chosen)):
+            with order as ordered:
                 same = all(map(torch.equal, run(), run()))
-                found = f"{name} with backward{', in order' * (order is in_order)}"
+                found = f"{name} with backward{', in order' * bool(ordered)}"
                 what, told = rate(found, run, 7 * flop, chosen)
                 yield what, f"{told}, {'the same' if same else 'other'} bits twice"
 

@@ -51,20 +51,20 @@ class Run:
     die: int | None = None  # iteration in which a rank is killed
 
 
-def make_data(folder: Path) -> Path:
+def make_data(folder: Path, spec: VideoSpec = SPEC) -> Path:
     """A data set of random latents and embeddings for the nano model."""
     folder.mkdir()
     draws = generator(0, 0, 0, "benchmark")
 
     def record(number: int) -> Record:
         text = torch.randn((6 + number % 20, TEXT_DIM), generator=draws)
-        frame = torch.randn(SPEC.first_frame_shape, generator=draws)
+        frame = torch.randn(spec.first_frame_shape, generator=draws)
         return Record(f"{number:09d}", Source("a prompt", f"{number}.mp4", number + 2), frame, text)
 
     shard = write_shard(folder, shard_name(0), map(record, range(RECORDS)), failures=[], rows_sha256="").shard
     vae, text, tokenizer = (fingerprint(MODEL / part) for part in ("vae", "text_encoder", "tokenizer"))
     encoder = Encoder(vae, text, tokenizer, "float32", "bfloat16", TEXT_DIM, "")
-    write_manifest(folder, Manifest(1, SPEC, encoder, (shard,), 0), torch.zeros(8, TEXT_DIM))
+    write_manifest(folder, Manifest(1, spec, encoder, (shard,), 0), torch.zeros(8, TEXT_DIM))
     return folder
 
 

@@ -196,6 +196,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory", default="compact")
     parser.add_argument("--keep", default="attention")
     parser.add_argument("--offload", default="average")
+    parser.add_argument("--attention", default="auto")
     parser.add_argument("--replicate", type=int, default=1)
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 = all weights")
     parser.add_argument("--eager", action="store_true")
@@ -211,7 +212,7 @@ def main() -> None:
     chosen = case(given.tiny, half=given.memory == "compact" or given.lora > 0)
     ranks = start(chosen.device.type, replicate=given.replicate)
     knobs = {"memory": given.memory, "keep_activations": given.keep, "replicate": given.replicate}
-    knobs |= {"compile": not (given.tiny or given.eager), "offload": given.offload}
+    knobs |= {"compile": not (given.tiny or given.eager), "offload": given.offload, "attention": given.attention}
     config = make_config(chosen, ranks, lora_rank=given.lora, **knobs)
     known = {"ceiling": ceiling_of(chosen), "count": given.count}
     rows: list[Row] = [

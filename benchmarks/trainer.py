@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.device import Case, randomise
 from common.condition import Condition
+from stage2_distill.attention import repeatable
 from stage2_distill.compact import local
 from stage2_distill.config import STANDARD, DistillConfig
 from stage2_distill.figures import Clock
@@ -17,7 +18,7 @@ from stage2_distill.lora import Role, add_adapters, lora_of
 from stage2_distill.memory import Opened
 from stage2_distill.network import Network, Plan, adopt
 from stage2_distill.optim import open_ema, open_optimizer
-from stage2_distill.parallel import Ranks, of_all_ranks, repeatable, shard
+from stage2_distill.parallel import Ranks, of_all_ranks, shard
 from stage2_distill.reuse import Reuse
 from stage2_distill.schedule import CRITIC, STUDENT, Part, exit_index, student_turn
 from stage2_distill.train import Roles, Trainer
@@ -78,7 +79,7 @@ def random_roles(chosen: Case, ranks: Ranks, config: DistillConfig) -> Opened:
 
 def trainer_of(chosen: Case, ranks: Ranks, config: DistillConfig, opened: Opened) -> Trainer:
     """A trainer of opened roles, its kernels in order as those of a run."""
-    repeatable(ranks.device)
+    repeatable(config.attention, chosen.dtype, ranks.device)
     negative = torch.randn(512, chosen.network["text_dim"], device=chosen.device)
     return Trainer(
         config, ranks, opened.roles, opened.student_optimizer, opened.critic_optimizer, opened.ema,

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -57,6 +58,21 @@ def choose(kernel: str, *, half_on_gpu: bool) -> str:
     if kernel == "auto":
         return "cudnn" if half_on_gpu else "torch"
     return kernel
+
+
+def repeatable(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Make a GPU's sums have one order, so that a resumed run has the bits of an unbroken one; whether they have.
+
+    On cuDNN attention's have none (torch 2.11, also where it is asked), so torch may not insist.
+    """
+    if device.type != "cuda":
+        return True
+    ordered = choose(kernel, half_on_gpu=dtype.itemsize == 2) != "cudnn"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    warnings.filterwarnings("ignore", "cuDNN Attention defaults to a non-deterministic algorithm")  # it has no other
+    torch.use_deterministic_algorithms(True, warn_only=not ordered)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return ordered
 
 
 def check_kernel(kernel: str, size: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -42,17 +42,6 @@ def start(device: str, *, replicate: int = 1) -> Ranks:
     return Ranks(rank, world, place, make_mesh(place.type, world, replicate))
 
 
-def repeatable(device: torch.device) -> None:
-    """Make a GPU's kernels add in the same order every time, so that a resumed run has the bits of an unbroken one.
-
-    torch warns once of a kernel that does not, as cuDNN's backward pass of attention.
-    """
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
 def own_store(store: dist.Store) -> dist.Store:
     """A part of torchrun's store for this start of the ranks.
 

@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from common.condition import Condition
@@ -15,12 +16,13 @@ from shards.manifest import Manifest, check_manifest
 from shards.mix import Mixture, open_data_sets
 from shards.read import DataSet, Stream, prefetch
 from shards.record import pad_text
+from stage2_distill.attention import repeatable
 from stage2_distill.checkpoint import SAMPLER, StudentFacts, checkpoints
 from stage2_distill.config import DistillConfig
 from stage2_distill.figures import Clock
 from stage2_distill.first_frame import vary
 from stage2_distill.memory import open_roles
-from stage2_distill.parallel import Ranks, repeatable, start
+from stage2_distill.parallel import Ranks, start
 from stage2_distill.preview import Previews, open_previews
 from stage2_distill.resume import begin, state
 from stage2_distill.reuse import Reuse
@@ -40,7 +42,11 @@ MAY_CHANGE = {"out", "iterations", "device", "batch_size", "model", "replicate"}
 def distill(config: DistillConfig) -> Path:
     """Train, or go on training, and return the newest checkpoint."""
     ranks = start(config.device, replicate=config.replicate)
-    repeatable(ranks.device)
+    if not repeatable(config.attention, getattr(torch, config.dtype), ranks.device) and ranks.rank == 0:
+        logging.warning(
+            "attention on cuDNN adds in any order: resumed, this run differs in its last bits from one never stopped; "
+            "the package flash-attn-3 keeps an order, and so does --attention flash, which is slower"
+        )
     model = locate(config.model, ("transformer",))
     data = open_data_sets(config.shards)
     check_manifest(Path(config.shards[0]), data.manifest, spec=config.spec, encoder=expected_encoder(model))

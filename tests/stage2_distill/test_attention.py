@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,8 +12,7 @@ from runs import make_config, make_shards, run_here
 from torch import nn
 
 from stage2_distill import run
-from stage2_distill.attention import FLASH_3, attend, check_kernel, choose, make_flash_3
-from stage2_distill.parallel import repeatable
+from stage2_distill.attention import FLASH_3, attend, check_kernel, choose, make_flash_3, repeatable
 
 NAMES = ("auto", "torch", "cudnn", "flash", "efficient", "math")
 PACKAGE = """
@@ -88,23 +88,37 @@ def test_a_kernel_that_cannot_serve_is_refused_before_anything_is_read(
     run_here(replace(config, attention="auto", iterations=1))
 
 
-def test_sums_on_a_gpu_have_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kernel", "ordered"), [("auto", False), ("cudnn", False), ("flash", True), ("torch", True)])
+def test_sums_on_a_gpu_have_an_order(kernel: str, ordered: bool, hopper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # that the test's own is taken back
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    repeatable(torch.device("cpu"))
+    assert repeatable(kernel, torch.bfloat16, torch.device("cpu"))
     assert not torch.are_deterministic_algorithms_enabled()
     try:
-        repeatable(torch.device("cuda"))
-        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+        assert repeatable(kernel, torch.bfloat16, torch.device("cuda")) is ordered
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() is not ordered
         assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_training_asks_for_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(run, "repeatable", asked.append)
+def test_with_flash_attention_3_they_have(hopper: Path) -> None:
+    (hopper / f"{FLASH_3}.py").write_text(PACKAGE)
+    try:
+        assert repeatable("auto", torch.bfloat16, torch.device("cuda"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_training_asks_for_it(
+    ordered: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = Mock(return_value=ordered)
+    monkeypatch.setattr(run, "repeatable", asked)
     config = make_config(make_shards(tmp_path / "data", model), model, tmp_path / "run", iterations=1)
     run_here(config)
-    assert asked == [torch.device("cpu")]
+    asked.assert_called_once_with("auto", torch.float32, torch.device("cpu"))
+    assert sum("in its last bits" in line for line in caplog.messages) == (not ordered)
