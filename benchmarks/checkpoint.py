@@ -49,7 +49,7 @@ def measure(gib: float, ranks: Ranks, folder: Path) -> Iterator[tuple[str, float
     with Saver(folder, config, ranks) as saver:
         began = time.perf_counter()
         saver.prepare(tensors)
-        saver.prepared()
+        saver.make_rooms(tensors)
         room = time.perf_counter() - began
         yield "room for copies, once in a run, beside training", room, f"s ({size / room:.1f} GB/s)"
         began = time.perf_counter()

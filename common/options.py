@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import click
 import yaml
 
-from common.video import VideoSpec
+from common.video import TEXT_LENGTH, VideoSpec
 
 Config = TypeVar("Config")
 
@@ -51,6 +51,12 @@ def at_least(name: str, value: float, low: float) -> None:
     """Raise ValueError where value < low."""
     if value < low:
         raise ValueError(f"{name}={value}: must be at least {low}")
+
+
+def check_text_rows(rows: int) -> None:
+    """Raise ValueError where `text_rows` is not a number of rows that a text can have."""
+    if not 1 <= rows <= TEXT_LENGTH:
+        raise ValueError(f"text_rows={rows}: must be between 1 and {TEXT_LENGTH}")
 
 
 class NumberList(click.ParamType):
@@ -143,7 +149,9 @@ def resolve(config: type[Config], given: Mapping[str, object]) -> Config:
 def typed(name: str, value: object, hint: Any) -> object:  # noqa: ANN401
     """A YAML or command-line value as the field's type; ValueError where it is something else."""
     kind = _plain_type(hint)
-    if value is None and _optional(hint):
+    if value is None:
+        if not _optional(hint):
+            raise ValueError(f"{name} is empty: give a value, or leave the line out")
         return None
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
@@ -162,4 +170,6 @@ def write_config(path: Path, config: object) -> None:
         key: list(value) if isinstance(value, tuple) else value
         for key, value in asdict(config).items()  # type: ignore[call-overload]
     }
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    partial.replace(path)

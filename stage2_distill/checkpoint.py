@@ -17,9 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from common.flow import ladder
 from common.video import VideoSpec
@@ -54,6 +57,7 @@ class StudentFacts:
     text_encoder: str
     config: dict[str, object]
     position: int = 0  # of the stream: records read
+    memory: str = ""  # the form in which the roles were trained; checkpoints made before it was written down lack it
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -169,10 +173,29 @@ def sync_folder(folder: Path) -> None:
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place from a checkpoint; names that the checkpoint lacks are an error."""
+    """Fill `tensors` in place from a checkpoint, each in its own dtype.
+
+    Raises ValueError where it lacks one, or cannot be read.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)))
+        try:
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)))
+        except CheckpointException as error:
+            raise ValueError(f"{checkpoint}: does not give what is needed of it ({reason(error)})") from error
+
+
+def held(checkpoint: Path) -> dict[str, torch.dtype]:
+    """Names and dtypes of the tensors of a checkpoint."""
+    found = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    return {name: entry.properties.dtype for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def reason(error: BaseException) -> str:
+    """The first cause in one line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def prune(run: Path, keep: int, keep_every: int = 0) -> None:

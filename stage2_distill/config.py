@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from common.flow import ladder
-from common.options import MODEL, at_least, device_option, one_of, option, size_option
+from common.options import MODEL, at_least, check_text_rows, device_option, one_of, option, size_option
 from common.video import TEXT_LENGTH, VideoSpec
 
 DTYPES = ("float32", "bfloat16")
@@ -17,7 +17,7 @@ WANDB = ("off", "online", "offline")
 EXIT_SCHEDULES = ("random", "stratified")
 NOT_NEGATIVE = (
     "keep_every",
-    "critic_warmup", "warmup", "cooldown", "grad_clip", "ema_start", "student_lr", "critic_lr", "eps", "weight_decay",
+    "critic_warmup", "warmup", "cooldown", "ema_start", "student_lr", "critic_lr", "eps", "weight_decay",
     "preview_every", "lora_rank",
 )  # fmt: skip
 SHARES = ("ema_decay", "beta1", "beta2", "score_low", "score_high", "text_only_fraction", "first_frame_jitter")
@@ -121,8 +121,8 @@ class DistillConfig:
             _check_share(name, vars(self)[name])
         for name in NOT_NEGATIVE:
             at_least(name, vars(self)[name], 0)
-        if self.lora_alpha is not None and self.lora_alpha <= 0:
-            raise ValueError(f"lora_alpha={self.lora_alpha}: must be more than 0")
+        self.check_pairs()
+        check_text_rows(self.text_rows)
         at_least("num_frames", self.num_frames, 5)  # one latent frame more than the first
         at_least("shift", self.shift, 1)
         one_of("critic_loss", self.critic_loss, CRITIC_LOSSES)
@@ -132,6 +132,17 @@ class DistillConfig:
         one_of("dtype", self.dtype, DTYPES)
         if self.memory == COMPACT:
             self.check_compact()
+
+    def check_pairs(self) -> None:
+        """Raise ValueError where a number makes no sense, or not beside another."""
+        if self.lora_alpha is not None and (self.lora_alpha <= 0 or not self.lora_rank):
+            raise ValueError(f"lora_alpha={self.lora_alpha}: must be more than 0, and goes with --lora-rank")
+        if self.grad_clip <= 0:
+            raise ValueError(f"grad_clip={self.grad_clip}: must be more than 0; a large number does not clip")
+        if self.score_low >= self.score_high:
+            raise ValueError(f"score_low={self.score_low}: must be less than score_high={self.score_high}")
+        if self.preview_every:
+            at_least("preview_count", self.preview_count, 1)
 
     def check_compact(self) -> None:
         """Raise ValueError where the compact form cannot do what is asked."""

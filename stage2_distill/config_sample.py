@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from common.flow import ladder
-from common.options import at_least, device_option, one_of, option
+from common.options import at_least, check_text_rows, device_option, one_of, option
 from common.video import TEXT_LENGTH, VideoSpec
 
 DTYPES = ("float32", "bfloat16")
@@ -50,6 +50,7 @@ class SampleConfig:
             raise ValueError("--image goes with --prompt; a CSV names its images in the column image")
         at_least("batch_size", self.batch_size, 1)
         at_least("segments", self.segments, 1)
+        check_text_rows(self.text_rows)
         one_of("weights", self.weights, WEIGHTS)
         one_of("dtype", self.dtype, DTYPES)
         self.size(VideoSpec())  # sizes that no model can make
@@ -94,6 +95,7 @@ class EvaluateConfig:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={','.join(map(str, self.seeds))}: needs numbers that differ")
         at_least("count", self.count, 2)
+        check_text_rows(self.text_rows)
         for name in ("teacher_steps", "batch_size"):
             at_least(name, vars(self)[name], 1)
         for name in ("videos", "shown"):

@@ -15,7 +15,8 @@ Named = Iterable[tuple[str, Tensor]]
 class Ema:
     """A running average; under FSDP each rank averages only the shards that it holds.
 
-    One in host memory takes no memory as long as it is a plain copy of the masters, which `masters()` yields.
+    One in host memory takes none before it is asked for or is more than a plain copy of the masters, which `masters()`
+    yields.
     """
 
     def __init__(self, masters: Callable[[], Named], *, offload: bool = False) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from stage2_distill.attention import check_kernel
+from stage2_distill.checkpoint import checkpoints, read_facts
 from stage2_distill.config import AUTO, COMPACT, STANDARD, DistillConfig
 from stage2_distill.ema import Ema
 from stage2_distill.lora import Role, lora_of, open_adapted
@@ -22,9 +23,12 @@ REST = 20 << 30  # bytes of activations, of gathered weights and of what torch r
 
 
 def choose_memory(config: DistillConfig, ranks: Ranks, parameters: int) -> str:
-    """The memory mode; `auto` is compact where `parameters` would not fit the GPUs in the standard one."""
+    """The memory mode; `auto` is that of the run's checkpoints, or compact where standard would not fit the GPUs."""
     if config.memory != AUTO:
         return config.memory
+    before = checkpoints(Path(config.out))
+    if before and (memory := read_facts(before[-1]).memory):
+        return memory
     if ranks.device.type != "cuda" or config.dtype != "bfloat16" or config.beta1 != 0:
         return STANDARD
     _, total = torch.cuda.mem_get_info(ranks.device)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stage2_distill.adamw import PlainAdamW
 from stage2_distill.compact import CompactAdamW
-from stage2_distill.config import STANDARD, DistillConfig
+from stage2_distill.config import COMPACT, STANDARD, DistillConfig
 from stage2_distill.ema import Ema
 from stage2_distill.parallel import Ranks, clip_in_place
 from stage2_distill.schedule import STUDENT, accumulation
@@ -34,6 +34,11 @@ def open_optimizer(
         offload=role == STUDENT and waits and whole(config, ranks),
         accumulate=accumulate,
     )
+
+
+def form_of(optimizer: torch.optim.Optimizer) -> str:
+    """The memory mode in which an optimizer's role is kept."""
+    return COMPACT if isinstance(optimizer, CompactAdamW) else STANDARD
 
 
 def open_ema(student: nn.Module, optimizer: torch.optim.Optimizer, config: DistillConfig, ranks: Ranks) -> Ema:

@@ -1,29 +1,36 @@
 """Where a run begins: at its newest whole checkpoint, at another run's, or at the model itself."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
+from torch import Tensor, nn
 
 from shards.fingerprint import locate
 from stage2_distill.checkpoint import (
     STUDENT,
+    StudentFacts,
     checkpoints,
     chosen,
     damage,
+    held,
     iteration_of,
     load,
     read_facts,
     set_aside,
 )  # fmt: skip
+from stage2_distill.compact import local
+from stage2_distill.master import join
 from stage2_distill.optim import masters, remainders, state_tensors
 from stage2_distill.parallel import Ranks, on_any_rank
-from stage2_distill.schedule import position
+from stage2_distill.schedule import CRITIC, position
+from stage2_distill.schedule import STUDENT as TAUGHT
 from stage2_distill.train import Trainer
-from stage2_distill.weights import read_weights
+from stage2_distill.weights import copy_weights, read_weights
+
+TOGETHER = 40  # tensors of a source that are read at once
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
@@ -38,26 +45,39 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
     return {f"{group}.{name}": value.detach() for group, named in groups.items() for name, value in named.items()}
 
 
-def begin(out: Path, trainer: Trainer) -> int:
-    """Fill the trainer from the run's newest whole checkpoint, if there is one; the number of iterations done."""
+def begin(out: Path, trainer: Trainer, facts: StudentFacts) -> int:
+    """Fill the trainer from the run's newest whole checkpoint, if there is one; the number of iterations done.
+
+    facts: what checkpoints of this command say. ValueError where those that are there are another's.
+    """
     checkpoint = newest_whole(out, trainer.ranks)
     done = 0 if checkpoint is None else iteration_of(checkpoint)
     if checkpoint is not None:
-        try:
-            load(checkpoint, state(trainer))
-        except CheckpointException as error:
-            raise ValueError(
-                f"out={out}: {checkpoint.name} holds other tensors than this command trains; "
-                "on other GPUs --memory auto chooses another form: give --memory standard or compact, as it was"
-            ) from error
-        facts, here = read_facts(checkpoint), position(done, trainer.config)
-        assert facts.position == here, (facts.position, here)
+        before, here = read_facts(checkpoint), position(done, trainer.config)
+        if before.transformer != facts.transformer:
+            raise ValueError(f"model={facts.base_model}: not the model of {checkpoint}, {before.base_model}")
+        tensors = state(trainer)
+        check_tensors(checkpoint, tensors, before)
+        load(checkpoint, tensors)
+        assert before.position == here, (before.position, here)
     elif trainer.config.init_from is not None:
-        begin_from(trainer, trainer.config.init_from)
+        begin_from(trainer, trainer.config.init_from, facts)
     dist.barrier()  # every rank has looked
     if trainer.ranks.rank == 0:
         set_aside(out, after=done)
     return done
+
+
+def check_tensors(checkpoint: Path, tensors: Mapping[str, Tensor], facts: StudentFacts) -> None:
+    """ValueError where a checkpoint holds more, less or others: in another form the same names mean other numbers."""
+    stored = held(checkpoint)
+    wanted = {name: value.dtype for name, value in tensors.items()}
+    other = [name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)]
+    if other:
+        raise ValueError(
+            f"{checkpoint}: {len(other)} tensors, such as {min(other)}, are not those that this command trains; "
+            f"give --memory {facts.memory or 'standard or compact'}, as it was"
+        )
 
 
 def newest_whole(out: Path, ranks: Ranks) -> Path | None:
@@ -79,30 +99,49 @@ def newest_whole(out: Path, ranks: Ranks) -> Path | None:
     return None
 
 
-def begin_from(trainer: Trainer, source: str) -> None:
+def begin_from(trainer: Trainer, source: str, facts: StudentFacts) -> None:
     """Start student, average and critic from a run, a checkpoint, or a folder of diffusers weights."""
-    folder = Path(source)
-    trained = ((trainer.roles.student, trainer.student_optimizer), (trainer.roles.critic, trainer.critic_optimizer))
+    folder, roles = Path(source), trainer.roles
+    trained = ((TAUGHT, roles.student, trainer.student_optimizer), (CRITIC, roles.critic, trainer.critic_optimizer))
     if (folder / STUDENT).is_file() or checkpoints(folder):
-        _from_checkpoint(trainer, chosen(folder))
-        for net, optimizer in trained:
-            for rest in remainders(net, optimizer).values():
-                rest.zero_()  # weights that live in bf16 start as they compute
+        checkpoint = chosen(folder)
+        check_source(checkpoint, trainer, facts)
+        for role, net, optimizer in trained:
+            copy_weights(
+                stored_masters(checkpoint, role, net), dict(net.named_parameters()), remainders(net, optimizer)
+            )
     elif trainer.config.lora_rank:
         raise ValueError(f"init_from={source}: adapters start from a run of adapters; another base is named by --model")
     else:
         weights = folder if (folder / "config.json").is_file() else locate(source, ("transformer",)) / "transformer"
-        for net, optimizer in trained:
+        for _, net, optimizer in trained:
             read_weights(weights, dict(net.named_parameters()), remainders(net, optimizer))
-    trainer.ema.update(masters(*trained[0]), 0.0, trainer.ranks.device)
+    trainer.ema.update(masters(roles.student, trainer.student_optimizer), 0.0, trainer.ranks.device)
 
 
-def _from_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
-    problem = damage(checkpoint)
-    if problem is not None:
-        raise ValueError(f"init_from={checkpoint}: is damaged: {problem}")
-    wanted = {name: value for name, value in state(trainer).items() if name.startswith(("student.", "critic."))}
-    try:
-        load(checkpoint, wanted)
-    except CheckpointException as error:
-        raise ValueError(f"init_from={checkpoint}: does not fit the model {trainer.config.model}") from error
+def check_source(checkpoint: Path, trainer: Trainer, facts: StudentFacts) -> None:
+    """ValueError where a checkpoint is damaged, or not one of such networks; adapters belong to their base."""
+    problem = damage(checkpoint, rank=trainer.ranks.rank, world=trainer.ranks.world)
+    if on_any_rank(problem is not None):
+        raise ValueError(f"init_from={checkpoint}: is damaged: {problem or 'another rank says where'}")
+    wanted = [name for name in state(trainer) if name.startswith((f"{TAUGHT}.", f"{CRITIC}."))]
+    lacking = set(wanted) - held(checkpoint).keys()
+    if lacking:
+        raise ValueError(f"init_from={checkpoint}: does not fit the model {facts.base_model}: lacks {min(lacking)}")
+    if trainer.config.lora_rank and read_facts(checkpoint).transformer != facts.transformer:
+        raise ValueError(f"init_from={checkpoint}: adapters of another base than {facts.base_model}")
+
+
+def stored_masters(checkpoint: Path, role: str, net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and float32 masters of a role in a checkpoint of any form, sharded as the network is; a few at a time."""
+    dtypes, parameters = held(checkpoint), list(net.named_parameters())
+    for start in range(0, len(parameters), TOGETHER):
+        found = dict[str, Tensor]()
+        for name, parameter in parameters[start : start + TOGETHER]:
+            for key in (f"{role}.{name}", f"{role}_optimizer.{name}.remainder"):
+                if key in dtypes:
+                    found[key] = torch.empty_like(parameter, dtype=dtypes[key], requires_grad=False)
+        load(checkpoint, found)
+        for name, _ in parameters[start : start + TOGETHER]:
+            weight, low = local(found[f"{role}.{name}"]), found.get(f"{role}_optimizer.{name}.remainder")
+            yield name, weight.float() if low is None else join(weight, local(low))

@@ -22,6 +22,7 @@ from stage2_distill.config import DistillConfig
 from stage2_distill.figures import Clock
 from stage2_distill.first_frame import vary
 from stage2_distill.memory import open_roles
+from stage2_distill.optim import form_of
 from stage2_distill.parallel import Ranks, start
 from stage2_distill.preview import Previews, open_previews
 from stage2_distill.resume import begin, state
@@ -33,7 +34,7 @@ from stage2_distill.train import DivergedError, Step, Trainer, train_step
 from stage2_distill.watch import Watch
 
 CONFIG = "distill.yaml"
-SPEED = {"keep_activations", "attention", "compile", "offload"}
+SPEED = {"keep_activations", "attention", "compile", "offload", "text_rows", "memory"}  # memory: see check_tensors
 SEEN = {"wandb", "preview_every", "preview_count", "preview_data"}
 CHECKPOINTS = {"checkpoint_every", "checkpoint_beside", "keep", "keep_every"}
 MAY_CHANGE = {"out", "iterations", "device", "batch_size", "model", "replicate"} | SPEED | SEEN | CHECKPOINTS
@@ -54,8 +55,8 @@ def distill(config: DistillConfig) -> Path:
     out = Path(config.out)
     open_folder(out, config, first=ranks.rank == 0)
     trainer = open_trainer(config, ranks, model, data)
-    done = begin(out, trainer)
-    facts = student_facts(config, model, data.manifest)
+    facts = student_facts(config, model, data.manifest, form_of(trainer.student_optimizer))
+    done = begin(out, trainer, facts)
     iterate(out, trainer, data, facts, done)
     return checkpoints(out)[-1]
 
@@ -66,9 +67,12 @@ def expected_encoder(model: Path) -> dict[str, object]:
 
 
 def open_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
-    """Make the run's folder, or refuse one that holds something else or a run with other options."""
+    """Make the run's folder, or refuse one that holds something else or a run with other options.
+
+    As long as a run has no checkpoint, nothing of it would be lost, and any option may change.
+    """
     stored = out / CONFIG
-    if stored.is_file():
+    if stored.is_file() and checkpoints(out):
         before = read_yaml(str(stored))
         now = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
         changed = [
@@ -78,7 +82,7 @@ def open_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
         ]
         if changed:
             raise ValueError(f"out={out}: holds a run with other options: {'; '.join(changed)}")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif not stored.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={out}: holds something that is not a run of distill; name an empty folder")
     dist.barrier()  # every rank has looked before the first one writes
     if first:
@@ -102,7 +106,7 @@ def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet
     )
 
 
-def student_facts(config: DistillConfig, model: Path, manifest: Manifest) -> StudentFacts:
+def student_facts(config: DistillConfig, model: Path, manifest: Manifest, memory: str) -> StudentFacts:
     """What every checkpoint of this run says of its student."""
     return StudentFacts(
         iteration=0,
@@ -115,6 +119,7 @@ def student_facts(config: DistillConfig, model: Path, manifest: Manifest) -> Stu
         vae=manifest.encoder.vae,
         text_encoder=manifest.encoder.text_encoder,
         config=asdict(config),
+        memory=memory,
     )
 
 
@@ -134,7 +139,7 @@ def iterate(out: Path, trainer: Trainer, data: DataSet | Mixture, facts: Student
         for iteration in range(done, config.iterations):
             watch.write(iteration, attempt(trainer, iteration, loaded, saver))
             reached = iteration + 1
-            if iteration == done:
+            if iteration == done and config.checkpoint_beside:
                 saver.prepare(state(trainer))
             if previews.due(reached):
                 saver.copied()  # the average takes the student's place meanwhile

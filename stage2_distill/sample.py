@@ -15,7 +15,7 @@ from common.seed import generator, normal
 from common.video import TEXT_LENGTH, VideoSpec
 from shards.fingerprint import fingerprint, locate
 from shards.record import Record, collate
-from stage2_distill.checkpoint import StudentFacts, chosen, load, read_facts
+from stage2_distill.checkpoint import SAMPLER, StudentFacts, chosen, load, read_facts
 from stage2_distill.config_sample import EvaluateConfig, SampleConfig
 from stage2_distill.lora import load_merged, lora_of
 from stage2_distill.network import Network, Plan
@@ -79,11 +79,11 @@ def open_student(config: SampleConfig) -> Student:
     return Student(net, spec, sigmas, getattr(torch, config.dtype), config.text_rows)
 
 
-def check_model(model: str, facts: StudentFacts) -> None:
-    """ValueError where MODEL has another VAE or text encoder than the student was distilled with."""
-    for part, wanted in (("vae", facts.vae), ("text_encoder", facts.text_encoder)):
-        if fingerprint(locate(model, (part,)) / part) != wanted:
-            raise ValueError(f"model={model}: its {part} is not the one of the student's data set")
+def check_model(model: str, facts: StudentFacts, parts: tuple[str, ...] = ("vae", "text_encoder")) -> None:
+    """ValueError where parts of MODEL are not those that the student was distilled with."""
+    for part in parts:
+        if fingerprint(locate(model, (part,)) / part) != vars(facts)[part]:
+            raise ValueError(f"model={model}: its {part} is not the one that the student was distilled with")
 
 
 def load_student(
@@ -98,6 +98,8 @@ def load_student(
         raise ValueError(
             f"model={config.model}: not the model that {checkpoint} was distilled from, {facts.base_model}"
         )
+    if facts.sampler != SAMPLER:
+        raise ValueError(f"{checkpoint}: its student is sampled by {facts.sampler}, which this version cannot do")
     dtype, device, lora = getattr(torch, config.dtype), pick_device(config.device), lora_of(facts.config)
     if lora is None:
         net = materialise(skeleton(model, dtype, plan), device).requires_grad_(False)

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -31,6 +32,7 @@ from stage2_distill.checkpoint import (
     StudentFacts,
     file_facts,
     prune,
+    reason,
     step_folder,
     sync_folder,
     write_index,
@@ -60,7 +62,7 @@ class Saver:
         self.host = host_mesh(ranks)
         self.thread: threading.Thread | None = None
         self.rooms: Rooms = {}
-        self.making: threading.Thread | None = None
+        self.making: Future[None] | None = None
         self.snapshot: Snapshot | None = None  # of the newest one
         self.failed: str | None = None  # why the newest one was not written
 
@@ -69,8 +71,7 @@ class Saver:
         self.wait()
         beside = self.config.checkpoint_beside
         if beside:
-            self.prepared()
-            make_rooms(tensors, self.rooms)
+            self.make_rooms(tensors)
         first = first_role(facts.iteration, self.config)
         self.snapshot = Snapshot(tensors, self.host, self.rooms, first=first) if beside else None
         self.thread = threading.Thread(target=self._write, args=(dict(tensors), facts), name="checkpoint", daemon=True)
@@ -80,14 +81,20 @@ class Saver:
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> None:
         """Begin to make room for copies of such tensors, so that the first checkpoint need not wait for it."""
-        if self.config.checkpoint_beside and self.making is None:
-            self.making = threading.Thread(target=make_rooms, args=(tensors, self.rooms), daemon=True)
-            self.making.start()
+        pool = ThreadPoolExecutor(1)
+        self.making = pool.submit(make_rooms, tensors, self.rooms)
+        pool.shutdown(wait=False)
 
-    def prepared(self) -> None:
-        """Wait until that has been done, if it was begun."""
-        if self.making is not None:
-            self.making.join()
+    def make_rooms(self, tensors: Mapping[str, Tensor]) -> None:
+        """Wait until that has been done, or do it; SaveError where the host has no such room."""
+        try:
+            if self.making is not None:
+                self.making.result()
+            make_rooms(tensors, self.rooms)
+        except (RuntimeError, MemoryError) as error:
+            raise SaveError(
+                f"no host memory for a checkpoint's copy ({reason(error)}); go on with --no-checkpoint-beside"
+            ) from error
 
     def copied(self) -> None:
         """Wait until the tensors may change."""
@@ -150,13 +157,6 @@ class Saver:
         if self.ranks.rank == 0:
             prune(self.run, self.config.keep, self.config.keep_every)
             logging.info("checkpoint %s, written in %.1f s", name, time.perf_counter() - began)
-
-
-def reason(error: BaseException) -> str:
-    """The first cause in one line."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def write(run: Path, copies: dict[str, Tensor], facts: StudentFacts, group: dist.ProcessGroup) -> None:

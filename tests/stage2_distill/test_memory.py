@@ -138,3 +138,27 @@ def test_the_students_state_makes_room_for_summed_gradients(
         open_optimizer(torch.nn.Linear(64, 2, dtype=torch.bfloat16), role, config, start("cpu"), "compact")
         found[role] = asked["given"]
     assert found == {"student": waits, "critic": False}
+
+
+def test_auto_goes_on_in_the_form_of_the_checkpoints(model: Path, shards: Path, tmp_path: Path) -> None:
+    """On the CPU `auto` would choose the standard form, in which the same names are other numbers."""
+    whole = tensors(run_here(make_config(shards, model, tmp_path / "whole", **HALF, memory="compact")))
+    half = make_config(shards, model, tmp_path / "half", **HALF, memory="compact", iterations=3)
+    run_here(half)
+    with pytest.raises(ValueError, match=r"step-000003: .* give --memory compact, as it was"):
+        run_here(replace(half, iterations=6, memory="standard"))
+    again = tensors(run_here(replace(half, iterations=6, memory="auto")))
+    assert [name for name, value in whole.items() if not torch.equal(value, again[name])] == []
+
+
+@pytest.mark.parametrize("source", ["standard", "compact"])
+@pytest.mark.parametrize("form", ["standard", "compact"])
+def test_another_run_gives_its_masters_to_the_bit(
+    model: Path, shards: Path, tmp_path: Path, source: str, form: str
+) -> None:
+    given = run_here(make_config(shards, model, tmp_path / "source", **HALF, memory=source, iterations=1))
+    still = {"iterations": 1, "student_lr": 0.0, "critic_lr": 0.0, "init_from": str(given)}
+    found = tensors(run_here(make_config(shards, model, tmp_path / "run", **HALF | still, memory=form)))
+    for role in ("student", "critic"):
+        for name, value in masters(tensors(given), role).items():
+            assert torch.equal(masters(found, role)[name], value), (role, name)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,28 @@ def test_lock_3_a_whole_run_behind_an_import_wall(
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert ("behind the wall" in done.stderr) is bool(code)
+
+
+def test_options_may_change_as_long_as_there_is_no_checkpoint(model: Path, shards: Path, tmp_path: Path) -> None:
+    config = make_config(shards, model, tmp_path / "run", iterations=1, init_from="nowhere")
+    for advised in (replace(config, text_rows=2), replace(config, text_rows=8)):
+        with pytest.raises(ValueError, match="nowhere" if advised.text_rows == 8 else "text_rows=2"):
+            run_here(advised)
+    run_here(replace(config, init_from=None))
+    with pytest.raises(ValueError, match="seed: 1, was 0"):
+        run_here(replace(config, init_from=None, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"text_rows": 600}, "text_rows=600: must be between 1 and 512"),
+        ({"grad_clip": 0.0}, "grad_clip=0.0: must be more than 0"),
+        ({"score_low": 0.98}, "score_low=0.98: must be less than score_high=0.98"),
+        ({"lora_alpha": 8.0}, "lora_alpha=8.0: .* goes with --lora-rank"),
+        ({"preview_every": 5, "preview_count": 0}, "preview_count=0: must be at least 1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_config(tmp_path, tmp_path, tmp_path, **change)

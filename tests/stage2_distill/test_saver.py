@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from runs import flip, make_config, make_shards, run_here, tensors
 
 from stage2_distill import saver as module
 from stage2_distill import snapshot
-from stage2_distill.checkpoint import StudentFacts, checkpoints, prune, read_facts, write_best
+from stage2_distill.checkpoint import StudentFacts, checkpoints, load, prune, read_facts, write_best
 from stage2_distill.config import DistillConfig
 from stage2_distill.ema import Ema
 from stage2_distill.figures import Clock
@@ -242,3 +243,32 @@ def test_init_from_something_else_is_refused(model: Path, shards: Path, other: P
     flip(next((copy / other.name).glob("*.safetensors")))
     with pytest.raises(ValueError, match="init_from=.*is damaged: shard-"):
         begun(model, shards, tmp_path / "b", copy)
+
+
+def test_another_model_is_refused_on_resume(model: Path, shards: Path, other: Path, tmp_path: Path) -> None:
+    """Its encoders are the same, so that the data fit; the teacher would change in mid-run."""
+    from tiny import make_transformer
+
+    shutil.copytree(model, tmp_path / "mine")
+    shutil.rmtree(tmp_path / "mine" / "transformer")
+    make_transformer(tmp_path / "mine" / "transformer")
+    shutil.copytree(other.parent, tmp_path / "run")
+    config = make_config(shards, tmp_path / "mine", tmp_path / "run", iterations=3, seed=7)
+    with pytest.raises(ValueError, match=f"model={tmp_path / 'mine'}: not the model of .*{other.name}, {model}"):
+        run_here(config)
+
+
+def test_a_cut_checkpoint_is_named_when_it_is_read(other: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(other, tmp_path / other.name)
+    path = next(copy.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{other.name}: does not give what is needed of it"):
+        load(copy, {"student.proj_out.weight": tensors(other)["student.proj_out.weight"]})
+
+
+def test_no_room_for_a_copy_says_what_does_without(
+    model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "make_rooms", Mock(side_effect=MemoryError("20 GB")))
+    with pytest.raises(SaveError, match=r"no host memory .*20 GB.* --no-checkpoint-beside"):
+        run_here(make_config(shards, model, tmp_path / "run", iterations=1))
