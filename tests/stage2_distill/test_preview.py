@@ -108,3 +108,10 @@ def test_conditions_of_another_data_set(model: Path, shards: Path, tmp_path: Pat
     assert latents.read_rows(tmp_path / "run" / "previews.zarr", "step-000000", 0, 2).shape == (2, 48, 3, 4, 4)
     with pytest.raises(ValueError, match="does not exist"):
         run_here(make_config(shards, model, tmp_path / "none", preview_every=5, preview_data=str(tmp_path / "no")))
+
+
+def test_a_rank_with_padding_alone_writes_nothing(run: Path, model: Path, shards: Path, tmp_path: Path) -> None:
+    config = make_config(shards, model, tmp_path / "run", iterations=1, preview_every=2, preview_count=1)
+    run_worker([config], 2, tmp_path)
+    shown = latents.read_rows(tmp_path / "run" / "previews.zarr", "step-000000", 0, 1)
+    torch.testing.assert_close(shown, stored(run, "step-000000")[:1], rtol=0, atol=1e-5)
