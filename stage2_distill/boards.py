@@ -65,7 +65,12 @@ def open_wandb(out: Path, config: DistillConfig) -> WandbRun:
         raise ValueError("wandb: is not installed; pip install 'ti2v-distill[wandb]', or leave --wandb off") from error
     mode: Literal["offline", "online"] = "offline" if config.wandb == "offline" else "online"
     name = hashlib.blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()
-    run: WandbRun = wandb.init(
-        project=PROJECT, id=name, name=out.name, dir=str(out), mode=mode, resume="allow", config=asdict(config)
-    )
+    try:
+        run: WandbRun = wandb.init(
+            project=PROJECT, id=name, name=out.name, dir=str(out), mode=mode, resume="allow", config=asdict(config)
+        )
+    except wandb.Error as error:
+        raise ValueError(
+            f"wandb={config.wandb}: {' '.join(str(error).split())}; log in, or leave --wandb off"
+        ) from error
     return run

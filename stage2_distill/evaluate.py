@@ -31,7 +31,7 @@ from stage2_distill.checkpoint import StudentFacts, checkpoints, chosen, newest,
 from stage2_distill.config_sample import EvaluateConfig
 from stage2_distill.metrics import Spread, spread
 from stage2_distill.rollout import euler, rollout
-from stage2_distill.sample import batches, load_student
+from stage2_distill.sample import batches, check_model, load_student
 from stage2_distill.scores import score
 from stage2_distill.wan import denoiser, guided
 from stage2_distill.wan import load as load_network
@@ -84,7 +84,11 @@ def sample_contest(config: EvaluateConfig) -> Contest:
 
 def open_setting(config: EvaluateConfig) -> Setting:
     """Read the conditions and check that they, the model and the checkpoint belong together."""
-    facts = read_facts(checkpoints_of(Path(config.checkpoint[0]))[-1])
+    facts, *others = (read_facts(checkpoints_of(Path(name))[-1]) for name in config.checkpoint)
+    check_model(config.model, facts, ("vae", "transformer"))
+    for name, other in zip(config.checkpoint[1:], others, strict=True):
+        if other.transformer != facts.transformer:
+            raise ValueError(f"checkpoint={name}: distilled from another model than {config.checkpoint[0]}")
     data = open_data_set(config.shards)
     encoders: dict[str, object] = {"vae": facts.vae, "text_encoder": facts.text_encoder}
     check_manifest(Path(config.shards), data.manifest, spec=facts.spec, encoder=encoders)
@@ -92,7 +96,8 @@ def open_setting(config: EvaluateConfig) -> Setting:
     if count < 2:
         raise ValueError(f"shards={config.shards}: holds {count} records; a distance between sets needs 2 or more")
     scale = config.guidance_scale
-    made = hashlib.sha256(repr(data.manifest.shards).encode()).hexdigest()
+    conditions = repr((data.manifest.shards, data.manifest.negative_sha256))
+    made = hashlib.sha256(conditions.encode()).hexdigest()
     Path(config.out).mkdir(parents=True, exist_ok=True)
     write_config(Path(config.out) / CONFIG, config)
     return Setting(

@@ -11,13 +11,17 @@ from shards.manifest import write_file
 METRICS = "metrics.jsonl"
 
 
+def whole_lines(path: Path) -> list[tuple[bytes, dict[str, float]]]:
+    """The lines of a `metrics.jsonl`, raw and read; one that a kill cut short is left out."""
+    written = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [(raw, json.loads(raw)) for raw in written if raw.endswith(b"\n")]
+
+
 class Journal:
     """Appends to `metrics.jsonl`; opening it drops the lines of iterations that will run again, and keeps `lines`."""
 
     def __init__(self, path: Path, *, start: int) -> None:
-        written = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        read = [(raw, json.loads(raw)) for raw in written if raw.endswith(b"\n")]
-        kept = [(raw, line) for raw, line in read if line["iteration"] < start]
+        kept = [(raw, line) for raw, line in whole_lines(path) if line["iteration"] < start]
         write_file(path, b"".join(raw for raw, _ in kept))
         self.lines: list[dict[str, float]] = [line for _, line in kept]
         self.path, self.file, self.waiting = path, path.open("ab", buffering=0), b""

@@ -29,7 +29,7 @@ if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
     from stage2_distill.kernels import linear_gelu, norm_rotate
 
 Run: TypeAlias = Callable[..., Tensor]
-KEEP_NONE, KEEP_HOST, KEEP_ATTENTION, KEEP_RESULTS, KEEP_ALL = "none", "host", "attention", "results", "all"
+KEEP_NONE, KEEP_HOST, KEEP_RESULTS, KEEP_ALL = "none", "host", "results", "all"  # and attention
 
 
 @dataclass(frozen=True)

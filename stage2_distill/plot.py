@@ -1,6 +1,5 @@
 """`plot`: the curves of a run as one picture, RUN/curves.png, from metrics.jsonl alone."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stage2_distill.alarms import BOUNDS
-from stage2_distill.journal import METRICS
+from stage2_distill.journal import METRICS, whole_lines
 
 PICTURE = "curves.png"
 POINTS = 150  # of a curve: longer runs are averaged over windows
@@ -30,8 +29,7 @@ def plot(run: Path) -> Path:
     """Draw the curves of a run; ValueError where it has none."""
     if not (run / METRICS).is_file():
         raise ValueError(f"run={run}: holds no {METRICS}; name the folder of a run of distill")
-    whole = [raw for raw in (run / METRICS).read_bytes().splitlines(keepends=True) if raw.endswith(b"\n")]
-    lines = [json.loads(raw) for raw in whole]
+    lines = [line for _, line in whole_lines(run / METRICS)]
     if not lines:
         raise ValueError(f"run={run}: {METRICS} is empty; wait for the first iteration")
     figure = Figure(figsize=(13, 4 * (len(PANELS) // 2)), layout="constrained")

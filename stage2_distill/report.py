@@ -13,6 +13,7 @@ from shards.contest import LATENTS, Contest, read_contest, set_name
 from shards.manifest import write_file
 from stage2_distill.config_sample import EvaluateConfig
 from stage2_distill.evaluate import SELECTION
+from stage2_distill.journal import METRICS, whole_lines
 from stage2_distill.metrics import frechet, spread
 from stage2_distill.page import curve, page, table, video
 from stage2_distill.scores import Scores, score
@@ -164,8 +165,8 @@ def videos(config: EvaluateConfig, contest: Contest, rows: int) -> str:
 
 def curves(folder: Path) -> str:
     """Training losses and gradient norms from the run's metrics.jsonl, where it is there."""
-    path = next((p / "metrics.jsonl" for p in (folder, folder.parent) if (p / "metrics.jsonl").is_file()), None)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path else []
+    path = next((p / METRICS for p in (folder, folder.parent) if (p / METRICS).is_file()), folder / METRICS)
+    lines = [line for _, line in whole_lines(path)]
     drawn = []
     for role in ("student", "critic"):
         for key in (f"{role}_loss", f"{role}_grad_norm"):

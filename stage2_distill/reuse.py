@@ -62,7 +62,7 @@ class Reuse:
     condition: Condition | None = None
     coming: Iterator[Tensor] = field(default_factory=lambda: iter(()))
     seen: list[Tensor] = field(default_factory=list)  # x0 (B C T H W) of the ladder's steps so far
-    exit_index: int = 0  # of the sample taken last
+    taken: set[int] = field(default_factory=set)  # ladder steps of an update's samples; whoever reads it clears it
 
     def sample(self, student: Denoiser, part: Part, condition: Condition) -> tuple[Tensor, Condition, int]:
         """x0 (B C T H W) for a critic's micro-batch, what it was made from, and its ladder step."""
@@ -72,7 +72,7 @@ class Reuse:
         while len(self.seen) <= slot.exit_index:
             self.seen.append(next(self.coming))
         assert self.condition is not None
-        self.exit_index = slot.exit_index
+        self.taken.add(slot.exit_index)
         return self.seen[slot.exit_index], self.condition, slot.exit_index
 
     def begin(self, student: Denoiser, part: Part, condition: Condition) -> None:

@@ -64,7 +64,7 @@ class Update:
 
     loss: float
     grad_norm: float
-    exit_index: int
+    exit_index: int | None  # None: its micro-batches left the rollout at several steps
     looks: tuple[float, ...]  # of the rollout, as figures.LOOKS
 
 
@@ -124,9 +124,11 @@ def update_critic(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, C
 
     exit_at = exit_index(iteration, CRITIC, trainer.config)
     value = accumulate(trainer, data, loss, net=trainer.roles.critic, exit_at=exit_at)
-    exit_at = trainer.reuse.exit_index if trainer.config.rollout_reuse else exit_at
+    left = trainer.reuse.taken or {exit_at}
+    shared = left.pop() if len(left) == 1 else None
+    trainer.reuse.taken.clear()
     set_rate(trainer.critic_optimizer, learning_rate(iteration, CRITIC, trainer.config))
-    return apply(trainer, trainer.roles.critic, trainer.critic_optimizer, value, exit_at)
+    return apply(trainer, trainer.roles.critic, trainer.critic_optimizer, value, shared)
 
 
 def accumulate(
@@ -185,7 +187,9 @@ def score_draws(trainer: Trainer, part: Part, x0: Tensor, exit_at: int) -> tuple
     return sigma, normal(x0.shape[1:], draws)
 
 
-def apply(trainer: Trainer, net: nn.Module, optimizer: torch.optim.Optimizer, figures: Tensor, exit_at: int) -> Update:
+def apply(
+    trainer: Trainer, net: nn.Module, optimizer: torch.optim.Optimizer, figures: Tensor, exit_at: int | None
+) -> Update:
     """Clip, refuse what is not finite, step. The figures of all ranks are read here: the one wait of an update.
 
     It ends when the figures are there, while the GPU still has the step before it: the GPU waits for nobody.

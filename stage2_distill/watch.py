@@ -35,12 +35,10 @@ def as_line(iteration: int, step: Step, *, seconds: float, memory: float) -> dic
 
 def update_line(role: str, update: Update) -> dict[str, float]:
     """What is written of one update."""
-    return {
-        f"{role}_loss": update.loss,
-        f"{role}_grad_norm": update.grad_norm,
-        f"{role}_exit": update.exit_index,
-        f"{role}_loss_exit{update.exit_index}": update.loss,
-    }
+    line = {f"{role}_loss": update.loss, f"{role}_grad_norm": update.grad_norm}
+    if update.exit_index is not None:
+        line |= {f"{role}_exit": update.exit_index, f"{role}_loss_exit{update.exit_index}": update.loss}
+    return line
 
 
 def peak_memory(device: torch.device) -> float:

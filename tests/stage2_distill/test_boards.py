@@ -2,8 +2,11 @@
 
 import builtins
 import json
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 from runs import make_config, make_shards, run_here
@@ -68,3 +71,12 @@ def test_a_machine_without_tensorboard_says_so_and_goes_on(
     boards.close()
     assert "metrics.jsonl alone" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_that_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = ModuleType("wandb")
+    wandb.Error = type("Error", (Exception,), {})
+    wandb.init = Mock(side_effect=wandb.Error("api_key\nnot configured"))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(ValueError, match=r"^wandb=online: api_key not configured; log in, or leave --wandb off$"):
+        open_wandb(tmp_path, make_config(tmp_path, tmp_path, tmp_path, wandb="online"))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch
 from common.condition import Condition
 from shards import latents
 from shards.contest import Contest, set_name
+from shards.manifest import read_manifest, write_manifest
 from stage2_distill.checkpoint import checkpoints, chosen, prune, write_best
 from stage2_distill.config_sample import EvaluateConfig
-from stage2_distill.evaluate import references, sample_contest
+from stage2_distill.evaluate import open_setting, references, sample_contest
 from stage2_distill.metrics import distance, diversity, frechet, spread
 from stage2_distill.rollout import euler, rollout
 from stage2_distill.scores import score
@@ -158,6 +160,19 @@ def test_mistakes(way: Path, model: Path, tmp_path: Path) -> None:
         sample_contest(config(way, model, tmp_path, checkpoint=(str(way / "run" / "step-000003"),), select=True))
     with pytest.raises(ValueError, match="seeds=1,1"):
         config(way, model, tmp_path, seeds=(1, 1))
+    for part in ("vae", "transformer"):
+        mine = shutil.copytree(model, tmp_path / part)
+        (mine / part / "config.json").write_text((model / part / "config.json").read_text() + "\n")
+        with pytest.raises(ValueError, match=f"model={mine}: its {part} is not the one that the student was distilled"):
+            sample_contest(config(way, mine, tmp_path / "out"))
+
+
+def test_another_negative_prompt_is_another_setting(way: Path, model: Path, tmp_path: Path) -> None:
+    asked = config(way, model, tmp_path / "out")
+    data = shutil.copytree(asked.shards, tmp_path / "data")
+    manifest = read_manifest(data)
+    write_manifest(data, manifest, torch.ones(3, runs.TEXT_DIM))
+    assert open_setting(asked).conditions != open_setting(replace(asked, shards=str(data))).conditions
 
 
 def test_the_undistilled_student_is_the_rollout_of_the_teacher() -> None:

@@ -4,7 +4,8 @@ import json
 import resource
 from pathlib import Path
 
-from stage2_distill.journal import Journal
+from stage2_distill.journal import METRICS, Journal, whole_lines
+from stage2_distill.report import curves
 
 
 def iterations(run: Path) -> list[int]:
@@ -32,3 +33,9 @@ def test_metrics_wait_for_room(tmp_path: Path) -> None:
     journal.write({"iteration": 3})
     journal.close()
     assert iterations(tmp_path) == [0, 1, 2, 3]
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text('{"iteration": 0, "critic_loss": 1.0}\n{"iteration": 1, "cri')
+    assert [line for _, line in whole_lines(tmp_path / METRICS)] == [{"iteration": 0, "critic_loss": 1.0}]
+    assert curves(tmp_path).count("<svg") == 1

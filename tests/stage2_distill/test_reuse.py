@@ -9,6 +9,7 @@ from runs import SPEC, make_config, make_shards, run_here, tensors
 
 from common.condition import Condition
 from common.seed import generator, normal
+from stage2_distill.journal import METRICS, whole_lines
 from stage2_distill.reuse import Reuse, exits, slot_of
 from stage2_distill.rollout import rollout
 from stage2_distill.schedule import CRITIC, parts
@@ -89,3 +90,13 @@ def test_stopped_within_a_trajectory_and_resumed_is_the_same_run(model: Path, sh
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name
     assert not torch.equal(whole["critic.proj_out.weight"], plain["critic.proj_out.weight"])
+
+
+def test_an_update_of_several_exits_names_none(model: Path, shards: Path, tmp_path: Path) -> None:
+    """Two micro-batches an update: their losses are those of two steps of the ladder."""
+    options = {"rollout_reuse": True, "batch_size": 1, "global_batch": 2, "student_every": 2, "iterations": 4}
+    run = run_here(make_config(shards, model, tmp_path / "run", **options)).parent
+    lines = [line for _, line in whole_lines(run / METRICS)]
+    assert len(lines) == 4 and any("critic_exit" not in line for line in lines)
+    for line in lines:
+        assert ("critic_exit" in line) == any(name.startswith("critic_loss_exit") for name in line)
