@@ -1,5 +1,6 @@
 """Several ranks at one video give the latents of one process."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 def test_two_ranks_make_the_video_of_one(model: Path, tmp_path: Path) -> None:
     """9 tokens a rank of 3 frames with 6 each: the border lies within a frame. Two segments, two calls.
 
-    Without `own.start` in `given`, or with the wrong rope for a rank, they differ by more than 0.01.
+    Without `own.start` in `given`, or with the wrong rope for a rank, they differ by more than 0.01. Between the
+    segments a picture is rounded to bf16: there one last bit may make 0.008 of a number.
     """
     shards = make_shards(tmp_path / "data", model)
     options = {"iterations": 1, "global_batch": 2, "text_rows": 32}
@@ -32,12 +34,15 @@ def test_two_ranks_make_the_video_of_one(model: Path, tmp_path: Path) -> None:
     for ranks in (1, 2):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
         command = [sys.executable, *torchrun, "cli.py", "sample", *given, "--out", tmp_path / f"{ranks}.mp4"]
-        done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        words, one_thread = [str(word) for word in command], os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.split() == [str(tmp_path / f"{ranks}.mp4")]
         latents.append(torch.stack([read(tmp_path / f"{ranks}.zarr", "sample", segment) for segment in (0, 1)]))
     assert latents[0].shape[2:] == (3, 4, 6)
-    assert (latents[0] - latents[1]).abs().max() < 1e-5
+    first, second = (latents[0] - latents[1]).unbind()
+    assert first.abs().max() < 1e-5
+    assert second.norm() < 1e-3 * latents[0][1].norm()
 
 
 def test_ranks_that_do_not_divide_a_video_are_refused() -> None:
