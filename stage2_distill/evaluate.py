@@ -85,6 +85,10 @@ def sample_contest(config: EvaluateConfig) -> Contest:
 def open_setting(config: EvaluateConfig) -> Setting:
     """Read the conditions and check that they, the model and the checkpoint belong together."""
     facts, *others = (read_facts(checkpoints_of(Path(name))[-1]) for name in config.checkpoint)
+    if facts.spec.latent_shape[1] < 3:
+        raise ValueError(
+            f"checkpoint={config.checkpoint[0]}: {facts.spec.num_frames} frames; a distance needs 9 or more"
+        )
     check_model(config.model, facts, ("vae", "transformer"))
     for name, other in zip(config.checkpoint[1:], others, strict=True):
         if other.transformer != facts.transformer:

@@ -160,6 +160,11 @@ def test_mistakes(way: Path, model: Path, tmp_path: Path) -> None:
         sample_contest(config(way, model, tmp_path, checkpoint=(str(way / "run" / "step-000003"),), select=True))
     with pytest.raises(ValueError, match="seeds=1,1"):
         config(way, model, tmp_path, seeds=(1, 1))
+    short = shutil.copytree(way / "run" / "step-000003", tmp_path / "short")
+    text = (short / "student.json").read_text()
+    (short / "student.json").write_text(text.replace('"num_frames": 9', '"num_frames": 5'))
+    with pytest.raises(ValueError, match=f"checkpoint={short}: 5 frames; a distance needs 9 or more"):
+        sample_contest(config(way, model, tmp_path / "out", checkpoint=(str(short),)))
     for part in ("vae", "transformer"):
         mine = shutil.copytree(model, tmp_path / part)
         (mine / part / "config.json").write_text((model / part / "config.json").read_text() + "\n")
