@@ -17,6 +17,7 @@ from common.video import VideoSpec
 SCHEMA = 1
 MANIFEST, NEGATIVE = "manifest.json", "negative.safetensors"
 UNSIGNED = "0" * 64  # stands for the manifest's own hash while that hash is taken
+SHARD_NAME = re.compile(r"shard-[0-9]{6,}\.tar")  # of a tar; nothing else is opened or deleted
 SIGNED = re.compile(rb'\{\s*"sha256": "([0-9a-f]{64})"')
 
 
@@ -125,6 +126,11 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{where}/{MANIFEST}: not a manifest ({error}); encode again") from error
+    foreign = [shard.name for shard in manifest.shards if not SHARD_NAME.fullmatch(shard.name)]
+    if foreign:
+        raise ValueError(
+            f"{where}/{MANIFEST}: names a shard {foreign[0]!r}, which is no shard-NUMBER.tar; encode again"
+        )
     if manifest.records == 0:
         raise ValueError(f"shards={where}: the data set is empty")
     return manifest

@@ -159,8 +159,21 @@ def test_outliers_are_shown_but_not_broken(folder):
 
 def test_a_shard_that_the_manifest_does_not_know_is_named(folder):
     (folder / "shard-000002.tar").write_bytes(b"")
-    (folder / "shard-000002.tar.partial").write_bytes(b"")
+    for mine in ("shard-000002.tar.partial", "shard-notes.txt", "shard-2.tar", "shard-000002.txt"):
+        (folder / mine).write_bytes(b"")
     assert named(verify(folder)) == {("shard-000002.tar", "")}
+
+
+@pytest.mark.parametrize("name", ["../victim.txt", "victim.tar", "shard-000001.tar/../../victim.txt"])
+def test_a_manifest_that_names_another_file_is_refused_and_the_file_left(folder, name):
+    (folder.parent / "victim.txt").write_text("mine")
+    before = read_manifest(folder)
+    shards = (before.shards[0], replace(before.shards[1], name=name))
+    write_manifest(folder, replace(before, shards=shards), read_negative(folder))
+    report = verify(folder)
+    assert named(report) == {("manifest.json", "")} and f"names a shard '{name}'" in str(report.problems[0])
+    assert discard_broken(report) == ["manifest.json"]
+    assert (folder.parent / "victim.txt").read_text() == "mine"
 
 
 def test_repair_takes_away_just_what_is_broken(folder, clean):
