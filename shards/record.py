@@ -50,6 +50,11 @@ class Batch:
     condition: Condition
 
 
+def is_plain(key: str) -> bool:
+    """Whether a key, which names files, stays in their folder."""
+    return bool(key) and ".." not in key and not set(key) & set("/\\\0")
+
+
 def to_members(record: Record) -> dict[str, bytes]:
     """Serialise a record as {member name: bytes}; equal records give equal bytes."""
     tensors = {"text": record.text}
@@ -79,6 +84,8 @@ def read_tensors(data: bytes | memoryview) -> dict[str, Tensor]:
 
 def from_members(key: str, tensors: bytes | memoryview, facts: bytes | memoryview) -> Record:
     """Rebuild a record from the bytes of its two members; the tensors share the memory of a writable view."""
+    if not is_plain(key):
+        raise ValueError(f"key {key!r}: holds a path, where a plain name must be")
     loaded = read_tensors(tensors)
     fields = json.loads(bytes(facts))
     fields["size"] = tuple(fields["size"]) if fields["size"] else None

@@ -131,6 +131,7 @@ def with_first(**fields):
         (with_first(text=torch.ones(513, TEXT_DIM)), r"text is \(513, 8\)"),
         (with_first(text=torch.ones(2, TEXT_DIM + 1)), r"text is \(2, 9\)"),
         (with_first(source=replace(make_record(4).source, prompt=" ")), "the prompt is empty"),
+        (with_first(key="../clip"), "key '../clip': holds a path"),
         (with_first(key="clip-000006"), "this key is also in shard-000001.tar"),
         (with_first(key="clip-000000"), "this key is also in shard-000000.tar"),
         (with_first(source=replace(make_record(4).source, line=8)), "lines 8 to 9 are not 3 rows"),
