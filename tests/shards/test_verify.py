@@ -1,3 +1,5 @@
+import hashlib
+import json
 import random
 import shutil
 import tarfile
@@ -6,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shards.manifest import read_manifest, read_negative, write_manifest
+from shards.manifest import UNSIGNED, read_manifest, read_negative, write_manifest
 from shards.verify import broken_shards, discard_broken, verify
 from shards.write import read_index, shard_name, write_shard
 from tests.shards.data_sets import FAILURE, TEXT_DIM, make_data_set, make_record, make_shards
@@ -163,6 +165,16 @@ def test_a_shard_that_the_manifest_does_not_know_is_named(folder):
     for mine in ("shard-000002.tar.partial", "shard-notes.txt", "shard-2.tar", "shard-000002.txt"):
         (folder / mine).write_bytes(b"")
     assert named(verify(folder)) == {("shard-000002.tar", "")}
+
+
+def test_a_manifest_of_a_newer_schema_says_so_whatever_its_shards_have(folder):
+    fields = json.loads((folder / "manifest.json").read_text()) | {"sha256": UNSIGNED, "schema": 2}
+    for shard in fields["shards"]:
+        shard["codec"] = "zstd"
+    text = json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
+    (folder / "manifest.json").write_text(text.replace(UNSIGNED, hashlib.sha256(text.encode()).hexdigest()))
+    with pytest.raises(ValueError, match=r"has schema 2, this version reads only 1; use the version that made it"):
+        read_manifest(folder)
 
 
 @pytest.mark.parametrize("name", ["../victim.txt", "victim.tar", "shard-000001.tar/../../victim.txt"])
