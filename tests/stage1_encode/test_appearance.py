@@ -57,6 +57,10 @@ def test_a_judge_from_a_file(tmp_path: Path) -> None:
     assert analyser.load(str(tmp_path / "all.py"))(torch.zeros(2, 1), ["a", "b"]) == [{"n": True}, {"n": True}]
     found = analyser.shares([{"a": True, "b": [True, False]}, {"a": False}, {"a": True, "b": [False, False]}])
     assert found == {"a": pytest.approx(2 / 3), "b": 0.25}
+    (tmp_path / "only.py").write_text("def judge_all(v, p):\n    return [{'n': len(v) == 2}] * 2\n")
+    assert analyser.load(str(tmp_path / "only.py"))(torch.zeros(2, 1), ["a", "b"]) == [{"n": True}, {"n": True}]
+    values = [numpy.bool_(True), torch.tensor(False), 1, numpy.array([True, False]), (True, torch.tensor(True)), []]
+    assert analyser.shares([{"a": value} for value in values]) == {"a": pytest.approx(5 / 7)}
     (tmp_path / "none.py").write_text("x = 1\n")
     for name in ("none.py", "gone.py"):
         with pytest.raises(ValueError, match=f"analyser=.*{name}"):
