@@ -6,6 +6,7 @@ import numpy
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 from stage1_encode import analyser, appearance, clip, i3d
@@ -95,3 +96,11 @@ def test_clip_stand_in(tmp_path: Path) -> None:
     assert score != pytest.approx(clip.score(model, video, "the left left left"), abs=1e-3)
     with pytest.raises(ValueError, match="config.json"):
         clip.load(str(tmp_path / "none"), torch.device("cpu"))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["logit_scale"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"clip=.*: lacks weights of a CLIP model: logit_scale"):
+        clip.load(str(tmp_path), torch.device("cpu"))
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"clip=.*: holds no \.safetensors weights"):
+        clip.load(str(tmp_path), torch.device("cpu"))
