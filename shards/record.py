@@ -102,6 +102,13 @@ def pad_text(text: Tensor, length: int = TEXT_LENGTH) -> Tensor:
     return torch.nn.functional.pad(text, (0, 0, 0, length - text.shape[0]))
 
 
+def alike(records: Sequence[Record], size: int) -> list[list[int]]:
+    """Places of records in batches of at most `size`, those with and those without a first frame apart."""
+    kinds = [record.first_frame is not None for record in records]
+    groups = ([place for place, kind in enumerate(kinds) if kind is wanted] for wanted in (True, False))
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
 def collate(records: Sequence[Record], *, text_rows: int = TEXT_LENGTH) -> Batch:
     """Stack records into a batch; beside records with a first frame, one without gets zeros and `given` False."""
     frames = [record.first_frame for record in records]

@@ -22,7 +22,7 @@ from common.device import begin_copy, mark
 from common.progress import Progress
 from common.video import VideoSpec
 from shards import latents
-from shards.record import Record
+from shards.record import Record, alike
 from stage1_encode import vae
 from stage1_encode.conditions import Conditioner, encode_frame, make_records
 from stage1_encode.decode import CONTACT, MOST_ROWS, thumbnails
@@ -128,12 +128,6 @@ def contents(order: Order, rows: Sequence[Row], seeds: Sequence[int]) -> latents
     return latents.LatentGroup(STEP, order.spec, keys, prompts, tuple(seed for seed in seeds for _ in range(count)))
 
 
-def alike(kinds: Sequence[bool], size: int) -> list[list[int]]:
-    """Places in batches of at most `size`, those with and those without a first frame apart."""
-    groups = ([place for place, kind in enumerate(kinds) if kind is wanted] for wanted in (True, False))
-    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-
-
 class Take:
     """One video being made: its film and the frames of it that the contact sheet shows."""
 
@@ -174,7 +168,7 @@ class Work:
             self.sampler.move(torch.device("cpu"))
         order = self.order
         records = make_records(self.models, rows, order.table, order.spec, stay=self.placing.text)
-        for places in alike([record.first_frame is not None for record in records], order.batch_size):
+        for places in alike(records, order.batch_size):
             before = self.takes[-order.batch_size :]
             self.batch([records[place] for place in places], [seeds[place] for place in places])
             for take in before:
