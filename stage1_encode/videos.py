@@ -129,19 +129,19 @@ def contents(order: Order, rows: Sequence[Row], seeds: Sequence[int]) -> latents
 
 
 class Take:
-    """One video being made: its film and the frames of it that the contact sheet shows."""
+    """One video being made: its film and, where it is shown, the frames of it on the contact sheet."""
 
-    def __init__(self, path: Path, order: Order) -> None:
+    def __init__(self, path: Path, order: Order, *, shown: bool) -> None:
         self.film = Film(path, fps=order.spec.fps)
         frames = 1 + (order.spec.num_frames - 1) * order.segments
-        self.places = numpy.linspace(0, frames - 1, COLUMNS).round().astype(int).tolist()
+        self.places = numpy.linspace(0, frames - 1, COLUMNS if shown else 0).round().astype(int).tolist()
         self.count, self.shown = 0, list[Tensor]()
 
     def add(self, frames: Tensor) -> None:
         """Append frames (F X Y 3) uint8."""
         self.film.add(frames)
         here = [place - self.count for place in self.places if 0 <= place - self.count < len(frames)]
-        self.shown += [begin_copy(frames[place], torch.device("cpu")) for place in here]
+        self.shown += [begin_copy(frames[place].clone(), torch.device("cpu")) for place in here]
         self.count += len(frames)
 
 
@@ -177,7 +177,7 @@ class Work:
 
     def batch(self, records: Sequence[Record], seeds: Sequence[int]) -> None:
         """Begin the videos of one batch, segment by segment."""
-        takes = [Take(self.path(record), self.order) for record in records]
+        takes = [Take(self.path(record), self.order, shown=self.place(record) < MOST_ROWS) for record in records]
         for take in takes:
             self.films.push(take.film)
         for segment in range(self.order.segments):
@@ -206,8 +206,7 @@ class Work:
 
     def keep(self, records: Sequence[Record], x0: Tensor, segment: int) -> None:
         """Store latents (B C T H W) meanwhile; when this returns, those before them are stored."""
-        places = [int(record.key) // self.order.world for record in records]
-        rows = [place * self.order.segments + segment for place in places]
+        rows = [self.place(record) * self.order.segments + segment for record in records]
         self.kept.append(self.keeper.submit(self._write, rows, begin_copy(x0, torch.device("cpu")), mark(x0.device)))
         if len(self.kept) > 1:
             self.kept.popleft().result()
@@ -218,6 +217,10 @@ class Work:
         if not x0.isfinite().all():
             raise ValueError(f"the latents of row {rows[0]} are not finite: is the checkpoint sound?")
         latents.write(self.order.store, STEP, rows, x0)
+    def place(self, record: Record) -> int:
+        """Place of a record's row among those of this process."""
+        return int(record.key) // self.order.world
+
 
     def path(self, record: Record) -> Path:
         """Where a record's video goes."""
