@@ -1,6 +1,8 @@
 """`decode`: latents become videos, the way back through the same VAE. Shapes: F frames, X Y pixel height and width."""
 
+import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
@@ -13,6 +15,7 @@ from common.progress import track
 from shards import latents
 from shards.fingerprint import locate
 from shards.latents import LatentGroup
+from shards.manifest import write_file
 from stage1_encode import vae
 from stage1_encode.config import DecodeConfig
 from stage1_encode.mp4 import write_video
@@ -68,8 +71,15 @@ def decode_step(config: DecodeConfig, model: vae.Vae, group: LatentGroup, folder
         made.append(write_video(folder / f"{group.keys[row]}.mp4", pixels, fps=group.spec.fps))
         if row < MOST_ROWS:
             sheet.append(thumbnails(pixels, columns=config.columns))
-    Image.fromarray(numpy.concatenate(sheet)).save(folder / CONTACT)
-    return [*made, folder / CONTACT]
+    return [*made, write_sheet(folder / CONTACT, sheet)]
+
+
+def write_sheet(path: Path, rows: Sequence[numpy.ndarray]) -> Path:
+    """Write rows of pictures, one below the other, as a PNG file; whole or not at all."""
+    data = io.BytesIO()
+    Image.fromarray(numpy.concatenate(rows)).save(data, format="PNG")
+    write_file(path, data.getbuffer())
+    return path
 
 
 def read_pixels(model: vae.Vae, store: Path, group: LatentGroup, row: int) -> numpy.ndarray:

@@ -15,7 +15,6 @@ from typing import Protocol
 
 import numpy
 import torch
-from PIL import Image
 from torch import Tensor
 
 from common.device import begin_copy, mark
@@ -25,7 +24,7 @@ from shards import latents
 from shards.record import Record, alike
 from stage1_encode import vae
 from stage1_encode.conditions import Conditioner, encode_frame, make_records
-from stage1_encode.decode import CONTACT, MOST_ROWS, thumbnails
+from stage1_encode.decode import CONTACT, MOST_ROWS, thumbnails, write_sheet
 from stage1_encode.mp4 import Film
 from stage1_encode.rows import Row, read_shards
 
@@ -217,6 +216,7 @@ class Work:
         if not x0.isfinite().all():
             raise ValueError(f"the latents of row {rows[0]} are not finite: is the checkpoint sound?")
         latents.write(self.order.store, STEP, rows, x0)
+
     def place(self, record: Record) -> int:
         """Place of a record's row among those of this process."""
         return int(record.key) // self.order.world
