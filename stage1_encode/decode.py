@@ -21,7 +21,7 @@ from stage1_encode.config import DecodeConfig
 from stage1_encode.mp4 import write_video
 
 CONTACT, CONFIG = "contact.png", "decode.yaml"
-OURS = re.compile(rf"{CONTACT}|{CONFIG}|sample\.yaml|.*\.zarr|.*\.mp4(\.partial)?|step-.*|sample")
+OURS = re.compile(rf"(contact(-\d+)?\.png|.*\.mp4)(\.partial)?|{CONFIG}|.*\.mp4\.yaml|sample(\.yaml)?|.*\.zarr|step-.*")
 THUMBNAIL, MOST_ROWS = 256, 64  # of the contact sheet: pixels in width, videos
 
 
@@ -29,7 +29,7 @@ def decode(config: DecodeConfig) -> list[Path]:
     """Write KEY.mp4 for every video of a store, and a contact sheet; one folder a step if there are several."""
     store, out = Path(config.latents), Path(config.out)
     steps = finished_steps(store)
-    check_folder(out)
+    check_folder(out, steps)
     model = load_vae(config)
     made: list[Path] = []
     for step in steps:
@@ -48,11 +48,12 @@ def finished_steps(store: Path) -> list[str]:
     return steps
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds anything but videos made here."""
+def check_folder(folder: Path, steps: Sequence[str]) -> None:
+    """Refuse a folder that holds anything but videos made here, and folders of these steps."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={folder}: is a file; give a folder")
-    foreign = sorted(path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)) if folder.is_dir() else []
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if name not in steps and not OURS.fullmatch(name)]
     if foreign:
         raise ValueError(f"out={folder}: holds something else ({', '.join(foreign[:3])}); give a new folder")
 

@@ -221,7 +221,6 @@ class Work:
         """Place of a record's row among those of this process."""
         return int(record.key) // self.order.world
 
-
     def path(self, record: Record) -> Path:
         """Where a record's video goes."""
         return self.order.out if self.order.out.suffix == ".mp4" else self.order.out / f"{record.key}.mp4"
@@ -236,5 +235,4 @@ class Work:
             return made
         sheet = [thumbnails(torch.stack(take.shown).numpy(), columns=COLUMNS) for take in takes[:MOST_ROWS]]
         path = self.order.out / (f"contact-{self.order.rank}.png" if self.order.world > 1 else CONTACT)
-        Image.fromarray(numpy.concatenate(sheet)).save(path)
-        return [*made, path]
+        return [*made, write_sheet(path, sheet)]
