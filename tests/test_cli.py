@@ -252,6 +252,8 @@ def test_another_ladder_must_be_said_explicitly(run: Path, model: Path, tmp_path
     """The checkpoint's ladder is used unless --ladder is there; then two steps differ from four."""
     options = ["--prompt", "a", "--seed", 1]
     sample(run, model, tmp_path / "own.mp4", *options)
+    assert "seed=-1: must be at least 0" in mistake("--prompt", "a", "--seed", -1, *out, base=tmp_path / "none")
+    assert "v.mp4: must be a folder" in mistake("--data", tmp_path / "e.csv", *out, base=tmp_path / "none")
     sample(run, model, tmp_path / "same.mp4", *options, "--ladder", "1000,750,500,250")
     sample(run, model, tmp_path / "two.mp4", *options, "--ladder", "1000,500")
     own, same, two = (read(tmp_path / f"{name}.zarr", "sample", 0) for name in ("own", "same", "two"))
