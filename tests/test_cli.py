@@ -78,6 +78,7 @@ def sample(run: Path, model: Path, out: Path, *more: object) -> str:
 
 
 def test_prompt_and_picture_become_a_video(run: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("fps: 12  # mine\n")
     options = ["--prompt", "a circle moves", "--image", run / "first.png", "--seed", 3]
     for name in ("one.mp4", "two.mp4"):
         assert sample(run, model, tmp_path / name, *options).strip() == str(tmp_path / name)
@@ -90,7 +91,8 @@ def test_prompt_and_picture_become_a_video(run: Path, model: Path, tmp_path: Pat
     assert first.numpy().tobytes() == second.numpy().tobytes(), "same seed, same bytes"
     sample(run, model, tmp_path / "three.mp4", *options[:-1], 4)
     assert not numpy.array_equal(first, read(tmp_path / "three.zarr", "sample", 0))
-    assert (tmp_path / "one.yaml").is_file()
+    assert "prompt: a circle moves" in (tmp_path / "one.mp4.yaml").read_text()
+    assert (tmp_path / "one.yaml").read_text() == "fps: 12  # mine\n"
 
 
 def test_csv_of_prompts_becomes_a_folder(run: Path, model: Path, tmp_path: Path) -> None:
@@ -233,6 +235,8 @@ def test_mistakes_of_sample(run: Path, model: Path, tmp_path: Path) -> None:
     assert "num_frames=10" in mistake("--prompt", "a", "--num-frames", 10, *out)
     assert "height=70" in mistake("--prompt", "a", "--height", 70, *out)
     assert "segments=0" in mistake("--prompt", "a", "--segments", 0, *out)
+    assert "seed=-1: must be at least 0" in mistake("--prompt", "a", "--seed", -1, *out, base=tmp_path / "none")
+    assert "v.mp4: must be a folder" in mistake("--data", tmp_path / "e.csv", *out, base=tmp_path / "none")
     write_csv(tmp_path / "e.csv", [("a", ""), (" ", "x.png")], ("prompt", "image"))
     assert "line 3" in mistake("--data", tmp_path / "e.csv", "--out", tmp_path / "videos")
     other = make_model(tmp_path / "other", seed=1)
@@ -252,8 +256,6 @@ def test_another_ladder_must_be_said_explicitly(run: Path, model: Path, tmp_path
     """The checkpoint's ladder is used unless --ladder is there; then two steps differ from four."""
     options = ["--prompt", "a", "--seed", 1]
     sample(run, model, tmp_path / "own.mp4", *options)
-    assert "seed=-1: must be at least 0" in mistake("--prompt", "a", "--seed", -1, *out, base=tmp_path / "none")
-    assert "v.mp4: must be a folder" in mistake("--data", tmp_path / "e.csv", *out, base=tmp_path / "none")
     sample(run, model, tmp_path / "same.mp4", *options, "--ladder", "1000,750,500,250")
     sample(run, model, tmp_path / "two.mp4", *options, "--ladder", "1000,500")
     own, same, two = (read(tmp_path / f"{name}.zarr", "sample", 0) for name in ("own", "same", "two"))
