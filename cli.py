@@ -206,7 +206,9 @@ def open_output(out: Path, config: SampleConfig) -> None:
 
 def write_prompt(path: Path, config: SampleConfig) -> str:
     """A CSV of one row for the one prompt; its path."""
-    image = "" if config.image is None else str(Path(config.image).resolve())
+    from stage1_encode.rows import locate_file
+
+    image = "" if config.image is None else locate_file(Path("prompt.csv"), config.image)
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("prompt", "image", "seed"), (config.prompt, image, config.seed)])
     return str(path)

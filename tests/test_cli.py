@@ -19,6 +19,8 @@ from tiny import make_model, picture, write_csv
 
 import cli
 from shards.latents import read
+from stage1_encode.rows import locate_file, read_shards
+from stage2_distill.config_sample import SampleConfig
 
 ROOT = Path(__file__).parent.parent
 SIZE = ["--num-frames", "9", "--height", "64", "--width", "96", "--fps", "12"]
@@ -93,6 +95,21 @@ def test_prompt_and_picture_become_a_video(run: Path, model: Path, tmp_path: Pat
     assert not numpy.array_equal(first, read(tmp_path / "three.zarr", "sample", 0))
     assert "prompt: a circle moves" in (tmp_path / "one.mp4.yaml").read_text()
     assert (tmp_path / "one.yaml").read_text() == "fps: 12  # mine\n"
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        ("https://host/a.png?x=1", "https://host/a.png?x=1"),
+        ("a.png", str(Path.cwd() / "a.png")),
+        ("/b/a.png", "/b/a.png"),
+    ],
+)
+def test_an_image_may_be_a_web_address(image: str, found: str, tmp_path: Path) -> None:
+    config = SampleConfig("c", "m", "o.mp4", prompt="p", image=image)
+    table = Path(cli.write_prompt(tmp_path / "prompt.csv", config))
+    (rows,) = read_shards(table, shard_size=9, text_only=True)
+    assert locate_file(table, rows[0].path) == found
 
 
 def test_csv_of_prompts_becomes_a_folder(run: Path, model: Path, tmp_path: Path) -> None:
