@@ -197,7 +197,7 @@ def evaluate(config: EvaluateConfig) -> Path:
 def open_output(out: Path, config: SampleConfig) -> None:
     """Make the output's folder and write the configuration beside it; refuse a folder that holds something else."""
     single = config.prompt is not None
-    stored = out.with_suffix(".yaml") if single else out / "sample.yaml"
+    stored = out.with_name(out.name + ".yaml") if single else out / "sample.yaml"
     if not single and out.exists() and not stored.is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={out}: holds something that sample did not make; name an empty folder")
     stored.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,9 @@ def open_output(out: Path, config: SampleConfig) -> None:
 
 def write_prompt(path: Path, config: SampleConfig) -> str:
     """A CSV of one row for the one prompt; its path."""
-    image = "" if config.image is None else str(Path(config.image).resolve())
+    from stage1_encode.rows import locate_file
+
+    image = "" if config.image is None else locate_file(Path("prompt.csv"), config.image)
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("prompt", "image", "seed"), (config.prompt, image, config.seed)])
     return str(path)

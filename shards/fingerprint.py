@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 PARTS = ("vae", "text_encoder", "tokenizer", "transformer")
 BLOCK, BLOCKS = 4096, 256  # of each weight file: up to this many evenly spaced blocks of this many bytes
@@ -17,7 +18,11 @@ def locate(model: str, parts: Sequence[str]) -> Path:
     """
     folder = Path(model)
     if not folder.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        folder = Path(snapshot_download(model, allow_patterns=["*.json", *(f"{part}/*" for part in parts)]))
+        try:
+            folder = Path(snapshot_download(model, allow_patterns=["*.json", *(f"{part}/*" for part in parts)]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"model={model}: no such folder, and the hub has no such model ({reason})") from error
     if not folder.is_dir():
         raise ValueError(f"model={model}: no such folder, and not a hub name of the form OWNER/NAME")
     for part in parts:

@@ -14,6 +14,7 @@ import zarr
 from torch import Tensor
 
 from common.video import VideoSpec
+from shards.record import is_plain
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,11 @@ def steps(path: Path) -> list[str]:
 
 
 def describe(path: Path, step: str) -> LatentGroup:
-    """What a step holds."""
+    """What a step holds; ValueError where a key would name a file in another folder."""
     facts = zarr.open_group(path / step, mode="r").attrs.asdict()
+    for key in facts["keys"]:
+        if not is_plain(key):
+            raise ValueError(f"latents={path}: {step}: the key {key!r} holds a path, where a plain name must be")
     return LatentGroup(
         step, VideoSpec(**facts["spec"]), tuple(facts["keys"]), tuple(facts["prompts"]), tuple(facts["seeds"])
     )

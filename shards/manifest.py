@@ -17,6 +17,7 @@ from common.video import VideoSpec
 SCHEMA = 1
 MANIFEST, NEGATIVE = "manifest.json", "negative.safetensors"
 UNSIGNED = "0" * 64  # stands for the manifest's own hash while that hash is taken
+SHARD_NAME = re.compile(r"shard-[0-9]{6,}\.tar")  # of a tar; nothing else is opened or deleted
 SIGNED = re.compile(rb'\{\s*"sha256": "([0-9a-f]{64})"')
 
 
@@ -43,6 +44,9 @@ class Shard:
     sha256: str
     size: int  # bytes
     index_sha256: str = ""  # of the sidecar; empty within the sidecar itself
+
+
+SHARD_FIELDS = Shard.__annotations__.keys()
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _shard_or_dict(fields: dict[str, Any]) -> object:
-    """Make each shard while parsing, so that 200,000 of them never stand in memory as dicts."""
-    return Shard(**fields) if "index_sha256" in fields else fields
+    """Make each shard while parsing, so that 200,000 of them never stand in memory as dicts; another schema's stay."""
+    return Shard(**fields) if fields.keys() == SHARD_FIELDS else fields
 
 
 def intact(data: bytes) -> bool:
@@ -114,7 +118,8 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     try:
         fields = json.loads(data, object_hook=_shard_or_dict)
         if fields["schema"] != SCHEMA:
-            raise ValueError(f"{where}/{MANIFEST}: schema is {fields['schema']}, this version reads {SCHEMA}")
+            way = f"this version reads only {SCHEMA}; use the version that made it, or encode again"
+            raise ValueError(f"{where}/{MANIFEST}: has schema {fields['schema']}, {way}")
         manifest = Manifest(
             SCHEMA,
             VideoSpec(**fields["spec"]),
@@ -123,8 +128,13 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
             fields["failures"],
             fields["negative_sha256"],
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        foreign = [shard.name for shard in manifest.shards if not SHARD_NAME.fullmatch(shard.name)]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}/{MANIFEST}: not a manifest ({error}); encode again") from error
+    if foreign:
+        raise ValueError(
+            f"{where}/{MANIFEST}: names a shard {foreign[0]!r}, which is no shard-NUMBER.tar; encode again"
+        )
     if manifest.records == 0:
         raise ValueError(f"shards={where}: the data set is empty")
     return manifest

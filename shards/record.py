@@ -50,6 +50,11 @@ class Batch:
     condition: Condition
 
 
+def is_plain(key: str) -> bool:
+    """Whether a key, which names files, stays in their folder."""
+    return bool(key) and ".." not in key and not set(key) & set("/\\\0")
+
+
 def to_members(record: Record) -> dict[str, bytes]:
     """Serialise a record as {member name: bytes}; equal records give equal bytes."""
     tensors = {"text": record.text}
@@ -79,6 +84,8 @@ def read_tensors(data: bytes | memoryview) -> dict[str, Tensor]:
 
 def from_members(key: str, tensors: bytes | memoryview, facts: bytes | memoryview) -> Record:
     """Rebuild a record from the bytes of its two members; the tensors share the memory of a writable view."""
+    if not is_plain(key):
+        raise ValueError(f"key {key!r}: holds a path, where a plain name must be")
     loaded = read_tensors(tensors)
     fields = json.loads(bytes(facts))
     fields["size"] = tuple(fields["size"]) if fields["size"] else None
@@ -93,6 +100,13 @@ def pad_text(text: Tensor, length: int = TEXT_LENGTH) -> Tensor:
     if text.shape[0] >= length < TEXT_LENGTH:
         raise ValueError(f"text_rows={length}: a prompt has {text.shape[0]} tokens; give at least {text.shape[0] + 1}")
     return torch.nn.functional.pad(text, (0, 0, 0, length - text.shape[0]))
+
+
+def alike(records: Sequence[Record], size: int) -> list[list[int]]:
+    """Places of records in batches of at most `size`, those with and those without a first frame apart."""
+    kinds = [record.first_frame is not None for record in records]
+    groups = ([place for place, kind in enumerate(kinds) if kind is wanted] for wanted in (True, False))
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
 def collate(records: Sequence[Record], *, text_rows: int = TEXT_LENGTH) -> Batch:

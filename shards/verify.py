@@ -9,7 +9,7 @@ from pathlib import Path
 from common.progress import track
 from shards.describe import Report, outliers, sources, spreads
 from shards.examine import Findings, Problem, examine
-from shards.manifest import MANIFEST, NEGATIVE, Manifest, intact, parse_manifest, parse_negative
+from shards.manifest import MANIFEST, NEGATIVE, SHARD_NAME, Manifest, intact, parse_manifest, parse_negative
 from shards.place import Folder, Place, open_place, read_whole
 from shards.read import prefetch
 from shards.write import index_name
@@ -116,5 +116,6 @@ def _strays(place: Place, manifest: Manifest) -> Iterator[Problem]:
     if isinstance(place, Folder):
         known = {name for shard in manifest.shards for name in (shard.name, index_name(shard.name))}
         for path in sorted(Path(place.where).glob("shard-*")):
-            if path.name not in known and not path.name.endswith(".partial"):
+            ours = path.suffix in (".tar", ".json") and SHARD_NAME.fullmatch(path.with_suffix(".tar").name)
+            if ours and path.name not in known:
                 yield Problem(path.name, "", "is not in the manifest")

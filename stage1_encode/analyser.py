@@ -24,15 +24,27 @@ def load(path: str) -> Judge:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        judge = module.judge
     except (SyntaxError, ImportError, AttributeError) as error:
-        raise ValueError(f"analyser={path}: {error}; it must define judge(video, prompt)") from error
+        raise ValueError(f"analyser={path}: {error}") from error
+    found = vars(module)
+    if "judge_all" in found:
+        many: Judge = found["judge_all"]
+        return many
+    if "judge" not in found:
+        raise ValueError(f"analyser={path}: must define judge(video, prompt) or judge_all(videos, prompts)")
 
     def one_by_one(videos: Tensor, prompts: Sequence[str]) -> list[Answers]:
-        return [judge(video, prompt) for video, prompt in zip(videos.cpu().numpy(), prompts, strict=True)]
+        return [found["judge"](video, prompt) for video, prompt in zip(videos.cpu().numpy(), prompts, strict=True)]
 
-    many: Judge = vars(module).get("judge_all", one_by_one)
-    return many
+    return one_by_one
+
+
+def verdicts(value: object) -> list[bool]:
+    """The truth values of an answer, whatever type they have; what cannot be iterated is one."""
+    try:
+        return [bool(part) for part in value]  # type: ignore[attr-defined]
+    except TypeError:
+        return [bool(value)]
 
 
 def shares(answers: Sequence[Answers]) -> dict[str, float]:
@@ -40,5 +52,5 @@ def shares(answers: Sequence[Answers]) -> dict[str, float]:
     counts: dict[str, list[bool]] = {}
     for one in answers:
         for key, value in one.items():
-            counts.setdefault(key, []).extend([value] if isinstance(value, bool) else [bool(part) for part in value])
+            counts.setdefault(key, []).extend(verdicts(value))
     return {key: sum(values) / len(values) for key, values in counts.items() if values}

@@ -26,17 +26,22 @@ class Clip:
 
 
 def load(folder: str, device: torch.device) -> Clip:
-    """Read a CLIP folder; ValueError where it is none."""
+    """Read a CLIP folder; ValueError where it is none, or its weights are not all there as safetensors."""
     facts = Path(folder) / "preprocessor_config.json"
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"clip={folder}: holds no config.json; name the folder of a CLIP model")
+    if not list(Path(folder).glob("*.safetensors")):
+        raise ValueError(f"clip={folder}: holds no .safetensors weights; a pickled file is not read, convert it")
     stated = json.loads(facts.read_bytes()) if facts.is_file() else {}
     mean, std = (
         rearrange(torch.tensor(values, device=device), "c -> c 1 1")
         for values in (stated.get("image_mean", MEAN), stated.get("image_std", STD))
     )
-    model = CLIPModel.from_pretrained(folder).to(device).eval().requires_grad_(False)
-    return Clip(model, AutoTokenizer.from_pretrained(folder), mean, std)
+    model, loading = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ValueError(f"clip={folder}: lacks weights of a CLIP model: {', '.join(missing[:3])}")
+    return Clip(model.to(device).eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder), mean, std)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Options of stage one."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from common.options import MODEL, at_least, device_option, one_of, option, size_option
 from common.video import VideoSpec
@@ -64,6 +65,13 @@ class EncodeConfig:
         if not found or int(found[1]) >= int(found[2]):
             raise ValueError(f"shards={self.shards}: must be two whole numbers A:B with A < B, as 0:100")
         return int(found[1]), int(found[2])
+
+    @property
+    def anywhere(self) -> "EncodeConfig":
+        """The same with absolute paths, for another working directory; a hub name stays."""
+        data, out = (str(Path(path).absolute()) for path in (self.data, self.out))
+        model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
+        return replace(self, data=data, out=out, model=model)
 
     @property
     def spec(self) -> VideoSpec:

@@ -1,6 +1,8 @@
 """`decode`: latents become videos, the way back through the same VAE. Shapes: F frames, X Y pixel height and width."""
 
+import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
@@ -13,12 +15,13 @@ from common.progress import track
 from shards import latents
 from shards.fingerprint import locate
 from shards.latents import LatentGroup
+from shards.manifest import write_file
 from stage1_encode import vae
 from stage1_encode.config import DecodeConfig
 from stage1_encode.mp4 import write_video
 
 CONTACT, CONFIG = "contact.png", "decode.yaml"
-OURS = re.compile(rf"{CONTACT}|{CONFIG}|sample\.yaml|.*\.zarr|.*\.mp4(\.partial)?|step-.*|sample")
+OURS = re.compile(rf"(contact(-\d+)?\.png|.*\.mp4)(\.partial)?|{CONFIG}|.*\.mp4\.yaml|sample(\.yaml)?|.*\.zarr|step-.*")
 THUMBNAIL, MOST_ROWS = 256, 64  # of the contact sheet: pixels in width, videos
 
 
@@ -26,7 +29,7 @@ def decode(config: DecodeConfig) -> list[Path]:
     """Write KEY.mp4 for every video of a store, and a contact sheet; one folder a step if there are several."""
     store, out = Path(config.latents), Path(config.out)
     steps = finished_steps(store)
-    check_folder(out)
+    check_folder(out, steps)
     model = load_vae(config)
     made: list[Path] = []
     for step in steps:
@@ -45,11 +48,12 @@ def finished_steps(store: Path) -> list[str]:
     return steps
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds anything but videos made here."""
+def check_folder(folder: Path, steps: Sequence[str]) -> None:
+    """Refuse a folder that holds anything but videos made here, and folders of these steps."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={folder}: is a file; give a folder")
-    foreign = sorted(path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)) if folder.is_dir() else []
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if name not in steps and not OURS.fullmatch(name)]
     if foreign:
         raise ValueError(f"out={folder}: holds something else ({', '.join(foreign[:3])}); give a new folder")
 
@@ -68,8 +72,15 @@ def decode_step(config: DecodeConfig, model: vae.Vae, group: LatentGroup, folder
         made.append(write_video(folder / f"{group.keys[row]}.mp4", pixels, fps=group.spec.fps))
         if row < MOST_ROWS:
             sheet.append(thumbnails(pixels, columns=config.columns))
-    Image.fromarray(numpy.concatenate(sheet)).save(folder / CONTACT)
-    return [*made, folder / CONTACT]
+    return [*made, write_sheet(folder / CONTACT, sheet)]
+
+
+def write_sheet(path: Path, rows: Sequence[numpy.ndarray]) -> Path:
+    """Write rows of pictures, one below the other, as a PNG file; whole or not at all."""
+    data = io.BytesIO()
+    Image.fromarray(numpy.concatenate(rows)).save(data, format="PNG")
+    write_file(path, data.getbuffer())
+    return path
 
 
 def read_pixels(model: vae.Vae, store: Path, group: LatentGroup, row: int) -> numpy.ndarray:

@@ -64,7 +64,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
         hold_shards(lock, folder, mine)
         with alone(lock, SETTLING), storing(folder):
             check_plan(folder, plan)
-            write_plan(folder, config, plan)
+            write_plan(folder, config.anywhere, plan)
             if found.unfinished or not (folder / NEGATIVE).is_file():
                 (folder / MANIFEST).unlink(missing_ok=True)
         numbers = [number for number in found.unfinished if number in mine]

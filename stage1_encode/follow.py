@@ -18,7 +18,7 @@ def follow(config: DecodeConfig) -> Iterator[Path]:
     A step whose contact sheet is there is not decoded again. The store may not be there yet.
     """
     store, out = Path(config.latents), Path(config.out)
-    check_folder(out)
+    check_folder(out, there(store))
     model = load_vae(config)
     out.mkdir(parents=True, exist_ok=True)
     write_config(out / CONFIG, config)
@@ -32,7 +32,11 @@ def follow(config: DecodeConfig) -> Iterator[Path]:
         time.sleep(POLL_SECONDS)
 
 
+def there(store: Path) -> list[str]:
+    """Finished steps of the store; none where it is not there yet."""
+    return latents.steps(store) if (store / "zarr.json").is_file() else []
+
+
 def waiting(store: Path, out: Path) -> list[str]:
     """Finished steps of the store without a contact sheet."""
-    there = latents.steps(store) if (store / "zarr.json").is_file() else []
-    return [step for step in there if not (out / step / CONTACT).is_file()]
+    return [step for step in there(store) if not (out / step / CONTACT).is_file()]

@@ -1,7 +1,7 @@
 """After `verify`: encode again what it found broken, and draw what the good records show."""
 
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from shards.fingerprint import fingerprint, locate
 from shards.read import DataSet, open_data_set
 from shards.record import Record
 from shards.verify import discard_broken
-from shards.write import index_name
 from stage1_encode import vae
 from stage1_encode.config import EncodeConfig, VerifyConfig
 from stage1_encode.encode import EncodeReport, encode
@@ -38,10 +37,24 @@ def mend(report: Report, config: VerifyConfig) -> EncodeReport:
     asked = command_of(folder, config)
     check_plan(folder, make_plan(asked, locate(asked.model, PARTS)))
     pick_device(asked.device)
-    if not any(problem.file == index_name(problem.shard) for problem in report.problems if problem.shard):
-        survey(folder, asked)  # the sidecars are sound: do they still belong to this CSV?
+    sidecars = {problem.file for problem in report.problems if problem.shard and problem.file != problem.shard}
+    with aside([folder / name for name in sorted(sidecars)]):
+        survey(folder, asked)  # do the sound sidecars still belong to this CSV?
     discard_broken(report)
     return encode(asked)
+
+
+@contextmanager
+def aside(paths: Sequence[Path]) -> Iterator[None]:
+    """Give files that are there another name for a while."""
+    moved = {path: path.with_name(path.name + ".partial") for path in paths if path.is_file()}
+    for path, partial in moved.items():
+        path.replace(partial)
+    try:
+        yield
+    finally:
+        for path, partial in moved.items():
+            partial.replace(path)
 
 
 def command_of(folder: Path, config: VerifyConfig) -> EncodeConfig:

@@ -15,17 +15,16 @@ from typing import Protocol
 
 import numpy
 import torch
-from PIL import Image
 from torch import Tensor
 
 from common.device import begin_copy, mark
 from common.progress import Progress
 from common.video import VideoSpec
 from shards import latents
-from shards.record import Record
+from shards.record import Record, alike
 from stage1_encode import vae
 from stage1_encode.conditions import Conditioner, encode_frame, make_records
-from stage1_encode.decode import CONTACT, MOST_ROWS, thumbnails
+from stage1_encode.decode import CONTACT, MOST_ROWS, thumbnails, write_sheet
 from stage1_encode.mp4 import Film
 from stage1_encode.rows import Row, read_shards
 
@@ -128,26 +127,20 @@ def contents(order: Order, rows: Sequence[Row], seeds: Sequence[int]) -> latents
     return latents.LatentGroup(STEP, order.spec, keys, prompts, tuple(seed for seed in seeds for _ in range(count)))
 
 
-def alike(kinds: Sequence[bool], size: int) -> list[list[int]]:
-    """Places in batches of at most `size`, those with and those without a first frame apart."""
-    groups = ([place for place, kind in enumerate(kinds) if kind is wanted] for wanted in (True, False))
-    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-
-
 class Take:
-    """One video being made: its film and the frames of it that the contact sheet shows."""
+    """One video being made: its film and, where it is shown, the frames of it on the contact sheet."""
 
-    def __init__(self, path: Path, order: Order) -> None:
+    def __init__(self, path: Path, order: Order, *, shown: bool) -> None:
         self.film = Film(path, fps=order.spec.fps)
         frames = 1 + (order.spec.num_frames - 1) * order.segments
-        self.places = numpy.linspace(0, frames - 1, COLUMNS).round().astype(int).tolist()
+        self.places = numpy.linspace(0, frames - 1, COLUMNS if shown else 0).round().astype(int).tolist()
         self.count, self.shown = 0, list[Tensor]()
 
     def add(self, frames: Tensor) -> None:
         """Append frames (F X Y 3) uint8."""
         self.film.add(frames)
         here = [place - self.count for place in self.places if 0 <= place - self.count < len(frames)]
-        self.shown += [begin_copy(frames[place], torch.device("cpu")) for place in here]
+        self.shown += [begin_copy(frames[place].clone(), torch.device("cpu")) for place in here]
         self.count += len(frames)
 
 
@@ -174,7 +167,7 @@ class Work:
             self.sampler.move(torch.device("cpu"))
         order = self.order
         records = make_records(self.models, rows, order.table, order.spec, stay=self.placing.text)
-        for places in alike([record.first_frame is not None for record in records], order.batch_size):
+        for places in alike(records, order.batch_size):
             before = self.takes[-order.batch_size :]
             self.batch([records[place] for place in places], [seeds[place] for place in places])
             for take in before:
@@ -183,7 +176,7 @@ class Work:
 
     def batch(self, records: Sequence[Record], seeds: Sequence[int]) -> None:
         """Begin the videos of one batch, segment by segment."""
-        takes = [Take(self.path(record), self.order) for record in records]
+        takes = [Take(self.path(record), self.order, shown=self.place(record) < MOST_ROWS) for record in records]
         for take in takes:
             self.films.push(take.film)
         for segment in range(self.order.segments):
@@ -212,8 +205,7 @@ class Work:
 
     def keep(self, records: Sequence[Record], x0: Tensor, segment: int) -> None:
         """Store latents (B C T H W) meanwhile; when this returns, those before them are stored."""
-        places = [int(record.key) // self.order.world for record in records]
-        rows = [place * self.order.segments + segment for place in places]
+        rows = [self.place(record) * self.order.segments + segment for record in records]
         self.kept.append(self.keeper.submit(self._write, rows, begin_copy(x0, torch.device("cpu")), mark(x0.device)))
         if len(self.kept) > 1:
             self.kept.popleft().result()
@@ -224,6 +216,10 @@ class Work:
         if not x0.isfinite().all():
             raise ValueError(f"the latents of row {rows[0]} are not finite: is the checkpoint sound?")
         latents.write(self.order.store, STEP, rows, x0)
+
+    def place(self, record: Record) -> int:
+        """Place of a record's row among those of this process."""
+        return int(record.key) // self.order.world
 
     def path(self, record: Record) -> Path:
         """Where a record's video goes."""
@@ -239,5 +235,4 @@ class Work:
             return made
         sheet = [thumbnails(torch.stack(take.shown).numpy(), columns=COLUMNS) for take in takes[:MOST_ROWS]]
         path = self.order.out / (f"contact-{self.order.rank}.png" if self.order.world > 1 else CONTACT)
-        Image.fromarray(numpy.concatenate(sheet)).save(path)
-        return [*made, path]
+        return [*made, write_sheet(path, sheet)]

@@ -46,10 +46,13 @@ class SampleConfig:
             raise ValueError("prompt is empty: say what the video shows")
         if self.prompt is not None and not self.out.endswith(".mp4"):
             raise ValueError(f"out={self.out}: must end in .mp4 for a single video")
+        if self.data is not None and self.out.endswith(".mp4"):
+            raise ValueError(f"out={self.out}: must be a folder for --data; one .mp4 file is for --prompt")
         if self.data is not None and self.image is not None:
             raise ValueError("--image goes with --prompt; a CSV names its images in the column image")
         at_least("batch_size", self.batch_size, 1)
         at_least("segments", self.segments, 1)
+        at_least("seed", self.seed, 0)
         check_text_rows(self.text_rows)
         one_of("weights", self.weights, WEIGHTS)
         one_of("dtype", self.dtype, DTYPES)

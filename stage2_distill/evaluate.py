@@ -26,12 +26,12 @@ from shards.contest import LATENTS, Contest, Contestant, set_name, write_contest
 from shards.fingerprint import fingerprint, locate
 from shards.manifest import check_manifest, write_file
 from shards.read import open_data_set
-from shards.record import Record, collate, pad_text
+from shards.record import Record, alike, collate, pad_text
 from stage2_distill.checkpoint import StudentFacts, checkpoints, chosen, newest, read_facts, write_best
 from stage2_distill.config_sample import EvaluateConfig
 from stage2_distill.metrics import Spread, spread
 from stage2_distill.rollout import euler, rollout
-from stage2_distill.sample import batches, check_model, load_student
+from stage2_distill.sample import check_model, load_student
 from stage2_distill.scores import score
 from stage2_distill.wan import denoiser, guided
 from stage2_distill.wan import load as load_network
@@ -216,7 +216,7 @@ def sample_set(setting: Setting, sampler: Sampler, plain: Denoiser, seed: int) -
     latents.create(store, latents.LatentGroup(name, spec, keys, prompts, (seed,) * len(records)), together=together)
     took = []
     with Progress(len(records), label=f"sample {name}") as progress:
-        for rows in batches([r.first_frame is not None for r in records], setting.config.batch_size):
+        for rows in alike(records, setting.config.batch_size):
             began = time.perf_counter()
             x0 = sample_rows(setting, sampler, plain, rows, seed).cpu()
             took.append((time.perf_counter() - began) / len(rows))

@@ -108,9 +108,3 @@ def load_student(
     net = load_network(model, torch.float32, plan).requires_grad_(False)
     load_merged(net, checkpoint, config.weights, lora)
     return cast_parameters(net, dtype).to(device)
-
-
-def batches(kinds: list[bool], size: int) -> list[list[int]]:
-    """Rows in batches of at most `size`, those with and those without a first frame apart."""
-    groups = ([row for row, kind in enumerate(kinds) if kind is wanted] for wanted in (True, False))
-    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]

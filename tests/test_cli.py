@@ -19,6 +19,8 @@ from tiny import make_model, picture, write_csv
 
 import cli
 from shards.latents import read
+from stage1_encode.rows import locate_file, read_shards
+from stage2_distill.config_sample import SampleConfig
 
 ROOT = Path(__file__).parent.parent
 SIZE = ["--num-frames", "9", "--height", "64", "--width", "96", "--fps", "12"]
@@ -78,6 +80,7 @@ def sample(run: Path, model: Path, out: Path, *more: object) -> str:
 
 
 def test_prompt_and_picture_become_a_video(run: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("fps: 12  # mine\n")
     options = ["--prompt", "a circle moves", "--image", run / "first.png", "--seed", 3]
     for name in ("one.mp4", "two.mp4"):
         assert sample(run, model, tmp_path / name, *options).strip() == str(tmp_path / name)
@@ -90,7 +93,23 @@ def test_prompt_and_picture_become_a_video(run: Path, model: Path, tmp_path: Pat
     assert first.numpy().tobytes() == second.numpy().tobytes(), "same seed, same bytes"
     sample(run, model, tmp_path / "three.mp4", *options[:-1], 4)
     assert not numpy.array_equal(first, read(tmp_path / "three.zarr", "sample", 0))
-    assert (tmp_path / "one.yaml").is_file()
+    assert "prompt: a circle moves" in (tmp_path / "one.mp4.yaml").read_text()
+    assert (tmp_path / "one.yaml").read_text() == "fps: 12  # mine\n"
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        ("https://host/a.png?x=1", "https://host/a.png?x=1"),
+        ("a.png", str(Path.cwd() / "a.png")),
+        ("/b/a.png", "/b/a.png"),
+    ],
+)
+def test_an_image_may_be_a_web_address(image: str, found: str, tmp_path: Path) -> None:
+    config = SampleConfig("c", "m", "o.mp4", prompt="p", image=image)
+    table = Path(cli.write_prompt(tmp_path / "prompt.csv", config))
+    (rows,) = read_shards(table, shard_size=9, text_only=True)
+    assert locate_file(table, rows[0].path) == found
 
 
 def test_csv_of_prompts_becomes_a_folder(run: Path, model: Path, tmp_path: Path) -> None:
@@ -233,6 +252,8 @@ def test_mistakes_of_sample(run: Path, model: Path, tmp_path: Path) -> None:
     assert "num_frames=10" in mistake("--prompt", "a", "--num-frames", 10, *out)
     assert "height=70" in mistake("--prompt", "a", "--height", 70, *out)
     assert "segments=0" in mistake("--prompt", "a", "--segments", 0, *out)
+    assert "seed=-1: must be at least 0" in mistake("--prompt", "a", "--seed", -1, *out, base=tmp_path / "none")
+    assert "v.mp4: must be a folder" in mistake("--data", tmp_path / "e.csv", *out, base=tmp_path / "none")
     write_csv(tmp_path / "e.csv", [("a", ""), (" ", "x.png")], ("prompt", "image"))
     assert "line 3" in mistake("--data", tmp_path / "e.csv", "--out", tmp_path / "videos")
     other = make_model(tmp_path / "other", seed=1)

@@ -17,7 +17,7 @@ from shards import latents
 from shards.latents import describe, read
 from shards.read import open_data_set
 from shards.record import Record
-from stage1_encode import vae
+from stage1_encode import vae, videos
 from stage1_encode.conditions import Conditioner, encode_frame, load_conditioner, make_records, read_picture
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import encode
@@ -160,6 +160,24 @@ def test_memory_does_not_grow_with_segments(order: Order, models: Conditioner, m
     make_videos(replace(order, segments=6), models, Watched(), Placing())
     assert len(alive) == 12
     assert max(alive) <= 1
+
+
+def test_only_what_the_contact_sheet_shows_is_kept(
+    order: Order, models: Conditioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    takes: list[videos.Take] = []
+    remember = videos.Take.__init__
+
+    def init(self: videos.Take, *given: object, **options: object) -> None:
+        remember(self, *given, **options)
+        takes.append(self)
+
+    monkeypatch.setattr(videos.Take, "__init__", init)
+    monkeypatch.setattr(videos, "MOST_ROWS", 1)
+    made = make_videos(order, models, Noise(), Placing())
+    assert Image.open(made[-1]).height == 64
+    assert [len(take.shown) for take in takes] == [videos.COLUMNS, 0]
+    assert all(frame.untyped_storage().nbytes() == frame.nbytes for frame in takes[0].shown), "no view of a video"
 
 
 def test_memory_modes_give_the_same_files(order: Order, models: Conditioner) -> None:

@@ -1,5 +1,6 @@
 """The store of latents gives back what was written, however many videos share a chunk."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,10 @@ def test_rows_come_back(tmp_path: Path, together: int) -> None:
     latents.finish(tmp_path, "a")
     assert torch.equal(latents.read_rows(tmp_path, "a", 0, 7), videos)
     assert torch.equal(latents.read(tmp_path, "a", 5), videos[5])
+
+
+@pytest.mark.parametrize("key", ["../../escaped", "a/b", "a\\b", "..", ""])
+def test_a_key_that_leaves_its_folder_is_refused(tmp_path: Path, key: str) -> None:
+    latents.create(tmp_path, latents.LatentGroup("a", SPEC, ("fine", key), ("p", "p"), (0, 0)))
+    with pytest.raises(ValueError, match=f"a: the key {re.escape(repr(key))} holds a path"):
+        latents.describe(tmp_path, "a")

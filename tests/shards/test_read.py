@@ -3,6 +3,7 @@ import shutil
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load
 
 from shards.order import permuted
 from shards.read import DataSet, Stream, open_data_set, prefetch
-from shards.record import read_tensors, to_members
+from shards.record import alike, read_tensors, to_members
 from tests.shards.data_sets import make_data_set, make_record
 
 PINNED, PINNED_LARGE = [5, 1, 0, 4, 6, 9, 3, 2, 8, 7], 47_609_603
@@ -195,3 +196,9 @@ def test_an_unfinished_data_set_is_refused(tmp_path, missing):
     (folder / missing).unlink()
     with pytest.raises(ValueError, match=f"unfinished.*{missing}"):
         open_data_set(folder)
+
+
+def test_batches_never_mix_records_with_and_without_a_first_frame():
+    records = [replace(make_record(i), first_frame=None) if i in (1, 4) else make_record(i) for i in range(6)]
+    assert alike(records, 3) == [[0, 2, 3], [5], [1, 4]]
+    assert alike(records, 1) == [[0], [2], [3], [5], [1], [4]]

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import random
 import shutil
 import tarfile
@@ -6,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shards.manifest import read_manifest, read_negative, write_manifest
+from shards.manifest import UNSIGNED, read_manifest, read_negative, write_manifest
 from shards.verify import broken_shards, discard_broken, verify
 from shards.write import read_index, shard_name, write_shard
 from tests.shards.data_sets import FAILURE, TEXT_DIM, make_data_set, make_record, make_shards
@@ -131,6 +133,7 @@ def with_first(**fields):
         (with_first(text=torch.ones(513, TEXT_DIM)), r"text is \(513, 8\)"),
         (with_first(text=torch.ones(2, TEXT_DIM + 1)), r"text is \(2, 9\)"),
         (with_first(source=replace(make_record(4).source, prompt=" ")), "the prompt is empty"),
+        (with_first(key="../clip"), "key '../clip': holds a path"),
         (with_first(key="clip-000006"), "this key is also in shard-000001.tar"),
         (with_first(key="clip-000000"), "this key is also in shard-000000.tar"),
         (with_first(source=replace(make_record(4).source, line=8)), "lines 8 to 9 are not 3 rows"),
@@ -159,8 +162,31 @@ def test_outliers_are_shown_but_not_broken(folder):
 
 def test_a_shard_that_the_manifest_does_not_know_is_named(folder):
     (folder / "shard-000002.tar").write_bytes(b"")
-    (folder / "shard-000002.tar.partial").write_bytes(b"")
+    for mine in ("shard-000002.tar.partial", "shard-notes.txt", "shard-2.tar", "shard-000002.txt"):
+        (folder / mine).write_bytes(b"")
     assert named(verify(folder)) == {("shard-000002.tar", "")}
+
+
+def test_a_manifest_of_a_newer_schema_says_so_whatever_its_shards_have(folder):
+    fields = json.loads((folder / "manifest.json").read_text()) | {"sha256": UNSIGNED, "schema": 2}
+    for shard in fields["shards"]:
+        shard["codec"] = "zstd"
+    text = json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
+    (folder / "manifest.json").write_text(text.replace(UNSIGNED, hashlib.sha256(text.encode()).hexdigest()))
+    with pytest.raises(ValueError, match=r"has schema 2, this version reads only 1; use the version that made it"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["../victim.txt", "victim.tar", "shard-000001.tar/../../victim.txt"])
+def test_a_manifest_that_names_another_file_is_refused_and_the_file_left(folder, name):
+    (folder.parent / "victim.txt").write_text("mine")
+    before = read_manifest(folder)
+    shards = (before.shards[0], replace(before.shards[1], name=name))
+    write_manifest(folder, replace(before, shards=shards), read_negative(folder))
+    report = verify(folder)
+    assert named(report) == {("manifest.json", "")} and f"names a shard '{name}'" in str(report.problems[0])
+    assert discard_broken(report) == ["manifest.json"]
+    assert (folder.parent / "victim.txt").read_text() == "mine"
 
 
 def test_repair_takes_away_just_what_is_broken(folder, clean):

@@ -6,6 +6,7 @@ import numpy
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 from stage1_encode import analyser, appearance, clip, i3d
@@ -57,6 +58,10 @@ def test_a_judge_from_a_file(tmp_path: Path) -> None:
     assert analyser.load(str(tmp_path / "all.py"))(torch.zeros(2, 1), ["a", "b"]) == [{"n": True}, {"n": True}]
     found = analyser.shares([{"a": True, "b": [True, False]}, {"a": False}, {"a": True, "b": [False, False]}])
     assert found == {"a": pytest.approx(2 / 3), "b": 0.25}
+    (tmp_path / "only.py").write_text("def judge_all(v, p):\n    return [{'n': len(v) == 2}] * 2\n")
+    assert analyser.load(str(tmp_path / "only.py"))(torch.zeros(2, 1), ["a", "b"]) == [{"n": True}, {"n": True}]
+    values = [numpy.bool_(True), torch.tensor(False), 1, numpy.array([True, False]), (True, torch.tensor(True)), []]
+    assert analyser.shares([{"a": value} for value in values]) == {"a": pytest.approx(5 / 7)}
     (tmp_path / "none.py").write_text("x = 1\n")
     for name in ("none.py", "gone.py"):
         with pytest.raises(ValueError, match=f"analyser=.*{name}"):
@@ -91,3 +96,11 @@ def test_clip_stand_in(tmp_path: Path) -> None:
     assert score != pytest.approx(clip.score(model, video, "the left left left"), abs=1e-3)
     with pytest.raises(ValueError, match="config.json"):
         clip.load(str(tmp_path / "none"), torch.device("cpu"))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["logit_scale"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"clip=.*: lacks weights of a CLIP model: logit_scale"):
+        clip.load(str(tmp_path), torch.device("cpu"))
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"clip=.*: holds no \.safetensors weights"):
+        clip.load(str(tmp_path), torch.device("cpu"))

@@ -13,7 +13,7 @@ from common.video import VideoSpec
 from shards import latents
 from stage1_encode import vae
 from stage1_encode.config import DecodeConfig
-from stage1_encode.decode import decode, thumbnails
+from stage1_encode.decode import decode, thumbnails, write_sheet
 from stage1_encode.mp4 import Film, write_video
 from tests import tiny
 
@@ -100,6 +100,28 @@ def test_several_steps_get_folders(model: Path, tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path / "out")) for path in made] == [
         f"{step}/{name}" for step in ("step-1", "step-20") for name in ("000000000.mp4", "contact.png")
     ]
+
+
+def test_the_same_command_again_accepts_what_it_made(model: Path, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "x.zarr", steps=("student-seed-0", "teacher-seed-0"), videos=1)
+    config = DecodeConfig(str(store), str(model), str(tmp_path / "out"), columns=1, device="cpu")
+    made = decode(config)
+    (tmp_path / "out" / "contact-3.png").touch()  # of sample under torchrun
+    assert decode(config) == made
+    (tmp_path / "out" / "student-seed-1").mkdir()
+    with pytest.raises(ValueError, match=r"holds something else \(student-seed-1\)"):
+        decode(config)
+
+
+def test_a_contact_sheet_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_sheet(tmp_path / "contact.png", [moving()[0], moving()[1]])
+    assert not (tmp_path / "contact.png").exists()
+    assert Image.open(tmp_path / "contact.png.partial").size == (96, 128)
 
 
 def test_mistakes_are_named(model: Path, tmp_path: Path) -> None:

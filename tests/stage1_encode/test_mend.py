@@ -75,6 +75,44 @@ def test_nothing_is_deleted_where_the_command_cannot_run(whole: Path, clips: Pat
         mend(report, CPU)
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [(None, "No such file"), ([("clip-0.mp4", "another")] * 6, "lines 2 to 3 changed"), ([("a", "b")], "fewer rows")],
+)
+def test_nothing_is_deleted_where_a_sidecar_is_damaged_and_the_csv_does_not_fit(
+    rows: list[tuple[str, str]] | None, said: str, whole: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "set")
+    broken = {"shard-000000.json", "shard-000001.json"} if said == "fewer rows" else {"shard-000001.json"}
+    for name in broken:
+        flip(folder / name, 300)
+    if rows is not None:
+        tiny.write_csv(tmp_path / "rows.csv", rows)
+    settings = (folder / "encode.yaml").read_text().splitlines()[1:]
+    (folder / "encode.yaml").write_text("\n".join([f"data: {tmp_path / 'rows.csv'}", *settings]))
+    report, before = verify(folder), hashes(folder)
+    assert {problem.file for problem in report.problems} == broken
+    with pytest.raises(ValueError, match=said):
+        mend(report, CPU)
+    assert hashes(folder) == before
+
+
+def test_relative_paths_are_mended_from_another_folder(
+    whole: Path, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model").symlink_to(model)
+    tiny.write_csv(tmp_path / "rows.csv", [(clips / "clip-0.mp4", "a"), (clips / "clip-1.mp4", "b")])
+    monkeypatch.chdir(tmp_path)
+    encode(configure(Path("rows.csv"), Path("model"), Path("set"), shard_size=1))
+    before = hashes(tmp_path / "set")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    flip(tmp_path / "set" / "shard-000001.json", 300)
+    mend(verify(tmp_path / "set"), CPU)
+    assert hashes(tmp_path / "set") == before
+    assert configure(Path("x"), Path("OWNER/NAME"), Path("y")).anywhere.model == "OWNER/NAME"
+
+
 def test_the_picture_shows_each_record(whole: Path, model: Path, tmp_path: Path) -> None:
     report = verify(whole)
     path = draw_sheet(report, VerifyConfig(model=str(model), sheet=str(tmp_path / "a" / "sheet.png"), device="cpu"))
