@@ -28,6 +28,7 @@ except ImportError:  # no wheel for this machine
 # PyAV 19 keeps bytes that are no UTF-8 and has no option for it; before, they made a file unreadable
 open_leniently = av.open if int(av.__version__.split(".")[0]) >= 19 else partial(av.open, metadata_errors="ignore")
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "PPM")  # EPS and the like would start a program
+HEIC = ("heic", "heix", "hevc", "hevx", "mif1", "msf1")  # brands; FFmpeg would give one tile of the picture
 PICTURE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp8", "vp9", "mjpeg")
 SCANNED = 4 * 2**20  # bytes up to which decord may read the whole file to find one frame: a fifth more time at most
@@ -151,6 +152,9 @@ def _open(path: str) -> av.container.InputContainer:
 
 
 def _video_stream(file: av.container.InputContainer) -> VideoStream:
+    tiles = any(stream.disposition & av.stream.Disposition.dependent for stream in file.streams.video)
+    if tiles or file.metadata.get("major_brand") in HEIC:
+        raise UnreadableError("is a HEIC picture; save it as JPEG")
     for stream in file.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:  # an album cover is no video
             return stream
