@@ -67,10 +67,10 @@ def encode(config: EncodeConfig) -> EncodeReport:
             write_plan(folder, config, plan)
             if found.unfinished or not (folder / NEGATIVE).is_file():
                 (folder / MANIFEST).unlink(missing_ok=True)
-        numbers = [number for number in found.unfinished if number in mine]
+        wanted = {number: found.rows[number] for number in found.unfinished if number in mine}
         negative = 0 in mine and not (folder / NEGATIVE).is_file()  # one process writes it: the one with shard 0
-        if numbers or negative:
-            ENGINES[config.engine](config, numbers, negative=negative)
+        if wanted or negative:
+            ENGINES[config.engine](config, wanted, negative=negative)
         if rank_and_world()[0] == 0 and config.shards == "":
             wait_for_others(folder, found)
         with alone(lock, FINISHING), storing(folder):

@@ -188,8 +188,8 @@ def _check_rows(config: EncodeConfig, rows: list[Row], index: Index) -> None:
         )
 
 
-def finished(folder: Path, number: int, rows: int | None = None) -> Index | None:
-    """The sidecar of a shard that is there, with `rows` rows if given; None where it is to be made (again)."""
+def finished(folder: Path, number: int, rows: int = 0) -> Index | None:
+    """The sidecar of a shard that is there with at least `rows` rows; None where it is to be made (again)."""
     name = shard_name(number)
     try:
         index = read_index(folder, name)
@@ -197,7 +197,7 @@ def finished(folder: Path, number: int, rows: int | None = None) -> Index | None
         return None
     if index is None or (folder / name).stat().st_size != index.shard.size:
         return None
-    return index if rows in (None, index.shard.rows) else None
+    return index if index.shard.rows >= rows else None
 
 
 def finish(folder: Path, plan: Plan, found: Survey) -> Manifest | None:

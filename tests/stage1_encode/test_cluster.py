@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -156,6 +157,32 @@ def test_an_input_that_vanishes_is_one_line_and_leaves_whole_shards(
     monkeypatch.setitem(ENGINES, "local", engine)
     tiny.write_csv(table, rows)
     assert encode(config).records == 6 and verify(tmp_path / "out").problems == ()
+
+
+@pytest.mark.parametrize("change", [1, -1])
+def test_a_csv_that_changes_while_it_is_read(
+    change: int, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(clips / f"clip-{i}.mp4", tiny.PROMPTS[i]) for i in range(6)]
+    table = tiny.write_csv(tmp_path / "rows.csv", rows[:3])
+    config = configure(table, model, tmp_path / "out", shard_size=2)
+    engine = ENGINES["local"]
+
+    def change_rows(*given: object, **named: object) -> None:
+        tiny.write_csv(table, rows[: 3 + change])
+        engine(*given, **named)
+
+    def wait(seconds: float) -> None:
+        raise AssertionError("waits for itself")
+
+    monkeypatch.setitem(ENGINES, "local", change_rows)
+    monkeypatch.setattr("stage1_encode.encode.time", SimpleNamespace(sleep=wait))
+    if change < 0:
+        with pytest.raises(ValueError, match=r"^data=.*: lost rows while encode read it; run the same command again$"):
+            encode(config)
+        return
+    assert encode(config).records == 3
+    assert encode(config).records == 4 and verify(tmp_path / "out").problems == ()
 
 
 def test_an_engine_that_is_not_installed_is_named(
