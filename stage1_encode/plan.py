@@ -48,7 +48,9 @@ class Plan:
     encoder: Encoder
     shard_size: int
     text_only: bool
-    compile: bool  # rounds otherwise
+    compile: bool  # rounds otherwise, and so do the next two
+    batch_size: int
+    text_tokens: int
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,16 @@ def make_plan(config: EncodeConfig, model: Path) -> Plan:
         text_dim=width,
         negative_prompt=config.negative_prompt,
     )
-    return Plan(SCHEMA, config.spec, encoder, config.shard_size, config.text_only, config.compile)
+    return Plan(
+        schema=SCHEMA,
+        spec=config.spec,
+        encoder=encoder,
+        shard_size=config.shard_size,
+        text_only=config.text_only,
+        compile=config.compile,
+        batch_size=config.batch_size,
+        text_tokens=config.text_tokens,
+    )
 
 
 def check_folder(folder: Path) -> None:
