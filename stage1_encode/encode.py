@@ -25,6 +25,7 @@ from stage1_encode.plan import (
     opened_lock,
     storing,
     survey,
+    take_back,
     write_plan,
 )
 
@@ -53,6 +54,8 @@ def encode(config: EncodeConfig) -> EncodeReport:
     Raises ValueError for the user's mistakes, and `TooManyFailuresError` once the data set is finished.
     """
     folder = Path(config.out)
+    if config.retry_failures and rank_and_world()[1] > 1:
+        raise ValueError("retry_failures: not under torchrun; use one process, --engine ray, or jobs with --shards")
     if config.engine == "local":
         pick_device(config.device)  # a mistake there comes out before anything is written
     plan = make_plan(config, locate(config.model, PARTS))
@@ -62,12 +65,14 @@ def encode(config: EncodeConfig) -> EncodeReport:
     with opened_lock(folder) as lock:
         mine = share(config, len(found.rows))
         hold_shards(lock, folder, mine)
+        wanted = {number: found.rows[number] for number in found.unfinished if number in mine}
         with alone(lock, SETTLING), storing(folder):
             check_plan(folder, plan)
             write_plan(folder, config, plan)
             if found.unfinished or not (folder / NEGATIVE).is_file():
                 (folder / MANIFEST).unlink(missing_ok=True)
-        wanted = {number: found.rows[number] for number in found.unfinished if number in mine}
+            if config.retry_failures:
+                take_back(folder, wanted)
         negative = 0 in mine and not (folder / NEGATIVE).is_file()  # one process writes it: the one with shard 0
         if wanted or negative:
             ENGINES[config.engine](config, wanted, negative=negative)
@@ -104,7 +109,8 @@ def report(config: EncodeConfig, found: Survey, *, done: bool) -> EncodeReport:
     if done and len(failures) > config.max_failures * rows:
         raise TooManyFailuresError(
             f"{len(failures)} of {rows} rows failed, more than max_failures={config.max_failures:g} allows; "
-            f"the reasons are in {folder / FAILURES}, the other {records} records are in place"
+            f"the reasons are in {folder / FAILURES}, the other {records} records are in place; "
+            "--retry-failures tries the failed rows again"
         )
     first = f"line {failures[0].line}, {failures[0].path}: {failures[0].reason}" if failures else ""
     return EncodeReport(folder, records, len(failures), len(there), done, first)

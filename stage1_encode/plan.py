@@ -10,7 +10,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from shards.manifest import (
     write_file,
     write_manifest,
 )
-from shards.write import Failure, Index, read_index, shard_name
+from shards.write import Failure, Index, index_name, read_index, shard_name
 from stage1_encode.config import EncodeConfig
 from stage1_encode.rows import Row, read_shards, rows_digest
 
@@ -157,7 +157,7 @@ def write_plan(folder: Path, config: EncodeConfig, plan: Plan) -> None:
     """Write the plan and the resolved configuration of a new data set."""
     if not (folder / PLAN).is_file():
         partial = folder / (CONFIG + ".partial")
-        write_config(partial, config)
+        write_config(partial, replace(config, retry_failures=False))  # which is no part of what is made
         partial.replace(folder / CONFIG)
         write_file(folder / PLAN, _to_json(plan))
 
@@ -183,12 +183,18 @@ def survey(folder: Path, config: EncodeConfig) -> Survey:
         index = finished(folder, number)
         if index is not None:
             _check_rows(config, rows, index)
-        if index is None or index.shard.rows < len(rows):
+        if index is None or index.shard.rows < len(rows) or (config.retry_failures and index.failures):
             unfinished.append(number)
         counts.append(len(rows))
     if (folder / shard_name(len(counts))).exists():
         raise ValueError(f"data={config.data}: has fewer rows than {folder} was made from; give a new folder")
     return Survey(tuple(counts), tuple(unfinished))
+
+
+def take_back(folder: Path, numbers: Iterable[int]) -> None:
+    """Make shards unfinished, so that nobody takes them for made before they are made again."""
+    for number in numbers:
+        (folder / index_name(shard_name(number))).unlink(missing_ok=True)
 
 
 def _check_rows(config: EncodeConfig, rows: list[Row], index: Index) -> None:

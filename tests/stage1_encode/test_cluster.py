@@ -1,10 +1,12 @@
 """Nothing lost: killed runs, ranks, shard ranges, the lock, a full disk, a vanished input."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import pytest
 
 from shards.manifest import read_manifest
 from shards.verify import verify
-from stage1_encode.encode import encode
+from stage1_encode.encode import TooManyFailuresError, encode
 from stage1_encode.engine import ENGINES, tasks
 from stage1_encode.plan import hold_shards, opened_lock
 from tests import tiny
@@ -157,6 +159,32 @@ def test_an_input_that_vanishes_is_one_line_and_leaves_whole_shards(
     monkeypatch.setitem(ENGINES, "local", engine)
     tiny.write_csv(table, rows)
     assert encode(config).records == 6 and verify(tmp_path / "out").problems == ()
+
+
+def test_failed_rows_are_tried_again_when_asked(
+    clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(clips / f"clip-{i}.mp4", f"prompt {i}") for i in range(5)]
+    table = tiny.write_csv(tmp_path / "rows.csv", [*rows, (tmp_path / "late.mp4", "late")])
+    config, again = configure(table, model, tmp_path / "out"), {"retry_failures": True}
+    with pytest.raises(
+        TooManyFailuresError, match="5 records are in place; --retry-failures tries the failed rows again$"
+    ):
+        encode(config)
+    shutil.copy(clips / "clip-5.mp4", tmp_path / "late.mp4")
+    kept = (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns
+    with pytest.raises(TooManyFailuresError):
+        encode(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="^retry_failures: not under torchrun; "):
+        encode(replace(config, **again))
+    monkeypatch.delenv("WORLD_SIZE")
+    report = encode(replace(config, **again))
+    assert (report.records, report.failures, report.done) == (6, 0, True)
+    assert (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns == kept
+    encode(configure(table, model, tmp_path / "whole", **again))
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    assert "retry_failures: false" in (tmp_path / "whole/encode.yaml").read_text()
 
 
 @pytest.mark.parametrize("change", [1, -1])
