@@ -66,16 +66,18 @@ def encode(config: EncodeConfig) -> EncodeReport:
         mine = share(config, len(found.rows))
         hold_shards(lock, folder, mine)
         wanted = {number: found.rows[number] for number in found.unfinished if number in mine}
-        with alone(lock, SETTLING), storing(folder):
-            check_plan(folder, plan)
-            write_plan(folder, config, plan)
-            if found.unfinished or not (folder / NEGATIVE).is_file():
-                (folder / MANIFEST).unlink(missing_ok=True)
-            if config.retry_failures:
-                take_back(folder, wanted)
         negative = 0 in mine and not (folder / NEGATIVE).is_file()  # one process writes it: the one with shard 0
+
+        def begin() -> None:
+            with alone(lock, SETTLING), storing(folder):
+                check_plan(folder, plan)
+                write_plan(folder, config, plan)
+                (folder / MANIFEST).unlink(missing_ok=True)
+                if config.retry_failures:
+                    take_back(folder, wanted)
+
         if wanted or negative:
-            ENGINES[config.engine](config, wanted, negative=negative)
+            ENGINES[config.engine](config, wanted, negative=negative, begin=begin)
         if rank_and_world()[0] == 0 and config.shards == "":
             wait_for_others(folder, found)
         with alone(lock, FINISHING), storing(folder):

@@ -1,5 +1,6 @@
 """What both doors say of a part of a model folder that is broken, incomplete or something else."""
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,15 @@ from safetensors import SafetensorError
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 WAY_OUT = "copy it again, or give a folder like Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+
+
+def text_width(folder: Path) -> int:
+    """Width of the text that the text encoder of a model folder gives."""
+    path = folder / "text_encoder" / "config.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["d_model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model={path}: describes no UMT5 text encoder; {WAY_OUT}") from error
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from shards.manifest import (
 )
 from shards.write import Failure, Index, index_name, read_index, shard_name
 from stage1_encode.config import EncodeConfig
+from stage1_encode.loading import text_width
 from stage1_encode.rows import Row, read_shards, rows_digest
 
 PLAN, CONFIG, FAILURES, LOCK = "plan.json", "encode.yaml", "failures.csv", "encode.lock"
@@ -63,14 +64,13 @@ class Survey:
 
 def make_plan(config: EncodeConfig, model: Path) -> Plan:
     """The plan that a configuration and a model folder amount to."""
-    width = json.loads((model / "text_encoder" / "config.json").read_text())["d_model"]
     encoder = Encoder(
         vae=fingerprint(model / "vae"),
         text_encoder=fingerprint(model / "text_encoder"),
         tokenizer=fingerprint(model / "tokenizer"),
         vae_dtype=config.vae_dtype,
         text_dtype=config.text_dtype,
-        text_dim=width,
+        text_dim=text_width(model),
         negative_prompt=config.negative_prompt,
     )
     return Plan(
