@@ -5,6 +5,7 @@ its process died, the next run does.
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -96,6 +97,14 @@ class Worker:
         return rows
 
 
+def rooted(config: EncodeConfig) -> EncodeConfig:
+    """The same command for a process that works in another folder; a hub name stays."""
+    data, out, model = (
+        str(Path(path).absolute()) if Path(path).exists() else path for path in (config.data, config.out, config.model)
+    )
+    return replace(config, data=data, out=out, model=model)
+
+
 def run_on_ray(config: EncodeConfig, wanted: Mapping[int, int], *, negative: bool, begin: Callable[[], None]) -> None:
     """Make the shards on the Ray cluster of RAY_ADDRESS, or on this machine, with one worker a GPU.
 
@@ -111,7 +120,7 @@ def run_on_ray(config: EncodeConfig, wanted: Mapping[int, int], *, negative: boo
     if config.device == "cuda" and not gpus:
         raise ValueError("device=cuda: the Ray cluster has no GPU; give --device cpu")
     actor = ray.remote(num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=-1)(Worker)
-    workers = [actor.remote(config) for _ in range(min(gpus or 1, max(1, -(-len(wanted) // CHUNK))))]
+    workers = [actor.remote(rooted(config)) for _ in range(min(gpus or 1, max(1, -(-len(wanted) // CHUNK))))]
     pool, waiting = ActorPool(workers), agreed(config, wanted)
     try:
         ray.get([worker.load.remote() for worker in workers])

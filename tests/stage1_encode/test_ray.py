@@ -80,6 +80,15 @@ def test_one_worker_a_gpu(clips: Path, model: Path, tmp_path: Path) -> None:
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
+def test_relative_paths_are_those_of_the_command(
+    clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clips").symlink_to(clips)
+    (tmp_path / "model").symlink_to(model)
+    monkeypatch.chdir(tmp_path)  # the workers stay where the cluster was started
+    assert encode(configure(Path("clips/clips.csv"), Path("model"), Path("out"), engine="ray")).records == 6
+
+
 def test_a_model_that_does_not_load_is_one_line(clips: Path, model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "model")
     next((tmp_path / "model" / "vae").glob("*.safetensors")).write_bytes(b"cut")
