@@ -1,5 +1,6 @@
 """`encode`: a CSV of clips and prompts becomes a data set. The same command again continues where it stopped."""
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from stage1_encode.plan import (
     write_plan,
 )
 
+log = logging.getLogger(__name__)
 POLL = 0.5  # seconds between two looks for the shards of other ranks
 
 
@@ -86,11 +88,11 @@ def encode(config: EncodeConfig) -> EncodeReport:
 
 
 def share(config: EncodeConfig, shards: int) -> range:
-    """Numbers of the shards that this process makes, of `shards` in all."""
+    """Numbers of the shards that this process makes, of `shards` in all; none for a job beyond the last one."""
     first, end = config.shard_range
     rank, world = rank_and_world()
     if first >= shards:
-        raise ValueError(f"shards={config.shards}: the CSV gives shards 0:{shards} only")
+        log.info("shards=%s: the CSV gives shards 0:%d only; nothing to do", config.shards, shards)
     return range(first, min(shards if end is None else end, shards))[rank::world]
 
 

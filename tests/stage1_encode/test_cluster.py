@@ -1,5 +1,6 @@
 """Nothing lost: killed runs, ranks, shard ranges, the lock, a full disk, a vanished input."""
 
+import logging
 import os
 import shutil
 import signal
@@ -53,15 +54,19 @@ def test_ranks_share_the_shards(clips: Path, model: Path, tmp_path: Path, monkey
     assert (tmp_path / "out/shard-000001.tar").exists() and not (tmp_path / "out/manifest.json").exists()
 
 
-def test_a_job_array_makes_its_ranges(whole: Path, clips: Path, model: Path, tmp_path: Path) -> None:
+def test_a_job_array_makes_its_ranges(
+    whole: Path, clips: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2)
     assert not encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="1:3")).done
     with pytest.raises(ValueError, match="is unfinished"):
         read_manifest(tmp_path / "out")
     assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="0:1")).done
     assert hashes(tmp_path / "out") == hashes(whole)
-    with pytest.raises(ValueError, match=r"the CSV gives shards 0:3 only"):
-        encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="3:9"))
+    caplog.set_level(logging.INFO)
+    beyond = encode(configure(clips / "clips.csv", model, tmp_path / "new", shard_size=2, shards="3:9"))
+    assert (beyond.records, beyond.shards, beyond.done) == (0, 0, False)
+    assert "shards=3:9: the CSV gives shards 0:3 only; nothing to do" in caplog.messages
     with pytest.raises(ValueError, match="two whole numbers A:B"):
         configure(clips / "clips.csv", model, tmp_path / "out", shards="3:1")
     assert [task.number for task in tasks(config, [0, 2])] == [0, 2]
