@@ -1,7 +1,8 @@
 #!/bin/bash
 # Encode a large CSV with a SLURM job array: 64 jobs of one GPU, 100 shards (of 256 rows) each.
 #   sbatch examples/slurm_encode.sh clips.csv MODEL DATA
-# Jobs that fail are simply submitted again: finished shards are kept, and the job that ends last writes the manifest.
+# Jobs beyond the last shard say so and end well. Jobs that fail are simply submitted again: finished shards are kept,
+# and the job that ends last writes the manifest.
 #SBATCH --job-name=encode
 #SBATCH --array=0-63
 #SBATCH --gpus=1

@@ -31,6 +31,7 @@ class EncodeConfig:
     shard_size: int = option(256, "CSV rows a shard.")
     batch_size: int = option(8, "Clips encoded at once.")
     max_failures: float = option(0.05, "Share of failed rows above which encode ends with exit code 1.")
+    retry_failures: bool = option(False, "Make shards with failed rows again, as once a disk is there that was not.")
     time_limit: float = option(30.0, "Seconds a file may take to give its first frame.")
     negative_prompt: str = option(NEGATIVE_PROMPT, "Prompt of the unconditional branch, embedded once.")
     vae_dtype: str = option("tf32", "Precision of the VAE; tf32 is float32 on a CPU.", choices=VAE_DTYPES)

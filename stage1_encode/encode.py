@@ -1,5 +1,6 @@
 """`encode`: a CSV of clips and prompts becomes a data set. The same command again continues where it stopped."""
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,11 @@ from stage1_encode.plan import (
     opened_lock,
     storing,
     survey,
+    take_back,
     write_plan,
 )
 
+log = logging.getLogger(__name__)
 POLL = 0.5  # seconds between two looks for the shards of other ranks
 
 
@@ -53,6 +56,8 @@ def encode(config: EncodeConfig) -> EncodeReport:
     Raises ValueError for the user's mistakes, and `TooManyFailuresError` once the data set is finished.
     """
     folder = Path(config.out)
+    if config.retry_failures and rank_and_world()[1] > 1:
+        raise ValueError("retry_failures: not under torchrun; use one process, --engine ray, or jobs with --shards")
     if config.engine == "local":
         pick_device(config.device)  # a mistake there comes out before anything is written
     plan = make_plan(config, locate(config.model, PARTS))
@@ -62,15 +67,19 @@ def encode(config: EncodeConfig) -> EncodeReport:
     with opened_lock(folder) as lock:
         mine = share(config, len(found.rows))
         hold_shards(lock, folder, mine)
-        with alone(lock, SETTLING), storing(folder):
-            check_plan(folder, plan)
-            write_plan(folder, config.anywhere, plan)
-            if found.unfinished or not (folder / NEGATIVE).is_file():
-                (folder / MANIFEST).unlink(missing_ok=True)
-        numbers = [number for number in found.unfinished if number in mine]
+        wanted = {number: found.rows[number] for number in found.unfinished if number in mine}
         negative = 0 in mine and not (folder / NEGATIVE).is_file()  # one process writes it: the one with shard 0
-        if numbers or negative:
-            ENGINES[config.engine](config, numbers, negative=negative)
+
+        def begin() -> None:
+            with alone(lock, SETTLING), storing(folder):
+                check_plan(folder, plan)
+                write_plan(folder, config.anywhere, plan)
+                (folder / MANIFEST).unlink(missing_ok=True)
+                if config.retry_failures:
+                    take_back(folder, wanted)
+
+        if wanted or negative:
+            ENGINES[config.engine](config, wanted, negative=negative, begin=begin)
         if rank_and_world()[0] == 0 and config.shards == "":
             wait_for_others(folder, found)
         with alone(lock, FINISHING), storing(folder):
@@ -79,11 +88,11 @@ def encode(config: EncodeConfig) -> EncodeReport:
 
 
 def share(config: EncodeConfig, shards: int) -> range:
-    """Numbers of the shards that this process makes, of `shards` in all."""
+    """Numbers of the shards that this process makes, of `shards` in all; none for a job beyond the last one."""
     first, end = config.shard_range
     rank, world = rank_and_world()
     if first >= shards:
-        raise ValueError(f"shards={config.shards}: the CSV gives shards 0:{shards} only")
+        log.info("shards=%s: the CSV gives shards 0:%d only; nothing to do", config.shards, shards)
     return range(first, min(shards if end is None else end, shards))[rank::world]
 
 
@@ -104,7 +113,8 @@ def report(config: EncodeConfig, found: Survey, *, done: bool) -> EncodeReport:
     if done and len(failures) > config.max_failures * rows:
         raise TooManyFailuresError(
             f"{len(failures)} of {rows} rows failed, more than max_failures={config.max_failures:g} allows; "
-            f"the reasons are in {folder / FAILURES}, the other {records} records are in place"
+            f"the reasons are in {folder / FAILURES}, the other {records} records are in place; "
+            "--retry-failures tries the failed rows again"
         )
     first = f"line {failures[0].line}, {failures[0].path}: {failures[0].reason}" if failures else ""
     return EncodeReport(folder, records, len(failures), len(there), done, first)

@@ -3,15 +3,16 @@ its process died, the next run does.
 """
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 from common.progress import Progress
 from stage1_encode.config import EncodeConfig
-from stage1_encode.pipeline import Task, load_encoders, make_shards, start_readers, write_negative
+from stage1_encode.pipeline import Encoders, Task, load_encoders, make_shards, start_readers, write_negative
 from stage1_encode.plan import finished
 from stage1_encode.rows import read_shards
 
@@ -19,10 +20,12 @@ CHUNK = 4  # shards that a Ray worker is given at once, so that reading, models 
 
 
 class Engine(Protocol):
-    """Makes shards by number, and before them the negative prompt's embedding where it is asked to."""
+    """Makes shards {number: rows}, and before them the negative prompt's embedding where it is asked to."""
 
-    def __call__(self, config: EncodeConfig, numbers: Collection[int], *, negative: bool) -> None:
-        """Return when all is made."""
+    def __call__(
+        self, config: EncodeConfig, wanted: Mapping[int, int], *, negative: bool, begin: Callable[[], None]
+    ) -> None:
+        """Return when all is made; `begin` is called once the models are there and nothing is written yet."""
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -38,14 +41,29 @@ def tasks(config: EncodeConfig, numbers: Collection[int]) -> Iterator[Task]:
             yield Task(number, rows)
 
 
-def run_here(config: EncodeConfig, numbers: Collection[int], *, negative: bool) -> None:
+def agreed(config: EncodeConfig, wanted: Mapping[int, int]) -> Iterator[Task]:
+    """The first rows of shards {number: rows}; those that the CSV has won since it was surveyed are the next run's.
+
+    ValueError where it has lost some.
+    """
+    left = dict(wanted)
+    for task in tasks(config, wanted):
+        rows = left[task.number]
+        if len(task.rows) >= rows:
+            del left[task.number]
+            yield Task(task.number, task.rows[:rows])
+    if left:
+        raise ValueError(f"data={config.data}: lost rows while encode read it; run the same command again")
+
+
+def run_here(config: EncodeConfig, wanted: Mapping[int, int], *, negative: bool, begin: Callable[[], None]) -> None:
     """Make the shards in this process."""
     with closing(start_readers(config)) as readers:
         encoders = load_encoders(config)
+        begin()
         if negative:
             write_negative(config, encoders)
-        rows = len(numbers) * config.shard_size
-        for _ in make_shards(config, encoders, readers, tasks(config, numbers), total=rows):
+        for _ in make_shards(config, encoders, readers, agreed(config, wanted), total=sum(wanted.values())):
             pass
 
 
@@ -55,7 +73,15 @@ class Worker:
     def __init__(self, config: EncodeConfig) -> None:
         self.config = config
         self.readers = start_readers(config)
-        self.encoders = load_encoders(config)
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        """The models."""
+        return load_encoders(self.config)
+
+    def load(self) -> None:
+        """Read the models; a mistake comes out here and not with the end of the actor."""
+        _ = self.encoders
 
     def write_negative(self) -> None:
         """Embed the negative prompt."""
@@ -70,7 +96,7 @@ class Worker:
         return rows
 
 
-def run_on_ray(config: EncodeConfig, numbers: Collection[int], *, negative: bool) -> None:
+def run_on_ray(config: EncodeConfig, wanted: Mapping[int, int], *, negative: bool, begin: Callable[[], None]) -> None:
     """Make the shards on the Ray cluster of RAY_ADDRESS, or on this machine, with one worker a GPU.
 
     A lost worker is started again and its shards made again. ValueError without Ray, or without a GPU where one is due.
@@ -85,12 +111,14 @@ def run_on_ray(config: EncodeConfig, numbers: Collection[int], *, negative: bool
     if config.device == "cuda" and not gpus:
         raise ValueError("device=cuda: the Ray cluster has no GPU; give --device cpu")
     actor = ray.remote(num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=-1)(Worker)
-    workers = [actor.remote(config) for _ in range(min(gpus or 1, max(1, -(-len(numbers) // CHUNK))))]
-    if negative:
-        ray.get(workers[0].write_negative.remote())
-    pool, waiting = ActorPool(workers), tasks(config, numbers)
+    workers = [actor.remote(config.anywhere) for _ in range(min(gpus or 1, max(1, -(-len(wanted) // CHUNK))))]
+    pool, waiting = ActorPool(workers), agreed(config, wanted)
     try:
-        with Progress(len(numbers) * config.shard_size, label="encode") as progress:
+        ray.get([worker.load.remote() for worker in workers])
+        begin()
+        if negative:
+            ray.get(workers[0].write_negative.remote())
+        with Progress(sum(wanted.values()), label="encode") as progress:
             while chunk := list(islice(waiting, CHUNK)):
                 if not pool.has_free():
                     progress.advance(count=pool.get_next_unordered())

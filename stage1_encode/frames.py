@@ -1,7 +1,8 @@
 """Video or picture file -> its first frame, upright, cropped to the wanted size. Shapes: H W pixels.
 
-decord reads ordinary local videos. PyAV reads what decord cannot (AV1, GIF, whatever it gives up on), gets wrong
-(transparency, wide pixels) or would scan whole before it gives a frame (files over `SCANNED` bytes, web addresses).
+decord reads ordinary local mp4 and mov files. PyAV reads what decord cannot (AV1, GIF, whatever it gives up on), may
+get wrong (transparency, wide pixels, turned or mirrored frames, one of several videos) or would scan whole before it
+gives a frame (files over `SCANNED` bytes, web addresses).
 """
 
 import struct
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import av
 import numpy
+from av.buffer import Buffer
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
@@ -28,11 +30,22 @@ except ImportError:  # no wheel for this machine
 # PyAV 19 keeps bytes that are no UTF-8 and has no option for it; before, they made a file unreadable
 open_leniently = av.open if int(av.__version__.split(".")[0]) >= 19 else partial(av.open, metadata_errors="ignore")
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "PPM")  # EPS and the like would start a program
+HEIC = ("heic", "heix", "hevc", "hevx", "mif1", "msf1")  # brands; FFmpeg would give one tile of the picture
 PICTURE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
-DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp8", "vp9", "mjpeg")
+DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp9", "mjpeg")
+COVER = av.stream.Disposition.attached_pic  # of an album: no video
 SCANNED = 4 * 2**20  # bytes up to which decord may read the whole file to find one frame: a fifth more time at most
 PIXELS = 2**27  # more than any camera makes; above it a header lies
-TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+UPRIGHT = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)  # a display matrix of an mp4
+TURNS = {  # whether a display matrix swaps x and y, and turns round the new x and y
+    (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
+    (False, False, True): Image.Transpose.FLIP_TOP_BOTTOM,
+    (False, True, True): Image.Transpose.ROTATE_180,
+    (True, False, False): Image.Transpose.TRANSPOSE,
+    (True, False, True): Image.Transpose.ROTATE_90,
+    (True, True, False): Image.Transpose.ROTATE_270,
+    (True, True, True): Image.Transpose.TRANSVERSE,
+}
 REMOTE_TIMEOUT = 10.0  # seconds without an answer
 
 
@@ -124,7 +137,7 @@ def _read_video(path: str) -> tuple[Image.Image, float]:
         with _open(path) as file:
             stream = _video_stream(file)
             _check_pixels(stream.width, stream.height)
-            if not _suits_decord(path, stream):
+            if not _suits_decord(path, file):
                 return _read_with_av(file, stream)
             if next(file.demux(stream)).is_corrupt:
                 raise UnreadableError("is cut off within its first frame")
@@ -151,18 +164,31 @@ def _open(path: str) -> av.container.InputContainer:
 
 
 def _video_stream(file: av.container.InputContainer) -> VideoStream:
-    for stream in file.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:  # an album cover is no video
-            return stream
-    raise UnreadableError("has no video stream")
+    tiles = any(stream.disposition & av.stream.Disposition.dependent for stream in file.streams.video)
+    if tiles or file.metadata.get("major_brand") in HEIC:
+        raise UnreadableError("is a HEIC picture; save it as JPEG")
+    videos = [stream for stream in file.streams.video if not stream.disposition & COVER]
+    if not videos:
+        raise UnreadableError("has no video stream")
+    best = file.streams.best("video")
+    return next((stream for stream in videos if stream is best), videos[0])
 
 
-def _suits_decord(path: str, stream: VideoStream) -> bool:
+def _suits_decord(path: str, file: av.container.InputContainer) -> bool:
     """Whether decord gives the right frame of a video and finds it without reading for long."""
     if decord is None or path.startswith(REMOTE) or Path(path).stat().st_size > SCANNED:
         return False
+    if not file.format.name.startswith("mov,") or len(file.streams.video) > 1 or not _is_upright(Path(path)):
+        return False
+    (stream,) = file.streams.video
     clear = stream.format is None or not any(part.is_alpha for part in stream.format.components)
     return clear and stream.sample_aspect_ratio in (None, 0, 1) and stream.codec_context.name in DECORD_CODECS
+
+
+def _is_upright(path: Path) -> bool:
+    """Whether nothing turns or mirrors the tracks of an mp4 file; PyAV tells only once it has decoded a frame."""
+    data = path.read_bytes()
+    return data.count(UPRIGHT) > data.count(b"tkhd")  # the file has a matrix, too
 
 
 def _read_with_decord(path: str) -> Image.Image:
@@ -178,9 +204,19 @@ def _read_with_av(file: av.container.InputContainer, stream: VideoStream) -> tup
     _check_pixels(frame.width, frame.height)
     alpha = any(part.is_alpha for part in frame.format.components)
     image = Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24"))
-    quarters, aspect = round(frame.rotation / 90) % 4, float(stream.sample_aspect_ratio or 1)
-    turn = TURNS[quarters]
-    return (image if turn is None else image.transpose(turn)), 1 / aspect if quarters % 2 else aspect
+    aspect, orientation = float(stream.sample_aspect_ratio or 1), _orientation(frame)
+    turn = TURNS.get(orientation)
+    return (image if turn is None else image.transpose(turn)), 1 / aspect if orientation[0] else aspect
+
+
+def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """Whether a frame's display matrix swaps x and y, and turns round the new x and y."""
+    found = frame.side_data.get("DISPLAYMATRIX")
+    if not isinstance(found, Buffer):
+        return False, False, False
+    xx, xy, _, yx, yy, *_ = struct.unpack("9i", bytes(found))  # x, y -> x xx + y yx, x xy + y yy
+    swapped = abs(xy) > abs(xx)
+    return (True, yx < 0, xy < 0) if swapped else (False, xx < 0, yy < 0)
 
 
 def _first(file: av.container.InputContainer, stream: VideoStream) -> av.VideoFrame:

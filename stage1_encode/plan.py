@@ -10,7 +10,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,8 +30,9 @@ from shards.manifest import (
     write_file,
     write_manifest,
 )
-from shards.write import Failure, Index, read_index, shard_name
+from shards.write import Failure, Index, index_name, read_index, shard_name
 from stage1_encode.config import EncodeConfig
+from stage1_encode.loading import text_width
 from stage1_encode.rows import Row, read_shards, rows_digest
 
 PLAN, CONFIG, FAILURES, LOCK = "plan.json", "encode.yaml", "failures.csv", "encode.lock"
@@ -48,7 +49,9 @@ class Plan:
     encoder: Encoder
     shard_size: int
     text_only: bool
-    compile: bool  # rounds otherwise
+    compile: bool  # rounds otherwise, and so do the next two
+    batch_size: int
+    text_tokens: int
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,25 @@ class Survey:
 
 def make_plan(config: EncodeConfig, model: Path) -> Plan:
     """The plan that a configuration and a model folder amount to."""
-    width = json.loads((model / "text_encoder" / "config.json").read_text())["d_model"]
     encoder = Encoder(
         vae=fingerprint(model / "vae"),
         text_encoder=fingerprint(model / "text_encoder"),
         tokenizer=fingerprint(model / "tokenizer"),
         vae_dtype=config.vae_dtype,
         text_dtype=config.text_dtype,
-        text_dim=width,
+        text_dim=text_width(model),
         negative_prompt=config.negative_prompt,
     )
-    return Plan(SCHEMA, config.spec, encoder, config.shard_size, config.text_only, config.compile)
+    return Plan(
+        schema=SCHEMA,
+        spec=config.spec,
+        encoder=encoder,
+        shard_size=config.shard_size,
+        text_only=config.text_only,
+        compile=config.compile,
+        batch_size=config.batch_size,
+        text_tokens=config.text_tokens,
+    )
 
 
 def check_folder(folder: Path) -> None:
@@ -135,7 +146,8 @@ def check_plan(folder: Path, plan: Plan) -> None:
             raise ValueError(f"out={folder}: holds shards and no {PLAN}; give a new folder")
         return
     try:
-        lines = differing(_flat(json.loads(_to_json(plan))), _flat(json.loads(path.read_bytes())))
+        now = _flat(json.loads(_to_json(plan)))
+        lines = differing(now, now | _flat(json.loads(path.read_bytes())))  # what an older plan does not say may be
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: is damaged; give a new folder") from error
     if lines:
@@ -146,7 +158,7 @@ def write_plan(folder: Path, config: EncodeConfig, plan: Plan) -> None:
     """Write the plan and the resolved configuration of a new data set."""
     if not (folder / PLAN).is_file():
         partial = folder / (CONFIG + ".partial")
-        write_config(partial, config)
+        write_config(partial, replace(config, retry_failures=False))  # which is no part of what is made
         partial.replace(folder / CONFIG)
         write_file(folder / PLAN, _to_json(plan))
 
@@ -172,12 +184,18 @@ def survey(folder: Path, config: EncodeConfig) -> Survey:
         index = finished(folder, number)
         if index is not None:
             _check_rows(config, rows, index)
-        if index is None or index.shard.rows < len(rows):
+        if index is None or index.shard.rows < len(rows) or (config.retry_failures and index.failures):
             unfinished.append(number)
         counts.append(len(rows))
     if (folder / shard_name(len(counts))).exists():
         raise ValueError(f"data={config.data}: has fewer rows than {folder} was made from; give a new folder")
     return Survey(tuple(counts), tuple(unfinished))
+
+
+def take_back(folder: Path, numbers: Iterable[int]) -> None:
+    """Make shards unfinished, so that nobody takes them for made before they are made again."""
+    for number in numbers:
+        (folder / index_name(shard_name(number))).unlink(missing_ok=True)
 
 
 def _check_rows(config: EncodeConfig, rows: list[Row], index: Index) -> None:
@@ -188,8 +206,8 @@ def _check_rows(config: EncodeConfig, rows: list[Row], index: Index) -> None:
         )
 
 
-def finished(folder: Path, number: int, rows: int | None = None) -> Index | None:
-    """The sidecar of a shard that is there, with `rows` rows if given; None where it is to be made (again)."""
+def finished(folder: Path, number: int, rows: int = 0) -> Index | None:
+    """The sidecar of a shard that is there with at least `rows` rows; None where it is to be made (again)."""
     name = shard_name(number)
     try:
         index = read_index(folder, name)
@@ -197,7 +215,7 @@ def finished(folder: Path, number: int, rows: int | None = None) -> Index | None
         return None
     if index is None or (folder / name).stat().st_size != index.shard.size:
         return None
-    return index if rows in (None, index.shard.rows) else None
+    return index if index.shard.rows >= rows else None
 
 
 def finish(folder: Path, plan: Plan, found: Survey) -> Manifest | None:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from common.device import begin_copy
 from common.video import TEXT_LENGTH
+from stage1_encode.loading import check_weights, reading
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,16 @@ class TextEncoder:
 
 
 def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> TextEncoder:
-    """Read the text encoder of a model folder."""
+    """Read the text encoder of a model folder; ValueError where it is broken or no UMT5."""
     logging.disable_progress_bar()
-    model = fused(UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizer)
+    logging.set_verbosity_error()  # `check_weights` says it in one line
+    weights, words = folder / "text_encoder", folder / "tokenizer"
+    with reading(weights):
+        model, found = UMT5EncoderModel.from_pretrained(weights, dtype=dtype, output_loading_info=True)
+    check_weights(weights, found)
+    with reading(words):
+        tokenizer = AutoTokenizer.from_pretrained(words)
+    return TextEncoder(fused(model).to(device).eval().requires_grad_(False), tokenizer)
 
 
 def fused(model: UMT5EncoderModel) -> UMT5EncoderModel:

@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from diffusers.utils import logging
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
 from common.video import CHANNELS
 from stage1_encode.decoder import Decoder, stream
+from stage1_encode.loading import check_weights, reading
 from stage1_encode.ways import ways_for
 
 FRAME = torch.channels_last_3d
@@ -116,8 +118,11 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Vae:
-    """Read the VAE of a model folder; ValueError where it is not a Wan2.2 one."""
-    model = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype)
+    """Read the VAE of a model folder; ValueError where it is broken or not a Wan2.2 one."""
+    logging.set_verbosity_error()  # `check_weights` says it in one line
+    with reading(folder / "vae"):
+        model, found = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype, output_loading_info=True)
+    check_weights(folder / "vae", found)
     if model.config.z_dim != CHANNELS:
         raise ValueError(f"model={folder}: the VAE has {model.config.z_dim} channels, Wan2.2-TI2V-5B has {CHANNELS}")
     mean, std = (

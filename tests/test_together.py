@@ -21,8 +21,9 @@ ROOT = Path(__file__).parent.parent
 def test_two_ranks_make_the_video_of_one(model: Path, tmp_path: Path) -> None:
     """9 tokens a rank of 3 frames with 6 each: the border lies within a frame. Two segments, two calls.
 
-    Without `own.start` in `given`, or with the wrong rope for a rank, they differ by more than 0.01. Between the
-    segments a picture is rounded to bf16: there one last bit may make 0.008 of a number.
+    Without `own.start` in `given`, or with the wrong rope for a rank, they differ by more than 0.01.
+
+    One thread each: with more the VAE adds otherwise, and a first frame is rounded to bf16.
     """
     shards = make_shards(tmp_path / "data", model)
     options = {"iterations": 1, "global_batch": 2, "text_rows": 32}
@@ -40,9 +41,7 @@ def test_two_ranks_make_the_video_of_one(model: Path, tmp_path: Path) -> None:
         assert done.stdout.split() == [str(tmp_path / f"{ranks}.mp4")]
         latents.append(torch.stack([read(tmp_path / f"{ranks}.zarr", "sample", segment) for segment in (0, 1)]))
     assert latents[0].shape[2:] == (3, 4, 6)
-    first, second = (latents[0] - latents[1]).unbind()
-    assert first.abs().max() < 1e-5
-    assert second.norm() < 1e-3 * latents[0][1].norm()
+    assert (latents[0] - latents[1]).abs().max() < 1e-5
 
 
 def test_ranks_that_do_not_divide_a_video_are_refused() -> None:

@@ -9,6 +9,7 @@ import av
 import numpy
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace
@@ -120,6 +121,14 @@ def make_model(folder: Path, *, seed: int = 0) -> Path:
     index = {"_class_name": "WanPipeline", "expand_timesteps": True, **parts}
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
     return folder
+
+
+def lose_weight(folder: Path, key: str) -> None:
+    """Take one weight out of a part of a model."""
+    (path,) = folder.glob("*.safetensors")
+    weights = load_file(path)
+    del weights[key]
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def picture(height: int, width: int, *, seed: int, shift: int = 0) -> numpy.ndarray:

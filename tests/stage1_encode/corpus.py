@@ -111,6 +111,13 @@ def foreign_words(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"Lavf", b"\xff\xfe\xe9f"))
 
 
+def heic(path: Path) -> None:
+    """A video that calls itself a HEIC picture."""
+    renamed(video(), path, ".mp4")
+    data = path.read_bytes()
+    path.write_bytes(data[:8] + b"heic" + data[12:])
+
+
 def audio(path: Path) -> None:
     with av.open(str(path), "w") as file:
         stream = file.add_stream("aac", rate=16000, layout="mono")
@@ -213,5 +220,6 @@ BROKEN = [
         lambda path: path.write_bytes(b"YUV4MPEG2 W60000 H60000 F25:1 C420\nFRAME\n" + bytes(9999)),
         " ",
     ),
+    Kind("photo.heic", heic, "is a HEIC picture; save it as JPEG"),
     Kind("shell.png", lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n"), "no readable video"),
 ]

@@ -1,17 +1,21 @@
 """Nothing lost: killed runs, ranks, shard ranges, the lock, a full disk, a vanished input."""
 
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from shards.manifest import read_manifest
 from shards.verify import verify
-from stage1_encode.encode import encode
+from stage1_encode.encode import TooManyFailuresError, encode
 from stage1_encode.engine import ENGINES, tasks
 from stage1_encode.plan import hold_shards, opened_lock
 from tests import tiny
@@ -50,15 +54,19 @@ def test_ranks_share_the_shards(clips: Path, model: Path, tmp_path: Path, monkey
     assert (tmp_path / "out/shard-000001.tar").exists() and not (tmp_path / "out/manifest.json").exists()
 
 
-def test_a_job_array_makes_its_ranges(whole: Path, clips: Path, model: Path, tmp_path: Path) -> None:
+def test_a_job_array_makes_its_ranges(
+    whole: Path, clips: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2)
     assert not encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="1:3")).done
     with pytest.raises(ValueError, match="is unfinished"):
         read_manifest(tmp_path / "out")
     assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="0:1")).done
     assert hashes(tmp_path / "out") == hashes(whole)
-    with pytest.raises(ValueError, match=r"the CSV gives shards 0:3 only"):
-        encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="3:9"))
+    caplog.set_level(logging.INFO)
+    beyond = encode(configure(clips / "clips.csv", model, tmp_path / "new", shard_size=2, shards="3:9"))
+    assert (beyond.records, beyond.shards, beyond.done) == (0, 0, False)
+    assert "shards=3:9: the CSV gives shards 0:3 only; nothing to do" in caplog.messages
     with pytest.raises(ValueError, match="two whole numbers A:B"):
         configure(clips / "clips.csv", model, tmp_path / "out", shards="3:1")
     assert [task.number for task in tasks(config, [0, 2])] == [0, 2]
@@ -156,6 +164,58 @@ def test_an_input_that_vanishes_is_one_line_and_leaves_whole_shards(
     monkeypatch.setitem(ENGINES, "local", engine)
     tiny.write_csv(table, rows)
     assert encode(config).records == 6 and verify(tmp_path / "out").problems == ()
+
+
+def test_failed_rows_are_tried_again_when_asked(
+    clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(clips / f"clip-{i}.mp4", f"prompt {i}") for i in range(5)]
+    table = tiny.write_csv(tmp_path / "rows.csv", [*rows, (tmp_path / "late.mp4", "late")])
+    config, again = configure(table, model, tmp_path / "out"), {"retry_failures": True}
+    with pytest.raises(
+        TooManyFailuresError, match="5 records are in place; --retry-failures tries the failed rows again$"
+    ):
+        encode(config)
+    shutil.copy(clips / "clip-5.mp4", tmp_path / "late.mp4")
+    kept = (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns
+    with pytest.raises(TooManyFailuresError):
+        encode(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="^retry_failures: not under torchrun; "):
+        encode(replace(config, **again))
+    monkeypatch.delenv("WORLD_SIZE")
+    report = encode(replace(config, **again))
+    assert (report.records, report.failures, report.done) == (6, 0, True)
+    assert (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns == kept
+    encode(configure(table, model, tmp_path / "whole", **again))
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    assert "retry_failures: false" in (tmp_path / "whole/encode.yaml").read_text()
+
+
+@pytest.mark.parametrize("change", [1, -1])
+def test_a_csv_that_changes_while_it_is_read(
+    change: int, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(clips / f"clip-{i}.mp4", tiny.PROMPTS[i]) for i in range(6)]
+    table = tiny.write_csv(tmp_path / "rows.csv", rows[:3])
+    config = configure(table, model, tmp_path / "out", shard_size=2)
+    engine = ENGINES["local"]
+
+    def change_rows(*given: object, **named: object) -> None:
+        tiny.write_csv(table, rows[: 3 + change])
+        engine(*given, **named)
+
+    def wait(seconds: float) -> None:
+        raise AssertionError("waits for itself")
+
+    monkeypatch.setitem(ENGINES, "local", change_rows)
+    monkeypatch.setattr("stage1_encode.encode.time", SimpleNamespace(sleep=wait))
+    if change < 0:
+        with pytest.raises(ValueError, match=r"^data=.*: lost rows while encode read it; run the same command again$"):
+            encode(config)
+        return
+    assert encode(config).records == 3
+    assert encode(config).records == 4 and verify(tmp_path / "out").problems == ()
 
 
 def test_an_engine_that_is_not_installed_is_named(

@@ -156,6 +156,8 @@ def test_rows_added_at_the_end_are_encoded_alone(clips: Path, model: Path, tmp_p
     [
         ({"height": 96}, "spec.height: 64, expected 96"),
         ({"shard_size": 3}, "shard_size: 4, expected 3"),
+        ({"batch_size": 3}, "batch_size: 8, expected 3"),
+        ({"text_tokens": 99}, "text_tokens: 8192, expected 99"),
         ({"vae_dtype": "bfloat16"}, "encoder.vae_dtype: 'tf32', expected 'bfloat16'"),
         ({"negative_prompt": "ugly"}, "encoder.negative_prompt"),
     ],
@@ -250,6 +252,23 @@ def test_a_model_without_a_part_is_refused(part: str, clips: Path, model: Path, 
     with pytest.raises(ValueError, match=f"{part}/.* is missing"):
         encode(configure(clips / "clips.csv", tmp_path / "model", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"model_type": "clip_text_model", "hidden_size": 768}'])
+def test_another_text_encoder_is_one_line_with_its_file(content: str, clips: Path, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model/text_encoder/config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"^model=.*/text_encoder/config\.json: describes no UMT5 text encoder; .*$"):
+        encode(configure(clips / "clips.csv", tmp_path / "model", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_model_that_does_not_load_leaves_no_plan(part: str, clips: Path, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    next((tmp_path / "model" / part).glob("*.safetensors")).write_bytes(b"cut")
+    with pytest.raises(ValueError, match=rf"^model=.*/{part}: cannot be read: [^\n]*$"):
+        encode(configure(clips / "clips.csv", tmp_path / "model", tmp_path / "out"))
+    assert encode(configure(clips / "clips.csv", model, tmp_path / "out")).records == 6
 
 
 def test_a_folder_with_something_else_is_refused(clips: Path, model: Path, tmp_path: Path) -> None:

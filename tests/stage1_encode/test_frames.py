@@ -27,7 +27,7 @@ def close(pixel: numpy.ndarray, colour: tuple[int, int, int], within: int = 12) 
     return bool((abs(pixel.astype(int) - numpy.array(colour)) <= within).all())
 
 
-def video(path: Path, image: numpy.ndarray, *, rotation: int = 0, aspect: int = 1) -> str:
+def video(path: Path, image: numpy.ndarray, *, rotation: int = 0, aspect: int = 1, turn: tuple[int, ...] = ()) -> str:
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=24, options={"crf": "4", "threads": "1"})
         stream.height, stream.width, stream.pix_fmt = *image.shape[:2], "yuv420p"
@@ -35,6 +35,9 @@ def video(path: Path, image: numpy.ndarray, *, rotation: int = 0, aspect: int = 
             stream.codec_context.sample_aspect_ratio = Fraction(aspect, 1)
         if rotation:
             stream.set_display_rotation(rotation)
+        if turn:
+            xx, xy, yx, yy = (part << 16 for part in turn)
+            stream.set_display_matrix((xx, xy, 0, yx, yy, 0, 0, 0, 1 << 30))
         for _ in range(3):
             file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         file.mux(stream.encode())
@@ -80,6 +83,52 @@ def test_both_readers_turn_a_video_upright_and_agree(rotation: int, tmp_path: Pa
         assert close(by_decord[y, x], tuple(wanted[y, x]))
     height, width = wanted.shape[:2]
     assert first_frame(path, height=64, width=64).size == (height, width)
+
+
+def test_decord_reads_an_ordinary_video_and_no_other(tmp_path: Path) -> None:
+    found = {}
+    for name, rotation in (("a.mp4", 0), ("a.mov", 0), ("turned.mp4", 90), ("a.mkv", 0)):
+        with av.open(path := video(tmp_path / name, stripes(64, 96), rotation=rotation)) as file:
+            found[name] = frames._suits_decord(path, file)
+    assert found == {"a.mp4": True, "a.mov": True, "turned.mp4": False, "a.mkv": False}
+
+
+@pytest.mark.parametrize("decord", [True, False])
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+def test_the_reader_does_not_decide_how_a_video_is_turned(
+    suffix: str, decord: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upright = tiny.picture(64, 96, seed=0)
+    path = video(tmp_path / f"turned{suffix}", numpy.rot90(upright, -1).copy(), rotation=90)
+    if not decord:
+        monkeypatch.setattr(frames, "decord", None)
+    assert abs(first_frame(path, height=64, width=96).pixels.astype(int) - upright).mean() < 4
+
+
+@pytest.mark.parametrize("turn", [(x, 0, 0, y) for x in (1, -1) for y in (1, -1)])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_mirrored_video_is_mirrored_back(turn: tuple[int, ...], swapped: bool, tmp_path: Path) -> None:
+    upright = tiny.picture(64, 96, seed=0)
+    stored = upright[:: turn[3], :: turn[0]]
+    if swapped:
+        stored, turn = stored.transpose(1, 0, 2), (0, turn[3], turn[0], 0)
+    path = video(tmp_path / "mirrored.mp4", numpy.ascontiguousarray(stored), turn=turn)
+    found = first_frame(path, height=64, width=96)
+    assert found.size == (64, 96)
+    assert abs(found.pixels.astype(int) - upright).mean() < 4
+
+
+def test_of_several_videos_the_main_one_is_read(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "two.mp4"), "w") as file:
+        streams = [file.add_stream("libx264", rate=24, options={"threads": "1"}) for _ in range(2)]
+        streams[1].disposition = av.stream.Disposition.default
+        for stream in streams:
+            stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for stream, colour in zip(streams, (RED, BLUE), strict=True):
+            image = numpy.full((64, 96, 3), colour, numpy.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            file.mux(stream.encode())
+    assert close(first_frame(str(tmp_path / "two.mp4"), height=64, width=64).pixels[32, 32], BLUE)
 
 
 @pytest.mark.parametrize(("rotation", "size"), [(0, (64, 96)), (90, (96, 64))])

@@ -11,7 +11,7 @@ from shards.read import open_data_set
 from shards.verify import verify
 from stage1_encode.config import VerifyConfig
 from stage1_encode.encode import encode
-from stage1_encode.mend import CELL, COLUMNS, LABEL, draw_sheet, mend
+from stage1_encode.mend import CELL, COLUMNS, LABEL, command_of, draw_sheet, mend
 from tests import tiny
 from tests.stage1_encode.test_encode import configure, hashes
 
@@ -53,6 +53,17 @@ def test_only_what_is_broken_is_made_again(name: str, made_again: set[str], whol
     mend(report, CPU)
     assert hashes(folder) == hashes(whole) and verify(folder).problems == ()
     assert {path for path in before if (folder / path).stat().st_mtime_ns != before[path]} == made_again
+
+
+def test_a_repair_computes_in_the_batches_of_the_command(clips: Path, model: Path, tmp_path: Path) -> None:
+    made = configure(clips / "clips.csv", model, tmp_path / "set", batch_size=3, text_tokens=50)
+    encode(made)
+    asked = command_of(tmp_path / "set", CPU)
+    assert (asked.batch_size, asked.text_tokens) == (3, 50)
+    before = hashes(tmp_path / "set")
+    flip(tmp_path / "set" / "shard-000001.tar", 3000)
+    mend(verify(tmp_path / "set"), CPU)
+    assert hashes(tmp_path / "set") == before
 
 
 def test_nothing_is_deleted_where_the_command_cannot_run(whole: Path, clips: Path, tmp_path: Path) -> None:

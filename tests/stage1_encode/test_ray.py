@@ -1,6 +1,7 @@
 """A Ray cluster of this machine: its worker is killed in the middle, and the bytes are those of an unbroken run."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -77,6 +78,23 @@ def test_one_worker_a_gpu(clips: Path, model: Path, tmp_path: Path) -> None:
     watcher.join()
     assert len(seen - before) == 2
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_relative_paths_are_those_of_the_command(
+    clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clips").symlink_to(clips)
+    (tmp_path / "model").symlink_to(model)
+    monkeypatch.chdir(tmp_path)  # the workers stay where the cluster was started
+    assert encode(configure(Path("clips/clips.csv"), Path("model"), Path("out"), engine="ray")).records == 6
+
+
+def test_a_model_that_does_not_load_is_one_line(clips: Path, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    next((tmp_path / "model" / "vae").glob("*.safetensors")).write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"^model=.*/vae: cannot be read: [^\n]*$"):
+        encode(configure(clips / "clips.csv", tmp_path / "model", tmp_path / "out", engine="ray"))
+    assert not (tmp_path / "out" / "plan.json").exists()
 
 
 def test_a_mistake_in_a_worker_is_one_line(clips: Path, model: Path, tmp_path: Path) -> None:
