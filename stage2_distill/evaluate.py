@@ -32,7 +32,7 @@ from stage2_distill.config_sample import EvaluateConfig
 from stage2_distill.metrics import Spread, spread
 from stage2_distill.rollout import euler, rollout
 from stage2_distill.sample import check_model, load_student
-from stage2_distill.scores import score
+from stage2_distill.scores import references, score
 from stage2_distill.wan import denoiser, guided
 from stage2_distill.wan import load as load_network
 
@@ -83,25 +83,22 @@ def sample_contest(config: EvaluateConfig) -> Contest:
 
 
 def open_setting(config: EvaluateConfig) -> Setting:
-    """Read the conditions and check that they, the model and the checkpoint belong together."""
-    facts, *others = (read_facts(checkpoints_of(Path(name))[-1]) for name in config.checkpoint)
+    """Read the conditions and check that they, the model and the checkpoints belong together."""
+    first, *others = config.checkpoint
+    facts = read_facts(checkpoints_of(Path(first))[-1])
     if facts.spec.latent_shape[1] < 3:
-        raise ValueError(
-            f"checkpoint={config.checkpoint[0]}: {facts.spec.num_frames} frames; a distance needs 9 or more"
-        )
+        raise ValueError(f"checkpoint={first}: {facts.spec.num_frames} frames; a distance needs 9 or more")
     check_model(config.model, facts, ("vae", "transformer"))
-    for name, other in zip(config.checkpoint[1:], others, strict=True):
-        if other.transformer != facts.transformer:
-            raise ValueError(f"checkpoint={name}: distilled from another model than {config.checkpoint[0]}")
+    for name in others:
+        if read_facts(checkpoints_of(Path(name))[-1]).transformer != facts.transformer:
+            raise ValueError(f"checkpoint={name}: distilled from another model than {first}")
     data = open_data_set(config.shards)
     encoders: dict[str, object] = {"vae": facts.vae, "text_encoder": facts.text_encoder}
     check_manifest(Path(config.shards), data.manifest, spec=facts.spec, encoder=encoders)
     count = min(config.count, data.records)
     if count < 2:
         raise ValueError(f"shards={config.shards}: holds {count} records; a distance between sets needs 2 or more")
-    scale = config.guidance_scale
-    conditions = repr((data.manifest.shards, data.manifest.negative_sha256))
-    made = hashlib.sha256(conditions.encode()).hexdigest()
+    made = hashlib.sha256(repr((data.manifest.shards, data.manifest.negative_sha256)).encode()).hexdigest()
     Path(config.out).mkdir(parents=True, exist_ok=True)
     write_config(Path(config.out) / CONFIG, config)
     return Setting(
@@ -110,7 +107,7 @@ def open_setting(config: EvaluateConfig) -> Setting:
         tuple(data.record(index) for index in range(count)),
         pad_text(data.negative, config.text_rows),
         f"{count} of {made}",
-        float(str(facts.config["guidance_scale"])) if scale is None else scale,
+        float(str(facts.config["guidance_scale"] if config.guidance_scale is None else config.guidance_scale)),
     )
 
 
@@ -156,11 +153,6 @@ def students(setting: Setting, folders: Sequence[Path]) -> list[Sampler]:
     return made
 
 
-def references(seeds: Sequence[int]) -> tuple[int, ...]:
-    """For each seed the one whose teacher set it is measured against: the next, with a further one if there are few."""
-    return (*seeds[1:], seeds[0] if len(seeds) > 2 else max(seeds) + 1)
-
-
 def sample_sets(setting: Setting, samplers: Sequence[Sampler]) -> Contest:
     """Make the sets that are missing, network by network; the first sampler is the teacher."""
     seeds = setting.config.seeds
@@ -185,10 +177,7 @@ def open_network(setting: Setting, checkpoint: Path | None) -> Denoiser:
     if checkpoint is not None:
         net = load_student(config, checkpoint, read_facts(checkpoint))
     else:
-        model = locate(config.model, ("transformer",))
-        if fingerprint(model / "transformer") != setting.facts.transformer:
-            raise ValueError(f"model={config.model}: not the one that {config.checkpoint[0]} was distilled from")
-        net = load_network(model, dtype)
+        net = load_network(locate(config.model, ("transformer",)), dtype)
     return denoiser(net.to(pick_device(config.device)).requires_grad_(False), dtype)
 
 

@@ -1,5 +1,6 @@
 """What the latents of a contest say: distances between sets, to the teacher on the same noise, and over the seeds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,11 @@ class Sums:
     features: dict[str, list[Tensor]]
     to_teacher: dict[str, float]
     diversity: dict[str, float]
+
+
+def references(seeds: Sequence[int]) -> tuple[int, ...]:
+    """For each seed the one whose teacher set it is measured against: the next, with a further one if there are few."""
+    return (*seeds[1:], seeds[0] if len(seeds) > 2 else max(seeds) + 1)
 
 
 def score(store: Path, contest: Contest) -> dict[str, Scores]:

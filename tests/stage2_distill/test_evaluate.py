@@ -16,10 +16,10 @@ from shards.contest import Contest, set_name
 from shards.manifest import read_manifest, write_manifest
 from stage2_distill.checkpoint import checkpoints, chosen, prune, write_best
 from stage2_distill.config_sample import EvaluateConfig
-from stage2_distill.evaluate import open_setting, references, sample_contest
+from stage2_distill.evaluate import open_setting, sample_contest
 from stage2_distill.metrics import distance, diversity, frechet, spread
 from stage2_distill.rollout import euler, rollout
-from stage2_distill.scores import score
+from stage2_distill.scores import references, score
 
 
 @pytest.fixture(scope="module")
