@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from common.options import config_options, resolve, write_config
+from common.options import config_options, holds_more, resolve, write_config
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.config_sample import EvaluateConfig, SampleConfig
@@ -164,7 +164,7 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     models = load_conditioner(
         config.model, precision=config.vae_dtype, device=student.device, stay=placing.text, compiled=config.compile
     )
-    open_output(out, config)
+    open_output(out, config, first=rank == 0)
     if together:
         rank, world = 0, 1
     name = f"latents-{rank}.zarr" if world > 1 else "latents.zarr"
@@ -194,14 +194,18 @@ def evaluate(config: EvaluateConfig) -> Path:
     return write_report(config)
 
 
-def open_output(out: Path, config: SampleConfig) -> None:
-    """Make the output's folder and write the configuration beside it; refuse a folder that holds something else."""
+def open_output(out: Path, config: SampleConfig, *, first: bool) -> None:
+    """Make the output's folder and, on the first rank, write the configuration beside it.
+
+    ValueError where the folder holds something else.
+    """
     single = config.prompt is not None
     stored = out.with_name(out.name + ".yaml") if single else out / "sample.yaml"
-    if not single and out.exists() and not stored.is_file() and (not out.is_dir() or any(out.iterdir())):
+    if not single and holds_more(out, stored.name):
         raise ValueError(f"out={out}: holds something that sample did not make; name an empty folder")
     stored.parent.mkdir(parents=True, exist_ok=True)
-    write_config(stored, config)
+    if first:
+        write_config(stored, config)
 
 
 def write_prompt(path: Path, config: SampleConfig) -> str:

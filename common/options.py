@@ -164,8 +164,15 @@ def typed(name: str, value: object, hint: Any) -> object:  # noqa: ANN401
         raise ValueError(f"{name}={value}: must be {kind.__name__}") from error
 
 
+def holds_more(folder: Path, name: str) -> bool:
+    """Whether a folder without the configuration `name` holds anything but an unfinished one, or is none."""
+    if not folder.exists() or (folder / name).is_file():
+        return False
+    return not folder.is_dir() or any(path.name != f"{name}.partial" for path in folder.iterdir())
+
+
 def write_config(path: Path, config: object) -> None:
-    """Write a resolved configuration as YAML that `--config` reads back."""
+    """Write a resolved configuration as YAML that `--config` reads back, whole or not at all."""
     plain = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in asdict(config).items()  # type: ignore[call-overload]

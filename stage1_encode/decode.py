@@ -21,7 +21,7 @@ from stage1_encode.config import DecodeConfig
 from stage1_encode.mp4 import write_video
 
 CONTACT, CONFIG = "contact.png", "decode.yaml"
-OURS = re.compile(rf"(contact(-\d+)?\.png|.*\.mp4)(\.partial)?|{CONFIG}|.*\.mp4\.yaml|sample(\.yaml)?|.*\.zarr|step-.*")
+OURS = re.compile(r"(contact(-\d+)?\.png|.*\.mp4|(decode|sample|.*\.mp4)\.yaml)(\.partial)?|sample|.*\.zarr|step-.*")
 THUMBNAIL, MOST_ROWS = 256, 64  # of the contact sheet: pixels in width, videos
 
 

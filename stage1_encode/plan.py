@@ -157,9 +157,7 @@ def check_plan(folder: Path, plan: Plan) -> None:
 def write_plan(folder: Path, config: EncodeConfig, plan: Plan) -> None:
     """Write the plan and the resolved configuration of a new data set."""
     if not (folder / PLAN).is_file():
-        partial = folder / (CONFIG + ".partial")
-        write_config(partial, replace(config, retry_failures=False))  # which is no part of what is made
-        partial.replace(folder / CONFIG)
+        write_config(folder / CONFIG, replace(config, retry_failures=False))  # which is no part of what is made
         write_file(folder / PLAN, _to_json(plan))
 
 

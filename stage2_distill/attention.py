@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+WORKSPACE, ORDERED = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+os.environ.setdefault(WORKSPACE, ORDERED[0])  # products in one order; read once, before a process's first one
 FLASH_3 = "flash_attn_interface"  # the module of the package flash-attn-3
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -63,12 +65,14 @@ def choose(kernel: str, *, half_on_gpu: bool) -> str:
 def repeatable(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Make a GPU's sums have one order, so that a resumed run has the bits of an unbroken one; whether they have.
 
-    On cuDNN attention's have none (torch 2.11, also where it is asked), so torch may not insist.
+    On cuDNN attention's have none (torch 2.11, also where it is asked), so torch may not insist. ValueError where the
+    environment rules an order out.
     """
     if device.type != "cuda":
         return True
+    if os.environ[WORKSPACE] not in ORDERED:
+        raise ValueError(f"{WORKSPACE}={os.environ[WORKSPACE]}: products have no order so; unset it, or {ORDERED[0]}")
     ordered = choose(kernel, half_on_gpu=dtype.itemsize == 2) != "cudnn"
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     warnings.filterwarnings("ignore", "cuDNN Attention defaults to a non-deterministic algorithm")  # it has no other
     torch.use_deterministic_algorithms(True, warn_only=not ordered)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

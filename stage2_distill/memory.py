@@ -1,5 +1,6 @@
 """How the trained roles are kept in memory: float32 masters, or the compact form where they would not fit."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +27,14 @@ def choose_memory(config: DistillConfig, ranks: Ranks, parameters: int) -> str:
     """The memory mode; `auto` is that of the run's checkpoints, or compact where standard would not fit the GPUs."""
     if config.memory != AUTO:
         return config.memory
-    before = checkpoints(Path(config.out))
-    if before and (memory := read_facts(before[-1]).memory):
-        return memory
+    for checkpoint in reversed(checkpoints(Path(config.out))):
+        with suppress(ValueError, TypeError, KeyError):  # a damaged one; whoever resumes sets it aside
+            return read_facts(checkpoint).memory or by_size(config, ranks, parameters)
+    return by_size(config, ranks, parameters)
+
+
+def by_size(config: DistillConfig, ranks: Ranks, parameters: int) -> str:
+    """The standard form where it fits, else the compact one."""
     if ranks.device.type != "cuda" or config.dtype != "bfloat16" or config.beta1 != 0:
         return STANDARD
     _, total = torch.cuda.mem_get_info(ranks.device)

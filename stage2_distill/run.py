@@ -1,6 +1,7 @@
 """A run: open the data and the roles, go on from the newest checkpoint, iterate, save."""
 
 import logging
+import shutil
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from common.condition import Condition
-from common.options import read_yaml, write_config
+from common.options import holds_more, read_yaml, write_config
 from shards.fingerprint import fingerprint, locate
 from shards.manifest import Manifest, check_manifest
 from shards.mix import Mixture, open_data_sets
@@ -24,7 +25,7 @@ from stage2_distill.first_frame import vary
 from stage2_distill.memory import open_roles
 from stage2_distill.optim import form_of
 from stage2_distill.parallel import Ranks, start
-from stage2_distill.preview import Previews, open_previews
+from stage2_distill.preview import STORE, Previews, open_previews
 from stage2_distill.resume import begin, state
 from stage2_distill.reuse import Reuse
 from stage2_distill.saver import Saver
@@ -69,25 +70,30 @@ def expected_encoder(model: Path) -> dict[str, object]:
 def open_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
     """Make the run's folder, or refuse one that holds something else or a run with other options.
 
-    As long as a run has no checkpoint, nothing of it would be lost, and any option may change.
+    As long as a run has no checkpoint any option may change; only a preview would be of the old ones.
     """
-    stored = out / CONFIG
-    if stored.is_file() and checkpoints(out):
-        before = read_yaml(str(stored))
-        now = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
-        changed = [
-            f"{key}: {value!r}, was {before.get(key)!r}"
-            for key, value in now.items()
-            if value != before.get(key) and key not in MAY_CHANGE
-        ]
-        if changed:
-            raise ValueError(f"out={out}: holds a run with other options: {'; '.join(changed)}")
-    elif not stored.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if holds_more(out, CONFIG):
         raise ValueError(f"out={out}: holds something that is not a run of distill; name an empty folder")
+    changed = changes(out / CONFIG, config) if (out / CONFIG).is_file() else []
+    if changed and checkpoints(out):
+        raise ValueError(f"out={out}: holds a run with other options: {'; '.join(changed)}")
     dist.barrier()  # every rank has looked before the first one writes
     if first:
         out.mkdir(parents=True, exist_ok=True)
-        write_config(stored, config)
+        if changed:
+            shutil.rmtree(out / STORE, ignore_errors=True)
+        write_config(out / CONFIG, config)
+
+
+def changes(stored: Path, config: DistillConfig) -> list[str]:
+    """What would make another run of the one whose configuration is stored, in words."""
+    before = read_yaml(str(stored))
+    now = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    return [
+        f"{key}: {value!r}, was {before.get(key)!r}"
+        for key, value in now.items()
+        if value != before.get(key) and key not in MAY_CHANGE
+    ]
 
 
 def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet | Mixture) -> Trainer:
@@ -198,3 +204,4 @@ def conditions(trainer: Trainer, data: DataSet | Mixture, done: int) -> Generato
             yield part, here
         elif part.role == CRITIC:  # done before the run was stopped: remake the rollout that goes on
             trainer.reuse.sample(trainer.denoiser(trainer.roles.student), part, here)
+            trainer.reuse.taken.clear()

@@ -90,8 +90,6 @@ def test_a_kernel_that_cannot_serve_is_refused_before_anything_is_read(
 
 @pytest.mark.parametrize(("kernel", "ordered"), [("auto", False), ("cudnn", False), ("flash", True), ("torch", True)])
 def test_sums_on_a_gpu_have_an_order(kernel: str, ordered: bool, hopper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # that the test's own is taken back
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     assert repeatable(kernel, torch.bfloat16, torch.device("cpu"))
     assert not torch.are_deterministic_algorithms_enabled()
@@ -102,6 +100,12 @@ def test_sums_on_a_gpu_have_an_order(kernel: str, ordered: bool, hopper: Path, m
         assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_products_without_an_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(ValueError, match=r"^CUBLAS_WORKSPACE_CONFIG=:0:0: .* unset it, or :4096:8$"):
+        repeatable("flash", torch.bfloat16, torch.device("cuda"))
 
 
 def test_with_flash_attention_3_they_have(hopper: Path) -> None:

@@ -1,6 +1,8 @@
 """Previews: the averaged student on fixed conditions, from any number of ranks, through any stop."""
 
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from shards import latents
 from shards.read import open_data_set
 from shards.record import collate
 from stage2_distill import preview
+from stage2_distill import run as module
 from stage2_distill.checkpoint import load
 from stage2_distill.rollout import rollout
 from stage2_distill.wan import denoiser
@@ -108,6 +111,19 @@ def test_conditions_of_another_data_set(model: Path, shards: Path, tmp_path: Pat
     assert latents.read_rows(tmp_path / "run" / "previews.zarr", "step-000000", 0, 2).shape == (2, 48, 3, 4, 4)
     with pytest.raises(ValueError, match="does not exist"):
         run_here(make_config(shards, model, tmp_path / "none", preview_every=5, preview_data=str(tmp_path / "no")))
+
+
+def test_a_run_that_begins_anew_with_other_options_makes_its_first_preview_anew(
+    model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(shards, model, tmp_path / "run", iterations=1, preview_every=2, preview_count=3)
+    monkeypatch.setattr(module, "conditions", Mock(side_effect=KeyboardInterrupt))
+    shown = []
+    for seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            run_here(replace(config, seed=seed))
+        shown.append(stored(tmp_path / "run", "step-000000"))
+    assert not torch.equal(*shown)
 
 
 def test_a_rank_with_padding_alone_writes_nothing(run: Path, model: Path, shards: Path, tmp_path: Path) -> None:

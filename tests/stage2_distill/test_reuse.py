@@ -90,6 +90,8 @@ def test_stopped_within_a_trajectory_and_resumed_is_the_same_run(model: Path, sh
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name
     assert not torch.equal(whole["critic.proj_out.weight"], plain["critic.proj_out.weight"])
+    exits = [[line["critic_exit"] for _, line in whole_lines(tmp_path / run / METRICS)] for run in ("whole", "half")]
+    assert exits[0] == exits[1] and len(exits[0]) == 8
 
 
 def test_an_update_of_several_exits_names_none(model: Path, shards: Path, tmp_path: Path) -> None:
