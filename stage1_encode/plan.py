@@ -37,6 +37,7 @@ from stage1_encode.rows import Row, read_shards, rows_digest
 
 PLAN, CONFIG, FAILURES, LOCK = "plan.json", "encode.yaml", "failures.csv", "encode.lock"
 OURS = re.compile(rf"({PLAN}|{CONFIG}|{FAILURES}|{LOCK}|{MANIFEST}|{NEGATIVE}|shard-\d{{6,}}\.(tar|json))(\.partial)?")
+LATER = ("batch_size", "text_tokens")  # of a plan; those begun before may go on without them
 SETTLING, FINISHING, FIRST_SHARD = 0, 1, 2  # bytes of the lock file
 
 
@@ -147,7 +148,7 @@ def check_plan(folder: Path, plan: Plan) -> None:
         return
     try:
         now = _flat(json.loads(_to_json(plan)))
-        lines = differing(now, now | _flat(json.loads(path.read_bytes())))  # what an older plan does not say may be
+        lines = differing(now, {name: now[name] for name in LATER} | _flat(json.loads(path.read_bytes())))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: is damaged; give a new folder") from error
     if lines:

@@ -29,12 +29,8 @@ def choose_memory(config: DistillConfig, ranks: Ranks, parameters: int) -> str:
         return config.memory
     for checkpoint in reversed(checkpoints(Path(config.out))):
         with suppress(ValueError, TypeError, KeyError):  # a damaged one; whoever resumes sets it aside
-            return read_facts(checkpoint).memory or by_size(config, ranks, parameters)
-    return by_size(config, ranks, parameters)
-
-
-def by_size(config: DistillConfig, ranks: Ranks, parameters: int) -> str:
-    """The standard form where it fits, else the compact one."""
+            if memory := read_facts(checkpoint).memory:
+                return memory
     if ranks.device.type != "cuda" or config.dtype != "bfloat16" or config.beta1 != 0:
         return STANDARD
     _, total = torch.cuda.mem_get_info(ranks.device)

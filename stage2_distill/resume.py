@@ -124,8 +124,9 @@ def check_source(checkpoint: Path, trainer: Trainer, facts: StudentFacts) -> Non
     problem = damage(checkpoint, rank=trainer.ranks.rank, world=trainer.ranks.world)
     if on_any_rank(problem is not None):
         raise ValueError(f"init_from={checkpoint}: is damaged: {problem or 'another rank says where'}")
-    wanted = [name for name in state(trainer) if name.startswith((f"{TAUGHT}.", f"{CRITIC}."))]
-    lacking = set(wanted) - held(checkpoint).keys()
+    nets = {TAUGHT: trainer.roles.student, CRITIC: trainer.roles.critic}
+    wanted = {f"{role}.{name}" for role, net in nets.items() for name, _ in net.named_parameters()}
+    lacking = wanted - held(checkpoint).keys()
     if lacking:
         raise ValueError(f"init_from={checkpoint}: does not fit the model {facts.base_model}: lacks {min(lacking)}")
     if trainer.config.lora_rank and read_facts(checkpoint).transformer != facts.transformer:

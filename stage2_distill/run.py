@@ -22,6 +22,7 @@ from stage2_distill.checkpoint import SAMPLER, StudentFacts, checkpoints
 from stage2_distill.config import DistillConfig
 from stage2_distill.figures import Clock
 from stage2_distill.first_frame import vary
+from stage2_distill.journal import METRICS, whole_lines
 from stage2_distill.memory import open_roles
 from stage2_distill.optim import form_of
 from stage2_distill.parallel import Ranks, start
@@ -70,12 +71,12 @@ def expected_encoder(model: Path) -> dict[str, object]:
 def open_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
     """Make the run's folder, or refuse one that holds something else or a run with other options.
 
-    As long as a run has no checkpoint any option may change; only a preview would be of the old ones.
+    Until its first iteration is done any option may change; only a preview would be of the old ones.
     """
     if holds_more(out, CONFIG):
         raise ValueError(f"out={out}: holds something that is not a run of distill; name an empty folder")
     changed = changes(out / CONFIG, config) if (out / CONFIG).is_file() else []
-    if changed and checkpoints(out):
+    if changed and (whole_lines(out / METRICS) or checkpoints(out)):
         raise ValueError(f"out={out}: holds a run with other options: {'; '.join(changed)}")
     dist.barrier()  # every rank has looked before the first one writes
     if first:

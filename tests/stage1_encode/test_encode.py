@@ -254,6 +254,21 @@ def test_a_model_without_a_part_is_refused(part: str, clips: Path, model: Path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_that_says_less_than_it_must_is_refused(clips: Path, model: Path, tmp_path: Path) -> None:
+    """Only what plans did not have at first may be missing."""
+    config = configure(clips / "clips.csv", model, tmp_path / "out")
+    encode(config)
+    plan = json.loads((tmp_path / "out/plan.json").read_text())
+    for field in ("batch_size", "text_tokens"):
+        del plan[field]
+    (tmp_path / "out/plan.json").write_text(json.dumps(plan))
+    assert encode(config).done
+    del plan["shard_size"]
+    (tmp_path / "out/plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ValueError, match="shard_size: None, expected 4"):
+        encode(config)
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"model_type": "clip_text_model", "hidden_size": 768}'])
 def test_another_text_encoder_is_one_line_with_its_file(content: str, clips: Path, model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "model")

@@ -1,6 +1,7 @@
 """Whole runs: the same twice, stopped and resumed, and under the import hook of lock 3."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -117,14 +118,16 @@ def test_lock_3_a_whole_run_behind_an_import_wall(
     assert ("behind the wall" in done.stderr) is bool(code)
 
 
-def test_options_may_change_as_long_as_there_is_no_checkpoint(model: Path, shards: Path, tmp_path: Path) -> None:
+def test_options_may_change_until_an_iteration_is_done(model: Path, shards: Path, tmp_path: Path) -> None:
     config = make_config(shards, model, tmp_path / "run", iterations=1, init_from="nowhere")
     for advised in (replace(config, text_rows=2), replace(config, text_rows=8)):
         with pytest.raises(ValueError, match="nowhere" if advised.text_rows == 8 else "text_rows=2"):
             run_here(advised)
-    run_here(replace(config, init_from=None))
-    with pytest.raises(ValueError, match="seed: 1, was 0"):
-        run_here(replace(config, init_from=None, seed=1))
+    checkpoint = run_here(replace(config, init_from=None))
+    for _ in ("with its checkpoint", "killed before it"):
+        with pytest.raises(ValueError, match="seed: 1, was 0"):
+            run_here(replace(config, init_from=None, seed=1))
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 @pytest.mark.parametrize(
