@@ -1,11 +1,13 @@
 """One dataclass field = one click option = one key of the YAML file.
 
 A configuration is a frozen dataclass whose fields are made with `option`. Its values come from the defaults,
-then the YAML file of `--config`, then the command line, and `__post_init__` checks them.
+then the YAML file of `--config`, then the command line, and `__post_init__` checks them with `check_fields`.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, asdict, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -17,15 +19,82 @@ from common.video import TEXT_LENGTH, VideoSpec
 Config = TypeVar("Config")
 
 
-def option(default: object = MISSING, help: str = "", *, choices: tuple[str, ...] = ()) -> Any:  # noqa: ANN401
-    """A dataclass field with its help text; without a default the option must be given."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+@dataclass(frozen=True)
+class OptionSpec:
+    """What one option accepts, stated on its field and checked by `check_fields`."""
+
+    help: str
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None  # inclusive
+    maximum: float | None = None  # inclusive
+    above: float | None = None  # exclusive lower bound
+
+    def check(self, name: str, value: object) -> None:
+        """Raise ValueError if one value is not a choice, not a finite number or out of bounds."""
+        if self.choices and value not in self.choices:
+            nearest = get_close_matches(str(value), self.choices, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"{name}={value}: choose one of {', '.join(self.choices)}{hint}")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return
+        if not math.isfinite(value):
+            raise ValueError(f"{name}={value}: must be a finite number")
+        if self.above is not None and value <= self.above:
+            raise ValueError(f"{name}={value}: must be more than {self.above:g}")
+        low, high = self.minimum, self.maximum
+        if (low is not None and value < low) or (high is not None and value > high):
+            bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+            raise ValueError(f"{name}={value}: must be {bounds}")
 
 
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError naming the knob and its choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
+def option(
+    default: object = MISSING,
+    help: str = "",
+    *,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+) -> Any:  # noqa: ANN401
+    """A dataclass field with its help text, choices and bounds; without a default the option is required."""
+    return field(default=default, metadata={"spec": OptionSpec(help, choices, minimum, maximum, above)})
+
+
+def option_spec(item: Field[Any]) -> OptionSpec:
+    """The specification of a configuration's field."""
+    spec = item.metadata["spec"]
+    assert isinstance(spec, OptionSpec)
+    return spec
+
+
+def check_fields(config: object) -> None:
+    """Raise ValueError for the first field of a configuration with a wrong type, an unknown choice or a bad number.
+
+    Each `__post_init__` calls this, so values from Python, a YAML file and the command line pass the same check.
+    """
+    hints = get_type_hints(type(config))
+    for item in fields(config):  # type: ignore[arg-type]
+        value, hint = vars(config)[item.name], hints[item.name]
+        check_type(item.name, value, hint)
+        for part in value if isinstance(value, tuple) else (value,):
+            option_spec(item).check(item.name, part)
+
+
+def check_type(name: str, value: object, hint: Any) -> None:  # noqa: ANN401
+    """Raise ValueError unless a value has its field's type; an int is also a float, a bool is no number."""
+    kind = _plain_type(hint)
+    if value is None:
+        if not _optional(hint):
+            raise ValueError(f"{name}=None: must be {getattr(kind, '__name__', 'a list')}")
+    elif get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            raise ValueError(f"{name}={value!r}: must be a tuple")
+        for part in value:
+            check_type(name, part, get_args(kind)[0])
+    elif isinstance(value, bool) is not (kind is bool) or not isinstance(
+        value, (int, float) if kind is float else kind
+    ):
+        raise ValueError(f"{name}={value!r}: must be {kind.__name__}")
 
 
 MODEL = "Model folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a hub name."
@@ -37,9 +106,9 @@ SIZES = {
 }
 
 
-def size_option(name: str) -> Any:  # noqa: ANN401
+def size_option(name: str, *, minimum: int | None = None) -> Any:  # noqa: ANN401
     """The option of one field of `VideoSpec`."""
-    return option(*SIZES[name])
+    return option(*SIZES[name], minimum=minimum)
 
 
 def device_option() -> Any:  # noqa: ANN401
@@ -47,16 +116,10 @@ def device_option() -> Any:  # noqa: ANN401
     return option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=("auto", "cpu", "cuda"))
 
 
-def at_least(name: str, value: float, low: float) -> None:
-    """Raise ValueError where value < low."""
-    if value < low:
-        raise ValueError(f"{name}={value}: must be at least {low}")
-
-
-def check_text_rows(rows: int) -> None:
-    """Raise ValueError where `text_rows` is not a number of rows that a text can have."""
-    if not 1 <= rows <= TEXT_LENGTH:
-        raise ValueError(f"text_rows={rows}: must be between 1 and {TEXT_LENGTH}")
+def text_rows_option() -> Any:  # noqa: ANN401
+    """The option `text_rows`, the number of rows of a text that the denoiser computes."""
+    text = "Text rows computed; fewer are quicker and the same, if prompts are short."
+    return option(TEXT_LENGTH, text, minimum=1, maximum=TEXT_LENGTH)
 
 
 class NumberList(click.ParamType):
@@ -88,7 +151,8 @@ def _optional(hint: Any) -> bool:  # noqa: ANN401
 def _click_option(item: Field[Any], hint: Any) -> Callable[[Any], Any]:  # noqa: ANN401
     kind = _plain_type(hint)
     flag = "--" + item.name.replace("_", "-")
-    text = item.metadata["help"]
+    spec = option_spec(item)
+    text = spec.help
     if item.default is not MISSING and item.default is not None:
         shown = ",".join(f"{x:g}" for x in item.default) if isinstance(item.default, tuple) else item.default
         text += f"  [default: {shown}]"
@@ -99,9 +163,8 @@ def _click_option(item: Field[Any], hint: Any) -> Callable[[Any], Any]:  # noqa:
         return click.option(
             flag, item.name, default=None, help=text, type=NumberList() if numbers else str, multiple=not numbers
         )
-    if item.metadata["choices"]:
-        kind = click.Choice(item.metadata["choices"])
-    return click.option(flag, item.name, default=None, help=text, type=kind)
+    metavar = f"[{'|'.join(spec.choices)}]" if spec.choices else None
+    return click.option(flag, item.name, default=None, help=text, type=kind, metavar=metavar)
 
 
 def config_options(config: type) -> Callable[[Callable[..., object]], Callable[..., object]]:
@@ -137,13 +200,9 @@ def resolve(config: type[Config], given: Mapping[str, object]) -> Config:
     values |= {key: value for key, value in given.items() if key in known and value is not None and value != ()}
     missing = [name for name, item in known.items() if item.default is MISSING and name not in values]
     if missing:
-        raise ValueError(f"missing --{missing[0].replace('_', '-')}: {known[missing[0]].metadata['help']}")
+        raise ValueError(f"missing --{missing[0].replace('_', '-')}: {option_spec(known[missing[0]]).help}")
     hints = get_type_hints(config)
-    checked = {name: typed(name, value, hints[name]) for name, value in values.items()}
-    for name, value in checked.items():
-        if known[name].metadata["choices"]:
-            one_of(name, str(value), known[name].metadata["choices"])
-    return config(**checked)
+    return config(**{name: typed(name, value, hints[name]) for name, value in values.items()})
 
 
 def typed(name: str, value: object, hint: Any) -> object:  # noqa: ANN401

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.options import MODEL, at_least, device_option, one_of, option, size_option
+from common.options import MODEL, check_fields, device_option, option, size_option
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
@@ -28,34 +28,25 @@ class EncodeConfig:
     height: int = size_option("height")
     width: int = size_option("width")
     fps: int = size_option("fps")
-    shard_size: int = option(256, "CSV rows a shard.")
-    batch_size: int = option(8, "Clips encoded at once.")
-    max_failures: float = option(0.05, "Share of failed rows above which encode ends with exit code 1.")
+    shard_size: int = option(256, "CSV rows a shard.", minimum=1)
+    batch_size: int = option(8, "Clips encoded at once.", minimum=1)
+    max_failures: float = option(0.05, "Share of failed rows above which encode ends with exit code 1.", minimum=0)
     retry_failures: bool = option(False, "Make shards with failed rows again, as once a disk is there that was not.")
-    time_limit: float = option(30.0, "Seconds a file may take to give its first frame.")
+    time_limit: float = option(30.0, "Seconds a file may take to give its first frame.", above=0)
     negative_prompt: str = option(NEGATIVE_PROMPT, "Prompt of the unconditional branch, embedded once.")
     vae_dtype: str = option("tf32", "Precision of the VAE; tf32 is float32 on a CPU.", choices=VAE_DTYPES)
     text_dtype: str = option("bfloat16", "Precision of the text encoder.", choices=DTYPES)
     compile: bool = option(False, "Compile both encoders first (about a minute): faster from some thousand clips on.")
     text_only: bool = option(False, "Allow rows without a video; they become records without a first frame.")
-    text_tokens: int = option(8192, "Prompt tokens embedded at once, padding included.")
-    workers: int = option(0, "Processes that read files; 0 = one a CPU core, at most 16.")
+    text_tokens: int = option(8192, "Prompt tokens embedded at once, padding included.", minimum=1)
+    workers: int = option(0, "Processes that read files; 0 = one a CPU core, at most 16.", minimum=0)
     engine: str = option("local", "Who encodes: this process (or torchrun's ranks), or a Ray cluster.", choices=ENGINES)
     shards: str = option("", "Encode only shards A:B (B not included), as in a job array; empty = all.")
     device: str = device_option()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _ = self.spec, self.shard_range
-        at_least("shard_size", self.shard_size, 1)
-        at_least("batch_size", self.batch_size, 1)
-        at_least("max_failures", self.max_failures, 0)
-        at_least("text_tokens", self.text_tokens, 1)
-        at_least("workers", self.workers, 0)
-        if self.time_limit <= 0:
-            raise ValueError(f"time_limit={self.time_limit}: must be more than 0")
-        one_of("vae_dtype", self.vae_dtype, VAE_DTYPES)
-        one_of("text_dtype", self.text_dtype, DTYPES)
-        one_of("engine", self.engine, ENGINES)
 
     @property
     def shard_range(self) -> tuple[int, int | None]:
@@ -90,6 +81,7 @@ class VerifyConfig:
     device: str = device_option()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.sheet.endswith((".png", ".jpg")):
             raise ValueError(f"sheet={self.sheet}: must end in .png or .jpg")
 
@@ -102,10 +94,9 @@ class DecodeConfig:
     model: str = option(help="Model folder or hub name; its VAE is used.")
     out: str = option(help="Folder for the mp4 files and the contact sheet.")
     watch: bool = option(False, "Wait for steps of a training run and decode each as it appears, until the run ends.")
-    columns: int = option(6, "Frames of each video on the contact sheet.")
+    columns: int = option(6, "Frames of each video on the contact sheet.", minimum=1)
     vae_dtype: str = option("float32", "Precision of the VAE.", choices=DTYPES)
     device: str = device_option()
 
     def __post_init__(self) -> None:
-        at_least("columns", self.columns, 1)
-        one_of("vae_dtype", self.vae_dtype, DTYPES)
+        check_fields(self)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 from common.flow import ladder
-from common.options import at_least, check_text_rows, device_option, one_of, option
-from common.video import TEXT_LENGTH, VideoSpec
+from common.options import check_fields, device_option, option, text_rows_option
+from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("ema", "student")
@@ -24,15 +24,15 @@ class SampleConfig:
     prompt: str | None = option(None, "Text of one video.")
     image: str | None = option(None, "First frame of one video; without it the prompt alone decides.")
     data: str | None = option(None, "CSV of many videos, columns prompt, image, seed.")
-    seed: int = option(0, "Seed of the noise; a seed in the CSV wins.")
+    seed: int = option(0, "Seed of the noise; a seed in the CSV wins.", minimum=0)
     ladder: tuple[float, ...] | None = option(None, "Sample with other steps than the checkpoint was trained on.")
     weights: str = option("ema", "Weights to sample from.", choices=WEIGHTS)
-    batch_size: int = option(1, "Videos sampled at once.")
-    text_rows: int = option(TEXT_LENGTH, "Text rows computed; fewer are quicker and the same, if prompts are short.")
+    batch_size: int = option(1, "Videos sampled at once.", minimum=1)
+    text_rows: int = text_rows_option()
     dtype: str = option("bfloat16", "Precision of the network.", choices=DTYPES)
     vae_dtype: str = option("auto", "Precision of the VAE; auto: bfloat16 on a GPU, else float32.", choices=VAE_DTYPES)
     compile: bool = option(False, "Compile network and decoder first (under a minute, cached): for many videos.")
-    segments: int = option(1, "Videos in a row: each goes on from the last frame of the one before.")
+    segments: int = option(1, "Videos in a row: each goes on from the last frame of the one before.", minimum=1)
     num_frames: int | None = option(None, "Frames of a segment, 4k+1; without it, as in training.")
     height: int | None = option(None, "Height in pixels, a multiple of 32; without it, as in training.")
     width: int | None = option(None, "Width in pixels, a multiple of 32; without it, as in training.")
@@ -40,6 +40,7 @@ class SampleConfig:
     device: str = device_option()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if (self.prompt is None) == (self.data is None):
             raise ValueError("give either --prompt TEXT or --data CSV")
         if self.prompt is not None and not self.prompt.strip():
@@ -50,12 +51,6 @@ class SampleConfig:
             raise ValueError(f"out={self.out}: must be a folder for --data; one .mp4 file is for --prompt")
         if self.data is not None and self.image is not None:
             raise ValueError("--image goes with --prompt; a CSV names its images in the column image")
-        at_least("batch_size", self.batch_size, 1)
-        at_least("segments", self.segments, 1)
-        at_least("seed", self.seed, 0)
-        check_text_rows(self.text_rows)
-        one_of("weights", self.weights, WEIGHTS)
-        one_of("dtype", self.dtype, DTYPES)
         self.size(VideoSpec())  # sizes that no model can make
 
     def size(self, spec: VideoSpec) -> VideoSpec:
@@ -76,32 +71,25 @@ class EvaluateConfig:
     shards: str = option(help="Data set made by encode: the conditions.")
     model: str = option(help="Model folder or hub name: the teacher, and the VAE for the videos.")
     out: str = option(help="Folder for latents, videos, report.json and report.html; the same command goes on.")
-    count: int = option(2048, "Records compared, from the first; all where there are fewer.")
+    count: int = option(2048, "Records compared, from the first; all where there are fewer.", minimum=2)
     seeds: tuple[int, ...] = option((0, 1, 2), "Seeds of the noise.")
-    teacher_steps: int = option(50, "Steps of the teacher.")
+    teacher_steps: int = option(50, "Steps of the teacher.", minimum=1)
     guidance_scale: float | None = option(None, "Of the teacher; without it, what the checkpoint was distilled at.")
     weights: str = option("ema", "Weights of the checkpoints.", choices=WEIGHTS)
     select: bool = option(False, "First score every checkpoint of the run and write the name of the best to RUN/best.")
-    videos: int = option(256, "Videos a set that are decoded and looked at; 0 = latents only.")
-    shown: int = option(4, "Conditions whose videos are in the report.")
+    videos: int = option(256, "Videos a set that are decoded and looked at; 0 = latents only.", minimum=0)
+    shown: int = option(4, "Conditions whose videos are in the report.", minimum=0)
     analyser: str | None = option(None, "Python file with judge(video, prompt) -> {question: True or False}.")
     i3d: str | None = option(None, "TorchScript file of an I3D network, for the Frechet video distance.")
     clip: str | None = option(None, "Folder of a CLIP model in the layout of transformers, for the CLIP score.")
-    batch_size: int = option(1, "Videos sampled, and decoded, at once.")
-    text_rows: int = option(TEXT_LENGTH, "Text rows computed; fewer are quicker and the same, if prompts are short.")
+    batch_size: int = option(1, "Videos sampled, and decoded, at once.", minimum=1)
+    text_rows: int = text_rows_option()
     dtype: str = option("bfloat16", "Precision of the networks.", choices=DTYPES)
     device: str = device_option()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.checkpoint:
             raise ValueError("checkpoint: name at least one run")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={','.join(map(str, self.seeds))}: needs numbers that differ")
-        at_least("count", self.count, 2)
-        check_text_rows(self.text_rows)
-        for name in ("teacher_steps", "batch_size"):
-            at_least(name, vars(self)[name], 1)
-        for name in ("videos", "shown"):
-            at_least(name, vars(self)[name], 0)
-        one_of("weights", self.weights, WEIGHTS)
-        one_of("dtype", self.dtype, DTYPES)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from common.options import option_spec
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.config_sample import EvaluateConfig, SampleConfig
@@ -29,7 +30,7 @@ def shown(default: object) -> str:
 
 def row(item: object) -> str:
     """One line of an option table."""
-    return f"| `--{item.name.replace('_', '-')}` | {shown(item.default)} | {item.metadata['help']} |"
+    return f"| `--{item.name.replace('_', '-')}` | {shown(item.default)} | {option_spec(item).help} |"
 
 
 def table(config: type) -> str:

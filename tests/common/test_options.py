@@ -1,0 +1,109 @@
+"""Every option of every command states its choices and bounds once and is checked from Python, YAML and the shell."""
+
+import math
+from dataclasses import Field, fields
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from cli import cli
+from common.options import option_spec, resolve
+from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
+from stage2_distill.config import DistillConfig
+from stage2_distill.config_sample import EvaluateConfig, SampleConfig
+
+COMMANDS: dict[str, tuple[type, dict[str, object]]] = {
+    "encode": (EncodeConfig, {"data": "a.csv", "model": "m", "out": "o"}),
+    "verify": (VerifyConfig, {}),
+    "distill": (DistillConfig, {"shards": ("s",), "model": "m", "out": "o"}),
+    "sample": (SampleConfig, {"checkpoint": "c", "model": "m", "out": "o.mp4", "prompt": "p"}),
+    "evaluate": (EvaluateConfig, {"checkpoint": ("c",), "shards": "s", "model": "m", "out": "o"}),
+    "decode": (DecodeConfig, {"latents": "l.zarr", "model": "m", "out": "o"}),
+}
+
+
+def wrong_values(item: Field) -> list[object]:
+    """Values that a field must refuse, from what it states."""
+    spec, kind = option_spec(item), str(item.type)
+    wrong: list[object] = ["foo"] if spec.choices else []
+    wrong += [spec.minimum - 1] if spec.minimum is not None else []
+    wrong += [spec.maximum + 1] if spec.maximum is not None else []
+    wrong += [spec.above] if spec.above is not None else []
+    wrong += [math.nan, math.inf, -math.inf] if "float" in kind else []
+    wrong = [int(value) if kind == "<class 'int'>" and math.isfinite(value) else value for value in wrong]
+    return [(value,) if kind.startswith("tuple") else value for value in wrong]
+
+
+CASES = [
+    (command, item.name, value)
+    for command, (config, _) in COMMANDS.items()
+    for item in fields(config)
+    for value in wrong_values(item)
+]
+
+
+def test_there_are_cases_of_every_kind() -> None:
+    assert len(CASES) > 90
+    assert {command for command, _, _ in CASES} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(("command", "name", "value"), CASES)
+def test_wrong_value_is_refused_from_python_yaml_and_the_command_line(
+    command: str, name: str, value: object, tmp_path: Path
+) -> None:
+    config, valid = COMMANDS[command]
+    shown = value[0] if isinstance(value, tuple) else value
+    with pytest.raises(ValueError, match=f"^{name}={shown}: "):
+        config(**valid | {name: value})
+    stored = tmp_path / "c.yaml"
+    plain = list(value) if isinstance(value, tuple) else value
+    stored.write_text(
+        yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in valid.items()} | {name: plain})
+    )
+    with pytest.raises(ValueError, match=f"^{name}="):
+        resolve(config, {"config": str(stored)})
+    arguments = [f"--{name.replace('_', '-')}={shown}"]
+    for key, text in valid.items():
+        arguments += (
+            [f"--{key}={part}" for part in (text if isinstance(text, tuple) else (text,))] if key != name else []
+        )
+    outcome = CliRunner().invoke(cli, [command, *(["s"] if command == "verify" else []), *arguments])
+    assert isinstance(outcome.exception, ValueError | SystemExit), outcome.exception
+    assert name in str(outcome.exception) + outcome.output or name.replace("_", "-") in outcome.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_field_refuses_another_type(command: str) -> None:
+    config, valid = COMMANDS[command]
+    for item in fields(config):
+        with pytest.raises(ValueError, match=f"^{item.name}="):
+            config(**valid | {item.name: object()})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_defaults_are_valid_and_every_option_is_offered(command: str) -> None:
+    config, valid = COMMANDS[command]
+    config(**valid)
+    offered = {parameter.name for parameter in cli.commands[command].params if isinstance(parameter, click.Option)}
+    assert {item.name for item in fields(config)} <= offered
+    assert all(option_spec(item).help for item in fields(config))
+
+
+def test_message_lists_the_choices_and_the_nearest_one() -> None:
+    valid = COMMANDS["distill"][1]
+    with pytest.raises(
+        ValueError, match=r"^memory=compct: choose one of auto, standard, compact; did you mean compact\?$"
+    ):
+        DistillConfig(**valid | {"memory": "compct"})
+
+
+def test_the_holes_of_the_review_are_closed() -> None:
+    for wrong in ({"memory": "foo"}, {"keep_activations": "bar"}, {"attention": "baz"}, {"device": "tpu"}):
+        with pytest.raises(ValueError, match="choose one of"):
+            DistillConfig(**COMMANDS["distill"][1] | wrong)
+    for wrong in ({"memory": "foo"}, {"vae_dtype": "int4"}):
+        with pytest.raises(ValueError, match="choose one of"):
+            SampleConfig(**COMMANDS["sample"][1] | wrong)
