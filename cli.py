@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from common.options import config_options, holds_more, resolve, write_config
+from common.options import ConfigCommand, config_options, holds_more, resolve, write_config
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.config_sample import EvaluateConfig, SampleConfig
@@ -25,7 +25,7 @@ def cli() -> None:
     """Distil Wan2.2-TI2V-5B to a few steps: encode clips, distill, sample."""
 
 
-@cli.command("encode")
+@cli.command("encode", cls=ConfigCommand)
 @config_options(EncodeConfig)
 def encode_command(**given: object) -> None:
     """Encode a CSV of clips and prompts into shards."""
@@ -37,7 +37,7 @@ def encode_command(**given: object) -> None:
     click.echo(f"{made}: {report.folder}")
 
 
-@cli.command("verify")
+@cli.command("verify", cls=ConfigCommand)
 @click.argument("shards")
 @config_options(VerifyConfig)
 def verify_command(shards: str, **given: object) -> int:
@@ -45,7 +45,7 @@ def verify_command(shards: str, **given: object) -> int:
     return verify_data(shards, resolve(VerifyConfig, given))
 
 
-@cli.command("distill")
+@cli.command("distill", cls=ConfigCommand)
 @config_options(DistillConfig)
 def distill_command(**given: object) -> None:
     """Distil the model on shards; the same command again goes on."""
@@ -57,7 +57,7 @@ def distill_command(**given: object) -> None:
     click.echo(f"checkpoint: {distill(resolve(DistillConfig, given))}")
 
 
-@cli.command("sample")
+@cli.command("sample", cls=ConfigCommand)
 @config_options(SampleConfig)
 def sample_command(**given: object) -> None:
     """Make videos from a checkpoint, a prompt and a first frame."""
@@ -65,14 +65,14 @@ def sample_command(**given: object) -> None:
         click.echo(str(path))
 
 
-@cli.command("evaluate")
+@cli.command("evaluate", cls=ConfigCommand)
 @config_options(EvaluateConfig)
 def evaluate_command(**given: object) -> None:
     """Compare students with their teacher and write report.json and report.html."""
     click.echo(str(evaluate(resolve(EvaluateConfig, given))))
 
 
-@cli.command("decode")
+@cli.command("decode", cls=ConfigCommand)
 @config_options(DecodeConfig)
 def decode_command(**given: object) -> None:
     """Decode a zarr store of latents into mp4 files and a contact sheet."""

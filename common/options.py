@@ -4,6 +4,7 @@ A configuration is a frozen dataclass whose fields are made with `option`. Its v
 then the YAML file of `--config`, then the command line, and `__post_init__` checks them with `check_fields`.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -28,6 +29,9 @@ class OptionSpec:
     minimum: float | None = None  # inclusive
     maximum: float | None = None  # inclusive
     above: float | None = None  # exclusive lower bound
+    group: str = "general"  # heading in --help
+    advanced: bool = False  # listed by --help-all only
+    old_name: str = ""  # accepted for one release
 
     def check(self, name: str, value: object) -> None:
         """Raise ValueError if one value is not a choice, not a finite number or out of bounds."""
@@ -47,17 +51,9 @@ class OptionSpec:
             raise ValueError(f"{name}={value}: must be {bounds}")
 
 
-def option(
-    default: object = MISSING,
-    help: str = "",
-    *,
-    choices: tuple[str, ...] = (),
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-) -> Any:  # noqa: ANN401
-    """A dataclass field with its help text, choices and bounds; without a default the option is required."""
-    return field(default=default, metadata={"spec": OptionSpec(help, choices, minimum, maximum, above)})
+def option(default: object = MISSING, help: str = "", **facts: Any) -> Any:  # noqa: ANN401
+    """A dataclass field with its `OptionSpec`; without a default the option is required."""
+    return field(default=default, metadata={"spec": OptionSpec(help, **facts)})
 
 
 def option_spec(item: Field[Any]) -> OptionSpec:
@@ -106,14 +102,14 @@ SIZES = {
 }
 
 
-def size_option(name: str, *, minimum: int | None = None) -> Any:  # noqa: ANN401
+def size_option(name: str, *, minimum: int | None = None, advanced: bool = False) -> Any:  # noqa: ANN401
     """The option of one field of `VideoSpec`."""
-    return option(*SIZES[name], minimum=minimum)
+    return option(*SIZES[name], minimum=minimum, group="size", advanced=advanced)
 
 
 def device_option() -> Any:  # noqa: ANN401
     """The option `device`, which `common.device.pick_device` understands."""
-    return option("auto", "cpu, cuda, or auto: cuda where there is one.", choices=("auto", "cpu", "cuda"))
+    return option("auto", "cpu, cuda, or auto: cuda if available.", choices=("auto", "cpu", "cuda"), group="devices")
 
 
 def text_rows_option() -> Any:  # noqa: ANN401
@@ -148,35 +144,110 @@ def _optional(hint: Any) -> bool:  # noqa: ANN401
     return type(None) in get_args(hint)
 
 
-def _click_option(item: Field[Any], hint: Any) -> Callable[[Any], Any]:  # noqa: ANN401
-    kind = _plain_type(hint)
-    flag = "--" + item.name.replace("_", "-")
-    spec = option_spec(item)
+class ConfigOption(click.Option):
+    """A click option that knows its heading in the help and whether it is advanced."""
+
+    def __init__(self, *names: Any, group: str = "general", advanced: bool = False, **settings: Any) -> None:  # noqa: ANN401
+        super().__init__(*names, **settings)
+        self.group, self.advanced = group, advanced
+
+
+class ConfigCommand(click.Command):
+    """A command whose `--help` lists the common options by group, and whose `--help-all` lists all of them."""
+
+    show_all = False
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section per group, in the order in which the groups first appear."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        hidden = 0
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            if isinstance(parameter, ConfigOption) and parameter.advanced and not self.show_all:
+                hidden += 1
+                continue
+            group = parameter.group if isinstance(parameter, ConfigOption) else "general"
+            sections.setdefault(group, []).append(record)
+        general = sections.pop("general", [])
+        for title, records in [*sections.items(), ("general", general)]:
+            with formatter.section(title.capitalize()):
+                formatter.write_dl(records)
+        if hidden:
+            formatter.write_paragraph()
+            formatter.write_text(f"{hidden} advanced options are listed by --help-all.")
+
+
+def _print_all_help(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        assert isinstance(ctx.command, ConfigCommand)
+        ctx.command.show_all = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
+def _click_options(item: Field[Any], hint: Any) -> list[Callable[[Any], Any]]:  # noqa: ANN401
+    """The click option of a field, and a hidden one for its old name."""
+    kind, spec = _plain_type(hint), option_spec(item)
     text = spec.help
     if item.default is not MISSING and item.default is not None:
         shown = ",".join(f"{x:g}" for x in item.default) if isinstance(item.default, tuple) else item.default
         text += f"  [default: {shown}]"
+    settings: dict[str, Any] = {"type": kind, "metavar": f"[{'|'.join(spec.choices)}]" if spec.choices else None}
     if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", item.name, default=None, help=text)
-    if get_origin(kind) is tuple:
+        settings = {}
+    elif get_origin(kind) is tuple:
         numbers = get_args(kind)[0] is not str
-        return click.option(
-            flag, item.name, default=None, help=text, type=NumberList() if numbers else str, multiple=not numbers
-        )
-    metavar = f"[{'|'.join(spec.choices)}]" if spec.choices else None
-    return click.option(flag, item.name, default=None, help=text, type=kind, metavar=metavar)
+        settings = {"type": NumberList() if numbers else str, "multiple": not numbers}
+    decorators = []
+    for name in filter(None, (item.name, spec.old_name)):
+        flag = "--" + name.replace("_", "-")
+        declared = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+        decorators.append(
+            click.option(
+                declared, name, cls=ConfigOption, default=None, help=text, hidden=name != item.name,
+                group=spec.group, advanced=spec.advanced, **settings,
+            )
+        )  # fmt: skip
+    return decorators
 
 
 def config_options(config: type) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    """Decorate a click command with `--config` and one option a field of `config`."""
+    """Decorate a `ConfigCommand` with `--config`, `--help-all` and one option per field of `config`."""
 
     def decorate(command: Callable[..., object]) -> Callable[..., object]:
         hints = get_type_hints(config)
         for item in reversed(fields(config)):
-            command = _click_option(item, hints[item.name])(command)
-        return click.option("--config", help="YAML file with any of these options; the command line wins.")(command)
+            for decorator in _click_options(item, hints[item.name]):
+                command = decorator(command)
+        show_all = click.option(
+            "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_print_all_help,
+            help="Show every option and exit.",
+        )  # fmt: skip
+        return show_all(
+            click.option("--config", help="YAML file with any of these options; the command line wins.")(command)
+        )
 
     return decorate
+
+
+def rename_old_keys(config: type, values: Mapping[str, object], *, where: str | None = None) -> dict[str, object]:
+    """Replace the option names of earlier releases by today's, with one warning per name if `where` is given.
+
+    ValueError if a value is given under both names.
+    """
+    names = {option_spec(item).old_name: item.name for item in fields(config) if option_spec(item).old_name}
+    renamed = {key: value for key, value in values.items() if key not in names}
+    for old, new in names.items():
+        if values.get(old) is None or values.get(old) == ():
+            continue
+        if renamed.get(new) not in (None, ()):
+            raise ValueError(f"{old}={values[old]}: is the old name of {new}, which is given too; keep {new} alone")
+        renamed[new] = values[old]
+        if where is not None:
+            logging.warning("%s: %s is now called %s; the old name goes with the next release", where, old, new)
+    return renamed
 
 
 def read_yaml(path: str) -> dict[str, object]:
@@ -193,6 +264,8 @@ def read_yaml(path: str) -> dict[str, object]:
 def resolve(config: type[Config], given: Mapping[str, object]) -> Config:
     """Build a configuration from `given` options (None = not given), the YAML file that they name, and defaults."""
     values = read_yaml(str(given["config"])) if given.get("config") else {}
+    values = rename_old_keys(config, values, where=f"config={given.get('config')}")
+    given = rename_old_keys(config, given, where="options")
     known = {item.name: item for item in fields(config)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(known))
     if unknown:
