@@ -32,6 +32,7 @@ class OptionSpec:
     group: str = "general"  # heading in --help
     advanced: bool = False  # listed by --help-all only
     old_name: str = ""  # accepted for one release
+    old_values: Mapping[str, str] = field(default_factory=dict)  # what values under the old name are called today
 
     def check(self, name: str, value: object) -> None:
         """Raise ValueError if one value is not a choice, not a finite number or out of bounds."""
@@ -237,14 +238,15 @@ def rename_old_keys(config: type, values: Mapping[str, object], *, where: str | 
 
     ValueError if a value is given under both names.
     """
-    names = {option_spec(item).old_name: item.name for item in fields(config) if option_spec(item).old_name}
-    renamed = {key: value for key, value in values.items() if key not in names}
-    for old, new in names.items():
-        if values.get(old) is None or values.get(old) == ():
+    renamed_fields = {option_spec(item).old_name: item for item in fields(config) if option_spec(item).old_name}
+    renamed = {key: value for key, value in values.items() if key not in renamed_fields}
+    for old, item in renamed_fields.items():
+        value, new, spec = values.get(old), item.name, option_spec(item)
+        if value is None or value == ():
             continue
         if renamed.get(new) not in (None, ()):
-            raise ValueError(f"{old}={values[old]}: is the old name of {new}, which is given too; keep {new} alone")
-        renamed[new] = values[old]
+            raise ValueError(f"{old}={value}: is the old name of {new}, which is given too; keep {new} alone")
+        renamed[new] = spec.old_values.get(str(value), value)
         if where is not None:
             logging.warning("%s: %s is now called %s; the old name goes with the next release", where, old, new)
     return renamed

@@ -1,7 +1,7 @@
 """Every option of every command states its choices and bounds once and is checked from Python, YAML and the shell."""
 
 import math
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
 import click
@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 
 from cli import cli
-from common.options import option_spec, resolve
+from common.options import check_fields, option, option_spec, resolve
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.config_sample import EvaluateConfig, SampleConfig
@@ -107,3 +107,43 @@ def test_the_holes_of_the_review_are_closed() -> None:
     for wrong in ({"memory": "foo"}, {"vae_dtype": "int4"}):
         with pytest.raises(ValueError, match="choose one of"):
             SampleConfig(**COMMANDS["sample"][1] | wrong)
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A configuration with an option that had another name and other values in the last release."""
+
+    new_name: str = option("on", "Text.", choices=("on", "off"), old_name="ancient", old_values={"never": "off"})
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def test_old_name_and_old_value_are_accepted_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    assert resolve(Renamed, {"ancient": "never"}) == Renamed("off")
+    assert caplog.messages == ["options: ancient is now called new_name; the old name goes with the next release"]
+
+
+def test_old_name_in_yaml(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "c.yaml").write_text("ancient: never\n")
+    assert resolve(Renamed, {"config": str(tmp_path / "c.yaml")}) == Renamed("off")
+    assert len(caplog.messages) == 1
+
+
+def test_old_name_beside_the_new_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="^ancient=never: is the old name of new_name, which is given too"):
+        resolve(Renamed, {"ancient": "never", "new_name": "on"})
+
+
+def test_old_value_under_the_new_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="^new_name=never: choose one of on, off"):
+        resolve(Renamed, {"new_name": "never"})
+
+
+def test_help_shows_common_options_by_group_and_help_all_the_rest() -> None:
+    short = CliRunner().invoke(cli, ["distill", "--help"]).output
+    full = CliRunner().invoke(cli, ["distill", "--help-all"]).output
+    for item in fields(DistillConfig):
+        flag = "--" + item.name.replace("_", "-")
+        assert flag in full
+        assert (f"{flag} " in short) is not option_spec(item).advanced
