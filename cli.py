@@ -13,11 +13,13 @@ from pathlib import Path
 
 import click
 
-from common.options import ConfigCommand, config_options, holds_more, resolve, write_config
+from common.files import holds_more
+from common.options import ConfigCommand, config_options, resolve, write_config
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
-from stage2_distill.config_sample import EvaluateConfig, SampleConfig
-from stage2_distill.foreign import understood
+from stage2_distill.evaluation.config import EvaluateConfig
+from stage2_distill.sampling.config import SampleConfig
+from stage2_distill.turbo_config import understood
 
 
 @click.group(context_settings={"show_default": True, "max_content_width": 110})
@@ -49,7 +51,7 @@ def verify_command(shards: str, **given: object) -> int:
 @config_options(DistillConfig)
 def distill_command(**given: object) -> None:
     """Distil the model on shards; the same command again goes on."""
-    from stage2_distill.run import distill
+    from stage2_distill.train import distill
 
     given, notes = understood(given)
     if notes and os.environ.get("RANK", "0") == "0":
@@ -76,8 +78,7 @@ def evaluate_command(**given: object) -> None:
 @config_options(DecodeConfig)
 def decode_command(**given: object) -> None:
     """Decode a zarr store of latents into mp4 files and a contact sheet."""
-    from stage1_encode.decode import decode
-    from stage1_encode.follow import follow
+    from stage1_encode.generation.decode import decode, follow
 
     config = resolve(DecodeConfig, given)
     for path in follow(config) if config.watch else decode(config):
@@ -88,7 +89,7 @@ def decode_command(**given: object) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 def plot_command(run: Path) -> None:
     """Draw the curves of a run into RUN/curves.png."""
-    from stage2_distill.plot import plot
+    from stage2_distill.monitoring.plot import plot
 
     click.echo(str(plot(run)))
 
@@ -104,7 +105,7 @@ def demo_command(out: str) -> None:
 def run_demo(out: Path) -> dict[str, Path]:
     """Encode, distil, evaluate and sample in `out`; what was made. What is there already is kept."""
     from stage1_encode.encode import encode
-    from stage2_distill.run import distill
+    from stage2_distill.train import distill
 
     nano = Path(__file__).parent / "examples" / "nano"
     common = {"model": str(nano / "model"), "device": "cpu"}
@@ -124,18 +125,18 @@ def run_demo(out: Path) -> dict[str, Path]:
 
 def verify_data(shards: str, config: VerifyConfig) -> int:
     """Verify a data set (shards), mend it and draw its first frames where asked (stage one); the exit code."""
-    from shards.verify import verify
+    from shards.verification.verify import verify
 
     report = verify(shards)
     click.echo("\n".join(report.lines()))
     if config.repair and report.problems:
-        from stage1_encode.mend import mend
+        from stage1_encode.repair import mend
 
         mend(report, config)
         report = verify(shards)
         click.echo(f"after the repair: {report.lines()[0]}")
     if config.model and report.manifest:
-        from stage1_encode.mend import draw_sheet
+        from stage1_encode.repair import draw_sheet
 
         click.echo(f"first frames: {draw_sheet(report, config)}")
     return int(bool(report.problems))
@@ -148,11 +149,11 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     torchrun each process makes its share of the CSV's rows, or all denoise the one video together.
     """
     from common.device import pick_device
-    from stage1_encode.conditions import load_conditioner
-    from stage1_encode.engine import rank_and_world
-    from stage1_encode.videos import Order, make_videos, place
-    from stage2_distill.lead import Leader, follow
-    from stage2_distill.sample import open_student
+    from stage1_encode.executors import rank_and_world
+    from stage1_encode.generation.condition_encoder import load_conditioner
+    from stage1_encode.generation.generate import Order, make_videos, place
+    from stage2_distill.sampling.multi_gpu import Leader, follow
+    from stage2_distill.sampling.student_sampler import open_student
 
     out, single = Path(config.out), config.prompt is not None
     placing = place(config.memory, pick_device(config.device))
@@ -178,9 +179,9 @@ def sample_videos(config: SampleConfig) -> list[Path]:
 
 def evaluate(config: EvaluateConfig) -> Path:
     """Sample all contestants (stage two), look at their videos (stage one), report (stage two); the page."""
-    from stage1_encode.measure import Looks, measure, open_tools
-    from stage2_distill.evaluate import sample_contest
-    from stage2_distill.report import write_report
+    from stage1_encode.video_metrics.evaluate_videos import Looks, measure, open_tools
+    from stage2_distill.evaluation.compare import sample_contest
+    from stage2_distill.evaluation.report import write_report
 
     looks = Looks(
         config.out, config.shards, config.model, config.videos, config.shown,
@@ -210,7 +211,7 @@ def open_output(out: Path, config: SampleConfig, *, first: bool) -> None:
 
 def write_prompt(path: Path, config: SampleConfig) -> str:
     """A CSV of one row for the one prompt; its path."""
-    from stage1_encode.rows import locate_file
+    from stage1_encode.media.rows import locate_file
 
     image = "" if config.image is None else locate_file(Path("prompt.csv"), config.image)
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -16,8 +16,10 @@ from torch import Tensor
 from cli import cli
 from common.condition import Condition, Denoiser
 from common.flow import ladder
-from stage2_distill import losses, train, wan
-from stage2_distill.checkpoint import STUDENT
+from stage2_distill import trainer
+from stage2_distill.checkpointing.format import STUDENT
+from stage2_distill.dmd import losses
+from stage2_distill.model import wan
 
 
 def loss_without_critic(
@@ -51,7 +53,7 @@ def main() -> None:
         unwarp(Path(rest[0]), Path(rest[1]))
         return
     if part == "critic":
-        train.dmd_loss = loss_without_critic
+        trainer.dmd_loss = loss_without_critic
     elif part == "pin":
         wan.pin = unpinned
     else:

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from common.video import VideoSpec
-from stage2_distill.checkpoint import StudentFacts, checkpoints, damage, load
+from stage2_distill.checkpointing.format import StudentFacts, checkpoints, damage, load
+from stage2_distill.checkpointing.writer import Saver
 from stage2_distill.config import DistillConfig
-from stage2_distill.parallel import Ranks, start
-from stage2_distill.saver import Saver
+from stage2_distill.distributed.process_group import Ranks, start
 
 TENSOR = 64 << 20  # bytes
 

@@ -17,9 +17,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from benchmarks.report import append
-from stage1_encode.conv import Plan, by_library, fold
-from stage1_encode.decoder import Decoder, stream
-from stage1_encode.ways import Ways
+from stage1_encode.models.vae_decoder import Decoder, stream
+from stage1_encode.models.vae_ops import Plan, Ways, by_library, fold
 
 Row = tuple[str, str]
 GPU = torch.cuda.is_available()
@@ -166,7 +165,7 @@ def draws(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
 
 def check_rows(_model: AutoencoderKLWan, _z: Tensor) -> Iterator[Row]:
     """Our kernel's error against float32 in every convolution, with a residual where there is one."""
-    from stage1_encode.conv_kernel import convolve
+    from stage1_encode.models.vae_conv_kernel import convolve
 
     for shape in shapes():
         small = replace(shape, frames=3, height=21, width=37)  # which no tile divides

@@ -42,11 +42,11 @@ from benchmarks.reading import reading, whole_clip
 from benchmarks.report import append
 from common.device import begin_copy, pick_device
 from common.video import TEXT_LENGTH, VideoSpec
-from stage1_encode import text, vae
 from stage1_encode.config import EncodeConfig
-from stage1_encode.engine import tasks
+from stage1_encode.executors import tasks
+from stage1_encode.media.rows import read_shards
+from stage1_encode.models import text_encoder, vae
 from stage1_encode.pipeline import Encoders, make_ready, make_shards, start_readers, write_negative
-from stage1_encode.rows import read_shards
 
 READY = 4.0  # seconds in which the processes that read files are there
 SOURCE = "tests/data/bigbuckbunny.mp4"
@@ -77,9 +77,9 @@ def alone(config: EncodeConfig, encoders: Encoders, pixels: Tensor) -> float:
     """Seconds that the two models alone take for the rows of a CSV, in the same batches, all inputs being there."""
     device, batches, count = encoders.vae.mean.device, [], 0
     for shard in read_shards(Path(config.data), shard_size=config.shard_size, text_only=False):
-        tokens = text.tokenize(encoders.text, [text.clean(row.prompt) for row in shard])
-        grouped = [[tokens[place] for place in batch] for batch in text.group(tokens, config.text_tokens)]
-        batches += [tuple(begin_copy(x, device) for x in text.padded(group, 0)) for group in grouped]
+        tokens = text_encoder.tokenize(encoders.text, [text_encoder.clean(row.prompt) for row in shard])
+        grouped = [[tokens[place] for place in batch] for batch in text_encoder.group(tokens, config.text_tokens)]
+        batches += [tuple(begin_copy(x, device) for x in text_encoder.padded(group, 0)) for group in grouped]
         count += len(shard)
     settle()
     began = time.perf_counter()
@@ -134,7 +134,9 @@ def idle(config: EncodeConfig, encoders: Encoders) -> Iterator[Row]:
         print(f"    {took / busy:6.1%}  {name[:100]}", flush=True)
 
 
-def reference(config: EncodeConfig, base: vae.Vae, encoder: text.TextEncoder, paths: list[Path]) -> Iterator[Row]:
+def reference(
+    config: EncodeConfig, base: vae.Vae, encoder: text_encoder.TextEncoder, paths: list[Path]
+) -> Iterator[Row]:
     """The reference's way: the whole clip decoded and stretched, the prompt padded to 512, one sample at a time."""
     device = base.mean.device
     ids = torch.randint(3, WORDS, (1, TEXT_LENGTH), device=device)
@@ -200,7 +202,7 @@ def measure(given: argparse.Namespace, work: Path, began: float) -> Iterator[Row
 
 
 def compiled(
-    config: EncodeConfig, base: vae.Vae, encoder: text.TextEncoder, pixels: Tensor, exact: Tensor, until: float
+    config: EncodeConfig, base: vae.Vae, encoder: text_encoder.TextEncoder, pixels: Tensor, exact: Tensor, until: float
 ) -> Iterator[Row]:
     """Both models compiled, each alone, then from end to end; nothing is begun after `until`."""
     start, size = time.perf_counter(), config.batch_size

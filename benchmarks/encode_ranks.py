@@ -22,10 +22,10 @@ from benchmarks.models import fresh, memory, pictures
 from benchmarks.random_models import TINY, TRUE, random_text, random_vae
 from benchmarks.report import append
 from common.device import pick_device
-from stage1_encode import vae
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import share
-from stage1_encode.engine import rank_and_world, tasks
+from stage1_encode.executors import rank_and_world, tasks
+from stage1_encode.models import vae
 from stage1_encode.pipeline import Encoders, make_shards, start_readers, write_negative
 
 Row = tuple[str, str]

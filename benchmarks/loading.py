@@ -21,10 +21,10 @@ from torch import nn
 from benchmarks.device import Case, case, randomise, synchronize
 from benchmarks.report import append
 from benchmarks.trainer import make_config, random_network
+from stage2_distill.build import Opened, open_roles
 from stage2_distill.config import DistillConfig
-from stage2_distill.memory import Opened, open_roles
-from stage2_distill.network import Plan
-from stage2_distill.parallel import Ranks, start
+from stage2_distill.distributed.process_group import Ranks, start
+from stage2_distill.model.layers import Plan
 
 FILE = 2 << 30  # bytes
 

@@ -28,9 +28,10 @@ from benchmarks.report import append
 from benchmarks.train_step import MEASURES, mean_iteration, show
 from benchmarks.trainer import make_config, one_batch, random_condition, random_roles, report_memory, trainer_of
 from common.condition import Condition
-from stage2_distill.parallel import Ranks, of_all_ranks, start
-from stage2_distill.schedule import CRITIC, STUDENT, Part, exit_index
-from stage2_distill.train import Trainer, Update, update_critic, update_student
+from stage2_distill.distributed.process_group import Ranks, of_all_ranks, start
+from stage2_distill.dmd.schedule import CRITIC, STUDENT, Part, exit_index
+from stage2_distill.monitoring.metrics_log import Update
+from stage2_distill.trainer import Trainer, update_critic, update_student
 
 Row = tuple[str, str]
 MODES = {

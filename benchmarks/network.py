@@ -18,8 +18,9 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from benchmarks.device import Case, a_time_a_token, case, inputs, kernels, peak_gib, random_network, seconds
-from stage2_distill.attention import attend, flash_is_3, repeatable
-from stage2_distill.network import Plan, adopt
+from stage2_distill.model.attention import attend, flash_is_3, repeatable
+from stage2_distill.model.layers import Plan
+from stage2_distill.model.transformer import adopt
 
 Row = tuple[str, str]
 Run = Callable[[], object]

@@ -15,12 +15,12 @@ from benchmarks.device import randomise
 from common.condition import Condition, pin
 from common.flow import ladder, x0_from_velocity
 from common.video import CHANNELS, VideoSpec, tokens_per_frame
-from stage1_encode import text, vae
-from stage1_encode.conditions import Conditioner
-from stage2_distill.network import Plan
-from stage2_distill.sample import Student
-from stage2_distill.wan import materialise, skeleton
-from tests import tiny
+from stage1_encode.generation.condition_encoder import Conditioner
+from stage1_encode.models import text_encoder, vae
+from stage2_distill.model.layers import Plan
+from stage2_distill.model.wan import materialise, skeleton
+from stage2_distill.sampling.student_sampler import Student
+from tests import tiny_models
 
 WORDS = 10_000  # of the stand-in tokenizer: one token a word
 PAD, END, UNKNOWN = 0, 1, 2
@@ -43,7 +43,9 @@ class Size:
 
 TRUE = Size()
 TINY = Size(64, 96, base=8, blocks=1, layers=2, width_text=64, heads=4, hidden=128, vocabulary=WORDS + 3)
-SMALL = Size(64, 96, base=8, layers=2, width_text=16, heads=2, hidden=32, vocabulary=512)  # tests.tiny's tokenizer
+SMALL = Size(
+    64, 96, base=8, layers=2, width_text=16, heads=2, hidden=32, vocabulary=512
+)  # tests.tiny_models's tokenizer
 
 
 def autoencoder(size: Size, device: torch.device, decoder: int) -> AutoencoderKLWan:
@@ -82,25 +84,25 @@ def random_vae(size: Size, device: torch.device) -> vae.Vae:
     return plain(autoencoder(size, device, decoder=8), device)
 
 
-def random_text(size: Size, device: torch.device) -> text.TextEncoder:
+def random_text(size: Size, device: torch.device) -> text_encoder.TextEncoder:
     """A text encoder in float32 and a tokenizer that knows the words w0, w1, ..."""
     torch.manual_seed(1)
-    model = text.fused(umt5(size, device))
+    model = text_encoder.fused(umt5(size, device))
     vocabulary = {"<pad>": PAD, "</s>": END, "<unk>": UNKNOWN} | {f"w{word}": word + 3 for word in range(WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    return text.TextEncoder(model, tokenizer)
+    return text_encoder.TextEncoder(model, tokenizer)
 
 
 def make_models(folder: Path, small: bool, device: torch.device) -> Conditioner:
     """Encoders and decoder of sampling, the decoder compiled."""
-    tiny.make_tokenizer(folder / "tokenizer")
+    tiny_models.make_tokenizer(folder / "tokenizer")
     size, dtype = (SMALL, torch.float32) if small else (TRUE, torch.bfloat16)
     prompts = umt5(size, device).to(dtype)
     model = autoencoder(size, device, decoder=8 if small else 256).to(dtype)
-    encoder = text.TextEncoder(prompts, AutoTokenizer.from_pretrained(folder / "tokenizer"))
+    encoder = text_encoder.TextEncoder(prompts, AutoTokenizer.from_pretrained(folder / "tokenizer"))
     frames = vae.frame_encoder(plain(fresh(model), device))
     return Conditioner(encoder, plain(model, device, True), frames, device)
 

@@ -21,18 +21,18 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import append
+from common.model_folder import fingerprint
 from common.options import write_config
 from common.seed import generator
 from common.video import VideoSpec
-from shards.fingerprint import fingerprint
 from shards.manifest import Encoder, Manifest, write_manifest
 from shards.record import Record, Source
-from shards.write import shard_name, write_shard
-from stage2_distill.checkpoint import load, newest
+from shards.writer import shard_name, write_shard
+from stage2_distill.checkpointing.format import load, newest
 from stage2_distill.config import DistillConfig
-from stage2_distill.journal import METRICS
-from stage2_distill.wan import materialise, skeleton
-from stage2_distill.weights import read_weights
+from stage2_distill.model.wan import materialise, skeleton
+from stage2_distill.model.weight_loading import read_weights
+from stage2_distill.monitoring.metrics_log import METRICS
 
 ROOT = Path(__file__).parent.parent
 MODEL, SPEC, TEXT_DIM = ROOT / "examples/nano/model", VideoSpec(17, 64, 96, 12), 64

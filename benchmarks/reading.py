@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.report import peak
 from common.video import VideoSpec
-from stage1_encode import frames
-from stage1_encode.isolate import Readers
+from stage1_encode.media import first_frame
+from stage1_encode.media.reader_pool import Readers
 
 MINUTES = (5 / 60, 20 / 60, 1, 2, 4, 10)
 Row = tuple[str, str]
@@ -37,8 +37,8 @@ def whole_clip(path: str, spec: VideoSpec) -> torch.Tensor:
 
 def by_av(path: str) -> object:
     """The first frame by PyAV alone."""
-    with frames._open(path) as file:
-        return frames._read_with_av(file, frames._video_stream(file))
+    with first_frame._open(path) as file:
+        return first_frame._read_with_av(file, first_frame._video_stream(file))
 
 
 def bytes_read(work: Callable[[], object]) -> int:
@@ -67,7 +67,7 @@ def longer(clip: str, folder: Path, minutes: float) -> str:
 
 def against_the_reference(clip: str, spec: VideoSpec) -> Iterator[Row]:
     """One first frame against a whole clip of as many frames as a video has."""
-    first = seconds(lambda: frames.first_frame(clip, height=spec.height, width=spec.width), 9)
+    first = seconds(lambda: first_frame.first_frame(clip, height=spec.height, width=spec.width), 9)
     plain = seconds(lambda: decord.VideoReader(clip).get_batch(range(spec.num_frames)).asnumpy(), 3)
     whole = seconds(lambda: whole_clip(clip, spec), 2)
     yield "first frame, resized, this process", f"{first * 1e3:.1f} ms"
@@ -83,9 +83,9 @@ def side_by_side(clip: str, spec: VideoSpec, folder: Path) -> Iterator[Row]:
         path = longer(clip, folder, minutes)
         megabytes = Path(path).stat().st_size / 2**20
         for reader, work in (
-            ("decord", lambda path=path: frames._read_with_decord(path)),
+            ("decord", lambda path=path: first_frame._read_with_decord(path)),
             ("PyAV", lambda path=path: by_av(path)),
-            ("as chosen", lambda path=path: frames.first_frame(path, height=spec.height, width=spec.width)),
+            ("as chosen", lambda path=path: first_frame.first_frame(path, height=spec.height, width=spec.width)),
         ):
             read, before = bytes_read(work) / 2**20, peak(reset=True)
             took = seconds(work, 9)

@@ -26,14 +26,14 @@ from benchmarks.stock import PROMPT, run_stock
 from benchmarks.watch import Watch, medians
 from common.seed import generator, normal
 from common.video import VideoSpec
-from shards.latents import read
+from shards.latent_store import read
 from shards.record import Record, collate
-from stage1_encode import decoder, vae
-from stage1_encode.conditions import make_records
-from stage1_encode.rows import read_shards
-from stage1_encode.videos import PLACINGS, STEP, Order, Placing, Sampler, make_videos
-from stage2_distill.network import Plan
-from stage2_distill.rollout import rollout
+from stage1_encode.generation.condition_encoder import make_records
+from stage1_encode.generation.generate import PLACINGS, STEP, Order, Placing, Sampler, make_videos
+from stage1_encode.media.rows import read_shards
+from stage1_encode.models import vae, vae_decoder
+from stage2_distill.dmd.rollout import rollout
+from stage2_distill.model.layers import Plan
 
 Row = tuple[str, str]
 
@@ -139,7 +139,7 @@ class Bench:
             "diffusers, 4 steps", f"{found.whole:.2f} s, x{found.whole / ours:.2f} of ours; a step {found.step:.2f} s"
         )
         self.note("diffusers, 50 guided steps, projected", f"{guided:.0f} s, x{guided / ours:.1f} of ours")
-        pixels = torch.cat(list(decoder.stream(self.models.vae.decoder, found.latents[0], most=vae.STEPS)))
+        pixels = torch.cat(list(vae_decoder.stream(self.models.vae.decoder, found.latents[0], most=vae.STEPS)))
         wanted = ((found.video[0].float().clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
         psnr = -10 * float(((pixels.float() - wanted).square().mean() / 255**2).log10())
         self.note("diffusers, decode", f"{found.decode:.2f} s; PSNR of ours to it {psnr:.1f} dB")

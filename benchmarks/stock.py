@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.clock import sync, times
 from common.video import VideoSpec
-from stage1_encode.conditions import Conditioner
-from stage1_encode.mp4 import write_video
-from stage2_distill.network import Network
+from stage1_encode.generation.condition_encoder import Conditioner
+from stage1_encode.media.video_writer import write_video
+from stage2_distill.model.transformer import Network
 
 PROMPT = "A red circle moves to the right, slowly, in front of a grey wall, and then it turns and comes back again."
 

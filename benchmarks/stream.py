@@ -21,11 +21,11 @@ from safetensors.torch import load
 from benchmarks.report import append, peak
 from common.seed import generator
 from common.video import VideoSpec
+from shards.dataset import DataSet, Stream, open_data_set, prefetch
 from shards.manifest import Encoder, Manifest, Shard, write_manifest
-from shards.order import permuted
-from shards.read import DataSet, Stream, open_data_set, prefetch
 from shards.record import Record, Source
-from shards.write import shard_name, write_shard
+from shards.shuffle import permuted
+from shards.writer import shard_name, write_shard
 
 SPEC, TEXT_DIM, SHARD = VideoSpec(), 4096, 256
 ENCODER = Encoder("vae", "text", "tokenizer", "float32", "bfloat16", TEXT_DIM, "")

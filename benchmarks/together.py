@@ -17,10 +17,10 @@ from benchmarks.random_models import make_student
 from benchmarks.report import append
 from benchmarks.sample import Bench
 from common.video import VideoSpec
-from stage2_distill.lead import Leader, follow
-from stage2_distill.network import Plan
-from stage2_distill.parallel import Ranks, start
-from stage2_distill.sample import Student
+from stage2_distill.distributed.process_group import Ranks, start
+from stage2_distill.model.layers import Plan
+from stage2_distill.sampling.multi_gpu import Leader, follow
+from stage2_distill.sampling.student_sampler import Student
 
 
 def share(student: Student, ranks: int, *, compiled: bool) -> None:

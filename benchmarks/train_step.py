@@ -33,12 +33,13 @@ from benchmarks.trainer import (
     report_memory,
     trainer_of,
 )  # fmt: skip
-from stage2_distill.parallel import start
+from stage2_distill.checkpointing.staging import Rooms, Snapshot, host_mesh, make_rooms
+from stage2_distill.distributed.process_group import start
+from stage2_distill.dmd.rollout_reuse import Reuse
+from stage2_distill.dmd.schedule import CRITIC, STUDENT, exit_index, parts
+from stage2_distill.monitoring.metrics_log import Step, Update
 from stage2_distill.resume import state
-from stage2_distill.reuse import Reuse
-from stage2_distill.schedule import CRITIC, STUDENT, exit_index, parts
-from stage2_distill.snapshot import Rooms, Snapshot, host_mesh, make_rooms
-from stage2_distill.train import Step, Trainer, Update, train_step, update_critic, update_student
+from stage2_distill.trainer import Trainer, train_step, update_critic, update_student
 
 Row = tuple[str, str]
 FORWARD = 520.7  # TFLOP at the true size

@@ -10,19 +10,21 @@ from torch import Tensor
 
 from benchmarks.device import Case, randomise
 from common.condition import Condition
-from stage2_distill.attention import repeatable
-from stage2_distill.compact import local
+from common.timer import Clock
+from stage2_distill.build import Opened
 from stage2_distill.config import STANDARD, DistillConfig
-from stage2_distill.figures import Clock
-from stage2_distill.lora import Role, add_adapters, lora_of
-from stage2_distill.memory import Opened
-from stage2_distill.network import Network, Plan, adopt
-from stage2_distill.optim import open_ema, open_optimizer
-from stage2_distill.parallel import Ranks, of_all_ranks, shard
-from stage2_distill.reuse import Reuse
-from stage2_distill.schedule import CRITIC, STUDENT, Part, exit_index, student_turn
-from stage2_distill.train import Roles, Trainer
-from stage2_distill.wan import cast_parameters
+from stage2_distill.distributed.dtensor import local
+from stage2_distill.distributed.fsdp import shard
+from stage2_distill.distributed.process_group import Ranks, of_all_ranks
+from stage2_distill.dmd.rollout_reuse import Reuse
+from stage2_distill.dmd.schedule import CRITIC, STUDENT, Part, exit_index, student_turn
+from stage2_distill.model.attention import repeatable
+from stage2_distill.model.layers import Plan
+from stage2_distill.model.lora import Role, add_adapters, lora_of
+from stage2_distill.model.transformer import Network, adopt
+from stage2_distill.model.wan import cast_parameters, materialise
+from stage2_distill.optim.optimizers import open_ema, open_optimizer
+from stage2_distill.trainer import Roles, Trainer
 
 
 def make_config(chosen: Case, ranks: Ranks, **changes: object) -> DistillConfig:
@@ -49,7 +51,7 @@ def random_network(chosen: Case, plan: Plan, dtype: torch.dtype) -> Network:
 
 def random_role(chosen: Case, ranks: Ranks, net: Network, *, casts: bool = False) -> Network:
     """Shard a network that computes in the case's dtype, with random weights."""
-    shard(net, ranks, chosen.dtype, casts=casts)
+    materialise(shard(net, ranks, chosen.dtype, casts=casts), ranks.device)
     draws = torch.Generator(chosen.device).manual_seed(0)
     for name, parameter in net.named_parameters():
         randomise(name, local(parameter), draws)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from common.condition import Condition
 from common.options import resolve
-from stage2_distill import run, train
+from stage2_distill import train, trainer
 from stage2_distill.config import DistillConfig
-from stage2_distill.schedule import Part
-from stage2_distill.train import Step, Trainer
+from stage2_distill.dmd.schedule import Part
+from stage2_distill.monitoring.metrics_log import Step
+from stage2_distill.trainer import Trainer
 
 
 def digest(condition: Condition, place: int) -> str:
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--die", type=int, default=-1)
     given = parser.parse_args()
     config = resolve(DistillConfig, {"config": given.config})
-    out, simulate, step = Path(config.out), train.simulate, run.train_step
+    out, simulate, step = Path(config.out), trainer.simulate, train.train_step
     begun: list[int] = []
 
     def noting(trainer: Trainer, part: Part, condition: Condition, exit_at: int) -> tuple[Tensor, Condition, int]:
@@ -57,8 +58,8 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(trainer, iteration, data)
 
-    train.simulate, run.train_step = noting, dying
-    run.distill(config)
+    trainer.simulate, train.train_step = noting, dying
+    train.distill(config)
     dist.destroy_process_group()
 
 

@@ -18,6 +18,13 @@ import yaml
 from common.video import TEXT_LENGTH, VideoSpec
 
 Config = TypeVar("Config")
+MODEL = "Model folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a hub name."
+SIZES = {
+    "num_frames": (VideoSpec.num_frames, "Frames of a video, 4k+1."),
+    "height": (VideoSpec.height, "Height in pixels, a multiple of 32."),
+    "width": (VideoSpec.width, "Width in pixels, a multiple of 32."),
+    "fps": (VideoSpec.fps, "Frames a second."),
+}
 
 
 @dataclass(frozen=True)
@@ -92,15 +99,6 @@ def check_type(name: str, value: object, hint: Any) -> None:  # noqa: ANN401
         value, (int, float) if kind is float else kind
     ):
         raise ValueError(f"{name}={value!r}: must be {kind.__name__}")
-
-
-MODEL = "Model folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a hub name."
-SIZES = {
-    "num_frames": (VideoSpec.num_frames, "Frames of a video, 4k+1."),
-    "height": (VideoSpec.height, "Height in pixels, a multiple of 32."),
-    "width": (VideoSpec.width, "Width in pixels, a multiple of 32."),
-    "fps": (VideoSpec.fps, "Frames a second."),
-}
 
 
 def size_option(name: str, *, minimum: int | None = None, advanced: bool = False) -> Any:  # noqa: ANN401
@@ -296,13 +294,6 @@ def typed(name: str, value: object, hint: Any) -> object:  # noqa: ANN401
         return kind(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}={value}: must be {kind.__name__}") from error
-
-
-def holds_more(folder: Path, name: str) -> bool:
-    """Whether a folder without the configuration `name` holds anything but an unfinished one, or is none."""
-    if not folder.exists() or (folder / name).is_file():
-        return False
-    return not folder.is_dir() or any(path.name != f"{name}.partial" for path in folder.iterdir())
 
 
 def write_config(path: Path, config: object) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from common.files import write_file
 from common.video import VideoSpec
 
 SCHEMA = 1
@@ -64,16 +64,6 @@ class Manifest:
     def records(self) -> int:
         """Number of records in all shards."""
         return sum(shard.records for shard in self.shards)
-
-
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a whole file or nothing: `.partial`, fsync, rename."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def write_manifest(folder: Path, manifest: Manifest, negative: Tensor) -> None:

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.device import pick_device
-from shards.fingerprint import locate
+from common.model_folder import locate
 from shards.manifest import MANIFEST, NEGATIVE
 from stage1_encode.config import EncodeConfig
-from stage1_encode.engine import ENGINES, rank_and_world
-from stage1_encode.pipeline import PARTS
-from stage1_encode.plan import (
+from stage1_encode.dataset_folder import (
     FAILURES,
     FINISHING,
     SETTLING,
@@ -29,6 +27,8 @@ from stage1_encode.plan import (
     take_back,
     write_plan,
 )
+from stage1_encode.executors import ENGINES, rank_and_world
+from stage1_encode.pipeline import PARTS
 
 log = logging.getLogger(__name__)
 POLL = 0.5  # seconds between two looks for the shards of other ranks

@@ -15,17 +15,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.device import begin_copy, mark, pick_device
+from common.files import write_file
+from common.model_folder import locate
 from common.progress import track
-from shards.fingerprint import locate
-from shards.manifest import NEGATIVE, write_file
+from shards.manifest import NEGATIVE
 from shards.record import Record, Source
-from shards.write import Failure, Index, shard_name, write_shard
-from stage1_encode import text, vae
+from shards.writer import Failure, Index, shard_name, write_shard
 from stage1_encode.config import EncodeConfig
-from stage1_encode.frames import Frame, UnreadableError
-from stage1_encode.isolate import Readers, default_workers, read_ahead
-from stage1_encode.plan import storing
-from stage1_encode.rows import Row, rows_digest
+from stage1_encode.dataset_folder import storing
+from stage1_encode.media.first_frame import Frame, UnreadableError
+from stage1_encode.media.reader_pool import Readers, default_workers, read_ahead
+from stage1_encode.media.rows import Row, rows_digest
+from stage1_encode.models import text_encoder, vae
 
 PARTS = ("vae", "text_encoder", "tokenizer")
 WRITERS = 2  # shards hashed and written at once
@@ -53,7 +54,7 @@ class Encoders:
     """The two models of stage one."""
 
     vae: vae.FrameEncoder
-    text: text.TextEncoder
+    text: text_encoder.TextEncoder
 
 
 def load_encoders(config: EncodeConfig) -> Encoders:
@@ -62,21 +63,23 @@ def load_encoders(config: EncodeConfig) -> Encoders:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or pinned memory and events would open the first GPU too
     whole = vae.load(folder, dtype=vae.dtype_of(config.vae_dtype), device=device)
-    return make_ready(config, whole, text.load(folder, dtype=getattr(torch, config.text_dtype), device=device))
+    return make_ready(config, whole, text_encoder.load(folder, dtype=getattr(torch, config.text_dtype), device=device))
 
 
-def make_ready(config: EncodeConfig, whole: vae.Vae, prompts: text.TextEncoder) -> Encoders:
+def make_ready(config: EncodeConfig, whole: vae.Vae, prompts: text_encoder.TextEncoder) -> Encoders:
     """Fit two loaded models to their work, which for the VAE is single frames."""
     tf32 = config.vae_dtype == vae.TF32
     if not config.compile:
         return Encoders(vae.frame_encoder(whole, tf32=tf32), prompts)
-    return Encoders(vae.frame_encoder(whole, compiled_batch=config.batch_size, tf32=tf32), text.compiled(prompts))
+    return Encoders(
+        vae.frame_encoder(whole, compiled_batch=config.batch_size, tf32=tf32), text_encoder.compiled(prompts)
+    )
 
 
 def write_negative(config: EncodeConfig, encoders: Encoders) -> None:
     """Embed the negative prompt."""
-    tokens = text.tokenize(encoders.text, [text.clean(config.negative_prompt)])
-    embedding = text.embed(encoders.text, tokens, budget=config.text_tokens)[0]
+    tokens = text_encoder.tokenize(encoders.text, [text_encoder.clean(config.negative_prompt)])
+    embedding = text_encoder.embed(encoders.text, tokens, budget=config.text_tokens)[0]
     if ready := mark(encoders.text.model.device):
         ready.synchronize()
     folder = Path(config.out)
@@ -113,13 +116,15 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def prepare(task: Task, encoder: text.TextEncoder) -> Prepared:
+def prepare(task: Task, encoder: text_encoder.TextEncoder) -> Prepared:
     """Clean and tokenise the prompts of a task."""
-    prompts = [text.clean(row.prompt) for row in task.rows]
-    return Prepared(task, prompts, text.tokenize(encoder, prompts))
+    prompts = [text_encoder.clean(row.prompt) for row in task.rows]
+    return Prepared(task, prompts, text_encoder.tokenize(encoder, prompts))
 
 
-def prepare_ahead(tasks: Iterable[Task], encoder: text.TextEncoder, preparer: ThreadPoolExecutor) -> Iterator[Prepared]:
+def prepare_ahead(
+    tasks: Iterable[Task], encoder: text_encoder.TextEncoder, preparer: ThreadPoolExecutor
+) -> Iterator[Prepared]:
     """Each task prepared, the next one being prepared meanwhile."""
     coming: Future[Prepared] | None = None
     for task in tasks:
@@ -158,7 +163,7 @@ def encode_shard(
     frames: Iterator[tuple[Row, "Future[Frame] | None"]],
 ) -> Made:
     """Begin to encode one task; takes exactly its rows from `frames`."""
-    texts = text.embed(encoders.text, prepared.tokens, budget=config.text_tokens)
+    texts = text_encoder.embed(encoders.text, prepared.tokens, budget=config.text_tokens)
     good: list[Good] = []
     failures: list[Failure] = []
     batches = Batches(encoders.vae, config.batch_size)

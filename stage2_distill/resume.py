@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shards.fingerprint import locate
-from stage2_distill.checkpoint import (
+from common.model_folder import locate
+from stage2_distill.checkpointing.format import (  # fmt: skip
     STUDENT,
     StudentFacts,
     checkpoints,
@@ -20,15 +20,15 @@ from stage2_distill.checkpoint import (
     load,
     read_facts,
     set_aside,
-)  # fmt: skip
-from stage2_distill.compact import local
-from stage2_distill.master import join
-from stage2_distill.optim import masters, remainders, state_tensors
-from stage2_distill.parallel import Ranks, on_any_rank
-from stage2_distill.schedule import CRITIC, position
-from stage2_distill.schedule import STUDENT as TAUGHT
-from stage2_distill.train import Trainer
-from stage2_distill.weights import copy_weights, read_weights
+)
+from stage2_distill.distributed.dtensor import local
+from stage2_distill.distributed.process_group import Ranks, on_any_rank
+from stage2_distill.dmd.schedule import CRITIC, position
+from stage2_distill.dmd.schedule import STUDENT as TAUGHT
+from stage2_distill.model.split_float32 import join
+from stage2_distill.model.weight_loading import copy_weights, read_weights
+from stage2_distill.optim.optimizers import masters, remainders, state_tensors
+from stage2_distill.trainer import Trainer
 
 TOGETHER = 40  # tensors of a source that are read at once
 

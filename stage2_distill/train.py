@@ -1,214 +1,197 @@
-"""Distribution Matching Distillation: three roles, one step, the loop.
+"""A run: open the data and the roles, go on from the newest checkpoint, iterate, save."""
 
-Shapes: B batch, C channels, T latent frames, H W latent size.
-"""
-
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import logging
+import shutil
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
 
-from common.condition import Condition, Denoiser
-from common.device import begin_copy, mark
-from common.flow import score_sigma
-from common.seed import generator, normal, uniform
+from common.condition import Condition
+from common.files import holds_more
+from common.model_folder import fingerprint, locate
+from common.options import read_yaml, write_config
+from shards.dataset import DataSet, Stream, prefetch
+from shards.manifest import Manifest, check_manifest
+from shards.mixture import Mixture, open_data_sets
+from stage2_distill.build import open_trainer
+from stage2_distill.checkpointing.format import SAMPLER, StudentFacts, checkpoints
+from stage2_distill.checkpointing.writer import Saver
 from stage2_distill.config import DistillConfig
-from stage2_distill.ema import Ema
-from stage2_distill.figures import LOOKS, Clock, look
-from stage2_distill.losses import critic_loss, dmd_loss
-from stage2_distill.optim import clip, masters, set_rate, step_if
-from stage2_distill.parallel import Ranks, of_all_ranks, reduce_gradients
-from stage2_distill.reuse import Reuse
-from stage2_distill.rollout import rollout
-from stage2_distill.schedule import CRITIC, STUDENT, Part, exit_index, learning_rate, score_bounds, student_turn
-from stage2_distill.wan import denoiser, guided
+from stage2_distill.distributed.process_group import start
+from stage2_distill.distributed.signals import Stop
+from stage2_distill.dmd.condition_dropout import vary
+from stage2_distill.dmd.schedule import CRITIC, STUDENT, Part, accumulation, parts, position
+from stage2_distill.model.attention import repeatable
+from stage2_distill.monitoring.metrics_log import METRICS, Step, whole_lines
+from stage2_distill.monitoring.monitor import Watch
+from stage2_distill.monitoring.preview import STORE, Previews, PreviewStudent, open_previews
+from stage2_distill.optim.optimizers import form_of
+from stage2_distill.resume import begin, state
+from stage2_distill.trainer import DivergedError, Trainer, train_step
+
+CONFIG = "distill.yaml"
+SPEED = {"keep_activations", "attention", "compile", "offload", "text_rows", "memory"}  # memory: see check_tensors
+SEEN = {"wandb", "preview_every", "preview_count", "preview_data"}
+CHECKPOINTS = {"checkpoint_every", "checkpoint_beside", "keep", "keep_every"}
+MAY_CHANGE = {"out", "iterations", "device", "batch_size", "model", "replicate"} | SPEED | SEEN | CHECKPOINTS
 
 
-class DivergedError(RuntimeError):
-    """A loss or gradient is not finite; the message names the iteration and the last good checkpoint."""
+def distill(config: DistillConfig) -> Path:
+    """Train, or go on training, and return the newest checkpoint."""
+    ranks = start(config.device, replicate=config.replicate)
+    if not repeatable(config.attention, getattr(torch, config.dtype), ranks.device) and ranks.rank == 0:
+        logging.warning(
+            "attention on cuDNN adds in any order: resumed, this run differs in its last bits from one never stopped; "
+            "the package flash-attn-3 keeps an order, and so does --attention flash, which is slower"
+        )
+    model = locate(config.model, ("transformer",))
+    data = open_data_sets(config.shards)
+    check_manifest(Path(config.shards[0]), data.manifest, spec=config.spec, encoder=expected_encoder(model))
+    accumulation(config, ranks.world)
+    out = Path(config.out)
+    open_folder(out, config, first=ranks.rank == 0)
+    trainer = open_trainer(config, ranks, model, data)
+    facts = student_facts(config, model, data.manifest, form_of(trainer.student_optimizer))
+    done = begin(out, trainer, facts)
+    iterate(out, trainer, data, facts, done)
+    return checkpoints(out)[-1]
 
 
-@dataclass(frozen=True)
-class Roles:
-    """The three networks, all started from the same weights."""
-
-    student: nn.Module
-    teacher: nn.Module
-    critic: nn.Module
+def expected_encoder(model: Path) -> dict[str, object]:
+    """Fingerprints of those encoders that lie beside the transformer; nothing is loaded."""
+    return {part: fingerprint(model / part) for part in ("vae", "text_encoder") if (model / part).is_dir()}
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """All that an iteration needs besides its data."""
+def open_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
+    """Make the run's folder, or refuse one that holds something else or a run with other options.
 
-    config: DistillConfig
-    ranks: Ranks
-    roles: Roles
-    student_optimizer: torch.optim.Optimizer
-    critic_optimizer: torch.optim.Optimizer
-    ema: Ema
-    negative_text: Tensor  # (L D)
-    clock: Clock
-    reuse: Reuse
-
-    def denoiser(self, net: nn.Module) -> Denoiser:
-        """A role as a function to x0."""
-        return denoiser(net, getattr(torch, self.config.dtype))
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one update of one role gives, read from the device."""
-
-    loss: float
-    grad_norm: float
-    exit_index: int | None  # None: its micro-batches left the rollout at several steps
-    looks: tuple[float, ...]  # of the rollout, as figures.LOOKS
+    Until its first iteration is done any option may change; only a preview would be of the old ones.
+    """
+    if holds_more(out, CONFIG):
+        raise ValueError(f"out={out}: holds something that is not a run of distill; name an empty folder")
+    changed = changes(out / CONFIG, config) if (out / CONFIG).is_file() else []
+    if changed and (whole_lines(out / METRICS) or checkpoints(out)):
+        raise ValueError(f"out={out}: holds a run with other options: {'; '.join(changed)}")
+    dist.barrier()  # every rank has looked before the first one writes
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        if changed:
+            shutil.rmtree(out / STORE, ignore_errors=True)
+        write_config(out / CONFIG, config)
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one iteration gives."""
-
-    student: Update | None
-    critic: Update
-    seconds: dict[str, float]  # by phase
-
-
-Loss = Callable[[Tensor, Condition, Tensor, Tensor], Tensor]  # (x0, condition, sigma, eps) -> scalar
-
-
-def train_step(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, Condition]]) -> Step:
-    """One iteration of DMD2, algorithm 1: now and then the student, always the critic."""
-    student = None
-    if student_turn(iteration, trainer.config):
-        student = update_student(trainer, iteration, data)
-        averaged = masters(trainer.roles.student, trainer.student_optimizer)
-        trainer.ema.update(averaged, ema_decay(iteration, trainer.config), trainer.ranks.device)
-    critic = update_critic(trainer, iteration, data)
-    return Step(student, critic, trainer.clock.read())
+def changes(stored: Path, config: DistillConfig) -> list[str]:
+    """What would make another run of the one whose configuration is stored, in words."""
+    before = read_yaml(str(stored))
+    now = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    return [
+        f"{key}: {value!r}, was {before.get(key)!r}"
+        for key, value in now.items()
+        if value != before.get(key) and key not in MAY_CHANGE
+    ]
 
 
-def ema_decay(iteration: int, config: DistillConfig) -> float:
-    """Decay after a student update: 0, a plain copy, up to iteration `ema_start`."""
-    return config.ema_decay if iteration > config.ema_start else 0.0
-
-
-def update_student(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, Condition]]) -> Update:
-    """Move the student's law towards the teacher's (DMD eq. 7), with a gradient at one step of the rollout."""
-    critic = trainer.denoiser(trainer.roles.critic)
-    teacher = guided(
-        trainer.denoiser(trainer.roles.teacher),
-        negative_text=trainer.negative_text,
-        scale=trainer.config.guidance_scale,
+def student_facts(config: DistillConfig, model: Path, manifest: Manifest, memory: str) -> StudentFacts:
+    """What every checkpoint of this run says of its student."""
+    return StudentFacts(
+        iteration=0,
+        ladder=config.ladder,
+        shift=config.shift,
+        sampler=SAMPLER,
+        spec=config.spec,
+        base_model=config.model,
+        transformer=fingerprint(model / "transformer"),
+        vae=manifest.encoder.vae,
+        text_encoder=manifest.encoder.text_encoder,
+        config=asdict(config),
+        memory=memory,
     )
 
-    def loss(x0: Tensor, condition: Condition, sigma: Tensor, eps: Tensor) -> Tensor:
-        return dmd_loss(x0, condition, teacher=teacher, critic=critic, sigma=sigma, eps=eps)
 
-    exit_at = exit_index(iteration, STUDENT, trainer.config)
-    value = accumulate(trainer, data, loss, net=trainer.roles.student, exit_at=exit_at)
-    trainer.ema.settle(ema_decay(iteration, trainer.config))
-    set_rate(trainer.student_optimizer, learning_rate(iteration, STUDENT, trainer.config))
-    return apply(trainer, trainer.roles.student, trainer.student_optimizer, value, exit_at)
-
-
-def update_critic(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, Condition]]) -> Update:
-    """Teach the critic the student's present law (DMD2 section 4.2), on a rollout without gradient."""
-    critic = trainer.denoiser(trainer.roles.critic)
-
-    def loss(x0: Tensor, condition: Condition, sigma: Tensor, eps: Tensor) -> Tensor:
-        return critic_loss(x0, condition, critic=critic, sigma=sigma, eps=eps, kind=trainer.config.critic_loss)
-
-    exit_at = exit_index(iteration, CRITIC, trainer.config)
-    value = accumulate(trainer, data, loss, net=trainer.roles.critic, exit_at=exit_at)
-    left = trainer.reuse.taken or {exit_at}
-    shared = left.pop() if len(left) == 1 else None
-    trainer.reuse.taken.clear()
-    set_rate(trainer.critic_optimizer, learning_rate(iteration, CRITIC, trainer.config))
-    return apply(trainer, trainer.roles.critic, trainer.critic_optimizer, value, shared)
-
-
-def accumulate(
-    trainer: Trainer, data: Iterator[tuple[Part, Condition]], loss: Loss, *, net: nn.Module, exit_at: int
-) -> Tensor:
-    """Add up the gradients of `net` over the micro-batches of one update; this rank's mean loss and looks (4)."""
-    total = torch.zeros(1 + len(LOOKS), device=trainer.ranks.device)
-    for part, condition in trainer.clock.each(data, "data"):
-        reduce_gradients(net, part.last)
-        with trainer.clock("rollout"), torch.set_grad_enabled(part.role == STUDENT):
-            x0, condition, exit_at = simulate(trainer, part, condition, exit_at)
-        with trainer.clock("scores"):
-            sigma, eps = score_draws(trainer, part, x0, exit_at)
-            value = loss(x0, condition, sigma, eps)
-        with trainer.clock("backward"):
-            (value * part.share).backward()
-        total += torch.cat([value.detach()[None], look(x0, condition)]) * part.share
-        if part.last:
-            break
-    return total
+def iterate(out: Path, trainer: Trainer, data: DataSet | Mixture, facts: StudentFacts, done: int) -> None:
+    """Iterations `done`..end, each logged, with a checkpoint now and then, at the end, and when told to stop."""
+    config, ranks = trainer.config, trainer.ranks
+    previews = start_previews(out, trainer, data, done)
+    reached = done
+    with (
+        closing(conditions(trainer, data, done)) as loaded,
+        Watch(out, config, ranks, start=done) as watch,
+        Saver(out, config, ranks) as saver,
+        Stop() as stop,
+    ):
+        optimizers = {STUDENT: trainer.student_optimizer, CRITIC: trainer.critic_optimizer}
+        saver.before_steps_of(optimizers, trainer.clock)
+        for iteration in range(done, config.iterations):
+            watch.write(iteration, attempt(trainer, iteration, loaded, saver))
+            reached = iteration + 1
+            if iteration == done and config.checkpoint_beside:
+                saver.prepare(state(trainer))
+            if previews.due(reached):
+                saver.copied()  # the average takes the student's place meanwhile
+                previews.make(preview_student(trainer), reached)
+            ending = stop.wanted() or reached == config.iterations
+            if ending or reached % config.checkpoint_every == 0:
+                watch.sync()
+                with trainer.clock("checkpoint"):
+                    stands = replace(facts, iteration=reached, position=position(reached, config))
+                    saver.save(state(trainer), stands)
+            if ending:
+                break
+        saver.finish()
+    if ranks.rank == 0:
+        previews.close(done=reached == config.iterations)
+        if reached < config.iterations:
+            logging.info("stopped after iteration %d; resume with the same command", reached)
 
 
-def simulate(trainer: Trainer, part: Part, condition: Condition, exit_at: int) -> tuple[Tensor, Condition, int]:
-    """The student's x0 (B C T H W) for one micro-batch, from pure noise down to ladder step `exit_at`.
-
-    And what it was made from, and its step: other ones where a rollout is used again.
-    """
-    config = trainer.config
-    if part.role == CRITIC and config.rollout_reuse:
-        return trainer.reuse.sample(trainer.denoiser(trainer.roles.student), part, condition)
-    draws = [
-        generator(config.seed, part.iteration, sample, f"{part.role} rollout", trainer.ranks.device)
-        for sample in part.samples
-    ]
-    x0 = rollout(
-        trainer.denoiser(trainer.roles.student),
-        normal(config.spec.latent_shape, draws),
-        condition,
-        ladder=config.sigmas,
-        generators=draws,
-        exit_index=exit_at,
-    )
-    return x0, condition, exit_at
+def preview_student(trainer: Trainer) -> PreviewStudent:
+    """What previews need of a trainer."""
+    student = trainer.roles.student
+    denoiser = trainer.denoiser(student)
+    return PreviewStudent(trainer.config, trainer.ranks, student, denoiser, trainer.ema, trainer.clock)
 
 
-def score_draws(trainer: Trainer, part: Part, x0: Tensor, exit_at: int) -> tuple[Tensor, Tensor]:
-    """Where the scores are compared: sigma (B) and noise (B C T H W)."""
-    config = trainer.config
-    draws = [
-        generator(config.seed, part.iteration, sample, f"{part.role} score", trainer.ranks.device)
-        for sample in part.samples
-    ]
-    low, high = score_bounds(exit_at, config)
-    u = low + (high - low) * uniform(draws)
-    sigma = score_sigma(u, s=config.shift, low=config.score_low, high=config.score_high)
-    return sigma, normal(x0.shape[1:], draws)
+def start_previews(out: Path, trainer: Trainer, data: DataSet | Mixture, done: int) -> Previews:
+    """The previews of a run, of which a new one makes the first at once."""
+    previews = open_previews(out, trainer.config, data)
+    if trainer.ranks.rank == 0:
+        previews.close(done=False)
+    if done == 0 and previews.due(0):
+        previews.make(preview_student(trainer), 0)
+    return previews
 
 
-def apply(
-    trainer: Trainer, net: nn.Module, optimizer: torch.optim.Optimizer, figures: Tensor, exit_at: int | None
-) -> Update:
-    """Clip, refuse what is not finite, step. The figures of all ranks are read here: the one wait of an update.
+def attempt(trainer: Trainer, iteration: int, loaded: Iterator[tuple[Part, Condition]], saver: Saver) -> Step:
+    """One iteration; where it diverged, the error says what to do."""
+    try:
+        return train_step(trainer, iteration, loaded)
+    except DivergedError as error:
+        saver.wait()  # the last checkpoint may still be on its way
+        good = checkpoints(saver.run)
+        raise DivergedError(
+            f"iteration {iteration}: {error}. The update was not taken. Last good checkpoint: "
+            f"{good[-1].name if good else 'none'}. Lower the learning rates or look at the data."
+        ) from error
 
-    It ends when the figures are there, while the GPU still has the step before it: the GPU waits for nobody.
-    """
-    norm = clip(net, optimizer, trainer.config.grad_clip)
-    shown = torch.cat([of_all_ranks(figures), norm.expand(1, len(figures))])
-    here, copied = begin_copy(shown, torch.device("cpu")), mark(trainer.ranks.device)
-    with trainer.clock("update"):
-        taken = step_if(optimizer, shown[:, 0].sum().isfinite())
-    if copied is not None:
-        copied.synchronize()
-    *rows, (grad_norm, *_) = here.tolist()
-    loss, *looks = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-    if not math.isfinite(loss + grad_norm):
-        bad = [rank for rank, row in enumerate(rows) if not math.isfinite(row[0])]
-        where = f"on rank {', '.join(map(str, bad))}" if bad else "on no rank, but its gradient is not finite"
-        raise DivergedError(f"loss {loss:g}, gradient norm {grad_norm:g}; the loss is not finite {where}")
-    with trainer.clock("update"):
-        if not taken:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return Update(loss, grad_norm, exit_at, tuple(looks))
+
+def conditions(trainer: Trainer, data: DataSet | Mixture, done: int) -> Generator[tuple[Part, Condition]]:
+    """This rank's micro-batches from iteration `done` on, read ahead by threads, on the device."""
+    config, ranks = trainer.config, trainer.ranks
+    stream = Stream(data, seed=config.seed, text_rows=config.text_rows)
+
+    def read(part: Part) -> tuple[Part, Condition]:
+        return part, vary(stream.batch(part.positions).condition, part, config)
+
+    start = done - done % config.student_every if config.rollout_reuse else done
+    todo = parts(config, start=start, rank=ranks.rank, world=ranks.world)
+    for part, condition in prefetch(read, todo, depth=8, threads=2):
+        here = condition.to(ranks.device)
+        if part.iteration >= done:
+            yield part, here
+        elif part.role == CRITIC:  # done before the run was stopped: remake the rollout that goes on
+            trainer.reuse.sample(trainer.denoiser(trainer.roles.student), part, here)
+            trainer.reuse.taken.clear()

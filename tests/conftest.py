@@ -7,7 +7,7 @@ import torch
 
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import encode
-from tests import tiny
+from tests import tiny_models
 
 torch.set_num_threads(2)
 
@@ -15,13 +15,13 @@ torch.set_num_threads(2)
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random model."""
-    return tiny.make_model(tmp_path_factory.mktemp("model"))
+    return tiny_models.make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of 6 clips of 64x96 and their clips.csv."""
-    return tiny.make_clips(tmp_path_factory.mktemp("clips"))
+    return tiny_models.make_clips(tmp_path_factory.mktemp("clips"))
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,12 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from tiny import make_model, picture, write_csv
 
 import cli
-from shards.latents import read
-from stage1_encode.rows import locate_file, read_shards
-from stage2_distill.config_sample import SampleConfig
+from shards.latent_store import read
+from stage1_encode.media.rows import locate_file, read_shards
+from stage2_distill.sampling.config import SampleConfig
+from tests.tiny_models import make_model, picture, write_csv
 
 ROOT = Path(__file__).parent.parent
 SIZE = ["--num-frames", "9", "--height", "64", "--width", "96", "--fps", "12"]

@@ -4,6 +4,8 @@ import ast
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -18,20 +20,20 @@ FLOORS = {
 }
 DOORS = {  # library -> the only files that may import it
     "diffusers": {
-        "stage1_encode/vae.py",
-        "stage2_distill/wan.py",
-        "stage2_distill/network.py",
-        "stage2_distill/export.py",
+        "stage1_encode/models/vae.py",
+        "stage2_distill/model/wan.py",
+        "stage2_distill/model/transformer.py",
+        "stage2_distill/model/layers.py",
     },
-    "transformers": {"stage1_encode/text.py", "stage1_encode/clip.py"},
-    "decord": {"stage1_encode/frames.py"},
-    "av": {"stage1_encode/frames.py", "stage1_encode/mp4.py"},
-    "zarr": {"shards/latents.py"},
+    "transformers": {"stage1_encode/models/text_encoder.py", "stage1_encode/video_metrics/clip_score.py"},
+    "decord": {"stage1_encode/media/first_frame.py"},
+    "av": {"stage1_encode/media/first_frame.py", "stage1_encode/media/video_writer.py"},
+    "zarr": {"shards/latent_store.py"},
     "webdataset": {"shards/"},
     "click": {"cli.py", "common/options.py"},
-    "peft": {"stage2_distill/lora.py"},
-    "matplotlib": {"stage2_distill/plot.py"},
-    "wandb": {"stage2_distill/boards.py"},
+    "peft": {"stage2_distill/model/lora.py"},
+    "matplotlib": {"stage2_distill/monitoring/plot.py"},
+    "wandb": {"stage2_distill/monitoring/trackers.py"},
     "pickle": set(),
 }
 FORBIDDEN_IN_STAGE_TWO = (
@@ -103,14 +105,14 @@ def test_floors_and_doors() -> None:
     ("path", "line", "broken"),
     [
         ("common/flow.py", "import shards.record", "may not import shards"),
-        ("shards/read.py", "from stage1_encode import rows", "may not import stage1_encode"),
-        ("stage1_encode/rows.py", "from stage2_distill.wan import load", "may not import stage2_distill"),
-        ("stage2_distill/train.py", "from diffusers import WanTransformer3DModel", "comes in by"),
-        ("stage1_encode/rows.py", "import decord", "comes in by"),
+        ("shards/dataset.py", "from stage1_encode.media import rows", "may not import stage1_encode"),
+        ("stage1_encode/media/rows.py", "from stage2_distill.model.wan import load", "may not import stage2_distill"),
+        ("stage2_distill/trainer.py", "from diffusers import WanTransformer3DModel", "comes in by"),
+        ("stage1_encode/media/rows.py", "import decord", "comes in by"),
         ("stage2_distill/config.py", "import torch", "torch in a configuration"),
         ("shards/__init__.py", "import torch", "code in __init__"),
-        ("shards/read.py", "from . import record", "relative import"),
-        ("shards/read.py", "import pickle", "comes in by"),
+        ("shards/dataset.py", "from . import record", "relative import"),
+        ("shards/dataset.py", "import pickle", "comes in by"),
     ],
 )
 def test_floors_and_doors_bite(path: str, line: str, broken: str) -> None:
@@ -124,12 +126,12 @@ def test_lock_1_no_stage_names_the_other() -> None:
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("stage2_distill/train.py", "def f():\n    from stage1_encode.vae import decode"),
-        ("stage2_distill/train.py", "if TYPE_CHECKING:\n    import stage1_encode.text"),
-        ("stage2_distill/wan.py", "from diffusers import AutoencoderKLWan"),
-        ("stage2_distill/sample.py", "import decord"),
-        ("stage2_distill/network.py", "from transformers import T5EncoderModel"),
-        ("stage1_encode/encode.py", "def f():\n    import stage2_distill.wan"),
+        ("stage2_distill/trainer.py", "def f():\n    from stage1_encode.models.vae import decode"),
+        ("stage2_distill/trainer.py", "if TYPE_CHECKING:\n    import stage1_encode.models.text_encoder"),
+        ("stage2_distill/model/wan.py", "from diffusers import AutoencoderKLWan"),
+        ("stage2_distill/sampling/student_sampler.py", "import decord"),
+        ("stage2_distill/model/transformer.py", "from transformers import T5EncoderModel"),
+        ("stage1_encode/encode.py", "def f():\n    import stage2_distill.model.wan"),
     ],
 )
 def test_lock_1_bites(path: str, text: str) -> None:
@@ -138,7 +140,7 @@ def test_lock_1_bites(path: str, text: str) -> None:
 
 CLEAN = """
 import sys
-import stage2_distill.run, stage2_distill.sample
+import stage2_distill.train, stage2_distill.sampling.student_sampler
 {extra}
 names = ("stage1_encode", "decord", "diffusers.models.autoencoders.autoencoder_kl_wan", "transformers.models.umt5")
 bad = [m for m in sys.modules if m.startswith(names)]
@@ -159,3 +161,111 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     assert "distill" in done.stdout
     probe = "import sys, cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT).returncode == 0
+
+
+MOST_FILES, MOST_AT_ROOT = 10, 6
+STAGES = ("stage1_encode", "stage2_distill")
+LATER = {"benchmarks/random_models.py: tests"}  # builds its models with the tests' helpers; to be undone
+
+
+def too_many_files(files: Iterable[str]) -> list[str]:
+    """Folders of the source with more files than one can look through."""
+    count = Counter(path.rpartition("/")[0] for path in files if "/" in path and not path.endswith("/__init__.py"))
+    return sorted(folder for folder, n in count.items() if n > (MOST_AT_ROOT if folder in STAGES else MOST_FILES))
+
+
+def module_graph(files: dict[str, str]) -> dict[str, set[str]]:
+    """For each file the files of the source that it imports."""
+    graph: dict[str, set[str]] = {}
+    for path, text in files.items():
+        options = [
+            "/".join(name.split(".")[:size]) + ".py"
+            for name, _ in imports(text)
+            for size in range(1, name.count(".") + 2)
+        ]
+        graph[path] = {one for one in options if one in files}
+    return graph
+
+
+def folder_graph(files: dict[str, str], stage: str) -> dict[str, set[str]]:
+    """For each folder of a stage the others that it imports; `config.py` of the root, which any may, is left out."""
+    graph: dict[str, set[str]] = defaultdict(set)
+    for path, targets in module_graph(files).items():
+        for target in targets:
+            own, other = path.rpartition("/")[0], target.rpartition("/")[0]
+            inside = all(folder.split("/")[0] == stage for folder in (own, other))
+            if inside and own != other and target != f"{stage}/config.py":
+                graph[own].add(other)
+    return graph
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Nodes that lie on a cycle or between two, or none."""
+    left = {node: set(targets) for node, targets in graph.items()}
+    while True:
+        free = {node for node, targets in left.items() if not targets & left.keys()}
+        if not free:
+            break
+        left = {node: targets for node, targets in left.items() if node not in free}
+    return sorted(left)
+
+
+def upward_imports(files: dict[str, str]) -> list[str]:
+    """Folders of a stage that import a file of its root."""
+    graphs = {stage: folder_graph(files, stage) for stage in STAGES}
+    return sorted(f"{own} -> {stage}" for stage, graph in graphs.items() for own in graph if stage in graph[own])
+
+
+def test_no_folder_is_too_full() -> None:
+    assert too_many_files(sources()) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "number"), [("stage2_distill", 7), ("stage2_distill/model", 11), ("common", 11), ("shards/storage", 11)]
+)
+def test_no_folder_is_too_full_bites(folder: str, number: int) -> None:
+    files = [f"{folder}/{name}.py" for name in ["__init__", *(f"f{n}" for n in range(number))]]
+    assert too_many_files(files) == [folder]
+    assert too_many_files(files[:-1]) == []
+
+
+def test_no_cycle_of_files_nor_of_folders() -> None:
+    files = sources()
+    assert cycle(module_graph(files)) == []
+    for floor in FLOORS:
+        assert cycle(folder_graph(files, floor)) == []
+    assert upward_imports(files) == []
+
+
+def test_no_cycle_bites() -> None:
+    files = {
+        "stage2_distill/config.py": "",
+        "stage2_distill/train.py": "from stage2_distill.dmd import losses",
+        "stage2_distill/dmd/losses.py": "from stage2_distill.config import DistillConfig",
+        "stage2_distill/model/wan.py": "from stage2_distill.dmd.losses import dmd_loss",
+    }
+    assert upward_imports(files) == []
+    assert cycle(folder_graph(files, "stage2_distill")) == []
+    files["stage2_distill/dmd/schedule.py"] = "def f():\n    from stage2_distill.model.wan import load"
+    assert cycle(module_graph(files)) == []
+    assert cycle(folder_graph(files, "stage2_distill")) == [
+        "stage2_distill",
+        "stage2_distill/dmd",
+        "stage2_distill/model",
+    ]
+    files["stage2_distill/dmd/schedule.py"] = "import stage2_distill.train"
+    assert upward_imports(files) == ["stage2_distill/dmd -> stage2_distill"]
+    files["stage2_distill/dmd/schedule.py"] = "from stage2_distill.dmd.losses import dmd_loss"
+    files["stage2_distill/dmd/losses.py"] = "from stage2_distill.dmd import schedule"
+    assert cycle(module_graph(files))
+
+
+def test_imports_of_tests() -> None:
+    """Neither the source nor benchmarks nor examples need the tests."""
+    files = sources() | {
+        path.relative_to(ROOT).as_posix(): path.read_text()
+        for folder in ("benchmarks", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    named = {f"{path}: tests" for path, text in files.items() for n, _ in imports(text) if n.split(".")[0] == "tests"}
+    assert named == LATER

@@ -1,5 +1,6 @@
 """The README's tables say what the code says."""
 
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import pytest
 from common.options import option_spec
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
-from stage2_distill.config_sample import EvaluateConfig, SampleConfig
+from stage2_distill.evaluation.config import EvaluateConfig
+from stage2_distill.sampling.config import SampleConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = ("common", "shards", "stage1_encode", "stage2_distill")
 CONFIGS = [EncodeConfig, VerifyConfig, DistillConfig, SampleConfig, DecodeConfig, EvaluateConfig]
 
 
@@ -43,14 +46,14 @@ def test_every_option_with_its_default(config: type) -> None:
     assert table(config) in README, f"paste into README.md:\n{table(config)}"
 
 
-def test_one_line_for_every_file() -> None:
-    folders = ("common", "shards", "stage1_encode", "stage2_distill")
-    files = [path for folder in folders for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]
-    missing = [path for path in files if f"| `{path.relative_to(ROOT)}` |" not in README]
-    assert not missing
+def folders() -> dict[str, set[str]]:
+    """Every source folder with the names of its files."""
+    files = [path for top in FOLDERS for path in (ROOT / top).rglob("*.py") if path.name != "__init__.py"]
+    parents = {path.parent for path in files}
+    return {f"{one.relative_to(ROOT)}/": {path.stem for path in files if path.parent == one} for one in parents}
 
 
-def test_every_file_named_is_there() -> None:
-    named = [line.split("`")[1] for line in README.splitlines() if line.startswith("| `") and ".py`" in line]
-    assert named
-    assert [name for name in named if not (ROOT / name).is_file()] == []
+def test_one_line_for_every_folder_that_names_its_files() -> None:
+    lines = [line.split(" | ", 1) for line in README.splitlines() if line.startswith("| `") and "/` | " in line]
+    named = {folder[3:-1]: set(re.findall(r"`([a-z0-9_]+)`", text)) for folder, text in lines}
+    assert named == folders()

@@ -23,13 +23,13 @@ from examples.nano.show import sheet
 from examples.nano.text import embed, train_text
 from examples.nano.vae import channels_last, encode, train_vae
 from examples.nano.world import draw_scenes
-from stage2_distill.network import adopt
+from stage2_distill.model.transformer import adopt
 
 SEED = 1
 GATE = (
     "{conditions} held-out conditions, {seeds} seeds, guidance {scale:g} (the best of {scales}), Frechet distance of "
-    "`stage2_distill/metrics.py`; the analyser read {judged} clips a row. `floor` is the distance between two sets of "
-    "the teacher at {steps} steps."
+    "`stage2_distill/evaluation/latent_metrics.py`; the analyser read {judged} clips a row. `floor` is the distance "
+    "between two sets of the teacher at {steps} steps."
 )
 INDEX = {
     "_class_name": "WanImageToVideoPipeline",

@@ -16,7 +16,7 @@ from PIL import Image
 from examples.nano.captions import captions
 from examples.nano.render import first_frames, render
 from examples.nano.world import FPS, draw_scenes
-from stage1_encode.mp4 import write_video
+from stage1_encode.media.video_writer import write_video
 
 CLIPS_SEED, PROMPTS_SEED = 77, 78
 

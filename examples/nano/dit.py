@@ -14,7 +14,8 @@ from torch import Tensor
 from common.flow import add_noise, per_sample, shift
 from examples.nano.graph import captured, optimizer, train
 from examples.nano.text import WIDTH
-from stage2_distill.network import Plan, adopt
+from stage2_distill.model.layers import Plan
+from stage2_distill.model.transformer import adopt
 
 SHIFT = 5.0
 DROPOUT, TEXT_ONLY = 0.10, 0.15  # shares of prompts replaced by the negative prompt, of samples without a first frame

@@ -14,7 +14,7 @@ from examples.nano.render import render, to_network, to_pixels
 from examples.nano.sample import LADDER, euler, euler_grid, network, renoise
 from examples.nano.vae import decode, encode
 from examples.nano.world import draw_scenes
-from stage2_distill.metrics import features, frechet
+from stage2_distill.evaluation.latent_metrics import features, frechet
 
 CONDITIONS_SEED = 4242
 KINDS = ("teacher 50", "teacher 50 again", "teacher 4", "undistilled 4")

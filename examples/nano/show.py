@@ -12,9 +12,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from shards.contest import CONTEST, LATENTS, read_contest, set_name
-from shards.latents import read_rows
-from stage1_encode import vae
+from shards.comparison import CONTEST, LATENTS, read_contest, set_name
+from shards.latent_store import read_rows
+from stage1_encode.models import vae
 
 MODEL = Path("examples/nano/model")
 SHOWN = 4  # contestants; further checkpoints come after the first student

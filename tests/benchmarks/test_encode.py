@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 SIZES = ("--tiny", "--rows", "16", "--shard-size", "4", "--clips", "2")
 
 

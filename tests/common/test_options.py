@@ -13,7 +13,8 @@ from cli import cli
 from common.options import check_fields, option, option_spec, resolve
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
-from stage2_distill.config_sample import EvaluateConfig, SampleConfig
+from stage2_distill.evaluation.config import EvaluateConfig
+from stage2_distill.sampling.config import SampleConfig
 
 COMMANDS: dict[str, tuple[type, dict[str, object]]] = {
     "encode": (EncodeConfig, {"data": "a.csv", "model": "m", "out": "o"}),

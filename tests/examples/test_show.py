@@ -11,8 +11,8 @@ from common.video import VideoSpec
 from examples.nano.render import render
 from examples.nano.show import COLUMNS, contest, sheet
 from examples.nano.world import RGB, draw_scenes
-from shards.contest import LATENTS, Contest, Contestant, set_name, write_contest
-from shards.latents import LatentGroup, create, write
+from shards.comparison import LATENTS, Contest, Contestant, set_name, write_contest
+from shards.latent_store import LatentGroup, create, write
 
 
 def test_small_objects_keep_their_colours(tmp_path: Path) -> None:

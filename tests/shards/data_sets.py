@@ -9,7 +9,7 @@ from common.seed import generator
 from common.video import VideoSpec
 from shards.manifest import Encoder, Manifest, write_manifest
 from shards.record import Record, Source
-from shards.write import Failure, Index, shard_name, write_shard
+from shards.writer import Failure, Index, shard_name, write_shard
 
 SPEC = VideoSpec(num_frames=5, height=32, width=64, fps=8)
 TEXT_DIM = 8

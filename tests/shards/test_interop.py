@@ -12,8 +12,8 @@ import torch
 import webdataset
 from safetensors.torch import load
 
+from shards.dataset import Stream, open_data_set
 from shards.manifest import read_manifest
-from shards.read import Stream, open_data_set
 from tests.shards.data_sets import make_data_set, make_record
 
 COUNTS = [3, 2]

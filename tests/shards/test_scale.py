@@ -7,14 +7,14 @@ from dataclasses import replace
 import torch
 
 from shards.manifest import Manifest, write_manifest
-from shards.write import shard_name
+from shards.writer import shard_name
 from tests.shards.data_sets import ENCODER, SPEC, TEXT_DIM, make_shards
 
 SHARDS, RECORDS = 200_000, 500
 SCRIPT = """
 import resource, sys
-from shards.place import Folder
-from shards.read import KEPT, Stream, open_data_set
+from shards.storage.open import Folder
+from shards.dataset import KEPT, Stream, open_data_set
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB

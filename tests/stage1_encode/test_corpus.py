@@ -13,9 +13,9 @@ import pytest
 
 from common.video import VideoSpec
 from stage1_encode.encode import encode
-from stage1_encode.frames import Frame, UnreadableError
-from stage1_encode.isolate import Readers
-from tests import tiny
+from stage1_encode.media.first_frame import Frame, UnreadableError
+from stage1_encode.media.reader_pool import Readers
+from tests import tiny_models
 from tests.stage1_encode.corpus import BROKEN, HEIGHT, PICTURES, QUARTERS, VIDEOS, Kind, luminance
 from tests.stage1_encode.test_encode import configure, failures, records
 
@@ -91,7 +91,7 @@ def test_a_broken_file_is_named_with_its_reason(kind: Kind, corpus: Path, reader
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_permission_is_named(tmp_path: Path, readers: Readers) -> None:
-    tiny.make_clip(tmp_path / "secret.mp4", seed=0).chmod(0)
+    tiny_models.make_clip(tmp_path / "secret.mp4", seed=0).chmod(0)
     with pytest.raises(UnreadableError, match="Permission denied"):
         readers.submit(str(tmp_path / "secret.mp4")).result()
 
@@ -125,7 +125,7 @@ def test_a_crashing_or_hanging_decoder_costs_one_file(tmp_path: Path, monkeypatc
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
     names = ["good", "segfault", "hang", "exit", "greedy", "good-after"]
     for name in names:
-        tiny.make_clip(tmp_path / f"{name}.mp4", seed=0)
+        tiny_models.make_clip(tmp_path / f"{name}.mp4", seed=0)
     children = Readers(1, VideoSpec(9, 64, 96), 2.0)
     began = time.monotonic()
     found = [children.submit(str(tmp_path / f"{name}.mp4")) for name in names]
@@ -149,7 +149,7 @@ def test_a_child_ends_with_its_parent_gone() -> None:
 
 
 def test_the_whole_corpus_goes_through_one_run(corpus: Path, model: Path, tmp_path: Path) -> None:
-    table = tiny.write_csv(tmp_path / "rows.csv", [(corpus / kind.name, f"a {kind.name}") for kind in KINDS])
+    table = tiny_models.write_csv(tmp_path / "rows.csv", [(corpus / kind.name, f"a {kind.name}") for kind in KINDS])
     report = encode(configure(table, model, tmp_path / "out", shard_size=16, max_failures=1.0))
     assert (report.records, report.failures) == (len(KINDS) - len(BROKEN), len(BROKEN))
     assert [Path(record.source.path).name for record in records(tmp_path / "out")] == [
@@ -176,7 +176,7 @@ PROMPTS = {
 
 def test_prompts_of_every_kind(clips: Path, model: Path, tmp_path: Path) -> None:
     rows = [(clips / "clip-0.mp4", prompt) for prompt in PROMPTS]
-    table = tiny.write_csv(tmp_path / "rows.csv", rows)
+    table = tiny_models.write_csv(tmp_path / "rows.csv", rows)
     encode(configure(table, model, tmp_path / "out", shard_size=16, max_failures=1.0))
     assert [record.source.prompt for record in records(tmp_path / "out")] == [p for p in PROMPTS.values() if p]
     assert [row["reason"] for row in failures(tmp_path / "out")] == ["the prompt is empty"] * 3

@@ -18,8 +18,8 @@ from shards.manifest import read_manifest, read_negative
 from shards.record import Record, from_members, pad_text
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import TooManyFailuresError, encode
-from stage1_encode.frames import first_frame
-from tests import tiny
+from stage1_encode.media.first_frame import first_frame
+from tests import tiny_models
 
 
 def configure(data: Path, model: Path, out: Path, **options: object) -> EncodeConfig:
@@ -88,10 +88,10 @@ def test_embeddings_are_those_of_the_wan_pipeline(dataset: Path, clips: Path, mo
 
 
 def test_a_long_prompt_is_cut_to_512_tokens_with_the_end_token(clips: Path, model: Path, tmp_path: Path) -> None:
-    table = tiny.write_csv(tmp_path / "long.csv", [(clips / "clip-0.mp4", "word " * 10_000)])
+    table = tiny_models.write_csv(tmp_path / "long.csv", [(clips / "clip-0.mp4", "word " * 10_000)])
     encode(configure(table, model, tmp_path / "out"))
     (record,) = records(tmp_path / "out")
-    assert record.text.shape == (512, tiny.TEXT_DIM)
+    assert record.text.shape == (512, tiny_models.TEXT_DIM)
 
 
 def test_a_record_says_where_it_comes_from(dataset: Path) -> None:
@@ -104,13 +104,13 @@ def test_a_record_says_where_it_comes_from(dataset: Path) -> None:
 
 def test_text_only_rows_and_seeds(clips: Path, model: Path, tmp_path: Path) -> None:
     rows = [("a", "", 7), ("b", clips / "clip-0.mp4", ""), ("c", "", "x")]
-    table = tiny.write_csv(tmp_path / "prompts.csv", rows, ["prompt", "image", "seed"])
+    table = tiny_models.write_csv(tmp_path / "prompts.csv", rows, ["prompt", "image", "seed"])
     report = encode(configure(table, model, tmp_path / "out", text_only=True, max_failures=1.0))
     first, second = records(tmp_path / "out")
     assert first.first_frame is None and first.source.seed == 7 and first.source.path == ""
     assert second.first_frame is not None and second.source.seed is None
     assert report.failures == 1 and report.first_failure == "line 4, : seed 'x' is not a whole number"
-    table = tiny.write_csv(tmp_path / "only.csv", [("a",)], ["prompt"])
+    table = tiny_models.write_csv(tmp_path / "only.csv", [("a",)], ["prompt"])
     assert encode(configure(table, model, tmp_path / "only", text_only=True)).records == 1
 
 
@@ -139,12 +139,12 @@ def test_only_what_is_missing_is_made_again(lost: str, clips: Path, model: Path,
 def test_rows_added_at_the_end_are_encoded_alone(clips: Path, model: Path, tmp_path: Path) -> None:
     rows = [(clips / f"clip-{i}.mp4", f"prompt {i}") for i in range(6)]
     table = tmp_path / "rows.csv"
-    tiny.write_csv(table, rows)
+    tiny_models.write_csv(table, rows)
     encode(configure(table, model, tmp_path / "whole"))
-    tiny.write_csv(table, rows[:5])
+    tiny_models.write_csv(table, rows[:5])
     encode(configure(table, model, tmp_path / "grown"))
     kept = (tmp_path / "grown/shard-000000.tar").stat().st_mtime_ns
-    tiny.write_csv(table, rows)
+    tiny_models.write_csv(table, rows)
     report = encode(configure(table, model, tmp_path / "grown"))
     assert report.records == 6
     assert hashes(tmp_path / "grown") == hashes(tmp_path / "whole")
@@ -172,7 +172,7 @@ def test_changed_settings_are_refused(
 
 
 def test_another_model_is_refused(clips: Path, dataset: Path, tmp_path: Path) -> None:
-    other = tiny.make_model(tmp_path / "other", seed=1)
+    other = tiny_models.make_model(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"encoder\.vae.*encoder\.text_encoder"):
         encode(configure(clips / "clips.csv", other, dataset))
 
@@ -211,7 +211,7 @@ def test_failed_rows_are_reported_and_the_rest_encoded(clips: Path, model: Path,
         ("", "g"),
         (good, "h"),
     ]
-    table = tiny.write_csv(work / "rows.csv", rows)
+    table = tiny_models.write_csv(work / "rows.csv", rows)
     report = encode(configure(table, model, work / "out", max_failures=1.0))
     assert (report.records, report.failures) == (2, 6)
     assert [record.key for record in records(work / "out")] == ["000000000", "000000007"]
@@ -295,8 +295,8 @@ def test_a_folder_with_something_else_is_refused(clips: Path, model: Path, tmp_p
 
 
 def test_a_picture_stands_in_for_a_video(clips: Path, model: Path, tmp_path: Path) -> None:
-    Image.fromarray(tiny.picture(80, 160, seed=3)).save(tmp_path / "picture.png")
-    table = tiny.write_csv(tmp_path / "rows.csv", [("picture.png", "a picture")], ["path", "text"])
+    Image.fromarray(tiny_models.picture(80, 160, seed=3)).save(tmp_path / "picture.png")
+    table = tiny_models.write_csv(tmp_path / "rows.csv", [("picture.png", "a picture")], ["path", "text"])
     encode(configure(table, model, tmp_path / "out"))
     (record,) = records(tmp_path / "out")
     assert record.source.size == (80, 160)

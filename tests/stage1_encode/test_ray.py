@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.write import shard_name
+from shards.writer import shard_name
 from stage1_encode.encode import encode
 from tests.stage1_encode.test_encode import configure, hashes
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, make_config, make_shards, run_jobs, tensors
 
-from stage2_distill.checkpoint import checkpoints, load, newest
-from stage2_distill.memory import open_roles
-from stage2_distill.parallel import start
-from stage2_distill.wan import load as load_network
+from stage2_distill.build import open_roles
+from stage2_distill.checkpointing.format import checkpoints, load, newest
+from stage2_distill.distributed.process_group import start
+from stage2_distill.model.wan import load as load_network
+from tests.stage2_distill.training_helpers import ROOT, make_config, make_shards, run_jobs, tensors
 
 GOLDEN = ROOT / "tests" / "golden" / "ten_iterations.json"
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import make_config, make_shards, run_here, tensors
 from safetensors.torch import load_file
 from torch import nn
 
@@ -12,9 +11,10 @@ from common.condition import Condition
 from common.flow import add_noise, ladder, x0_from_velocity
 from common.video import VideoSpec
 from stage2_distill.config import DistillConfig
-from stage2_distill.ema import Ema
-from stage2_distill.losses import critic_loss
-from stage2_distill.schedule import CRITIC, STUDENT, exit_index, learning_rate, student_turn, updates_of
+from stage2_distill.dmd.losses import critic_loss
+from stage2_distill.dmd.schedule import CRITIC, STUDENT, exit_index, learning_rate, student_turn, updates_of
+from stage2_distill.optim.ema import Ema
+from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from runs import ROOT, make_config, make_shards, run_here
 
 from common.options import write_config
-from stage2_distill.checkpoint import checkpoints
-from stage2_distill.parallel import own_store
+from stage2_distill.checkpointing.format import checkpoints
+from stage2_distill.distributed.process_group import own_store
+from tests.stage2_distill.training_helpers import ROOT, make_config, make_shards, run_here
 
 OPTIONS = {
     "iterations": 6,

@@ -1,0 +1,62 @@
+"""Seconds per phase of an iteration, measured without waiting for the GPU."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+
+class Clock:
+    """Seconds by phase. On a GPU events measure them where the work is done; `read` gives what has ended by then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.sums: dict[str, float] = {}
+        self.open: list[tuple[str, torch.Event, torch.Event]] = []
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count what runs inside towards a phase."""
+        began, first = time.perf_counter(), self._event()
+        yield
+        last = self._event()
+        if first is not None and last is not None:
+            self.open.append((phase, first, last))
+        else:
+            self._add(phase, time.perf_counter() - began)
+
+    def each(self, items: Iterator[Item], phase: str) -> Iterator[Item]:
+        """Yield `items` and count the wait for each, on the host."""
+        while True:
+            began = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            self._add(phase, time.perf_counter() - began)
+            yield item
+
+    def read(self) -> dict[str, float]:
+        """Seconds by phase since the last reading; work that still runs is counted in the next."""
+        running = []
+        for phase, first, last in self.open:
+            if last.query():
+                self._add(phase, first.elapsed_time(last) / 1000)
+            else:
+                running.append((phase, first, last))
+        sums, self.sums, self.open = self.sums, {}, running
+        return sums
+
+    def _event(self) -> torch.Event | None:
+        if not self.on_gpu:
+            return None
+        event = torch.Event("cuda", enable_timing=True)
+        event.record()
+        return event
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self.sums[phase] = self.sums.get(phase, 0.0) + seconds

@@ -1,0 +1,90 @@
+"""Several data sets as one: `A`, `B:0.3` draws three records of B for every ten of A.
+
+Positions go in cycles (of 13 here) in which each data set has its exact share, at shuffled places. Within its share a
+data set keeps its own endless order, so each of its records is read once before any is read again.
+"""
+
+import math
+import re
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate, chain
+
+from common.seed import derive
+from shards.dataset import CACHE_BYTES, DataSet, open_data_set
+from shards.manifest import Manifest, different_makers
+from shards.record import Record
+from shards.shuffle import permuted
+
+FINEST = 1000  # weights are rounded to a thousandth
+
+
+def parse_weight(text: str) -> tuple[str, float]:
+    """`PREFIX` or `PREFIX:WEIGHT` as its two parts; the colon of `https://host:8000` is a port's."""
+    prefix, colon, tail = text.rpartition(":")
+    if not colon or not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", tail) or re.fullmatch(r"[a-z0-9]+://[^/]*", prefix):
+        return text, 1.0
+    try:
+        weight = float(tail)
+    except ValueError as error:
+        raise ValueError(f"shards={text}: {tail} is no weight") from error
+    if not 1 / FINEST <= weight <= FINEST:
+        raise ValueError(f"shards={text}: the weight must be between 1/{FINEST} and {FINEST}")
+    return prefix, weight
+
+
+@lru_cache(maxsize=64)
+def cycle_draws(shares: tuple[int, ...], seed: int, cycle: int) -> tuple[tuple[int, int], ...]:
+    """For each place of a cycle: the data set that is drawn from, and how often it was in this cycle before."""
+    size, bounds = sum(shares), list(accumulate(shares))
+    key = derive(seed, 0, 0, "mixture")
+    owners = [bisect_right(bounds, permuted(place, count=size, seed=key, epoch=cycle)) for place in range(size)]
+    drawn, draws = [0] * len(shares), []
+    for owner in owners:
+        draws.append((owner, drawn[owner]))
+        drawn[owner] += 1
+    return tuple(draws)
+
+
+class Mixture:
+    """Data sets read as one; records are numbered through all of them, in the order given."""
+
+    def __init__(self, data_sets: Sequence[DataSet], weights: Sequence[float]) -> None:
+        first = data_sets[0]
+        for other in data_sets[1:]:
+            lines = different_makers(first.manifest, other.manifest)
+            if lines:
+                raise ValueError(f"shards={other.place.where} cannot mix with {first.place.where}: {'; '.join(lines)}")
+        self.data_sets, self.negative = tuple(data_sets), first.negative
+        self.manifest: Manifest = first.manifest  # its spec and encoder are those of all
+        whole = [round(weight * FINEST) for weight in weights]
+        self.shares = tuple(share // math.gcd(*whole) for share in whole)  # draws a cycle
+        self._starts = array("q", chain([0], accumulate(data.records for data in data_sets)))
+
+    @property
+    def records(self) -> int:
+        """Number of records of all data sets."""
+        return self._starts[-1]
+
+    def record(self, index: int) -> Record:
+        """Record `index` of 0..records-1."""
+        if not 0 <= index < self.records:
+            raise IndexError(f"record {index} of {self.records}")
+        number = bisect_right(self._starts, index) - 1
+        return self.data_sets[number].record(index - self._starts[number])
+
+    def index(self, position: int, *, seed: int) -> int:
+        """Number of the record at a position of the endless order that `seed` decides."""
+        cycle, place = divmod(position, sum(self.shares))
+        number, nth = cycle_draws(self.shares, seed, cycle)[place]
+        drawn = cycle * self.shares[number] + nth
+        return self._starts[number] + self.data_sets[number].index(drawn, seed=derive(seed, 0, number, "data set"))
+
+
+def open_data_sets(shards: Sequence[str], *, cache_bytes: int = CACHE_BYTES) -> DataSet | Mixture:
+    """Open one data set, or several `PREFIX` or `PREFIX:WEIGHT` as one; ValueError where they do not fit together."""
+    parts = [parse_weight(text) for text in shards]
+    data_sets = [open_data_set(prefix, cache_bytes=cache_bytes) for prefix, _ in parts]
+    return data_sets[0] if len(parts) == 1 else Mixture(data_sets, [weight for _, weight in parts])

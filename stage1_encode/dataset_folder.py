@@ -1,0 +1,247 @@
+"""The folder of a data set while it is made: what may stand in it, what it is to hold, and who works on it.
+
+`plan.json` names all that changes what a record is, so that a later run continues only what it would have begun.
+A run holds a lock on the bytes of `encode.lock` that stand for its shards; the lock ends with its process.
+"""
+
+import csv
+import fcntl
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from common.files import write_file
+from common.model_folder import fingerprint
+from common.options import write_config
+from common.video import VideoSpec
+from shards.manifest import (
+    MANIFEST,
+    NEGATIVE,
+    SCHEMA,
+    Encoder,
+    Manifest,
+    differing,
+    read_manifest,
+    read_negative,
+    write_manifest,
+)
+from shards.writer import Failure, Index, index_name, read_index, shard_name
+from stage1_encode.config import EncodeConfig
+from stage1_encode.media.rows import Row, read_shards, rows_digest
+from stage1_encode.models.loading import text_width
+
+PLAN, CONFIG, FAILURES, LOCK = "plan.json", "encode.yaml", "failures.csv", "encode.lock"
+OURS = re.compile(rf"({PLAN}|{CONFIG}|{FAILURES}|{LOCK}|{MANIFEST}|{NEGATIVE}|shard-\d{{6,}}\.(tar|json))(\.partial)?")
+LATER = ("batch_size", "text_tokens")  # of a plan; those begun before may go on without them
+SETTLING, FINISHING, FIRST_SHARD = 0, 1, 2  # bytes of the lock file
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that changes what a record is, apart from the rows."""
+
+    schema: int
+    spec: VideoSpec
+    encoder: Encoder
+    shard_size: int
+    text_only: bool
+    compile: bool  # rounds otherwise, and so do the next two
+    batch_size: int
+    text_tokens: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a CSV asks for, and what of it is not there yet."""
+
+    rows: tuple[int, ...]  # of each shard
+    unfinished: tuple[int, ...]  # numbers of shards
+
+
+def make_plan(config: EncodeConfig, model: Path) -> Plan:
+    """The plan that a configuration and a model folder amount to."""
+    encoder = Encoder(
+        vae=fingerprint(model / "vae"),
+        text_encoder=fingerprint(model / "text_encoder"),
+        tokenizer=fingerprint(model / "tokenizer"),
+        vae_dtype=config.vae_dtype,
+        text_dtype=config.text_dtype,
+        text_dim=text_width(model),
+        negative_prompt=config.negative_prompt,
+    )
+    return Plan(
+        schema=SCHEMA,
+        spec=config.spec,
+        encoder=encoder,
+        shard_size=config.shard_size,
+        text_only=config.text_only,
+        compile=config.compile,
+        batch_size=config.batch_size,
+        text_tokens=config.text_tokens,
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds anything but a data set."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out={folder}: is a file; give a new folder")
+    foreign = sorted(path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)) if folder.is_dir() else []
+    if foreign:
+        raise ValueError(f"out={folder}: holds something else ({', '.join(foreign[:3])}); give a new folder")
+
+
+@contextmanager
+def opened_lock(folder: Path) -> Iterator[int]:
+    """The folder, made if need be, and its lock file's descriptor; ValueError where it cannot be written."""
+    check_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ValueError(f"out={folder}: {error.strerror}") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def storing(folder: Path) -> Iterator[None]:
+    """Turn what keeps a file from being written, a full disk above all, into one clear line: ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"out={folder}: {error.strerror}; mend that and run the same command again") from error
+
+
+@contextmanager
+def alone(descriptor: int, place: int) -> Iterator[None]:
+    """Wait for one byte of the lock file and hold it."""
+    fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, place)
+    try:
+        yield
+    finally:
+        fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, place)
+
+
+def hold_shards(descriptor: int, folder: Path, numbers: range) -> None:
+    """Hold shards until this process ends; ValueError where another one works on any of them."""
+    spans = [(numbers.start, len(numbers))] if numbers.step == 1 else [(number, 1) for number in numbers]
+    for first, count in spans:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, max(count, 1), FIRST_SHARD + first)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"out={folder}: another encode is working on it; wait for it to end") from error
+
+
+def check_plan(folder: Path, plan: Plan) -> None:
+    """Refuse a folder in which a data set with another plan was begun, naming what differs."""
+    path = folder / PLAN
+    if not path.is_file():
+        if (folder / shard_name(0)).exists():
+            raise ValueError(f"out={folder}: holds shards and no {PLAN}; give a new folder")
+        return
+    try:
+        now = _flat(json.loads(_to_json(plan)))
+        lines = differing(now, {name: now[name] for name in LATER} | _flat(json.loads(path.read_bytes())))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: is damaged; give a new folder") from error
+    if lines:
+        raise ValueError(f"out={folder}: was begun with other settings: {'; '.join(lines)}; give a new folder")
+
+
+def write_plan(folder: Path, config: EncodeConfig, plan: Plan) -> None:
+    """Write the plan and the resolved configuration of a new data set."""
+    if not (folder / PLAN).is_file():
+        write_config(folder / CONFIG, replace(config, retry_failures=False))  # which is no part of what is made
+        write_file(folder / PLAN, _to_json(plan))
+
+
+def _to_json(plan: Plan) -> bytes:
+    return (json.dumps(asdict(plan), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _flat(fields: dict[str, object]) -> dict[str, object]:
+    """Nested names joined, as `encoder.vae`."""
+    flat: dict[str, object] = {}
+    for name, value in fields.items():
+        inner = value if isinstance(value, dict) else None
+        flat |= {name: value} if inner is None else {f"{name}.{key}": item for key, item in inner.items()}
+    return flat
+
+
+def survey(folder: Path, config: EncodeConfig) -> Survey:
+    """Compare the CSV with the finished shards; ValueError where rows were changed or removed since they were made."""
+    counts, unfinished = [], []
+    shards = read_shards(Path(config.data), shard_size=config.shard_size, text_only=config.text_only)
+    for number, rows in enumerate(shards):
+        index = finished(folder, number)
+        if index is not None:
+            _check_rows(config, rows, index)
+        if index is None or index.shard.rows < len(rows) or (config.retry_failures and index.failures):
+            unfinished.append(number)
+        counts.append(len(rows))
+    if (folder / shard_name(len(counts))).exists():
+        raise ValueError(f"data={config.data}: has fewer rows than {folder} was made from; give a new folder")
+    return Survey(tuple(counts), tuple(unfinished))
+
+
+def take_back(folder: Path, numbers: Iterable[int]) -> None:
+    """Make shards unfinished, so that nobody takes them for made before they are made again."""
+    for number in numbers:
+        (folder / index_name(shard_name(number))).unlink(missing_ok=True)
+
+
+def _check_rows(config: EncodeConfig, rows: list[Row], index: Index) -> None:
+    if rows_digest(rows[: index.shard.rows]) != index.rows_sha256:
+        raise ValueError(
+            f"data={config.data}: lines {rows[0].line} to {rows[-1].line} changed since {config.out} was begun; "
+            "rows may only be added at the end: undo the change or give a new folder"
+        )
+
+
+def finished(folder: Path, number: int, rows: int = 0) -> Index | None:
+    """The sidecar of a shard that is there with at least `rows` rows; None where it is to be made (again)."""
+    name = shard_name(number)
+    try:
+        index = read_index(folder, name)
+    except (ValueError, KeyError, TypeError):  # damaged
+        return None
+    if index is None or (folder / name).stat().st_size != index.shard.size:
+        return None
+    return index if index.shard.rows >= rows else None
+
+
+def finish(folder: Path, plan: Plan, found: Survey) -> Manifest | None:
+    """Write `failures.csv` and the manifest once all shards and the negative prompt are there; None before that."""
+    indices = [finished(folder, number, rows) for number, rows in enumerate(found.rows)]
+    there = [index for index in indices if index is not None]
+    if len(there) < len(indices) or not (folder / NEGATIVE).is_file():
+        return None
+    failures = [failure for index in there for failure in index.failures]
+    manifest = Manifest(plan.schema, plan.spec, plan.encoder, tuple(index.shard for index in there), len(failures))
+    if not _is_written(folder, manifest):
+        write_file(folder / FAILURES, _failures_csv(failures))
+        write_manifest(folder, manifest, read_negative(folder))
+    return manifest
+
+
+def _is_written(folder: Path, manifest: Manifest) -> bool:
+    try:
+        found = read_manifest(folder)
+    except ValueError:
+        return False
+    return replace(found, negative_sha256="") == manifest and (folder / FAILURES).is_file()
+
+
+def _failures_csv(failures: list[Failure]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["line", "path", "reason"])
+    writer.writerows([failure.line, failure.path, failure.reason] for failure in failures)
+    return text.getvalue().encode()

@@ -1,0 +1,132 @@
+"""Who runs the shard tasks. An engine makes the shards that a survey found unfinished; what it leaves undone because
+its process died, the next run does.
+"""
+
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+from common.progress import Progress
+from stage1_encode.config import EncodeConfig
+from stage1_encode.dataset_folder import finished
+from stage1_encode.media.rows import read_shards
+from stage1_encode.pipeline import Encoders, Task, load_encoders, make_shards, start_readers, write_negative
+
+CHUNK = 4  # shards that a Ray worker is given at once, so that reading, models and writing overlap
+
+
+class Engine(Protocol):
+    """Makes shards {number: rows}, and before them the negative prompt's embedding where it is asked to."""
+
+    def __call__(
+        self, config: EncodeConfig, wanted: Mapping[int, int], *, negative: bool, begin: Callable[[], None]
+    ) -> None:
+        """Return when all is made; `begin` is called once the models are there and nothing is written yet."""
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Which of how many processes this is, as torchrun says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def tasks(config: EncodeConfig, numbers: Collection[int]) -> Iterator[Task]:
+    """The rows of these shards, read as they are asked for."""
+    shards = read_shards(Path(config.data), shard_size=config.shard_size, text_only=config.text_only)
+    for number, rows in enumerate(shards):
+        if number in numbers:
+            yield Task(number, rows)
+
+
+def agreed(config: EncodeConfig, wanted: Mapping[int, int]) -> Iterator[Task]:
+    """The first rows of shards {number: rows}; those that the CSV has won since it was surveyed are the next run's.
+
+    ValueError where it has lost some.
+    """
+    left = dict(wanted)
+    for task in tasks(config, wanted):
+        rows = left[task.number]
+        if len(task.rows) >= rows:
+            del left[task.number]
+            yield Task(task.number, task.rows[:rows])
+    if left:
+        raise ValueError(f"data={config.data}: lost rows while encode read it; run the same command again")
+
+
+def run_here(config: EncodeConfig, wanted: Mapping[int, int], *, negative: bool, begin: Callable[[], None]) -> None:
+    """Make the shards in this process."""
+    with closing(start_readers(config)) as readers:
+        encoders = load_encoders(config)
+        begin()
+        if negative:
+            write_negative(config, encoders)
+        for _ in make_shards(config, encoders, readers, agreed(config, wanted), total=sum(wanted.values())):
+            pass
+
+
+class Worker:
+    """Holds the models of one GPU, or of one CPU worker, and makes shards; an actor of a Ray cluster."""
+
+    def __init__(self, config: EncodeConfig) -> None:
+        self.config = config
+        self.readers = start_readers(config)
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        """The models."""
+        return load_encoders(self.config)
+
+    def load(self) -> None:
+        """Read the models; a mistake comes out here and not with the end of the actor."""
+        _ = self.encoders
+
+    def write_negative(self) -> None:
+        """Embed the negative prompt."""
+        write_negative(self.config, self.encoders)
+
+    def make(self, chunk: Sequence[Task]) -> int:
+        """Make some shards, those left out that a lost worker finished; the number of rows that they stand for."""
+        rows = sum(len(task.rows) for task in chunk)
+        left = [task for task in chunk if finished(Path(self.config.out), task.number, len(task.rows)) is None]
+        for _ in make_shards(self.config, self.encoders, self.readers, left, total=rows):
+            pass
+        return rows
+
+
+def run_on_ray(config: EncodeConfig, wanted: Mapping[int, int], *, negative: bool, begin: Callable[[], None]) -> None:
+    """Make the shards on the Ray cluster of RAY_ADDRESS, or on this machine, with one worker a GPU.
+
+    A lost worker is started again and its shards made again. ValueError without Ray, or without a GPU where one is due.
+    """
+    try:
+        import ray
+        from ray.util import ActorPool
+    except ImportError as error:
+        raise ValueError("engine=ray: Ray is not installed; pip install 'ti2v-distill[ray]'") from error
+    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
+    gpus = 0 if config.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+    if config.device == "cuda" and not gpus:
+        raise ValueError("device=cuda: the Ray cluster has no GPU; give --device cpu")
+    actor = ray.remote(num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=-1)(Worker)
+    workers = [actor.remote(config.anywhere) for _ in range(min(gpus or 1, max(1, -(-len(wanted) // CHUNK))))]
+    pool, waiting = ActorPool(workers), agreed(config, wanted)
+    try:
+        ray.get([worker.load.remote() for worker in workers])
+        begin()
+        if negative:
+            ray.get(workers[0].write_negative.remote())
+        with Progress(sum(wanted.values()), label="encode") as progress:
+            while chunk := list(islice(waiting, CHUNK)):
+                if not pool.has_free():
+                    progress.advance(count=pool.get_next_unordered())
+                pool.submit(lambda worker, chunk: worker.make.remote(chunk), chunk)
+            while pool.has_next():
+                progress.advance(count=pool.get_next_unordered())
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # as this process would have said it
+
+
+ENGINES: dict[str, Engine] = {"local": run_here, "ray": run_on_ray}

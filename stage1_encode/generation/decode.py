@@ -1,0 +1,131 @@
+"""`decode`: latents become videos, the way back through the same VAE. Shapes: F frames, X Y pixel height and width."""
+
+import io
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+
+from common.device import pick_device
+from common.files import write_file
+from common.model_folder import locate
+from common.options import write_config
+from common.progress import track
+from shards import latent_store
+from shards.latent_store import LatentGroup
+from stage1_encode.config import DecodeConfig
+from stage1_encode.media.video_writer import write_video
+from stage1_encode.models import vae
+
+CONTACT, CONFIG = "contact.png", "decode.yaml"
+OURS = re.compile(r"(contact(-\d+)?\.png|.*\.mp4|(decode|sample|.*\.mp4)\.yaml)(\.partial)?|sample|.*\.zarr|step-.*")
+THUMBNAIL, MOST_ROWS = 256, 64  # of the contact sheet: pixels in width, videos
+POLL_SECONDS = 5.0
+
+
+def decode(config: DecodeConfig) -> list[Path]:
+    """Write KEY.mp4 for every video of a store, and a contact sheet; one folder a step if there are several."""
+    store, out = Path(config.latents), Path(config.out)
+    steps = finished_steps(store)
+    check_folder(out, steps)
+    model = load_vae(config)
+    made: list[Path] = []
+    for step in steps:
+        folder = out if len(steps) == 1 else out / step
+        folder.mkdir(parents=True, exist_ok=True)
+        made += decode_step(config, model, latent_store.describe(store, step), folder)
+    write_config(out / CONFIG, config)
+    return made
+
+
+def finished_steps(store: Path) -> list[str]:
+    """Names of the steps to decode; ValueError where there are none."""
+    steps = latent_store.steps(store)
+    if not steps:
+        raise ValueError(f"latents={store}: holds no finished step")
+    return steps
+
+
+def check_folder(folder: Path, steps: Sequence[str]) -> None:
+    """Refuse a folder that holds anything but videos made here, and folders of these steps."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out={folder}: is a file; give a folder")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if name not in steps and not OURS.fullmatch(name)]
+    if foreign:
+        raise ValueError(f"out={folder}: holds something else ({', '.join(foreign[:3])}); give a new folder")
+
+
+def load_vae(config: DecodeConfig) -> vae.Vae:
+    """Read the VAE onto the device."""
+    folder = locate(config.model, ("vae",))
+    return vae.load(folder, dtype=getattr(torch, config.vae_dtype), device=pick_device(config.device))
+
+
+def decode_step(config: DecodeConfig, model: vae.Vae, group: LatentGroup, folder: Path) -> list[Path]:
+    """Write the videos of one step and their contact sheet; the files made."""
+    made, sheet = [], []
+    for row in track(range(len(group.keys)), total=len(group.keys), label="decode"):
+        pixels = read_pixels(model, Path(config.latents), group, row)
+        made.append(write_video(folder / f"{group.keys[row]}.mp4", pixels, fps=group.spec.fps))
+        if row < MOST_ROWS:
+            sheet.append(thumbnails(pixels, columns=config.columns))
+    return [*made, write_sheet(folder / CONTACT, sheet)]
+
+
+def write_sheet(path: Path, rows: Sequence[numpy.ndarray]) -> Path:
+    """Write rows of pictures, one below the other, as a PNG file; whole or not at all."""
+    data = io.BytesIO()
+    Image.fromarray(numpy.concatenate(rows)).save(data, format="PNG")
+    write_file(path, data.getbuffer())
+    return path
+
+
+def read_pixels(model: vae.Vae, store: Path, group: LatentGroup, row: int) -> numpy.ndarray:
+    """Decode one video (F X Y 3) uint8; ValueError where its latents are damaged."""
+    video = latent_store.read(store, group.step, row)
+    if not torch.isfinite(video).all():
+        raise ValueError(f"latents={store}: {group.step}/{group.keys[row]} is not finite")
+    return vae.decode_video(model, video).numpy()
+
+
+def thumbnails(pixels: numpy.ndarray, *, columns: int) -> numpy.ndarray:
+    """Evenly spaced frames of a video (F X Y 3), first and last included, side by side, (x columns*y 3) uint8."""
+    places = numpy.linspace(0, len(pixels) - 1, columns).round().astype(int)
+    height, width = pixels.shape[1:3]
+    size = (min(width, THUMBNAIL), round(height * min(1.0, THUMBNAIL / width)))
+    return numpy.concatenate([numpy.asarray(Image.fromarray(pixels[place]).resize(size)) for place in places], axis=1)
+
+
+def follow(config: DecodeConfig) -> Iterator[Path]:
+    """Decode each finished step into a folder of its own and give its contact sheet, until the run says it has ended.
+
+    A step whose contact sheet is there is not decoded again. The store may not be there yet.
+    """
+    store, out = Path(config.latents), Path(config.out)
+    check_folder(out, there(store))
+    model = load_vae(config)
+    out.mkdir(parents=True, exist_ok=True)
+    write_config(out / CONFIG, config)
+    while True:
+        ended = latent_store.complete(store)  # asked before looking, so that the last step is not missed
+        for step in waiting(store, out):
+            (out / step).mkdir(exist_ok=True)
+            yield decode_step(config, model, latent_store.describe(store, step), out / step)[-1]
+        if ended:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def there(store: Path) -> list[str]:
+    """Finished steps of the store; none where it is not there yet."""
+    return latent_store.steps(store) if (store / "zarr.json").is_file() else []
+
+
+def waiting(store: Path, out: Path) -> list[str]:
+    """Finished steps of the store without a contact sheet."""
+    return [step for step in there(store) if not (out / step / CONTACT).is_file()]

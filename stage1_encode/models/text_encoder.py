@@ -1,0 +1,110 @@
+"""The door to `UMT5EncoderModel` and its tokenizer, and the cleaning of prompts. Shapes: L text rows, D text width."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ftfy
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers.activations import NewGELUActivation
+from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
+from transformers.utils import logging
+
+from common.device import begin_copy
+from common.video import TEXT_LENGTH
+from stage1_encode.models.loading import check_weights, reading
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """The text encoder and its tokenizer."""
+
+    model: UMT5EncoderModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.model.config.d_model
+
+
+def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> TextEncoder:
+    """Read the text encoder of a model folder; ValueError where it is broken or no UMT5."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # `check_weights` says it in one line
+    weights, words = folder / "text_encoder", folder / "tokenizer"
+    with reading(weights):
+        model, found = UMT5EncoderModel.from_pretrained(weights, dtype=dtype, output_loading_info=True)
+    check_weights(weights, found)
+    with reading(words):
+        tokenizer = AutoTokenizer.from_pretrained(words)
+    return TextEncoder(fused(model).to(device).eval().requires_grad_(False), tokenizer)
+
+
+def fused(model: UMT5EncoderModel) -> UMT5EncoderModel:
+    """The same model with its norms and activations, seven and eight passes over memory each, in one pass."""
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, UMT5LayerNorm):
+            norm = nn.RMSNorm(module.weight.shape, module.variance_epsilon, elementwise_affine=False)
+            norm.weight = module.weight
+            setattr(model.get_submodule(parent), child, norm)
+        elif isinstance(module, NewGELUActivation):
+            setattr(model.get_submodule(parent), child, nn.GELU("tanh"))
+    return model
+
+
+def compiled(encoder: TextEncoder) -> TextEncoder:
+    """The same encoder with its blocks, which are all alike, compiled once for every batch shape."""
+    for block in encoder.model.encoder.block:
+        block.compile(dynamic=True)
+    return encoder
+
+
+def clean(prompt: str) -> str:
+    """A prompt as the model was trained on it: repaired, HTML unescaped twice, one space between words."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+
+
+def tokenize(encoder: TextEncoder, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of clean prompts, cut to 512, the end token included."""
+    return encoder.tokenizer(list(prompts), truncation=True, max_length=TEXT_LENGTH).input_ids
+
+
+def group(tokens: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Places of prompts, shortest first, in batches of at most `budget` tokens, padding included, or of one prompt."""
+    batches: list[list[int]] = []
+    for place in sorted(range(len(tokens)), key=lambda place: len(tokens[place])):
+        if batches and (len(batches[-1]) + 1) * len(tokens[place]) <= budget:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
+
+
+def padded(tokens: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B L) padded to the longest of a batch, and where they are true (B L)."""
+    lengths = torch.tensor([len(line) for line in tokens])
+    longest = int(lengths.max())
+    ids = torch.tensor([[*line, *[pad] * (longest - len(line))] for line in tokens])
+    return ids, torch.arange(longest) < lengths[:, None]
+
+
+@torch.no_grad()
+def embed(encoder: TextEncoder, tokens: Sequence[Sequence[int]], *, budget: int) -> list[Tensor]:
+    """Embeddings (L D) bf16 on the CPU, the true rows only, in the order of `tokens`.
+
+    On a GPU the work is only begun when this returns: wait for the device before reading them.
+    """
+    device = encoder.model.device
+    found: list[Tensor] = [torch.empty(0)] * len(tokens)
+    for batch in group(tokens, budget):
+        ids, mask = padded([tokens[place] for place in batch], encoder.tokenizer.pad_token_id)
+        hidden = encoder.model(begin_copy(ids, device), begin_copy(mask, device)).last_hidden_state
+        hidden = begin_copy(hidden.to(torch.bfloat16), torch.device("cpu"))
+        for row, place in enumerate(batch):
+            found[place] = hidden[row, : len(tokens[place])]
+    return found

@@ -1,0 +1,180 @@
+"""The door to `AutoencoderKLWan`, and the only home of its latents' mean and std.
+
+Shapes: B batch, C channels, T latent frames, H W latent size, F pixel frames, X Y pixel height and width.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from diffusers.utils import logging
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from common.video import CHANNELS
+from stage1_encode.models.loading import check_weights, reading
+from stage1_encode.models.vae_decoder import Decoder, stream
+from stage1_encode.models.vae_ops import ways_for
+
+FRAME = torch.channels_last_3d
+NORM_EPS = 1e-24  # as good as none, but zeros stay zeros
+STEPS = 2  # latent frames decoded at once
+TF32 = "tf32"  # float32 whose convolutions round their inputs to 10 bits of mantissa on a GPU
+
+
+@dataclass(frozen=True)
+class Vae:
+    """The autoencoder and its normalisation."""
+
+    model: AutoencoderKLWan
+    mean: Tensor  # (1 C 1 1 1)
+    std: Tensor  # (1 C 1 1 1)
+    compiled: bool = False  # decode by the fastest kernels, see `vae_ops.ways_for`
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.mean.device
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The decoder half for videos, made when it is first asked for."""
+        return Decoder(self.model, ways_for(self.device, self.model.dtype, compiled=self.compiled))
+
+    def keep_fast_decoder(self) -> None:
+        """Let go of diffusers' own decoder, of which `decoder` has the weights in an order of its own."""
+        assert self.decoder.colours
+        self.model.decoder = None
+
+
+@dataclass(frozen=True)
+class FrameEncoder:
+    """The encoder half, made for single frames."""
+
+    net: Callable[[Tensor], Tensor]
+    dtype: torch.dtype
+    mean: Tensor  # (1 C 1 1 1)
+    std: Tensor  # (1 C 1 1 1)
+    batch: int  # pictures that the compiled network takes at once; 0 = any number
+    tf32: bool
+
+
+class FrameConv(nn.Module):
+    """A causal 3-D convolution of a single frame: the frames before it are zero, so only its last tap counts."""
+
+    def __init__(self, conv: nn.Conv3d) -> None:
+        super().__init__()
+        weight = conv.weight[:, :, -1].detach().clone(memory_format=torch.channels_last)
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), conv.bias
+        self.stride = conv.stride[1:]
+        self.padding = tuple(size // 2 for size in conv.kernel_size[1:])
+
+    def forward(self, x: Tensor, cache_x: None = None) -> Tensor:
+        """(B c 1 x y) -> (B d 1 x' y')."""
+        assert x.shape[2] == 1 and cache_x is None, x.shape
+        return functional.conv2d(x.squeeze(2), self.weight, self.bias, self.stride, self.padding).unsqueeze(2)
+
+
+class FrameNorm(nn.Module):
+    """The VAE's norm over channels in one pass: they lie side by side in channels-last memory."""
+
+    def __init__(self, norm: WanRMS_norm) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(norm.gamma.detach().flatten(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B c ...) -> (B c ...)."""
+        return functional.rms_norm(x.movedim(1, -1), self.weight.shape, self.weight, NORM_EPS).movedim(-1, 1)
+
+
+class FrameNet(nn.Module):
+    """Pictures to the mode of their latents, by the encoder's own layers."""
+
+    def __init__(self, model: AutoencoderKLWan) -> None:
+        super().__init__()
+        self.patch = model.config.patch_size or 1
+        self.encoder, self.head = model.encoder, FrameConv(model.quant_conv)
+        for name, module in list(self.encoder.named_modules()):
+            parent, _, child = name.rpartition(".")
+            if isinstance(module, nn.Conv3d) and child != "time_conv":  # time starts at the second frame
+                setattr(self.encoder.get_submodule(parent), child, FrameConv(module))
+            elif isinstance(module, WanRMS_norm):
+                setattr(self.encoder.get_submodule(parent), child, FrameNorm(module))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B 3 1 X Y) in [-1, 1] -> (B C 1 H W)."""
+        cells = rearrange(images, "b c f (x p) (y q) -> b (c q p) f x y", p=self.patch, q=self.patch)
+        return self.head(self.encoder(cells.contiguous(memory_format=FRAME))).chunk(2, dim=1)[0]
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The type of the weights of a precision's name."""
+    return torch.float32 if precision == TF32 else getattr(torch, precision)
+
+
+def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Vae:
+    """Read the VAE of a model folder; ValueError where it is broken or not a Wan2.2 one."""
+    logging.set_verbosity_error()  # `check_weights` says it in one line
+    with reading(folder / "vae"):
+        model, found = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype, output_loading_info=True)
+    check_weights(folder / "vae", found)
+    if model.config.z_dim != CHANNELS:
+        raise ValueError(f"model={folder}: the VAE has {model.config.z_dim} channels, Wan2.2-TI2V-5B has {CHANNELS}")
+    mean, std = (
+        rearrange(torch.tensor(values, device=device), "c -> 1 c 1 1 1")
+        for values in (model.config.latents_mean, model.config.latents_std)
+    )
+    return Vae(model.to(device).eval().requires_grad_(False), mean, std)
+
+
+def frame_encoder(vae: Vae, *, compiled_batch: int = 0, tf32: bool = False) -> FrameEncoder:
+    """The encoder half of a VAE for single frames, a third of the work; the VAE itself must not be used after.
+
+    `compiled_batch` > 0 compiles it for batches of that many pictures.
+    """
+    plain = FrameNet(vae.model).eval()
+    net = torch.compile(plain, dynamic=False) if compiled_batch else plain
+    return FrameEncoder(net, vae.model.dtype, vae.mean, vae.std, compiled_batch, tf32)
+
+
+@torch.inference_mode()
+def encode_frames(encoder: FrameEncoder, pixels: Tensor) -> Tensor:
+    """First-frame latents (B C 1 H W) float32 of pictures (B X Y 3) uint8: the mode, normalised.
+
+    On a GPU the work is only begun when this returns, and `pixels` should be pinned.
+    """
+    count, device = len(pixels), encoder.mean.device
+    images = rearrange(pixels.to(device, non_blocking=True), "b x y c -> b c 1 x y").float() / 127.5 - 1
+    if encoder.batch > count:
+        images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, 0, 0, encoder.batch - count))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=encoder.tf32):
+        latents = encoder.net(images.to(encoder.dtype)).float()[:count]
+    return (latents - encoder.mean) / encoder.std
+
+
+@torch.inference_mode()
+def stream_video(vae: Vae, latents: Tensor, *, steps: int = STEPS) -> Iterator[Tensor]:
+    """Pixels (F X Y 3) uint8 on the VAE's device of one video's latents (C T H W), as they are made.
+
+    `steps` latent frames go through at once: more are faster and take more memory.
+    """
+    whole = rearrange(latents.to(vae.device).float(), "c t h w -> 1 c t h w") * vae.std + vae.mean
+    yield from stream(vae.decoder, whole[0].to(vae.model.dtype), most=steps)
+
+
+@torch.inference_mode()
+def decode_videos(vae: Vae, latents: Tensor) -> Tensor:
+    """Pixels (B F X Y 3) uint8 on the VAE's device of several small videos' latents (B C T H W), all at once."""
+    whole = (latents.to(vae.device).float() * vae.std + vae.mean).to(vae.model.dtype)
+    video = vae.model.decode(whole.contiguous(memory_format=FRAME), return_dict=False)[0]
+    return rearrange((video.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8), "b c f x y -> b f x y c")
+
+
+def decode_video(vae: Vae, latents: Tensor) -> Tensor:
+    """Pixels (F X Y 3) uint8 on the CPU of one video's latents (C T H W)."""
+    return torch.cat([frames.cpu() for frames in stream_video(vae, latents)])

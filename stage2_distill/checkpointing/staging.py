@@ -1,0 +1,110 @@
+"""Copies of training's state in host memory, made while training goes on.
+
+Nothing of a role's state changes before its next optimizer step, so that only this must wait for its copies. The
+average changes after the student's.
+Memory that is touched for the first time takes ten times as long to write: it is kept from one checkpoint to the next,
+pinned, so that a GPU copies there by itself.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from stage2_distill.distributed.dtensor import local
+from stage2_distill.distributed.process_group import Ranks
+from stage2_distill.dmd.schedule import CRITIC, STUDENT
+from stage2_distill.offload.pinned_memory import SLAB, Host, space
+
+COPIERS = 8  # threads, for what lives in host memory
+Rooms = dict[str, Tensor]  # bytes in host memory, by the name of what is copied there
+
+
+def host_mesh(ranks: Ranks) -> DeviceMesh:
+    """The ranks' mesh in host memory."""
+    names = ranks.mesh.mesh_dim_names
+    return ranks.mesh if ranks.device.type == "cpu" else init_device_mesh("cpu", ranks.mesh.shape, mesh_dim_names=names)
+
+
+def role_of(name: str) -> str:
+    """Whose optimizer step is the first that may change this tensor of the state."""
+    return CRITIC if name.startswith(CRITIC) else STUDENT
+
+
+def make_rooms(tensors: Mapping[str, Tensor], rooms: Rooms) -> None:
+    """Memory for copies of `tensors`, touched and pinned."""
+    new = {name: local(value) for name, value in tensors.items() if name not in rooms}
+    host = Host(offload=True, slab=min(SLAB, sum(map(space, new.values()))))
+    rooms |= {name: host.room(value.nbytes) for name, value in new.items()}
+
+
+class Snapshot:
+    """The state as it is now, once the device has caught up; sharded as the tensors are, in `rooms`.
+
+    The tensors of the role that is updated `first` are copied first.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], host: DeviceMesh, rooms: Rooms, *, first: str) -> None:
+        self.tensors, self.host, self.rooms = tensors, host, rooms
+        self.names = sorted(tensors, key=lambda name: role_of(name) != first)
+        self.arrived: dict[str, torch.cuda.Event] = {}  # by role
+        if any(local(value).is_cuda for value in tensors.values()):
+            self.download()
+        pool = ThreadPoolExecutor(COPIERS)
+        here = [name for name in self.names if not local(tensors[name]).is_cuda]
+        self.copies: dict[str, Future[None]] = {name: pool.submit(self.copy, name) for name in here}
+        pool.shutdown(wait=False)
+
+    def download(self) -> None:
+        """Start copying what lives on a GPU, beside its arithmetic."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for name in self.names:
+                part = local(self.tensors[name]).detach()
+                if part.is_cuda:
+                    self.home(name).copy_(part, non_blocking=True)
+                    self.arrived[role_of(name)] = aside.record_event()
+
+    def copy(self, name: str) -> None:
+        """Copy one tensor that lives in host memory."""
+        home, value = self.home(name), local(self.tensors[name]).detach()
+        home.view(-1).view(torch.uint8).numpy()[:] = value.contiguous().view(-1).view(torch.uint8).numpy()
+
+    def home(self, name: str) -> Tensor:
+        """Where the copy of a tensor is, or this rank's part of it."""
+        part = local(self.tensors[name])
+        return self.rooms[name].view(part.dtype).view(part.shape)
+
+    def missing(self, role: str) -> bool:
+        """Whether copies of what the role's next step changes are still being made."""
+        arrived = self.arrived.get(role)
+        return bool(self.waiting(role)) or (arrived is not None and not arrived.query())
+
+    def waiting(self, role: str) -> list[Future[None]]:
+        """Copies from host memory that have not been made."""
+        return [copy for name, copy in self.copies.items() if role_of(name) == role and not copy.done()]
+
+    def hold(self, role: str) -> None:
+        """Let what the device does next wait for the role's copies; this thread for those from host memory alone."""
+        wait(self.waiting(role))
+        if role in self.arrived:
+            torch.cuda.current_stream().wait_event(self.arrived[role])
+
+    def result(self) -> dict[str, Tensor]:
+        """Wait for all copies."""
+        for arrived in self.arrived.values():
+            arrived.synchronize()
+        for copy in self.copies.values():
+            copy.result()
+        return {name: self.sharded(name) for name in self.tensors}
+
+    def sharded(self, name: str) -> Tensor:
+        """The copy of a tensor, sharded as it is."""
+        home, value = self.home(name), self.tensors[name]
+        if not isinstance(value, DTensor):
+            return home
+        return DTensor.from_local(home, self.host, value.placements, shape=value.shape, stride=value.stride())

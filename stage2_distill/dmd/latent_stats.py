@@ -1,0 +1,25 @@
+"""Statistics of the student's latents.
+
+Shapes: B batch, C channels, T latent frames, H W latent size.
+"""
+
+import torch
+from torch import Tensor
+
+from common.condition import Condition, free_mean
+
+LOOKS = ("saturation", "temporal_variance", "first_frame_distance")
+
+
+@torch.no_grad()
+def look(x0: Tensor, condition: Condition) -> Tensor:
+    """How videos x0 (B C T H W) look in latents, as LOOKS: means over the samples (3).
+
+    saturation: root mean square of the free frames, 1 for videos of the usual contrast (latents are normalised).
+    temporal_variance: variance over time, mean over positions; 0 for a video that stands still.
+    first_frame_distance: mean |frame 1 - frame 0|; 1.13 for unrelated frames of the usual contrast.
+    """
+    saturation = free_mean(x0**2, condition).sqrt().mean()
+    variance = x0.var(dim=2, correction=0).mean()
+    distance = (x0[:, :, 1] - x0[:, :, 0]).abs().mean()
+    return torch.stack([saturation, variance, distance])

@@ -1,0 +1,94 @@
+"""The door to `WanTransformer3DModel`: a network in, a `Denoiser` out.
+
+Shapes: B batch, C channels, T latent frames, H W latent size, L text rows, D text width.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from common.condition import Condition, Denoiser, frame_sigma, join, pin
+from common.flow import x0_from_velocity
+from common.video import CHANNELS
+from stage2_distill.model.layers import Plan
+from stage2_distill.model.transformer import Network, adopt
+from stage2_distill.model.weight_loading import read_weights
+
+TIME_SCALE = 1000  # the network's time is 1000 sigma
+
+
+def skeleton(folder: Path, dtype: torch.dtype, plan: Plan | None = None) -> Network:
+    """The transformer of a model folder without memory: parameters in `dtype` on the meta device, no weights read.
+
+    Raises ValueError where it is not a Wan2.2 TI2V transformer.
+    """
+    try:
+        config = WanTransformer3DModel.load_config(folder / "transformer")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model={folder}: has no readable transformer/config.json") from error
+    with torch.device("meta"):
+        net = WanTransformer3DModel.from_config(config)
+    if net.config.in_channels != CHANNELS or net.config.out_channels != CHANNELS:
+        raise ValueError(f"model={folder}: transformer has {net.config.in_channels} channels, TI2V needs {CHANNELS}")
+    return cast_parameters(adopt(net, plan), dtype).eval()
+
+
+def materialise(net: Network, device: torch.device) -> Network:
+    """Give a skeleton, sharded or not, its memory on `device`; the rope tables, which no file holds, are made anew."""
+    net.to_empty(device=device)
+    rope = net.rope
+    net.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
+    return net
+
+
+def load(folder: Path, dtype: torch.dtype, plan: Plan | None = None) -> Network:
+    """Read the whole transformer of a model folder, all parameters in `dtype`, the rope tables in float32."""
+    net = materialise(skeleton(folder, dtype, plan), torch.device("cpu"))
+    read_weights(folder / "transformer", dict(net.named_parameters()))
+    return net
+
+
+def cast_parameters(net: Network, dtype: torch.dtype) -> Network:
+    """Cast parameters in place and leave buffers alone: `.to(dtype)` would round the rope tables."""
+    for parameter in net.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return net
+
+
+def denoise(net: nn.Module, x_t: Tensor, sigma: Tensor, condition: Condition, *, dtype: torch.dtype) -> Tensor:
+    """Predict x0 (B C T H W) float32 from x_t at sigma (B); the network computes in `dtype`, the rest in float32."""
+    x_t = pin(x_t.float(), condition)
+    times = TIME_SCALE * frame_sigma(sigma.float(), condition)
+    (velocity,) = net(
+        hidden_states=x_t.to(dtype),
+        timestep=times,
+        encoder_hidden_states=condition.text.to(dtype),
+        return_dict=False,
+    )
+    return pin(x0_from_velocity(x_t, velocity.float(), sigma.float()), condition)
+
+
+def denoiser(net: nn.Module, dtype: torch.dtype) -> Denoiser:
+    """The network as a function to x0."""
+    return partial(denoise, net, dtype=dtype)
+
+
+def guided(plain: Denoiser, *, negative_text: Tensor, scale: float) -> Denoiser:
+    """Classifier-free guidance, uncond + scale (cond - uncond), both branches in one batch.
+
+    negative_text: (L D), padded like the batch's text. Scale 1 needs no second branch (arXiv 2207.12598).
+    """
+    if scale == 1:
+        return plain
+
+    def denoise_guided(x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        negative = negative_text.to(condition.text).expand_as(condition.text)
+        both = join([condition, replace(condition, text=negative)])
+        cond, uncond = plain(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    return denoise_guided

@@ -1,0 +1,97 @@
+"""A run seen from outside: `metrics.jsonl`, TensorBoard, warnings and the progress line, all written by rank 0."""
+
+import logging
+import math
+import resource
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from common.progress import Progress
+from stage2_distill.config import DistillConfig
+from stage2_distill.distributed.process_group import Ranks
+from stage2_distill.dmd.latent_stats import LOOKS
+from stage2_distill.monitoring.alerts import Alarms
+from stage2_distill.monitoring.metrics_log import METRICS, Journal, Step, Update
+from stage2_distill.monitoring.trackers import Boards
+
+
+def as_line(iteration: int, step: Step, *, seconds: float, memory: float) -> dict[str, float]:
+    """What is written of one iteration; a name's first word is its group on a board."""
+    line: dict[str, float] = {"iteration": iteration, "seconds": round(seconds, 4), "memory_gib": round(memory, 3)}
+    line |= {f"seconds_{phase}": round(value, 4) for phase, value in step.seconds.items()}
+    line |= {f"latent_{name}": value for name, value in zip(LOOKS, step.critic.looks, strict=True)}
+    line |= update_line("critic", step.critic)
+    if step.student is not None:
+        line |= update_line("student", step.student)
+        # the loss is half the mean square of (fake - real) / mean|x0 - real|
+        line["critic_teacher_gap"] = math.sqrt(2 * step.student.loss)
+    return line
+
+
+def update_line(role: str, update: Update) -> dict[str, float]:
+    """What is written of one update."""
+    line = {f"{role}_loss": update.loss, f"{role}_grad_norm": update.grad_norm}
+    if update.exit_index is not None:
+        line |= {f"{role}_exit": update.exit_index, f"{role}_loss_exit{update.exit_index}": update.loss}
+    return line
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory so far, GiB: the GPU's, or this process's where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Watch:
+    """Writes each iteration of a run that goes on from iteration `start`; all ranks but the first are silent."""
+
+    def __init__(self, out: Path, config: DistillConfig, ranks: Ranks, *, start: int) -> None:
+        self.device, self.speaks = ranks.device, ranks.rank == 0
+        self.progress = Progress(config.iterations, done=start, label="distill", quiet=not self.speaks)
+        self.alarms = Alarms()
+        if self.speaks:
+            self.journal, self.boards = Journal(out / METRICS, start=start), Boards(out, config, start=start)
+            for line in self.journal.lines:
+                self.alarms.feed(line)
+        self.began = time.perf_counter()
+
+    def write(self, iteration: int, step: Step) -> None:
+        """One iteration is done; its seconds are those since the one before."""
+        now = time.perf_counter()
+        seconds, self.began = now - self.began, now
+        if not self.speaks:
+            return
+        line = as_line(iteration, step, seconds=seconds, memory=peak_memory(self.device))
+        self.journal.write(line)
+        self.boards.write(line)
+        self.progress.advance(note(line))
+        for warning in self.alarms.feed(line):
+            logging.warning(warning)
+
+    def sync(self) -> None:
+        """Put the metrics on the disk, before a checkpoint of them."""
+        if self.speaks:
+            self.journal.sync()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.bar.close()
+        if self.speaks:
+            self.journal.close()
+            self.boards.close()
+
+
+def note(line: dict[str, float]) -> str:
+    """The progress line behind iteration, rate and time left."""
+    losses = [f"{role} {line[f'{role}_loss']:.4f}" for role in ("student", "critic") if f"{role}_loss" in line]
+    waited = line.get("seconds_data", 0.0)
+    return f"{' '.join(losses)}, {line['seconds']:.2f} s, data {waited:.2f} s, {line['memory_gib']:.1f} GiB"

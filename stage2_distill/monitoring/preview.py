@@ -1,0 +1,111 @@
+"""What the averaged student makes of a few fixed conditions, now and then: one step of RUN/previews.zarr each time.
+
+Every rank samples some rows; a step is marked as done when all rows are there. A step that is done is not made again.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from common.condition import Condition, Denoiser
+from common.seed import generator, normal
+from common.timer import Clock
+from shards import latent_store
+from shards.dataset import DataSet, open_data_set
+from shards.manifest import check_manifest
+from shards.mixture import Mixture
+from shards.record import Record, collate
+from stage2_distill.config import DistillConfig
+from stage2_distill.distributed.process_group import Ranks
+from stage2_distill.dmd.rollout import rollout
+from stage2_distill.optim.ema import Ema
+
+STORE = "previews.zarr"
+
+
+@dataclass(frozen=True)
+class PreviewStudent:
+    """The student, its average, and what sampling it needs."""
+
+    config: DistillConfig
+    ranks: Ranks
+    net: nn.Module
+    denoiser: Denoiser  # of `net`
+    ema: Ema
+    clock: Clock
+
+
+@dataclass(frozen=True)
+class Previews:
+    """Where previews go and what they are made from."""
+
+    store: Path
+    records: tuple[Record, ...]
+    every: int  # iterations; 0 = never
+
+    def due(self, done: int) -> bool:
+        """Whether a preview belongs behind iteration `done`; one shows the student before the first iteration."""
+        return self.every > 0 and done % self.every == 0
+
+    def make(self, student: PreviewStudent, done: int) -> None:
+        """Sample and store the step of iteration `done`; all ranks call it together."""
+        step, first = f"step-{done:06d}", student.ranks.rank == 0
+        there = (self.store / "zarr.json").is_file() and step in latent_store.steps(self.store)
+        dist.barrier()  # every rank has looked before the first one writes
+        if there:
+            return
+        if first:
+            keys, prompts = [r.key for r in self.records], [r.source.prompt for r in self.records]
+            seeds = (student.config.seed,) * len(keys)
+            group = latent_store.LatentGroup(step, student.config.spec, tuple(keys), tuple(prompts), seeds)
+            latent_store.create(self.store, group)
+        dist.barrier()
+        with student.clock("preview"), student.ema.in_place_of(student.net):
+            for rows in rows_of_rank(len(self.records), student):
+                self._write(student, step, rows)
+        dist.barrier()
+        if first:
+            latent_store.finish(self.store, step)
+
+    def close(self, *, done: bool) -> None:
+        """Say on rank 0 whether more steps will come."""
+        if self.every > 0:
+            latent_store.set_complete(self.store, done)
+
+    def _write(self, student: PreviewStudent, step: str, rows: list[int]) -> None:
+        """Sample some rows; rows beyond the last only keep the ranks in step and are not stored."""
+        config, device = student.config, student.ranks.device
+        true = [row for row in rows if row < len(self.records)]
+        records = [self.records[row % len(self.records)] for row in rows]
+        condition: Condition = collate(records, text_rows=config.text_rows).condition.to(device)
+        draws = [generator(config.seed, 0, row, "preview", device) for row in rows]
+        noise = normal(config.spec.latent_shape, draws)
+        with torch.no_grad():
+            x0 = rollout(student.denoiser, noise, condition, ladder=config.sigmas, generators=draws)
+        if true:  # the last ranks may have padding alone
+            latent_store.write(self.store, step, true, x0[: len(true)])
+
+
+def rows_of_rank(count: int, student: PreviewStudent) -> list[list[int]]:
+    """This rank's batches of rows; every rank has the same number of batches of the same size, the last are padding."""
+    rank, world = student.ranks.rank, student.ranks.world
+    size = min(student.config.batch_size, -(-count // world))
+    together = size * world
+    return [list(range(start + rank * size, start + rank * size + size)) for start in range(0, count, together)]
+
+
+def open_previews(out: Path, config: DistillConfig, data: DataSet | Mixture) -> Previews:
+    """The first records of the previews' data set, or of the training's; ValueError where it does not belong to it."""
+    if not config.preview_every:
+        return Previews(out / STORE, (), 0)
+    shown = data
+    if config.preview_data is not None:
+        shown = open_data_set(config.preview_data)
+        made_by = data.manifest.encoder
+        encoder: dict[str, object] = {"vae": made_by.vae, "text_encoder": made_by.text_encoder}
+        check_manifest(Path(config.preview_data), shown.manifest, spec=config.spec, encoder=encoder)
+    records = tuple(shown.record(index) for index in range(min(config.preview_count, shown.records)))
+    return Previews(out / STORE, records, config.preview_every)

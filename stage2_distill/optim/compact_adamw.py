@@ -1,0 +1,196 @@
+"""AdamW with betas (0, b) in few bytes a parameter, for weights that live in bf16.
+
+Beside a bf16 weight (2 bytes) stand the 16 bits that its float32 master has more (2 bytes) and the second moment
+(4, 2 or 1 bytes). With the first beta 0 the first moment is the gradient and needs none. 5 B parameters take 25 GB with
+8-bit moments, where float32 AdamW takes 60 and a bf16 copy to compute with another 10.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import zeros as sharded_zeros
+
+from stage2_distill.distributed.dtensor import first_element, global_norm, like, local
+from stage2_distill.model.split_float32 import join, split
+from stage2_distill.offload.pinned_memory import Host
+from stage2_distill.offload.prefetch import carried
+from stage2_distill.optim.quantized_moment import BLOCK, chance, decode, encode, in_blocks, to_bf16
+
+if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
+    from stage2_distill.optim.compact_adamw_kernel import advance_fused
+
+
+MOMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
+
+
+class Advance(Protocol):
+    """The type of `advance`."""
+
+    def __call__(self, weight: Tensor, state: dict[str, Tensor], grad: Tensor, rates: Tensor, place: Tensor) -> None:
+        """Do the update."""
+
+
+def advance(weight: Tensor, state: dict[str, Tensor], grad: Tensor, rates: Tensor, place: Tensor) -> None:
+    """One AdamW update of all elements (N) of one parameter, in place; the order of operations is torch's.
+
+    rates: float32 (8): 1 - lr decay, -lr, beta2, 1 - beta2, sqrt(1 - beta2^step), eps, 1 / sqrt(1 - beta2^step), factor
+    of the gradient; where that is not a number, nothing changes.
+    place: int64 (2): step, number of the first element within the whole parameter.
+    """
+    shrink, minus_lr, beta2, rest, correction, eps, _, factor = rates.unbind()
+    if factor.isnan():
+        return
+    grad = grad.float() * factor
+    moment = torch.addcmul(read_moment(state) * beta2, rest * grad, grad)
+    write_moment(state, moment, place)
+    master = join(weight, state["remainder"]) * shrink
+    master = master + (minus_lr * grad) / (moment.sqrt() / correction + eps)
+    high, low = split(master)
+    weight.copy_(high)
+    state["remainder"].copy_(low)
+
+
+def read_moment(state: dict[str, Tensor]) -> Tensor:
+    """The second moment (N) in float32."""
+    moment = state["exp_avg_sq"]
+    if moment.dtype != torch.uint8:
+        return moment.float()
+    return decode(moment.view(-1, BLOCK), state["exp_avg_sq_top"]).view(-1)
+
+
+def write_moment(state: dict[str, Tensor], moment: Tensor, place: Tensor) -> None:
+    """Store the second moment (N)."""
+    kept = state["exp_avg_sq"]
+    if kept.dtype == torch.float32:
+        kept.copy_(moment)
+        return
+    chances = chance(moment.numel(), start=place[1], step=place[0])
+    if kept.dtype == torch.bfloat16:
+        kept.copy_(to_bf16(moment, chances))
+        return
+    codes, tops = encode(moment.view(-1, BLOCK), chances.view(-1, BLOCK))
+    kept.copy_(codes.view(-1))
+    state["exp_avg_sq_top"].copy_(tops)
+
+
+class CompactAdamW(torch.optim.Optimizer):
+    """The optimizer; parameters are bf16, plain or sharded along dimension 0.
+
+    settings: lr, beta2, eps, weight_decay. With `offload` the state lives in host memory: where each rank holds whole
+    parameters.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        settings: dict[str, float],
+        *,
+        moment: str = "8bit",
+        offload: bool = False,
+        accumulate: bool = False,
+    ) -> None:
+        super().__init__([p for p in net.parameters() if p.requires_grad], settings)
+        host = Host(offload=offload)
+        self.factor: Tensor | None = None
+        self.sums: dict[Tensor, Tensor] = {}
+        self.starts = {p: first_element(p) for p in self.parameters()}
+        for parameter in self.parameters():
+            assert parameter.dtype == torch.bfloat16, parameter.dtype
+            fresh = fresh_state(parameter, MOMENTS[moment])
+            self.state[parameter] = {name: host.home(value) for name, value in fresh.items()}
+            if accumulate:
+                parameter.register_post_accumulate_grad_hook(self.add_gradient)
+
+    def add_gradient(self, parameter: Tensor) -> None:
+        """Add a gradient to its float32 sum: in bf16 a sum over many batches would lose the small ones."""
+        assert parameter.grad is not None
+        if parameter in self.sums:
+            self.sums[parameter] += local(parameter.grad)
+        else:
+            self.sums[parameter] = local(parameter.grad).float()
+        parameter.grad = None
+
+    def gradients(self) -> dict[Tensor, Tensor]:
+        """This rank's gradients, of those parameters that have one."""
+        given = {p: local(p.grad) for p in self.parameters() if p.grad is not None}
+        return given | self.sums
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        super().zero_grad(set_to_none)
+        self.sums.clear()
+
+    def parameters(self) -> list[Tensor]:
+        """What is trained."""
+        return list(self.param_groups[0]["params"])
+
+    @torch.no_grad()
+    def clip(self, limit: float) -> Tensor:
+        """The global gradient norm; the next step scales gradients to one of at most `limit`, in float32."""
+        norm = global_norm(list(self.gradients().values()), self.parameters()[0])
+        self.factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        return norm
+
+    def only_if(self, fine: Tensor) -> None:
+        """Let the next step change nothing unless `fine`, a boolean on the device: nobody waits to look at it."""
+        factor = torch.ones((), device=fine.device) if self.factor is None else self.factor
+        self.factor = torch.where(fine, factor, torch.nan)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        grads = self.gradients()
+        for parameter in grads:
+            self.state[parameter]["step"] += 1
+        first = next(iter(grads))
+        count = int(self.state[first]["step"])
+        device = grads[first].device
+        rates = self.rates(count, device)
+        step = torch.tensor(count).to(device, non_blocking=True)
+        call: Advance = advance_fused if device.type == "cuda" else advance
+        states = carried((flat(self.state[p]) for p in grads), device)
+        for (parameter, grad), state in zip(grads.items(), states, strict=True):
+            call(local(parameter).view(-1), state, grad.view(-1), rates, torch.stack([step, self.starts[parameter]]))
+        self.factor = None
+
+    def masters(self) -> Iterator[Tensor]:
+        """The float32 masters of all parameters, one after the other, sharded as they are."""
+        remainders = ({"low": local(self.state[p]["remainder"])} for p in self.parameters())
+        device = local(self.parameters()[0]).device
+        for parameter, parts in zip(self.parameters(), carried(remainders, device, back=False), strict=True):
+            yield like(parameter, join(local(parameter.detach()), parts["low"]))
+
+    def rates(self, step: int, device: torch.device) -> Tensor:
+        """The numbers of one step (8), float32."""
+        group = self.param_groups[0]
+        lr, beta2 = group["lr"], group["beta2"]
+        correction = (1 - beta2**step) ** 0.5
+        numbers = [1 - lr * group["weight_decay"], -lr, beta2, 1 - beta2, correction, group["eps"], 1 / correction]
+        factor = torch.ones((), device=device) if self.factor is None else self.factor
+        return torch.cat([torch.tensor(numbers).to(device, non_blocking=True), factor[None]])
+
+
+def flat(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's part of a parameter's state as vectors, without the step."""
+    return {name: local(value).view(-1) for name, value in state.items() if name != "step"}
+
+
+def fresh_state(parameter: Tensor, moment: torch.dtype) -> dict[str, Tensor]:
+    """State before the first step, sharded as the parameter is."""
+    kept = moment if in_blocks(parameter.shape) else torch.float32
+    state = {
+        "step": torch.zeros((), dtype=torch.float32),
+        "remainder": torch.zeros_like(parameter, dtype=torch.int16),
+        "exp_avg_sq": torch.zeros_like(parameter, dtype=kept),
+    }
+    if kept == torch.uint8:
+        shape = (parameter.shape[0], parameter.shape[1:].numel() // BLOCK)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            state["exp_avg_sq_top"] = sharded_zeros(shape, dtype=torch.int16, device_mesh=mesh, placements=placements)
+        else:
+            state["exp_avg_sq_top"] = torch.zeros(shape, dtype=torch.int16, device=parameter.device)
+    return state

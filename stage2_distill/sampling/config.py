@@ -1,0 +1,63 @@
+"""Options of sampling."""
+
+from dataclasses import dataclass, replace
+
+from common.flow import ladder
+from common.options import check_fields, device_option, option, text_rows_option
+from common.video import VideoSpec
+
+DTYPES = ("float32", "bfloat16")
+WEIGHTS = ("ema", "student")
+VAE_DTYPES = ("auto", "float32", "bfloat16")
+MEMORY = ("auto", "full", "24gb", "16gb")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What `sample` makes of a checkpoint."""
+
+    checkpoint: str = option(
+        help="Folder of a run (its best checkpoint is used, else its newest) or of one checkpoint."
+    )
+    model: str = option(help="Model folder or hub name.")
+    out: str = option(help="An .mp4 file for --prompt, a folder for --data.")
+    prompt: str | None = option(None, "Text of one video.")
+    image: str | None = option(None, "First frame of one video; without it the prompt alone decides.")
+    data: str | None = option(None, "CSV of many videos, columns prompt, image, seed.")
+    seed: int = option(0, "Seed of the noise; a seed in the CSV wins.", minimum=0)
+    ladder: tuple[float, ...] | None = option(None, "Sample with other steps than the checkpoint was trained on.")
+    weights: str = option("ema", "Weights to sample from.", choices=WEIGHTS)
+    batch_size: int = option(1, "Videos sampled at once.", minimum=1)
+    text_rows: int = text_rows_option()
+    dtype: str = option("bfloat16", "Precision of the network.", choices=DTYPES)
+    vae_dtype: str = option("auto", "Precision of the VAE; auto: bfloat16 on a GPU, else float32.", choices=VAE_DTYPES)
+    compile: bool = option(False, "Compile network and decoder first (under a minute, cached): for many videos.")
+    segments: int = option(1, "Videos in a row: each goes on from the last frame of the one before.", minimum=1)
+    num_frames: int | None = option(None, "Frames of a segment, 4k+1; without it, as in training.")
+    height: int | None = option(None, "Height in pixels, a multiple of 32; without it, as in training.")
+    width: int | None = option(None, "Width in pixels, a multiple of 32; without it, as in training.")
+    memory: str = option("auto", "What may stay on the GPU: full needs 40 GB; auto looks at the card.", choices=MEMORY)
+    device: str = device_option()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if (self.prompt is None) == (self.data is None):
+            raise ValueError("give either --prompt TEXT or --data CSV")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("prompt is empty: say what the video shows")
+        if self.prompt is not None and not self.out.endswith(".mp4"):
+            raise ValueError(f"out={self.out}: must end in .mp4 for a single video")
+        if self.data is not None and self.out.endswith(".mp4"):
+            raise ValueError(f"out={self.out}: must be a folder for --data; one .mp4 file is for --prompt")
+        if self.data is not None and self.image is not None:
+            raise ValueError("--image goes with --prompt; a CSV names its images in the column image")
+        self.size(VideoSpec())  # sizes that no model can make
+
+    def size(self, spec: VideoSpec) -> VideoSpec:
+        """The size to make: the checkpoint's, but for what is given."""
+        given = {"num_frames": self.num_frames, "height": self.height, "width": self.width}
+        return replace(spec, **{name: value for name, value in given.items() if value is not None})
+
+    def sigmas(self, shift: float) -> tuple[float, ...] | None:
+        """Noise levels of an explicit ladder; None = the checkpoint's own."""
+        return None if self.ladder is None else ladder(self.ladder, s=shift)

@@ -1,0 +1,135 @@
+"""A checkpoint and conditions in, latents out. Shapes: B batch, C channels, T latent frames, H W latent size."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.condition import Condition
+from common.device import Travelling, pick_device
+from common.model_folder import fingerprint, locate
+from common.seed import generator, normal
+from common.video import TEXT_LENGTH, VideoSpec
+from shards.record import Record, collate
+from stage2_distill.checkpointing.format import SAMPLER, StudentFacts, chosen, load, read_facts
+from stage2_distill.distributed.process_group import start
+from stage2_distill.dmd.rollout import rollout
+from stage2_distill.model.context_parallel import check_ranks
+from stage2_distill.model.layers import Plan
+from stage2_distill.model.lora import Lora, Role, add_adapters, lora_of
+from stage2_distill.model.transformer import Network
+from stage2_distill.model.wan import cast_parameters, denoiser, materialise, skeleton
+from stage2_distill.model.wan import load as load_network
+from stage2_distill.sampling.config import SampleConfig
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student, ready to sample."""
+
+    net: Network
+    spec: VideoSpec
+    sigmas: tuple[float, ...]
+    dtype: torch.dtype
+    text_rows: int = TEXT_LENGTH
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.net.parameters()).device
+
+    @cached_property
+    def tensors(self) -> Travelling:
+        """The network's."""
+        return Travelling([*self.net.parameters(), *self.net.buffers()])
+
+    def move(self, device: torch.device) -> None:
+        """Bring the network to a device."""
+        self.tensors.move(device)
+
+    def __call__(self, records: Sequence[Record], seeds: Sequence[int], segment: int = 0) -> Tensor:
+        """Latents (B C T H W) of records, from the noise of their seeds and of the segment."""
+        return self.denoise(self.condition(records), seeds, segment)
+
+    def condition(self, records: Sequence[Record]) -> Condition:
+        """What the network sees of records, on its device."""
+        return collate(records, text_rows=self.text_rows).condition.to(self.device)
+
+    @torch.no_grad()
+    def denoise(self, condition: Condition, seeds: Sequence[int], segment: int) -> Tensor:
+        """Latents (B C T H W) of conditions; the same noise for the same seeds and segment."""
+        draws = [generator(seed, 0, segment, "sample", self.device) for seed in seeds]
+        noise = normal(self.spec.latent_shape, draws)
+        return rollout(denoiser(self.net, self.dtype), noise, condition, ladder=self.sigmas, generators=draws)
+
+
+def open_student(config: SampleConfig) -> Student:
+    """The student of a checkpoint, on its device; ValueError where MODEL is not the one it was distilled from."""
+    checkpoint = chosen(Path(config.checkpoint))
+    facts = read_facts(checkpoint)
+    check_model(config.model, facts)
+    spec = config.size(facts.spec)
+    ranks = start(config.device).world if config.data is None and int(os.environ.get("WORLD_SIZE", "1")) > 1 else 1
+    net = load_student(
+        checkpoint,
+        facts,
+        Plan(compiled=config.compile, ranks=ranks),
+        model=config.model,
+        weights=config.weights,
+        dtype=getattr(torch, config.dtype),
+        device=pick_device(config.device),
+    )
+    check_ranks(ranks, tokens=spec.num_tokens, heads=net.config.num_attention_heads)
+    sigmas = config.sigmas(facts.shift) or facts.sigmas
+    return Student(net, spec, sigmas, getattr(torch, config.dtype), config.text_rows)
+
+
+def check_model(model: str, facts: StudentFacts, parts: tuple[str, ...] = ("vae", "text_encoder")) -> None:
+    """ValueError where parts of MODEL are not those that the student was distilled with."""
+    for part in parts:
+        if fingerprint(locate(model, (part,)) / part) != vars(facts)[part]:
+            raise ValueError(f"model={model}: its {part} is not the one that the student was distilled with")
+
+
+def load_student(
+    checkpoint: Path,
+    facts: StudentFacts,
+    plan: Plan | None = None,
+    *,
+    model: str,
+    weights: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Network:
+    """The student's network in its precision, read straight onto the device.
+
+    ValueError where MODEL is another base than it was distilled from.
+    """
+    folder = locate(model, ("transformer",))
+    if fingerprint(folder / "transformer") != facts.transformer:
+        raise ValueError(f"model={model}: not the model that {checkpoint} was distilled from, {facts.base_model}")
+    if facts.sampler != SAMPLER:
+        raise ValueError(f"{checkpoint}: its student is sampled by {facts.sampler}, which this version cannot do")
+    lora = lora_of(facts.config)
+    if lora is None:
+        net = materialise(skeleton(folder, dtype, plan), device).requires_grad_(False)
+        load(checkpoint, {f"{weights}.{name}": weight for name, weight in net.named_parameters()})
+        return net
+    net = load_network(folder, torch.float32, plan).requires_grad_(False)
+    load_merged(net, checkpoint, weights, lora)
+    return cast_parameters(net, dtype).to(device)
+
+
+def load_merged(net: Network, checkpoint: Path, weights: str, lora: Lora) -> None:
+    """Add the adapter `weights` (student or ema) of a checkpoint to a plain network's own weights."""
+    layers = add_adapters(net, (weights,), lora)
+    load(checkpoint, {f"{weights}.{name}": value.data for name, value in Role(net, layers, weights).named_parameters()})
+    for name, layer in [(name, module) for name, module in net.named_modules() if module in layers]:
+        layer.merge(False, [weights])
+        parent, _, child = name.rpartition(".")
+        net.get_submodule(parent).add_module(child, layer.base_layer)
+    net.requires_grad_(False)

@@ -1,0 +1,27 @@
+"""The benchmark of sampling runs at tiny size, on the CPU, and its equalities hold."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import sys
+from pathlib import Path
+from benchmarks.sample import PARTS, Bench
+bench = Bench(Path(sys.argv[1]), True, 1, 2)
+for part in PARTS.values():
+    part(bench)
+"""
+
+
+def test_tiny_benchmark(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+    assert figures["same seed, same latents; frame 0 pinned"] == "True; True"
+    assert float(figures["latents against the plain path, relative L2"]) < 1e-4
+    assert figures["--memory 24gb"].endswith("same latents True")
+    assert figures["of them a later one"].startswith("denoising 0.")
+    assert float(figures["diffusers, decode"].split()[-2]) > 50
+    assert (tmp_path / "2" / "000000001.mp4").is_file()

@@ -1,0 +1,234 @@
+import logging
+import random
+
+import boto3
+import fsspec
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+
+from shards.dataset import Stream, open_data_set, prefetch
+from shards.storage import object_store, open
+from shards.storage.cache import Cache
+from shards.storage.object_store import Remote, Retry
+from shards.storage.open import open_place, scheme
+from tests.shards.data_sets import make_data_set, make_record
+from tests.shards.server import serve
+
+RECORDS = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_data_set(tmp_path_factory.mktemp("data"), [5, 4, 7])
+
+
+@pytest.fixture
+def server(folder):
+    with serve(folder) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """Short pauses, and a cache of this test's own."""
+    monkeypatch.setattr(object_store, "STALL", 0.5)
+    monkeypatch.setattr(object_store.Remote.__init__, "__kwdefaults__", {"retry": Retry(tries=4, pause=0.01)})
+    monkeypatch.setattr(open, "cache_folder", lambda: tmp_path / "cache")
+
+
+def same(data, indices=range(RECORDS)):
+    for index in indices:
+        record, made = data.record(index), make_record(index)
+        assert (record.key, record.source) == (made.key, made.source)
+        assert torch.equal(record.first_frame, made.first_frame) and torch.equal(record.text, made.text)
+    return True
+
+
+def test_http_gives_the_records_by_ranges(server, folder):
+    data = open_data_set(server.url)
+    assert data.records == RECORDS and same(data)
+    asked = [span for name, span in server.asked if name.endswith(".tar")]
+    assert len(asked) == RECORDS and all(asked)  # one range a record, never a whole tar
+    assert torch.equal(data.negative, open_data_set(folder).negative)
+
+
+@pytest.mark.parametrize("fault", ["503", "429", "reset", "cut", "stall", "flip"])
+def test_a_fault_that_passes_changes_nothing(server, fault):
+    server.fault = lambda name, number: fault if number % 2 else ""
+    assert same(open_data_set(server.url, cache_bytes=0), range(3) if fault == "stall" else range(RECORDS))
+
+
+def test_random_faults_under_threads(server):
+    draw = random.Random(0)
+    server.fault = lambda name, number: draw.choice(["", "503", "cut", "reset"]) if number % 4 else ""
+    data = open_data_set(server.url, cache_bytes=0)
+    data.place.retry = Retry(tries=12, pause=0.001)  # threads that ask for one range share its faults
+    stream = Stream(data, seed=5)
+    plans = [[p, p + 1, p + 2] for p in range(0, 48, 3)]
+    batches = list(prefetch(stream.batch, plans, depth=4, threads=4))
+    assert [key for batch in batches for key in batch.keys] == [
+        make_record(stream.index(position)).key for position in range(48)
+    ]
+
+
+def test_a_lost_server_is_named_after_the_last_try(server, caplog):
+    data = open_data_set(server.url)
+    server.fault = lambda name, number: "503" if name.endswith(".tar") else ""
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(ConnectionError, match=r"shard-00000\d.tar.*503.*tried 4 times"),
+    ):
+        data.record(0)
+    assert sum(name.endswith(".tar") for name, _ in server.asked) == 4
+    pauses = [record.getMessage().split("again in ")[1] for record in caplog.records]
+    assert len(pauses) == 3  # after each try but the last
+
+
+def test_pauses_double(monkeypatch, tmp_path):
+    slept = []
+    monkeypatch.setattr(object_store.time, "sleep", slept.append)
+    nowhere = Remote("http://127.0.0.1:9/data", cache=Cache(tmp_path, 0), retry=Retry(tries=5, pause=0.5))
+    with pytest.raises(ConnectionError):
+        nowhere.read("manifest.json")
+    assert slept == [0.5, 1, 2, 4]
+
+
+def test_damage_that_stays_is_read_twice_and_named(server):
+    data = open_data_set(server.url)
+    server.fault = lambda name, number: "flip" if name == "shard-000001.tar" else ""
+    with pytest.raises(ValueError, match=r"shard-000001.tar: damaged at clip-000006.safetensors .*read twice"):
+        data.record(6)
+    assert sum(name == "shard-000001.tar" for name, _ in server.asked) == 2
+    assert same(data, [0, 12])
+    server.fault = lambda name, number: "flip" if name == "shard-000001.json" else ""
+    with pytest.raises(ValueError, match="shard-000001.json: damaged at the whole file"):
+        open_data_set(server.url, cache_bytes=0).record(6)
+
+
+@pytest.mark.parametrize("damaged", ["manifest.json", "negative.safetensors"])
+def test_a_damaged_or_missing_opening_is_refused(server, folder, damaged):
+    server.fault = lambda name, number: "flip" if name == damaged else ""
+    with pytest.raises(ValueError, match=f"{damaged}.*damaged"):
+        open_data_set(server.url)
+    server.fault = lambda name, number: "404" if name == damaged else ""
+    with pytest.raises(ValueError, match=damaged):
+        open_data_set(server.url)
+    server.fault = lambda name, number: "500" if name == damaged else ""
+    with pytest.raises(ValueError, match=f"{damaged}.*500"):
+        open_data_set(server.url)
+
+
+def test_a_server_without_ranges_is_refused(server):
+    server.fault = lambda name, number: "whole"
+    with pytest.raises(ValueError, match="whole files where ranges are asked for"):
+        open_data_set(server.url).record(0)
+
+
+def test_the_cache_spares_the_second_epoch(server):
+    data = open_data_set(server.url)
+    assert same(data)
+    before = len(server.asked)
+    assert same(data) and same(open_data_set(server.url))
+    assert [name for name, _ in server.asked[before:]] == ["manifest.json"]  # what is said anew each time
+
+
+def test_a_damaged_or_stale_cache_is_not_believed(server, tmp_path):
+    assert same(open_data_set(server.url))
+    for path in (tmp_path / "cache").iterdir():
+        path.write_bytes(path.read_bytes()[::-1])
+    assert same(open_data_set(server.url)) and same(open_data_set(server.url))
+
+
+def test_the_cache_is_bounded_and_forgets_what_is_oldest(tmp_path):
+    cache = Cache(tmp_path / "cache", 3200)
+    for number in range(200):
+        cache.put(f"key {number}", bytes([number]) * 100)
+        cache.get("key 3")
+        held = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir())
+        assert held <= 3200 + 3200 // 16
+    assert held > 2800
+    assert cache.get("key 3") == bytes([3]) * 100 and cache.get("key 199") == bytes([199]) * 100
+    assert cache.get("key 4") is None
+    cache.put("large", bytes(300))
+    assert cache.get("large") is None  # would push out too much
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(server, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(NotADirectoryError):
+        list((tmp_path / "cache").iterdir())
+    assert same(open_data_set(server.url))
+
+
+@pytest.fixture(scope="module")
+def s3(folder):
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    running.start()
+    host, port = running.get_host_and_port()
+    facts = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    client = boto3.client(
+        "s3",
+        region_name="us-east-1",
+        endpoint_url=facts["AWS_ENDPOINT_URL"],
+        aws_access_key_id="a",
+        aws_secret_access_key="b",
+    )
+    client.create_bucket(Bucket="clips")
+    for path in folder.iterdir():
+        client.put_object(Bucket="clips", Key=f"deep/data/{path.name}", Body=path.read_bytes())
+    yield client, facts
+    running.stop()
+
+
+def test_s3_gives_the_records_and_names_damage(s3, folder, monkeypatch):
+    client, facts = s3
+    for name, value in facts.items():
+        monkeypatch.setenv(name, value)
+    data = open_data_set("s3://clips/deep/data/", cache_bytes=0)
+    assert same(data)
+    with pytest.raises(ValueError, match=r"shards=s3://clips/shallow: .*manifest.json"):
+        open_data_set("s3://clips/shallow")
+    tar = (folder / "shard-000002.tar").read_bytes()
+    client.put_object(Bucket="clips", Key="deep/data/shard-000002.tar", Body=tar.replace(b"prompt 10", b"prompt 11"))
+    with pytest.raises(ValueError, match=r"s3://clips/deep/data/shard-000002.tar: damaged at clip-000010.json"):
+        data.record(10)
+    client.put_object(Bucket="clips", Key="deep/data/shard-000002.tar", Body=tar)
+    assert same(data, [10])
+
+
+@pytest.mark.parametrize("bad", ["pipe:cat /etc/hostname", "pipe:rm -rf x", "|cat x", "ssh://host/x", "sftp://host/x"])
+@pytest.mark.parametrize("opened", [open_data_set, lambda prefix: open_place(prefix, cache_bytes=0)])
+def test_what_runs_a_program_is_refused(bad, opened):
+    with pytest.raises(ValueError, match="is not read; give a folder or one of https://"):
+        opened(bad)
+
+
+@pytest.mark.parametrize("bad", ["file:///etc", "simplecache::s3://b/x", "s3://b/x::zip://y", "s3:bucket", "ftp://h/x"])
+def test_other_schemes_are_refused(bad):
+    with pytest.raises(ValueError, match="is not read"):
+        scheme(bad)
+
+
+def test_known_schemes():
+    assert [scheme(p) for p in ("data", "/a/b", "./a:b", "C:/data", "s3://b/x", "HF://datasets/a/b", "gs://b")] == [
+        *("", "", "", "", "s3", "hf", "gs")
+    ]
+
+
+@pytest.mark.parametrize(
+    "prefix, module", [("gs://bucket/data", "gcsfs"), ("hf://datasets/owner/name/data", "huggingface_hub")]
+)
+def test_gs_and_hf_open_their_own_clients(prefix, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+    opened = Remote(prefix, cache=Cache(tmp_path, 0))
+    assert type(opened.files).__module__.split(".")[0] == module and opened.root.endswith("/data")
+
+
+def test_a_missing_client_names_the_extra(monkeypatch, tmp_path):
+    def absent(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(object_store, "import_module", absent)
+    with pytest.raises(ValueError, match=r"pip install 'ti2v-distill\[remote\]'"):
+        Remote("https://host/data", cache=Cache(tmp_path, 0))

@@ -1,0 +1,114 @@
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.video import VideoSpec
+from shards.dataset import DataSet, Stream, open_data_set
+from shards.mixture import Mixture, open_data_sets, parse_weight
+from tests.shards.data_sets import ENCODER, make_data_set, make_record
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mix")
+    return [
+        str(make_data_set(root / name, counts, name=name))
+        for name, counts in (("a", [7, 4]), ("b", [5]), ("c", [2, 1]))
+    ]
+
+
+def mixture(folders, *weights):
+    return Mixture([open_data_set(folder) for folder in folders], weights)
+
+
+@pytest.mark.parametrize(
+    ("text", "prefix", "weight"),
+    [
+        ("a/b", "a/b", 1),
+        ("a/b:0.3", "a/b", 0.3),
+        ("a:2", "a", 2),
+        ("a:1e-2", "a", 0.01),
+        ("s3://bucket:0.5", "s3://bucket:0.5", 1),
+        ("https://host:8000", "https://host:8000", 1),
+        ("https://host:8000/data", "https://host:8000/data", 1),
+        ("https://host:8000/data:0.25", "https://host:8000/data", 0.25),
+        ("C:/data", "C:/data", 1),
+    ],
+)
+def test_weights_are_parsed(text, prefix, weight):
+    assert parse_weight(text) == (prefix, weight)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("a:0", "between 1/1000"), ("a:1001", "and 1000"), ("a:1.2.3", "no weight")]
+)
+def test_bad_weights_are_refused(text, says):
+    with pytest.raises(ValueError, match=f"shards={text}: .*{says}"):
+        parse_weight(text)
+
+
+@pytest.mark.parametrize(("weights", "shares"), [((1, 0.3, 0.5), (10, 3, 5)), ((2, 2, 4), (1, 1, 2))])
+def test_every_cycle_has_the_exact_shares(folders, weights, shares):
+    mixed = mixture(folders, *weights)
+    assert mixed.shares == shares and mixed.records == 19
+    owner = [0] * 11 + [1] * 5 + [2] * 3
+    size = sum(shares)
+    places = []
+    for cycle in range(30):
+        drawn = [owner[mixed.index(cycle * size + i, seed=1)] for i in range(size)]
+        assert tuple(drawn.count(number) for number in range(3)) == shares
+        places.append(tuple(drawn))
+    assert len(set(places)) > 5  # the places are shuffled anew in every cycle
+
+
+def test_each_data_set_goes_round_exactly(folders):
+    mixed = mixture(folders, 1, 0.3, 0.5)
+    drawn = [mixed.index(position, seed=4) for position in range(18 * 33)]
+    for low, high in ((0, 11), (11, 16), (16, 19)):
+        own = [index for index in drawn if low <= index < high]
+        rounds = [own[i : i + high - low] for i in range(0, len(own) // (high - low) * (high - low), high - low)]
+        late = sum(Counter(part) != Counter(range(low, high)) for part in rounds)
+        assert late == 0, (low, late)
+        assert len({tuple(part) for part in rounds}) > 1
+
+
+def test_any_rank_reads_its_part_after_any_stop(folders):
+    whole = [Stream(mixture(folders, 1, 0.3, 0.5), seed=2).index(p) for p in range(240)]
+    for world in (1, 2, 3, 4):
+        resumed = Stream(mixture(folders, 1, 0.3, 0.5), seed=2)
+        update = [resumed.index(108 + i) for rank in range(world) for i in range(12) if i % world == rank]
+        assert sorted(update) == sorted(whole[108:120])
+    assert whole != [Stream(mixture(folders, 1, 0.3, 0.5), seed=3).index(p) for p in range(240)]
+
+
+def test_records_come_from_their_own_data_set(folders):
+    data = open_data_sets([folders[0], folders[1] + ":0.3", folders[2] + ":0.5"])
+    stream = Stream(data, seed=0)
+    batch = stream.batch(range(40))
+    for position, key in enumerate(batch.keys):
+        name, number = key.split("-")
+        made = make_record(int(number), name=name)
+        assert torch.equal(batch.condition.first_frame[position], made.first_frame)
+    assert {key[0] for key in batch.keys} == {"a", "b", "c"}
+    assert data.manifest.spec == open_data_set(folders[0]).manifest.spec and data.negative.shape == (4, 8)
+    with pytest.raises(IndexError, match="record 19 of 19"):
+        data.record(19)
+
+
+def test_one_data_set_is_itself(folders):
+    assert isinstance(open_data_sets([folders[0] + ":0.5"]), DataSet)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"encoder": replace(ENCODER, vae="other")}, "vae: 'other', expected 'vae'"),
+        ({"spec": VideoSpec(5, 64, 64, 8)}, "height: 64, expected 32"),
+    ],
+)
+def test_what_was_made_otherwise_does_not_mix(folders, tmp_path, change, says):
+    other = make_data_set(tmp_path / "other", [2], **change)
+    with pytest.raises(ValueError, match=f"other cannot mix with .*: .*{says}"):
+        open_data_sets([folders[0], str(other)])

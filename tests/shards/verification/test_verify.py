@@ -1,0 +1,218 @@
+import hashlib
+import json
+import random
+import shutil
+import tarfile
+from dataclasses import replace
+
+import pytest
+import torch
+
+from shards.manifest import UNSIGNED, read_manifest, read_negative, write_manifest
+from shards.verification.verify import broken_shards, discard_broken, verify
+from shards.writer import read_index, shard_name, write_shard
+from tests.shards.data_sets import FAILURE, TEXT_DIM, make_data_set, make_record, make_shards
+from tests.shards.server import serve
+
+FAILED = f"line,path,reason\n{FAILURE.line},{FAILURE.path},{FAILURE.reason}\n"
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    folder = make_data_set(tmp_path_factory.mktemp("clean") / "data", [4, 3])
+    (folder / "failures.csv").write_text(FAILED)
+    return folder
+
+
+@pytest.fixture
+def folder(clean, tmp_path):
+    return shutil.copytree(clean, tmp_path / "data")
+
+
+def named(report):
+    return {(problem.file, problem.member) for problem in report.problems}
+
+
+def flip(path, position, bit):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def owner(path, position):
+    """The member of a tar that a byte belongs to: its own, or the one whose header it stands before."""
+    if path.suffix != ".tar":
+        return None
+    with tarfile.open(path) as tar:
+        return next((info.name for info in tar if position < info.offset_data + info.size), "")
+
+
+def test_a_sound_data_set_has_no_problems_and_is_described(clean):
+    report = verify(clean)
+    assert report.problems == () and report.outliers == ()
+    assert report.manifest.records == 7 and report.sources == {"mp4 128x72": 7}
+    rows = [len(make_record(number).text) for number in range(7)]
+    assert (report.spreads["text rows"].low, report.spreads["text rows"].high) == (min(rows), max(rows))
+    frames = [make_record(number).first_frame.double().square().mean().sqrt().item() for number in range(7)]
+    assert report.spreads["first frame rms"].mean == pytest.approx(sum(frames) / 7, rel=1e-5)
+    assert report.spreads["prompt characters"].median == len("prompt 3 é")
+    assert "7 records + 1 failures = 8 rows in 2 shards" in "\n".join(report.lines())
+
+
+def test_any_flipped_bit_is_found_and_named(folder):
+    draw = random.Random(1)
+    paths = sorted(folder.iterdir())
+    spots = [(path, draw.randrange(path.stat().st_size), draw.randrange(8)) for path in paths for _ in range(40)]
+    tar = folder / shard_name(0)
+    spots += [(tar, position, draw.randrange(8)) for position in range(0, 512, 2)]  # a header
+    assert len(spots) == 40 * 7 + 256
+    for path, position, bit in spots:
+        expected = owner(path, position)
+        flip(path, position, bit)
+        report = verify(folder)
+        assert [problem.file for problem in report.problems] == [path.name], (path.name, position, bit)
+        if expected is not None:
+            assert report.problems[0].member == expected, (path.name, position, bit, report.problems)
+        flip(path, position, bit)
+    assert verify(folder).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "says"),
+    [
+        ("shard-000001.tar", 5000, "cut off"),
+        ("shard-000001.tar", -600, "behind its last member"),
+        ("shard-000001.tar", None, "missing"),
+        ("shard-000001.json", 500, "damaged"),
+        ("shard-000001.json", None, "missing"),
+        ("negative.safetensors", 50, "damaged"),
+        ("negative.safetensors", None, "No such file"),
+        ("manifest.json", 300, "damaged"),
+    ],
+)
+def test_what_is_missing_or_cut_short_is_named(folder, name, keep, says):
+    data = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if keep is not None:
+        (folder / name).write_bytes(data[:keep])
+    report = verify(folder)
+    assert {problem.file for problem in report.problems} == {name} and says in str(report.problems[0])
+
+
+def test_bytes_behind_the_end_are_found(folder):
+    with (folder / "shard-000000.tar").open("ab") as file:
+        file.write(b"more")
+    assert named(verify(folder)) == {("shard-000000.tar", "")}
+
+
+def test_there_must_be_a_data_set(tmp_path):
+    with pytest.raises(ValueError, match="does not exist or is unfinished"):
+        verify(tmp_path / "nothing")
+
+
+def rewritten(folder, change, **manifest):
+    """The second shard made anew, all hashes right, with other records."""
+    records = change([make_record(number) for number in range(4, 7)])
+    made = write_shard(folder, shard_name(1), records, failures=[], rows_sha256="0" * 64)
+    before = read_manifest(folder)
+    shards = (before.shards[0], made.shard)
+    write_manifest(folder, replace(before, shards=shards, **manifest), read_negative(folder))
+    return verify(folder)
+
+
+def with_first(**fields):
+    return lambda records: [replace(records[0], **fields), *records[1:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (with_first(text=torch.full((2, TEXT_DIM), float("nan"))), "text holds NaN"),
+        (with_first(first_frame=torch.full((48, 1, 2, 4), float("inf"))), "first_frame holds NaN or infinity"),
+        (with_first(first_frame=torch.zeros(48, 1, 4, 2)), r"first_frame is \(48, 1, 4, 2\)"),
+        (with_first(text=torch.ones(513, TEXT_DIM)), r"text is \(513, 8\)"),
+        (with_first(text=torch.ones(2, TEXT_DIM + 1)), r"text is \(2, 9\)"),
+        (with_first(source=replace(make_record(4).source, prompt=" ")), "the prompt is empty"),
+        (with_first(key="../clip"), "key '../clip': holds a path"),
+        (with_first(key="clip-000006"), "this key is also in shard-000001.tar"),
+        (with_first(key="clip-000000"), "this key is also in shard-000000.tar"),
+        (with_first(source=replace(make_record(4).source, line=8)), "lines 8 to 9 are not 3 rows"),
+        (with_first(source=replace(make_record(4).source, line=4)), "lines 4 to 9 are not 3 rows"),
+    ],
+)
+def test_what_breaks_the_rules_is_found_under_right_hashes(folder, change, says):
+    report = rewritten(folder, change)
+    assert len(report.problems) == 1 and broken_shards(report) == ["shard-000001.tar"]
+    with pytest.raises(AssertionError, match=says):
+        raise AssertionError(report.problems[0])
+
+
+def test_a_wrong_count_of_failures_is_found(folder):
+    assert "counts 2 failures, the sidecars 1" in str(rewritten(folder, list, failures=2).problems[0])
+
+
+def test_outliers_are_shown_but_not_broken(folder):
+    report = rewritten(folder, with_first(first_frame=100 * make_record(4).first_frame))
+    assert report.problems == ()
+    assert [(item.file, item.key, item.tensor) for item in report.outliers] == [
+        ("shard-000001.tar", "clip-000004", "first_frame")
+    ]
+    assert "outlier: shard-000001.tar: clip-000004: first_frame has an rms of" in "\n".join(report.lines())
+
+
+def test_a_shard_that_the_manifest_does_not_know_is_named(folder):
+    (folder / "shard-000002.tar").write_bytes(b"")
+    for mine in ("shard-000002.tar.partial", "shard-notes.txt", "shard-2.tar", "shard-000002.txt"):
+        (folder / mine).write_bytes(b"")
+    assert named(verify(folder)) == {("shard-000002.tar", "")}
+
+
+def test_a_manifest_of_a_newer_schema_says_so_whatever_its_shards_have(folder):
+    fields = json.loads((folder / "manifest.json").read_text()) | {"sha256": UNSIGNED, "schema": 2}
+    for shard in fields["shards"]:
+        shard["codec"] = "zstd"
+    text = json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
+    (folder / "manifest.json").write_text(text.replace(UNSIGNED, hashlib.sha256(text.encode()).hexdigest()))
+    with pytest.raises(ValueError, match=r"has schema 2, this version reads only 1; use the version that made it"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["../victim.txt", "victim.tar", "shard-000001.tar/../../victim.txt"])
+def test_a_manifest_that_names_another_file_is_refused_and_the_file_left(folder, name):
+    (folder.parent / "victim.txt").write_text("mine")
+    before = read_manifest(folder)
+    shards = (before.shards[0], replace(before.shards[1], name=name))
+    write_manifest(folder, replace(before, shards=shards), read_negative(folder))
+    report = verify(folder)
+    assert named(report) == {("manifest.json", "")} and f"names a shard '{name}'" in str(report.problems[0])
+    assert discard_broken(report) == ["manifest.json"]
+    assert (folder.parent / "victim.txt").read_text() == "mine"
+
+
+def test_repair_takes_away_just_what_is_broken(folder, clean):
+    flip(folder / "shard-000001.tar", 3000, 2)
+    (folder / "failures.csv").write_text("line,path,reason\n")
+    flip(folder / "negative.safetensors", 90, 1)
+    report = verify(folder)
+    assert broken_shards(report) == ["shard-000001.tar"]
+    gone = ["manifest.json", "negative.safetensors", "shard-000001.json", "shard-000001.tar"]
+    assert discard_broken(report) == gone
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"failures.csv", "shard-000000.json", "shard-000000.tar"}
+    make_shards(folder, [4, 3])
+    assert all((folder / name).read_bytes() == (clean / name).read_bytes() for name in gone[2:])
+    assert read_index(folder, "shard-000001.tar").shard == read_manifest(clean).shards[1]
+
+
+def test_an_object_store_is_verified_and_not_repaired(folder):
+    with serve(folder) as server:
+        assert verify(server.url).problems == ()
+        server.fault = lambda name, number: "flip" if number == 1 and name != "failures.csv" else ""  # passes
+        server.asked.clear()
+        assert verify(server.url).problems == ()
+        flip(folder / "shard-000000.tar", 700, 0)
+        server.fault = lambda name, number: ""
+        report = verify(server.url)
+        assert named(report) == {("shard-000000.tar", "clip-000000.safetensors")}
+        with pytest.raises(ValueError, match="only a local folder is repaired"):
+            discard_broken(report)

@@ -1,0 +1,253 @@
+"""Sampling in one process: the same records as `encode`, segments that go on, memory modes that change nothing."""
+
+import time
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.video import VideoSpec
+from shards import latent_store
+from shards.dataset import open_data_set
+from shards.latent_store import describe, read
+from shards.record import Record
+from stage1_encode.config import EncodeConfig
+from stage1_encode.encode import encode
+from stage1_encode.generation import generate
+from stage1_encode.generation.condition_encoder import (
+    Conditioner,
+    encode_frame,
+    load_conditioner,
+    make_records,
+    read_picture,
+)
+from stage1_encode.generation.generate import PLACINGS, Order, Placing, make_videos, place
+from stage1_encode.media.rows import Row, read_shards
+from stage1_encode.models import vae
+from tests import tiny_models
+
+CPU = torch.device("cpu")
+SPEC = VideoSpec(9, 64, 96, fps=12)
+
+
+class Noise:
+    """A sampler whose latents are noise behind the given first frame; it remembers where it was moved."""
+
+    def __init__(self) -> None:
+        self.moves: list[str] = []
+
+    def __call__(self, records: list[Record], seeds: list[int], segment: int) -> Tensor:
+        videos = [
+            torch.randn(SPEC.latent_shape, generator=torch.Generator().manual_seed(10 * seed + segment))
+            for seed in seeds
+        ]
+        for video, record in zip(videos, records, strict=True):
+            if record.first_frame is not None:
+                video[:, :1] = record.first_frame.float()
+        return torch.stack(videos)
+
+    def move(self, device: torch.device) -> None:
+        self.moves.append(device.type)
+
+
+@pytest.fixture(scope="module")
+def models(model: Path) -> Conditioner:
+    return load_conditioner(str(model), precision="auto", device=CPU)
+
+
+@pytest.fixture
+def order(tmp_path: Path) -> Order:
+    Image.fromarray(tiny_models.picture(90, 160, seed=3)).save(tmp_path / "first.png")
+    rows = [("a &amp; b", "first.png", 1), ("c", "", 2)]
+    table = tiny_models.write_csv(tmp_path / "p.csv", rows, ("prompt", "image", "seed"))
+    (tmp_path / "out").mkdir()
+    return Order(table, tmp_path / "out", tmp_path / "x.zarr", SPEC, 0)
+
+
+def frames(path: Path) -> int:
+    with av.open(str(path)) as file:
+        return len(list(file.decode(video=0)))
+
+
+def test_records_are_those_of_encode(order: Order, model: Path, models: Conditioner, tmp_path: Path) -> None:
+    (rows,) = read_shards(order.table, shard_size=9, text_only=True)
+    found = make_records(models, rows, order.table, SPEC, stay=True)
+    encode(
+        EncodeConfig(
+            str(order.table), str(model), str(tmp_path / "data"), 9, 64, 96, 12,
+            text_only=True, vae_dtype="float32", device="cpu", workers=1,
+        )
+    )  # fmt: skip
+    data = open_data_set(str(tmp_path / "data"))
+    for number, record in enumerate(found):
+        wanted = data.record(number)
+        assert (record.key, record.source.prompt, record.source.seed) == (
+            wanted.key,
+            wanted.source.prompt,
+            wanted.source.seed,
+        )
+        assert torch.allclose(record.text.float(), wanted.text.float(), atol=0.02)  # prompts are batched otherwise
+    assert torch.equal(found[0].first_frame, data.record(0).first_frame)
+    assert found[1].first_frame is None
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_pictures_of_any_mode_become_first_frames(tmp_path: Path, mode: str) -> None:
+    pixels = tiny_models.picture(90, 33, seed=3)
+    deep = Image.fromarray(pixels[..., 0].astype("uint16") * 257)
+    name = "x.tif" if mode == "CMYK" else "x.png"
+    (deep if mode == "I;16" else Image.fromarray(pixels).convert(mode)).save(tmp_path / name)
+    found = read_picture(Row(0, 2, name, "a", None, ""), "a", tmp_path / "p.csv", SPEC)
+    assert isinstance(found, Tensor), found
+    assert found.shape == (64, 96, 3)
+    assert 5 < found.float().std() < 120
+
+
+@pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 180), (6, 90), (8, 270)])
+def test_pictures_are_turned_upright(tmp_path: Path, orientation: int, turn: int) -> None:
+    """EXIF says how the camera was held; the picture is stored turned against it."""
+    upright = Image.fromarray(tiny_models.picture(120, 180, seed=3))
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright.rotate(turn, expand=True).save(tmp_path / "turned.png", exif=exif)
+    rows = [Row(0, 2, name, "a", None, "") for name in ("turned.png", "upright.png")]
+    found, wanted = (read_picture(row, "a", tmp_path / "p.csv", SPEC) for row in rows)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 20), (20, 3000)])
+def test_pictures_of_any_size_become_first_frames(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size, (10, 200, 90)).save(tmp_path / "x.png")
+    found = read_picture(Row(0, 2, "x.png", "a", None, ""), "a", tmp_path / "p.csv", SPEC)
+    assert isinstance(found, Tensor), found
+    assert (found == torch.tensor([10, 200, 90])).all()
+
+
+def test_segments_go_on_from_the_last_frame(order: Order, models: Conditioner) -> None:
+    longer = Order(order.table, order.out, order.store, SPEC, 0, segments=2, batch_size=2)
+    made = make_videos(longer, models, Noise(), Placing())
+    assert [path.name for path in made] == ["000000000.mp4", "000000001.mp4", "contact.png"]
+    assert [frames(path) for path in made[:2]] == [1 + 2 * 8] * 2
+    assert describe(order.store, "sample").keys[:3] == ("000000000-0", "000000000-1", "000000001-0")
+    for row in (0, 2):
+        last = vae.decode_video(models.vae, read(order.store, "sample", row))[-1]
+        assert torch.equal(read(order.store, "sample", row + 1)[:, :1], encode_frame(models, last).float())
+    assert not torch.equal(read(order.store, "sample", 0)[:, 1:], read(order.store, "sample", 1)[:, 1:])
+
+
+def test_memory_does_not_grow_with_segments(order: Order, models: Conditioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When latents are asked for, those before the last ones are gone, on a slow disk too."""
+    alive: list[int] = []
+    write = latent_store.write
+
+    def slow(*given: object) -> None:
+        time.sleep(0.3)
+        write(*given)
+
+    monkeypatch.setattr(latent_store, "write", slow)
+
+    class Watched(Noise):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made: list[weakref.ref[Tensor]] = []
+
+        def __call__(self, records: list[Record], seeds: list[int], segment: int) -> Tensor:
+            alive.append(sum(made() is not None for made in self.made))
+            x0 = super().__call__(records, seeds, segment)
+            self.made.append(weakref.ref(x0))
+            return x0
+
+    make_videos(replace(order, segments=6), models, Watched(), Placing())
+    assert len(alive) == 12
+    assert max(alive) <= 1
+
+
+def test_only_what_the_contact_sheet_shows_is_kept(
+    order: Order, models: Conditioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    takes: list[generate.Take] = []
+    remember = generate.Take.__init__
+
+    def init(self: generate.Take, *given: object, **options: object) -> None:
+        remember(self, *given, **options)
+        takes.append(self)
+
+    monkeypatch.setattr(generate.Take, "__init__", init)
+    monkeypatch.setattr(generate, "MOST_ROWS", 1)
+    made = make_videos(order, models, Noise(), Placing())
+    assert Image.open(made[-1]).height == 64
+    assert [len(take.shown) for take in takes] == [generate.COLUMNS, 0]
+    assert all(frame.untyped_storage().nbytes() == frame.nbytes for frame in takes[0].shown), "no view of a video"
+
+
+def test_memory_modes_give_the_same_files(order: Order, models: Conditioner) -> None:
+    made = {}
+    for name, placing in PLACINGS.items():
+        sampler = Noise()
+        paths = make_videos(order, models, sampler, placing)
+        made[name] = [path.read_bytes() for path in paths]
+    assert made["full"] == made["24gb"] == made["16gb"]
+    assert sampler.moves == ["cpu"] * 5  # away for the texts, then there and away for each of two batches
+
+
+@pytest.mark.parametrize(
+    ("gib", "asked", "found"),
+    [(79, "auto", "full"), (23.6, "auto", "24gb"), (15.7, "auto", "16gb"), (79, "16gb", "16gb")],
+)
+def test_the_card_chooses(monkeypatch: pytest.MonkeyPatch, gib: float, asked: str, found: str) -> None:
+    card = SimpleNamespace(total_memory=int(gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert place(asked, torch.device("cuda", 0)) == PLACINGS[found]
+
+
+def test_too_small_a_card_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(total_memory=int(23.6 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    with pytest.raises(ValueError, match=r"memory=full: full needs 33 GiB and the card has 24; --memory 24gb fits"):
+        place("full", torch.device("cuda", 0))
+    card.total_memory = 8 * 2**30
+    with pytest.raises(ValueError, match="nothing fits"):
+        place("auto", torch.device("cuda", 0))
+
+
+def test_latents_that_are_not_finite_leave_no_video(order: Order, models: Conditioner) -> None:
+    class Broken(Noise):
+        def __call__(self, records: list[Record], seeds: list[int], segment: int) -> Tensor:
+            return super().__call__(records, seeds, segment) / 0
+
+    with pytest.raises(ValueError, match="not finite"):
+        make_videos(order, models, Broken(), Placing())
+    assert not list(order.out.glob("*.partial"))
+
+
+def test_ranks_share_the_rows(order: Order, models: Conditioner, tmp_path: Path) -> None:
+    """Two processes make what one makes, file by file."""
+    whole = {path.name: path.read_bytes() for path in make_videos(order, models, Noise(), Placing())[:2]}
+    (tmp_path / "share").mkdir()
+    for rank in (0, 1):
+        part = replace(order, out=tmp_path / "share", store=tmp_path / f"{rank}.zarr", rank=rank, world=2)
+        assert [path.name for path in make_videos(part, models, Noise(), Placing())] == [
+            f"00000000{rank}.mp4",
+            f"contact-{rank}.png",
+        ]
+        assert torch.equal(read(part.store, "sample", 0), read(order.store, "sample", rank))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "share").glob("*.mp4")} == whole
+    assert make_videos(replace(order, rank=2, world=3), models, Noise(), Placing()) == []
+
+
+def test_too_little_memory_says_what_would_fit(order: Order, models: Conditioner) -> None:
+    class Large(Noise):
+        def __call__(self, records: list[Record], seeds: list[int], segment: int) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name, way in (("full", "give --memory 16gb"), ("16gb", "give a smaller --batch-size, --height or --width")):
+        with pytest.raises(ValueError, match=f"too small for 9 x 64 x 96, batch size 1: {way}"):
+            make_videos(order, models, Large(), PLACINGS[name])
+    assert not list(order.out.glob("*.mp4*"))

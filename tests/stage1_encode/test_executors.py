@@ -1,0 +1,226 @@
+"""Nothing lost: killed runs, ranks, shard ranges, the lock, a full disk, a vanished input."""
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from shards.manifest import read_manifest
+from shards.verification.verify import verify
+from stage1_encode.dataset_folder import hold_shards, opened_lock
+from stage1_encode.encode import TooManyFailuresError, encode
+from stage1_encode.executors import ENGINES, tasks
+from tests import tiny_models
+from tests.stage1_encode.test_encode import configure, hashes
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: Path) -> Path:
+    """An unbroken run, three shards of two."""
+    out = tmp_path_factory.mktemp("whole") / "set"
+    encode(configure(clips / "clips.csv", model, out, shard_size=2))
+    return out
+
+
+@pytest.mark.parametrize(("kills", "world"), [(30, 1), (6, 2)])
+def test_kill_at_any_moment_and_the_bytes_are_the_same(
+    kills: int, world: int, whole: Path, clips: Path, model: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("kill_worker.py")), str(model), str(clips / "clips.csv")]
+    command += [str(tmp_path / "out"), str(kills), str(world)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) >= kills
+    found = {name: digest for name, digest in hashes(tmp_path / "out").items() if not name.endswith(".partial")}
+    assert found == hashes(whole)
+
+
+def test_ranks_share_the_shards(clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    report = encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2))
+    assert (report.shards, report.records, report.done) == (1, 2, False)
+    assert (tmp_path / "out/shard-000001.tar").exists() and not (tmp_path / "out/manifest.json").exists()
+
+
+def test_a_job_array_makes_its_ranges(
+    whole: Path, clips: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2)
+    assert not encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="1:3")).done
+    with pytest.raises(ValueError, match="is unfinished"):
+        read_manifest(tmp_path / "out")
+    assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="0:1")).done
+    assert hashes(tmp_path / "out") == hashes(whole)
+    caplog.set_level(logging.INFO)
+    beyond = encode(configure(clips / "clips.csv", model, tmp_path / "new", shard_size=2, shards="3:9"))
+    assert (beyond.records, beyond.shards, beyond.done) == (0, 0, False)
+    assert "shards=3:9: the CSV gives shards 0:3 only; nothing to do" in caplog.messages
+    with pytest.raises(ValueError, match="two whole numbers A:B"):
+        configure(clips / "clips.csv", model, tmp_path / "out", shards="3:1")
+    assert [task.number for task in tasks(config, [0, 2])] == [0, 2]
+
+
+def test_the_example_of_a_job_array_asks_for_ranges_that_meet(tmp_path: Path) -> None:
+    stub = tmp_path / "ti2v-distill"
+    stub.write_text('#!/bin/sh\necho "$@"\n')
+    stub.chmod(0o755)
+    asked = []
+    for job in range(3):
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        command = ["bash", str(ROOT / "examples/slurm_encode.sh"), "my clips.csv", "MODEL", "DATA"]
+        environment = os.environ | {"PATH": path, "SLURM_ARRAY_TASK_ID": str(job), "PER_JOB": "7"}
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert said.startswith("encode --data my clips.csv --model MODEL --out DATA --shards ")
+        asked.append(configure(Path("a"), Path("b"), Path("c"), shards=said.split()[-2]).shard_range)
+    assert asked == [(0, 7), (7, 14), (14, 21)]
+
+
+def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_path: Path) -> None:
+    ready, ready_to = os.pipe()
+    child = os.fork()
+    if not child:
+        with opened_lock(tmp_path / "out") as lock:
+            hold_shards(lock, tmp_path / "out", range(1, 2))
+            os.write(ready_to, b"x")
+            time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    config = configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2)
+    with pytest.raises(ValueError, match="another encode is working on it"):
+        encode(config)
+    assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="0:1")).shards == 1
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert encode(config).records == 6
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("shard-000001.tar", True), ("negative.safetensors", False), ("plan.json", False), ("manifest.json", True)],
+)
+def test_a_full_disk_is_one_line_and_leaves_whole_shards(
+    name: str, kept: bool, whole: Path, clips: Path, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f"{name}.partial").symlink_to("/dev/full")
+    config = configure(clips / "clips.csv", model, out, shard_size=2)
+    with pytest.raises(ValueError, match="^out=.*: No space left on device; mend that and run the same command again$"):
+        encode(config)
+    first = out / "shard-000000.tar"
+    assert first.is_file() == kept and not (out / "manifest.json").exists()
+    before = first.stat().st_mtime_ns if kept else 0
+    (out / f"{name}.partial").unlink()
+    encode(config)
+    assert hashes(out) == hashes(whole)
+    assert not kept or first.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("folder", ["/sys/ti2v", "/proc/ti2v", "FILE/set"])
+def test_a_folder_that_cannot_be_written_is_one_line(folder: str, clips: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = Path(folder.replace("FILE", str(tmp_path / "file")))
+    with pytest.raises(ValueError, match=rf"^out={out}: \w[^\n]*$"):
+        encode(configure(clips / "clips.csv", model, out))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_one_line(clips: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o555)
+    with pytest.raises(ValueError, match="^out=.*: Permission denied$"):
+        encode(configure(clips / "clips.csv", model, tmp_path / "out"))
+
+
+def test_an_input_that_vanishes_is_one_line_and_leaves_whole_shards(
+    whole: Path, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "rows.csv"
+    rows = [(clips / f"clip-{i}.mp4", tiny_models.PROMPTS[i]) for i in range(6)]
+    tiny_models.write_csv(table, rows)
+    config = configure(table, model, tmp_path / "out", shard_size=2)
+    encode(configure(table, model, tmp_path / "out", shard_size=2, shards="0:1"))
+    engine = ENGINES["local"]
+
+    def vanish(*given: object, **named: object) -> None:
+        table.unlink()
+        engine(*given, **named)
+
+    monkeypatch.setitem(ENGINES, "local", vanish)
+    with pytest.raises(ValueError, match="^data=.*: No such file or directory$"):
+        encode(config)
+    monkeypatch.setitem(ENGINES, "local", engine)
+    tiny_models.write_csv(table, rows)
+    assert encode(config).records == 6 and verify(tmp_path / "out").problems == ()
+
+
+def test_failed_rows_are_tried_again_when_asked(
+    clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(clips / f"clip-{i}.mp4", f"prompt {i}") for i in range(5)]
+    table = tiny_models.write_csv(tmp_path / "rows.csv", [*rows, (tmp_path / "late.mp4", "late")])
+    config, again = configure(table, model, tmp_path / "out"), {"retry_failures": True}
+    with pytest.raises(
+        TooManyFailuresError, match="5 records are in place; --retry-failures tries the failed rows again$"
+    ):
+        encode(config)
+    shutil.copy(clips / "clip-5.mp4", tmp_path / "late.mp4")
+    kept = (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns
+    with pytest.raises(TooManyFailuresError):
+        encode(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="^retry_failures: not under torchrun; "):
+        encode(replace(config, **again))
+    monkeypatch.delenv("WORLD_SIZE")
+    report = encode(replace(config, **again))
+    assert (report.records, report.failures, report.done) == (6, 0, True)
+    assert (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns == kept
+    encode(configure(table, model, tmp_path / "whole", **again))
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    assert "retry_failures: false" in (tmp_path / "whole/encode.yaml").read_text()
+
+
+@pytest.mark.parametrize("change", [1, -1])
+def test_a_csv_that_changes_while_it_is_read(
+    change: int, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(clips / f"clip-{i}.mp4", tiny_models.PROMPTS[i]) for i in range(6)]
+    table = tiny_models.write_csv(tmp_path / "rows.csv", rows[:3])
+    config = configure(table, model, tmp_path / "out", shard_size=2)
+    engine = ENGINES["local"]
+
+    def change_rows(*given: object, **named: object) -> None:
+        tiny_models.write_csv(table, rows[: 3 + change])
+        engine(*given, **named)
+
+    def wait(seconds: float) -> None:
+        raise AssertionError("waits for itself")
+
+    monkeypatch.setitem(ENGINES, "local", change_rows)
+    monkeypatch.setattr("stage1_encode.encode.time", SimpleNamespace(sleep=wait))
+    if change < 0:
+        with pytest.raises(ValueError, match=r"^data=.*: lost rows while encode read it; run the same command again$"):
+            encode(config)
+        return
+    assert encode(config).records == 3
+    assert encode(config).records == 4 and verify(tmp_path / "out").problems == ()
+
+
+def test_an_engine_that_is_not_installed_is_named(
+    clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"engine=ray: Ray is not installed; pip install 'ti2v-distill\[ray\]'"):
+        encode(configure(clips / "clips.csv", model, tmp_path / "out", engine="ray"))

@@ -1,0 +1,153 @@
+"""`verify --repair` and its picture: just what is broken is made again, and the picture shows the records."""
+
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+from PIL import Image
+
+from shards.dataset import open_data_set
+from shards.verification.verify import verify
+from stage1_encode.config import VerifyConfig
+from stage1_encode.encode import encode
+from stage1_encode.repair import CELL, COLUMNS, LABEL, command_of, draw_sheet, mend
+from tests import tiny_models
+from tests.stage1_encode.test_encode import configure, hashes
+
+CPU = VerifyConfig(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: Path) -> Path:
+    """Three shards of two rows, one of which failed."""
+    rows = [(clips / f"clip-{i}.mp4", f"prompt {i}") for i in range(5)]
+    folder = tmp_path_factory.mktemp("mend")
+    table = tiny_models.write_csv(folder / "rows.csv", [*rows, (folder / "gone.mp4", "lost")])
+    encode(configure(table, model, folder / "set", shard_size=2, max_failures=0.5))
+    return folder / "set"
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "made_again"),
+    [
+        ("shard-000001.tar", {"shard-000001.tar", "shard-000001.json"}),
+        ("shard-000002.json", {"shard-000002.tar", "shard-000002.json"}),
+        ("negative.safetensors", set()),
+        ("manifest.json", set()),
+        ("failures.csv", set()),
+    ],
+)
+def test_only_what_is_broken_is_made_again(name: str, made_again: set[str], whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "set")
+    flip(folder / name, (folder / name).stat().st_size // 2)
+    report = verify(folder)
+    assert {problem.file for problem in report.problems} == {name}
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    mend(report, CPU)
+    assert hashes(folder) == hashes(whole) and verify(folder).problems == ()
+    assert {path for path in before if (folder / path).stat().st_mtime_ns != before[path]} == made_again
+
+
+def test_a_repair_computes_in_the_batches_of_the_command(clips: Path, model: Path, tmp_path: Path) -> None:
+    made = configure(clips / "clips.csv", model, tmp_path / "set", batch_size=3, text_tokens=50)
+    encode(made)
+    asked = command_of(tmp_path / "set", CPU)
+    assert (asked.batch_size, asked.text_tokens) == (3, 50)
+    before = hashes(tmp_path / "set")
+    flip(tmp_path / "set" / "shard-000001.tar", 3000)
+    mend(verify(tmp_path / "set"), CPU)
+    assert hashes(tmp_path / "set") == before
+
+
+def test_nothing_is_deleted_where_the_command_cannot_run(whole: Path, clips: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "set")
+    flip(folder / "shard-000001.tar", 3000)
+    report, before = verify(folder), hashes(folder)
+    with pytest.raises(ValueError, match="no such folder"):
+        mend(report, VerifyConfig(model=str(tmp_path / "none"), device="cpu"))
+    other = tiny_models.make_model(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"was begun with other settings: encoder\.vae"):
+        mend(report, VerifyConfig(model=str(other), device="cpu"))
+    settings = (folder / "encode.yaml").read_text()
+    table = tiny_models.write_csv(tmp_path / "rows.csv", [(clips / "clip-0.mp4", "another prompt")] * 6)
+    (folder / "encode.yaml").write_text("\n".join([f"data: {table}", *settings.splitlines()[1:]]))
+    with pytest.raises(ValueError, match="changed since"):
+        mend(report, CPU)
+    assert hashes(folder) == before
+    (folder / "encode.yaml").unlink()
+    with pytest.raises(ValueError, match=r"holds no encode\.yaml"):
+        mend(report, CPU)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [(None, "No such file"), ([("clip-0.mp4", "another")] * 6, "lines 2 to 3 changed"), ([("a", "b")], "fewer rows")],
+)
+def test_nothing_is_deleted_where_a_sidecar_is_damaged_and_the_csv_does_not_fit(
+    rows: list[tuple[str, str]] | None, said: str, whole: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "set")
+    broken = {"shard-000000.json", "shard-000001.json"} if said == "fewer rows" else {"shard-000001.json"}
+    for name in broken:
+        flip(folder / name, 300)
+    if rows is not None:
+        tiny_models.write_csv(tmp_path / "rows.csv", rows)
+    settings = (folder / "encode.yaml").read_text().splitlines()[1:]
+    (folder / "encode.yaml").write_text("\n".join([f"data: {tmp_path / 'rows.csv'}", *settings]))
+    report, before = verify(folder), hashes(folder)
+    assert {problem.file for problem in report.problems} == broken
+    with pytest.raises(ValueError, match=said):
+        mend(report, CPU)
+    assert hashes(folder) == before
+
+
+def test_relative_paths_are_mended_from_another_folder(
+    whole: Path, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model").symlink_to(model)
+    tiny_models.write_csv(tmp_path / "rows.csv", [(clips / "clip-0.mp4", "a"), (clips / "clip-1.mp4", "b")])
+    monkeypatch.chdir(tmp_path)
+    encode(configure(Path("rows.csv"), Path("model"), Path("set"), shard_size=1))
+    before = hashes(tmp_path / "set")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    flip(tmp_path / "set" / "shard-000001.json", 300)
+    mend(verify(tmp_path / "set"), CPU)
+    assert hashes(tmp_path / "set") == before
+    assert configure(Path("x"), Path("OWNER/NAME"), Path("y")).anywhere.model == "OWNER/NAME"
+
+
+def test_the_picture_shows_each_record(whole: Path, model: Path, tmp_path: Path) -> None:
+    report = verify(whole)
+    path = draw_sheet(report, VerifyConfig(model=str(model), sheet=str(tmp_path / "a" / "sheet.png"), device="cpu"))
+    sheet = numpy.asarray(Image.open(path))
+    height = CELL * 64 // 96
+    assert sheet.shape == (height + LABEL, COLUMNS * CELL, 3)
+    cells = [sheet[:height, i * CELL : (i + 1) * CELL].astype(float) for i in range(COLUMNS)]
+    assert open_data_set(whole).records == 5
+    assert all(cell.std() > 1 for cell in cells[:5]), "pictures"
+    assert all((cell == 255).all() for cell in cells[5:]), "the rest is empty"
+    assert any((cells[0] != cell).any() for cell in cells[1:5])
+
+
+def test_a_broken_record_is_left_out_of_the_picture(whole: Path, model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "set")
+    (folder / "shard-000000.tar").unlink()
+    config = VerifyConfig(model=str(model), sheet=str(tmp_path / "sheet.png"), device="cpu")
+    sheet = numpy.asarray(Image.open(draw_sheet(verify(folder), config)))
+    assert [(sheet[:, i * CELL : (i + 1) * CELL] != 255).any() for i in range(4)] == [True, True, True, False]
+
+
+def test_another_vae_draws_nothing(whole: Path, tmp_path: Path) -> None:
+    other = tiny_models.make_model(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="its VAE is not the one"):
+        draw_sheet(verify(whole), VerifyConfig(model=str(other), sheet=str(tmp_path / "s.png"), device="cpu"))
+    with pytest.raises(ValueError, match=r"must end in \.png or \.jpg"):
+        VerifyConfig(sheet="sheet")

@@ -1,0 +1,274 @@
+"""The saver by itself, and where a run may begin."""
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from common.timer import Clock
+from stage2_distill.checkpointing import staging
+from stage2_distill.checkpointing import writer as module
+from stage2_distill.checkpointing.format import StudentFacts, checkpoints, load, prune, read_facts, write_best
+from stage2_distill.checkpointing.writer import SaveError, Saver
+from stage2_distill.config import DistillConfig
+from stage2_distill.distributed.process_group import start
+from stage2_distill.dmd.schedule import CRITIC, STUDENT
+from stage2_distill.model.wan import load as load_network
+from stage2_distill.optim.ema import Ema
+from tests.stage2_distill.training_helpers import flip, make_config, make_shards, run_here, tensors
+
+
+@pytest.fixture(scope="module")
+def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards") / "data", model)
+
+
+@pytest.fixture(scope="module")
+def other(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run to begin from."""
+    return run_here(make_config(shards, model, tmp_path_factory.mktemp("other") / "run", iterations=2, seed=7))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DistillConfig:
+    return make_config(tmp_path, tmp_path, tmp_path, keep=1)
+
+
+@pytest.fixture
+def facts(other: Path) -> StudentFacts:
+    return replace(read_facts(other), iteration=1)
+
+
+def test_training_goes_on_and_does_not_change_what_is_written(
+    config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed, write = threading.Event(), module.write
+
+    def late(*arguments) -> None:
+        assert changed.wait(30)
+        write(*arguments)
+
+    def slow(*arguments) -> None:
+        time.sleep(0.2)
+        copy(*arguments)
+
+    copy = staging.Snapshot.copy
+    monkeypatch.setattr(module, "write", late)
+    monkeypatch.setattr(staging.Snapshot, "copy", slow)
+    live = {"student.weight": torch.arange(6.0).view(2, 3), "student.step": torch.tensor(5.0)}
+    with Saver(tmp_path, config, start("cpu")) as saver:
+        saver.save(live, facts)
+        assert not checkpoints(tmp_path)  # save has returned and nothing is written yet
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+        clock = Clock(torch.device("cpu"))
+        saver.before_steps_of({STUDENT: optimizer}, clock)
+        optimizer.step()  # waits until the copies are made
+        assert clock.read()["checkpoint"] > 0
+        for value in live.values():
+            value.zero_()
+        changed.set()
+        saver.finish()
+    found = tensors(checkpoints(tmp_path)[0])
+    assert torch.equal(found["student.weight"], torch.arange(6.0).view(2, 3))
+    assert found["student.step"] == 5
+
+
+def test_a_step_waits_for_the_copies_of_its_role_alone(
+    config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The role that is updated next is copied first, and its step waits for no other."""
+    may_copy, begun, copy = threading.Event(), [], staging.Snapshot.copy
+
+    def watched(self: staging.Snapshot, name: str) -> None:
+        begun.append(name)
+        assert name.startswith("critic") or may_copy.wait(5)
+        copy(self, name)
+
+    monkeypatch.setattr(staging, "COPIERS", 1)
+    monkeypatch.setattr(staging.Snapshot, "copy", watched)
+    names = "student.w", "ema.w", "critic.w", "student_optimizer.w", "critic_optimizer.w"
+    clock, optimizers = Clock(torch.device("cpu")), {}
+    for role in (STUDENT, CRITIC):
+        optimizers[role] = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    with Saver(tmp_path, replace(config, student_every=5), start("cpu")) as saver:
+        saver.before_steps_of(optimizers, clock)
+        saver.save({name: torch.ones(3) for name in names}, facts)  # after iteration 1: no turn of the student
+        optimizers[CRITIC].step()
+        assert begun[:2] == ["critic.w", "critic_optimizer.w"]
+        assert len(saver.snapshot.waiting(STUDENT)) == 3
+        threading.Timer(0.2, may_copy.set).start()
+        optimizers[STUDENT].step()
+        assert saver.snapshot is None or not saver.snapshot.missing(STUDENT)
+        saver.finish()
+
+
+def test_previews_wait_for_the_student_s_copies(
+    model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preview puts the average in the student's place: not while the student is being copied for a checkpoint."""
+    options = {"iterations": 4, "ema_start": 0, "checkpoint_every": 3, "keep": 2}
+    options |= {"preview_every": 4, "preview_count": 1}
+    swapped, ends, copy, in_place_of = threading.Event(), [], staging.Snapshot.copy, Ema.in_place_of
+
+    def late(self: staging.Snapshot, name: str) -> None:
+        ends.append(time.monotonic() + 2)
+        if name.startswith("student."):
+            swapped.wait(max(0, ends[0] - time.monotonic()))
+        copy(self, name)
+
+    @contextmanager
+    def told(self: Ema, net: torch.nn.Module) -> Iterator[None]:
+        with in_place_of(self, net):
+            if ends:  # there is a preview before the first iteration too
+                swapped.set()
+            yield
+
+    quick = run_here(make_config(shards, model, tmp_path / "quick", **options))
+    monkeypatch.setattr(staging.Snapshot, "copy", late)
+    monkeypatch.setattr(Ema, "in_place_of", told)
+    run_here(make_config(shards, model, tmp_path / "late", **options))
+    first = quick.with_name("step-000003")
+    expected, found = tensors(first), tensors(tmp_path / "late" / first.name)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_what_reads_back_otherwise_gets_no_name_and_prunes_nothing(
+    config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = {"student.weight": torch.arange(600.0)}
+    save = module.dcp.save
+
+    def lossy(*arguments, **options) -> None:
+        save(*arguments, **options)
+        for path in tmp_path.glob("*.partial/*.safetensors"):
+            flip(path)
+
+    with Saver(tmp_path, config, start("cpu")) as saver:
+        saver.save(live, facts)
+        saver.finish()
+        monkeypatch.setattr(module.dcp, "save", lossy)
+        saver.save(live, replace(facts, iteration=2))
+        with pytest.raises(SaveError, match="student.weight is not what was written"):
+            saver.finish()
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000001"]
+
+
+def test_a_rank_splits_its_part_into_files_of_bounded_size(
+    config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FILE_BYTES", 1000)
+    live = {f"student.{n}": torch.full((100,), float(n)) for n in range(10)}
+    with Saver(tmp_path, config, start("cpu")) as saver:
+        saver.save(live, facts)
+        saver.finish()
+    files = sorted(checkpoints(tmp_path)[0].glob("*.safetensors"))
+    assert len(files) == 4  # of 400 bytes a tensor, at most three begin within 1000
+    assert tensors(checkpoints(tmp_path)[0])["student.9"][0] == 9
+
+
+def test_pruning_keeps_the_newest_the_best_and_every_so_many(tmp_path: Path) -> None:
+    for iteration in range(1, 10):
+        folder = tmp_path / f"step-{iteration:06d}"
+        folder.mkdir()
+        (folder / "student.json").write_text("{}")
+    write_best(tmp_path, "step-000005", distance=1.0, iteration=5)
+    prune(tmp_path, 2, keep_every=3)
+    assert [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))] == [3, 5, 6, 8, 9]
+    prune(tmp_path, 1)
+    assert [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))] == [5, 9]
+
+
+def test_what_a_killed_run_had_no_time_to_prune_goes_at_the_end_of_the_next(
+    config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed, Saver(tmp_path, config, start("cpu")) as saver:
+        killed.setattr(module, "prune", lambda *_: None)
+        for iteration in (1, 2):
+            saver.save({"student.weight": torch.arange(6.0)}, replace(facts, iteration=iteration))
+        saver.wait()
+    assert len(checkpoints(tmp_path)) == 2
+    with Saver(tmp_path, config, start("cpu")) as saver:
+        saver.finish()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000002"]
+
+
+def test_checkpoints_may_be_written_while_training_waits(model: Path, shards: Path, other: Path, tmp_path: Path):
+    config = make_config(shards, model, tmp_path / "run", iterations=2, seed=7, checkpoint_beside=False)
+    written, beside = tensors(run_here(config)), tensors(other)
+    assert all(torch.equal(value, written[name]) for name, value in beside.items())
+
+
+def begun(model: Path, shards: Path, out: Path, source: Path) -> dict[str, torch.Tensor]:
+    """The state after one iteration at learning rates of 0: what the run began with."""
+    config = make_config(
+        shards, model, out, iterations=1, init_from=str(source), student_lr=0.0, critic_lr=0.0, ema_start=0
+    )
+    return tensors(run_here(config))
+
+
+def test_init_from_a_run(model: Path, shards: Path, other: Path, tmp_path: Path) -> None:
+    found, source = begun(model, shards, tmp_path / "run", other.parent), tensors(other)
+    for name in ("student", "critic"):
+        weights = [key for key in source if key.startswith(f"{name}.")]
+        assert all(torch.equal(found[key], source[key]) for key in weights)
+        assert not torch.equal(found[f"{name}.proj_out.weight"], load_network(model, torch.float32).proj_out.weight)
+    assert torch.equal(found["ema.proj_out.weight"], source["student.proj_out.weight"])
+    assert found["student_optimizer.proj_out.weight.step"] == 1  # the optimizers begin anew
+
+
+@pytest.mark.parametrize("inner", ["", "transformer"])
+def test_init_from_a_diffusers_folder(model: Path, shards: Path, tmp_path: Path, inner: str) -> None:
+    from tests.tiny_models import make_transformer
+
+    torch.manual_seed(5)
+    make_transformer(tmp_path / "mine" / "transformer")
+    found = begun(model, shards, tmp_path / "run", tmp_path / "mine" / inner)
+    mine = load_network(tmp_path / "mine", torch.float32)
+    for role in ("student", "critic", "ema"):
+        for name, value in mine.named_parameters():
+            assert torch.equal(found[f"{role}.{name}"], value), (role, name)
+
+
+def test_init_from_something_else_is_refused(model: Path, shards: Path, other: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        begun(model, shards, tmp_path / "a", tmp_path / "nowhere")
+    copy = shutil.copytree(other.parent, tmp_path / "copy")
+    flip(next((copy / other.name).glob("*.safetensors")))
+    with pytest.raises(ValueError, match="init_from=.*is damaged: shard-"):
+        begun(model, shards, tmp_path / "b", copy)
+
+
+def test_another_model_is_refused_on_resume(model: Path, shards: Path, other: Path, tmp_path: Path) -> None:
+    """Its encoders are the same, so that the data fit; the teacher would change in mid-run."""
+    from tests.tiny_models import make_transformer
+
+    shutil.copytree(model, tmp_path / "mine")
+    shutil.rmtree(tmp_path / "mine" / "transformer")
+    make_transformer(tmp_path / "mine" / "transformer")
+    shutil.copytree(other.parent, tmp_path / "run")
+    config = make_config(shards, tmp_path / "mine", tmp_path / "run", iterations=3, seed=7)
+    with pytest.raises(ValueError, match=f"model={tmp_path / 'mine'}: not the model of .*{other.name}, {model}"):
+        run_here(config)
+
+
+def test_a_cut_checkpoint_is_named_when_it_is_read(other: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(other, tmp_path / other.name)
+    path = next(copy.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{other.name}: does not give what is needed of it"):
+        load(copy, {"student.proj_out.weight": tensors(other)["student.proj_out.weight"]})
+
+
+def test_no_room_for_a_copy_says_what_does_without(
+    model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "make_rooms", Mock(side_effect=MemoryError("20 GB")))
+    with pytest.raises(SaveError, match=r"no host memory .*20 GB.* --no-checkpoint-beside"):
+        run_here(make_config(shards, model, tmp_path / "run", iterations=1))

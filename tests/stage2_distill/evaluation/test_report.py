@@ -1,0 +1,103 @@
+"""The whole of evaluate: its files, its figures, and its page as a browser plays it."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import cli
+from stage2_distill.evaluation.config import EvaluateConfig
+from stage2_distill.evaluation.report import curve, table
+from tests.stage2_distill import training_helpers
+
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --virtual-time-budget=3000 --dump-dom"
+)
+PROBE = """<script>const bad=[];addEventListener('error',e=>bad.push(e.message||'resource'),true);
+console.error=m=>bad.push(m);setTimeout(()=>{document.title=JSON.stringify({bad,wide:
+document.documentElement.scrollWidth>innerWidth,videos:[...document.querySelectorAll('video')].map(
+v=>[v.videoWidth,v.videoHeight,v.currentTime>0,v.error===null])})},1500)</script>"""
+JUDGE = "def judge(video, prompt):\n    return {'right': [True, False], 'even': prompt[-1] in '02468'}\n"
+
+
+@pytest.fixture(scope="module")
+def out(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation."""
+    folder = tmp_path_factory.mktemp("report")
+    training_helpers.make_shards(folder / "data", model)
+    training_helpers.run_here(training_helpers.make_config(folder / "data", model, folder / "run", iterations=3))
+    (folder / "judge.py").write_text(JUDGE)
+    made = cli.evaluate(
+        EvaluateConfig(
+            (str(folder / "run"),),
+            str(folder / "data"),
+            str(model),
+            str(folder / "out"),
+            count=6,
+            seeds=(0, 1),
+            teacher_steps=4,
+            videos=3,
+            shown=2,
+            analyser=str(folder / "judge.py"),
+            batch_size=2,
+            dtype="float32",
+            device="cpu",
+        )  # fmt: skip
+    )
+    assert made == folder / "out" / "report.html"
+    return folder / "out"
+
+
+def test_figures(out: Path) -> None:
+    report = json.loads((out / "report.json").read_text())
+    assert (report["count"], report["seeds"], report["videos"]) == (6, [0, 1], 3)
+    rows = report["contestants"]
+    assert set(rows) == {"teacher", "teacher-few", "undistilled", "student"}
+    assert rows["teacher"]["frechet"] == report["floor"]
+    assert rows["teacher"]["motion"]["values"] == [1, 1]
+    assert rows["student"]["motion"]["mean"] != 1
+    assert rows["student"]["psnr"]["mean"] == 100, "frame 0 is the given one"
+    assert rows["student"]["answers"]["right"]["mean"] == 0.5
+    assert rows["student"]["answers"]["even"]["mean"] == pytest.approx(2 / 3)  # prompts 0, 1, 2
+    assert rows["student"]["seconds"] > 0
+    expected = rows["student"]["frechet"]["mean"] / report["floor"]["mean"]
+    assert rows["student"]["times_floor"] == pytest.approx(expected)
+
+
+def test_page_holds_all_it_needs(out: Path) -> None:
+    page = (out / "report.html").read_text()
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+    assert page.count("<video") == 2 * 4
+    assert page.count("<polyline") == 4
+    assert "prefers-color-scheme:dark" in page
+
+
+def test_text_is_escaped_and_curves_are_to_scale() -> None:
+    assert "&lt;b&gt;" in table(("", "x"), [("<b>", "1")])
+    drawn = re.search(r'points="([^"]*)"', curve("loss", [(0, 1.0), (5, 3.0), (10, 2.0)]))
+    assert drawn
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in drawn[1].split())
+    assert (x1 - x0, y0 - y2) == (pytest.approx(x2 - x1, abs=0.2), pytest.approx((y0 - y1) / 2, abs=0.2))
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_plays_every_video(out: Path, tmp_path: Path, width: int) -> None:
+    probed = tmp_path / "probe.html"
+    probed.write_text((out / "report.html").read_text().replace("</head>", PROBE + "</head>"))
+    command = [BROWSER, *FLAGS.split(), f"--user-data-dir={tmp_path / 'user'}", f"--window-size={width},1200"]
+    done = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True, timeout=60)
+    found = re.search(r"<title>({.*})</title>", done.stdout)
+    assert found, done.stderr[-500:]
+    seen = json.loads(found[1].replace("&gt;", ">"))
+    assert seen["bad"] == []
+    assert not seen["wide"], "the page must not scroll sideways"
+    assert seen["videos"] == [[64, 64, True, True]] * 8

@@ -1,0 +1,50 @@
+"""Several ranks at one video give the latents of one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from shards.latent_store import read
+from stage2_distill.model.context_parallel import check_ranks
+from stage2_distill.train import distill
+from tests.stage2_distill.training_helpers import make_config, make_shards
+from tests.tiny_models import picture
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_two_ranks_make_the_video_of_one(model: Path, tmp_path: Path) -> None:
+    """9 tokens a rank of 3 frames with 6 each: the border lies within a frame. Two segments, two calls.
+
+    Without `own.start` in `given`, or with the wrong rope for a rank, they differ by more than 0.01.
+
+    One thread each: with more the VAE adds otherwise, and a first frame is rounded to bf16.
+    """
+    shards = make_shards(tmp_path / "data", model)
+    options = {"iterations": 1, "global_batch": 2, "text_rows": 32}
+    distill(make_config(shards, model, tmp_path / "run", **options))
+    Image.fromarray(picture(90, 160, seed=3)).save(tmp_path / "first.png")
+    given = ["--checkpoint", tmp_path / "run", "--model", model, "--dtype", "float32", "--width", 96]
+    given += ["--prompt", "a circle", "--image", tmp_path / "first.png", "--segments", 2, "--seed", 5]
+    latents = []
+    for ranks in (1, 2):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+        command = [sys.executable, *torchrun, "cli.py", "sample", *given, "--out", tmp_path / f"{ranks}.mp4"]
+        words, one_thread = [str(word) for word in command], os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.split() == [str(tmp_path / f"{ranks}.mp4")]
+        latents.append(torch.stack([read(tmp_path / f"{ranks}.zarr", "sample", segment) for segment in (0, 1)]))
+    assert latents[0].shape[2:] == (3, 4, 6)
+    assert (latents[0] - latents[1]).abs().max() < 1e-5
+
+
+def test_ranks_that_do_not_divide_a_video_are_refused() -> None:
+    check_ranks(8, tokens=27_280, heads=24)
+    with pytest.raises(ValueError, match=r"5 processes .* 27280 tokens .* 24 heads .* give torchrun 2 or 4"):
+        check_ranks(5, tokens=27_280, heads=24)

@@ -1,0 +1,223 @@
+"""The kernels for GPUs against the plain forms, on a GPU; `make test` on a machine without one skips them."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks.ranks import MODEL, make_data
+from common.video import VideoSpec
+from stage2_distill.model import activation_checkpoint
+from stage2_distill.model.attention import attend, choose, repeatable
+from stage2_distill.model.layers import Plan, rotate
+from stage2_distill.model.transformer import adopt
+from stage2_distill.offload import activations
+from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+UNORDERED = "attention on cuDNN, which adds in any order"
+
+
+@pytest.fixture(autouse=True)
+def afresh() -> Iterator[None]:
+    """What a test asks of the order of sums is taken back, its compiled graphs are left."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+
+
+def off(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@pytest.mark.parametrize(("width", "heads"), [(3072, 24), (24, 2)])
+def test_norm_and_rotation(width: int, heads: int) -> None:
+    from stage2_distill.model.fused_kernels import norm_rotate
+
+    x, weight = torch.randn(2, 50, width, device="cuda"), torch.randn(width, device="cuda")
+    cos, sin = torch.randn(2, 1, 50, 1, width // heads // 2, device="cuda")
+    normed = torch.nn.functional.rms_norm(x.double(), (width,), weight.double(), 1e-6)
+    exact = rotate(normed.unflatten(-1, (heads, -1)), (cos.double(), sin.double())).flatten(2)
+    assert off(norm_rotate(x, weight, cos, sin, 1e-6), exact) < 1e-6
+    assert off(norm_rotate(x.bfloat16(), weight, cos, sin, 1e-6), exact) < 4e-3
+
+
+def test_gelu_in_the_product() -> None:
+    from stage2_distill.model.fused_kernels import linear_gelu
+
+    x, w, b = (torch.randn(*shape, device="cuda") for shape in ((2, 50, 64), (256, 64), (256,)))
+    exact = torch.nn.functional.gelu(x.double() @ w.double().t() + b.double(), approximate="tanh")
+    assert off(linear_gelu(x.bfloat16(), w.bfloat16(), b.bfloat16()), exact) < 8e-3
+
+
+@pytest.mark.parametrize("kernel", ["auto", "cudnn", "flash", "efficient"])
+@pytest.mark.parametrize("keys", [1500, 512])
+def test_attention(kernel: str, keys: int) -> None:
+    """Forward and backward pass, against float64."""
+    torch.manual_seed(0)
+    half = [torch.randn(1, n, 4, 128, device="cuda", dtype=torch.bfloat16) for n in (1500, keys, keys)]
+    found = [x.requires_grad_() for x in half]
+    exact = [x.detach().double().requires_grad_() for x in half]
+    ours, theirs = attend(*found, kernel), attend(*exact, "math")
+    pull = torch.randn_like(ours)
+    grads = zip(torch.autograd.grad(ours, found, pull), torch.autograd.grad(theirs, exact, pull.double()), strict=True)
+    assert max(off(ours, theirs), *(off(mine, other) for mine, other in grads)) < 4e-3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kernel", ["auto", "flash", "efficient"])
+def test_gradients_have_the_same_bits_twice(kernel: str, compiled: bool) -> None:
+    from benchmarks.device import Case, inputs, random_network
+    from benchmarks.network import backward_of
+
+    fields = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
+    chosen = Case(VideoSpec(33, 512, 512), torch.device("cuda"), torch.bfloat16, fields)
+    net, found = adopt(random_network(chosen), Plan(kernel, "attention", compiled)), []
+    run = backward_of(net, inputs(chosen))
+    if not repeatable(kernel, chosen.dtype, chosen.device):
+        pytest.skip(UNORDERED)
+    for _ in range(4):
+        run()
+        found.append([p.grad.clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_network_without_gradient_is_the_one_with(compiled: bool) -> None:
+    from benchmarks.device import Case, inputs, random_network
+
+    fields = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
+    chosen = Case(VideoSpec(9, 64, 64), torch.device("cuda"), torch.bfloat16, fields)
+    net, given = adopt(random_network(chosen), Plan(compiled=compiled)), inputs(chosen)
+    with torch.no_grad():
+        (without,) = net(**given, return_dict=False)
+    (having,) = net(**given, return_dict=False)
+    assert off(without, having) < 1e-2
+
+
+def test_compact_masters_are_those_of_adamw_on_the_gpu() -> None:
+    """100 steps at the recipe's rate and at a large one: every bit."""
+    from stage2_distill.optim.compact_adamw import CompactAdamW
+
+    for lr in (5e-7, 1e-3):
+        half = torch.nn.Linear(512, 300, device="cuda", dtype=torch.bfloat16)
+        full = torch.nn.Linear(512, 300, device="cuda")
+        full.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
+        settings = {"lr": lr, "eps": 1e-8, "weight_decay": 0.01}
+        compact = CompactAdamW(half, settings | {"beta2": 0.999}, moment="float32")
+        adamw = torch.optim.AdamW(full.parameters(), betas=(0.0, 0.999), foreach=False, **settings)
+        for _ in range(100):
+            for mine, theirs in zip(half.parameters(), full.parameters(), strict=True):
+                mine.grad = 1e-3 * torch.randn_like(mine)
+                theirs.grad = mine.grad.float()
+            compact.step()
+            adamw.step()
+        for mine, theirs in zip(compact.masters(), full.parameters(), strict=True):
+            assert torch.equal(mine, theirs), ((mine != theirs).float().mean().item(), lr)
+
+
+@pytest.mark.parametrize("moment", ["float32", "bfloat16", "8bit"])
+def test_the_fused_update_is_the_plain_one(moment: str) -> None:
+    from stage2_distill.optim.compact_adamw import CompactAdamW, advance, flat
+    from stage2_distill.optim.compact_adamw_kernel import advance_fused
+
+    found = []
+    for call in (advance, advance_fused):
+        weight = torch.nn.Parameter(torch.randn(100, 192, generator=torch.Generator().manual_seed(0)).bfloat16().cuda())
+        settings = {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+        compact = CompactAdamW(torch.nn.ParameterList([weight]), settings, moment=moment)
+        weight = compact.parameters()[0]
+        for step in range(1, 6):
+            grad = torch.randn(19200, generator=torch.Generator().manual_seed(step)).bfloat16().cuda()
+            place = torch.tensor([step, 0], device="cuda")
+            call(weight.data.view(-1), flat(compact.state[weight]), grad, compact.rates(step, grad.device), place)
+        found.append(next(compact.masters()))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    assert (found[0] == found[1]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("moment", ["float32", "bfloat16", "8bit"])
+def test_a_fused_step_that_is_not_fine_changes_nothing(moment: str) -> None:
+    from stage2_distill.optim.compact_adamw import CompactAdamW
+
+    net = torch.nn.Linear(192, 100, device="cuda", dtype=torch.bfloat16)
+    compact = CompactAdamW(net, {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}, moment=moment)
+    for count, fine in enumerate((True, False, True)):
+        before = [*compact.masters(), *(compact.state[p]["exp_avg_sq"].clone() for p in net.parameters())]
+        for parameter in net.parameters():
+            parameter.grad = (1 + count) * torch.randn_like(parameter)
+        compact.clip(10.0)
+        compact.only_if(torch.tensor(fine, device="cuda"))
+        compact.step()
+        after = [*compact.masters(), *(compact.state[p]["exp_avg_sq"] for p in net.parameters())]
+        assert all(torch.equal(a, b) is not fine for a, b in zip(before, after, strict=True))
+
+
+def test_offloaded_state_gives_the_same_weights() -> None:
+    from stage2_distill.optim.compact_adamw import CompactAdamW
+
+    results = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        sizes = [64 * (1 + n * 7 % 20) for n in range(20)]
+        net = torch.nn.Sequential(*(torch.nn.Linear(256, n, device="cuda", dtype=torch.bfloat16) for n in sizes))
+        settings = {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+        compact = CompactAdamW(net, settings, offload=offload)
+        for _ in range(10):
+            for parameter in net.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            compact.step()
+        assert compact.state[net[0].weight]["exp_avg_sq"].is_cuda is not offload
+        results.append(list(compact.masters()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_activations_in_host_memory_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.device import Case, inputs, random_network
+    from benchmarks.network import backward_of
+
+    fields = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
+    chosen = Case(VideoSpec(17, 128, 128), torch.device("cuda"), torch.bfloat16, fields)
+    net, given, found = random_network(chosen), inputs(chosen), []
+    backward = backward_of(adopt(net, Plan(kernel="math", keep="host")), given)
+    lifted = mock.Mock(wraps=activations.lift)
+    monkeypatch.setattr(activations, "lift", lifted)
+    for at_home in (activation_checkpoint.at_home, lambda _: nullcontext()):
+        monkeypatch.setattr(activation_checkpoint, "at_home", at_home)
+        backward()
+        found.append([p.grad.clone() for p in net.parameters()])
+        net.zero_grad()
+    assert lifted.call_count >= 2 * fields["num_layers"], "an input of each piece"
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def resumed_is_unbroken(shards: Path, model: Path, folder: Path, **options: object) -> None:
+    options |= {"dtype": "bfloat16", "memory": "compact", "device": "cuda", "global_batch": 2}
+    options |= {"ema_start": 2, "rollout_reuse": True, "grad_clip": 1e6}
+    whole = tensors(run_here(make_config(shards, model, folder / "whole", **options)))
+    run_here(make_config(shards, model, folder / "half", **options, iterations=3))
+    again = tensors(run_here(make_config(shards, model, folder / "half", **options)))
+    assert whole.keys() == again.keys()
+    assert [name for name, value in whole.items() if not torch.equal(value, again[name])] == []
+
+
+@pytest.mark.parametrize("offload", ["average", "all"])
+def test_stopped_and_resumed_on_a_gpu_equals_unbroken(model: Path, tmp_path: Path, offload: str) -> None:
+    shards = make_shards(tmp_path / "data", model)
+    resumed_is_unbroken(shards, model, tmp_path, attention="math", offload=offload)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "rows", "compiled"), [("auto", 512, True), ("auto", 32, True), ("flash", 32, False)]
+)
+def test_stopped_and_resumed_with_many_tokens(tmp_path: Path, kernel: str, rows: int, compiled: bool) -> None:
+    if choose(kernel, half_on_gpu=True) == "cudnn":
+        pytest.skip(UNORDERED)
+    spec = VideoSpec(33, 512, 512)  # 2304 tokens: several blocks of keys add to the gradient of a query
+    size = {"num_frames": spec.num_frames, "height": spec.height, "width": spec.width, "fps": spec.fps}
+    options = size | {"attention": kernel, "text_rows": rows, "compile": compiled}
+    data = make_data(tmp_path / "data", spec)
+    resumed_is_unbroken(data, MODEL, tmp_path, student_lr=1e-5, critic_lr=1e-5, **options)

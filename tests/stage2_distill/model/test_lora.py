@@ -1,0 +1,242 @@
+"""Student and critic as adapters on one frozen base: the same guarantees as three networks, in the memory of one."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.condition import Condition
+from stage2_distill import build, train
+from stage2_distill.checkpointing.format import load as load_checkpoint
+from stage2_distill.checkpointing.format import newest, read_facts
+from stage2_distill.model.activation_checkpoint import runner
+from stage2_distill.model.layers import Plan, finisher
+from stage2_distill.model.lora import Lora, Role, add_adapters
+from stage2_distill.model.wan import denoiser, load
+from stage2_distill.sampling.student_sampler import load_merged, load_student
+from stage2_distill.trainer import Trainer
+from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, run_worker, tensors
+
+LORA = {"lora_rank": 3, "lora_alpha": 6.0, "student_lr": 1e-2, "critic_lr": 1e-2, "iterations": 4}
+
+
+@pytest.fixture(scope="module")
+def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards") / "data", model)
+
+
+@pytest.fixture(scope="module")
+def opened() -> list[Trainer]:
+    """The trainers of the runs made here."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory, opened: list[Trainer]) -> Path:
+    """The last checkpoint of an unbroken run."""
+    real = build.open_trainer
+
+    def remember(*given: object) -> Trainer:
+        opened.append(real(*given))
+        return opened[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "open_trainer", remember)
+        out = tmp_path_factory.mktemp("lora") / "run"
+        return run_here(make_config(shards, model, out, checkpoint_every=2, preview_every=4, preview_count=1, **LORA))
+
+
+def inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+    draws = torch.Generator().manual_seed(seed)
+    condition = Condition(torch.randn(1, 48, 1, 4, 4, generator=draws), 9 * torch.randn(1, 512, 16, generator=draws))
+    return torch.randn(1, 48, 3, 4, 4, generator=draws), torch.tensor([0.7]), condition
+
+
+def base_weights(model: Path) -> dict[str, torch.Tensor]:
+    return load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_one_network_in_memory_and_its_weights_stay(whole: Path, model: Path, opened: list[Trainer]) -> None:
+    roles = opened[0].roles
+    assert roles.student.base is roles.teacher.base is roles.critic.base
+    stored = base_weights(model)
+    kept = {name: p for name, p in roles.teacher.base.named_parameters() if ".lora_" not in name}
+    assert len(kept) == len(stored)
+    for name, weight in kept.items():
+        assert torch.equal(weight, stored[name.replace(".base_layer.", ".")]), name
+        assert not weight.requires_grad
+    assert list(roles.teacher.named_parameters()) == []
+
+
+def test_only_adapters_are_trained_and_saved(whole: Path) -> None:
+    found = tensors(whole)
+    assert all(".lora_A.weight" in name or ".lora_B.weight" in name for name in found)
+    assert {name.split(".")[0] for name in found} == {
+        "student", "critic", "ema", "student_optimizer", "critic_optimizer"
+    }  # fmt: skip
+    student = [name for name in found if name.startswith("student.")]
+    assert len(student) == 2 * 2 * 10, "two blocks, ten matrices, two factors"
+    for name in student:
+        other, average = found[name.replace("student.", "critic.", 1)], found[name.replace("student.", "ema.", 1)]
+        assert found[name].dtype == torch.float32
+        assert found[name].abs().max() > 0
+        assert not torch.equal(found[name], other)
+        assert not torch.equal(found[name], average)
+
+
+def test_roles_begin_as_the_base_and_part_from_it(model: Path) -> None:
+    net = load(model, torch.float32)
+    x_t, sigma, condition = inputs(0)
+    before = denoiser(net, torch.float32)(x_t, sigma, condition)
+    layers = add_adapters(net, ("student", "critic"), Lora(3, 6.0))
+    student, critic, teacher = (Role(net, layers, name) for name in ("student", "critic", None))
+    for role in (student, critic, teacher):
+        torch.testing.assert_close(denoiser(role, torch.float32)(x_t, sigma, condition), before, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        for _, weight in student.named_parameters():
+            weight.normal_(generator=torch.Generator().manual_seed(1))
+    assert not torch.allclose(denoiser(student, torch.float32)(x_t, sigma, condition), before, atol=1e-2)
+    for role in (critic, teacher):
+        torch.testing.assert_close(denoiser(role, torch.float32)(x_t, sigma, condition), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", ["none", "attention", "host"])
+def test_blocks_are_computed_again_with_the_right_adapter(model: Path, keep: str) -> None:
+    """Between a role's forward and its backward pass the other roles have their turn, as in an update."""
+    gradients = {}
+    for plan in ("all", keep):
+        net = load(model, torch.float32, Plan(keep=plan))
+        layers = add_adapters(net, ("student", "critic"), Lora(3, 6.0))
+        student, critic, teacher = (Role(net, layers, name) for name in ("student", "critic", None))
+        with torch.no_grad():
+            for role in (student, critic):
+                for number, (_, weight) in enumerate(role.named_parameters()):
+                    draws = torch.Generator().manual_seed(number + 100 * (role is critic))
+                    weight.copy_(0.3 * torch.randn(weight.shape, generator=draws))
+        x_t, sigma, condition = inputs(0)
+        out = denoiser(student, torch.float32)(x_t, sigma, condition)
+        with torch.no_grad():
+            target = denoiser(critic, torch.float32)(x_t, sigma, condition)
+            target = target - denoiser(teacher, torch.float32)(x_t, sigma, condition)
+        ((out - target) ** 2).sum().backward()
+        gradients[plan] = {name: weight.grad for name, weight in student.named_parameters()}
+        assert all(weight.grad is None for _, weight in critic.named_parameters())
+    for name, gradient in gradients["all"].items():
+        if keep == "host":  # sums one half of the tokens after the other
+            assert (gradients[keep][name] - gradient).norm() < 1e-5 * gradient.norm(), name
+        else:
+            torch.testing.assert_close(gradients[keep][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_all_adapters_share_compiled_graphs(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradient (in two parts), without, and the base alone: graphs of a block for five uses, and plain numbers."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the graphs without their kernels
+    graphs, found = torch._dynamo.utils.counters["stats"], {}
+    for compiled in (False, True):
+        runner.cache_clear()
+        finisher.cache_clear()
+        torch._dynamo.reset()
+        net = load(model, torch.float32, Plan(keep="none", compiled=compiled))
+        layers = add_adapters(net, ("student", "critic"), Lora(3, 6.0))
+        roles = [Role(net, layers, name) for name in ("student", "critic", None)]
+        weights = [weight for role in roles for _, weight in role.named_parameters()]
+        for number, weight in enumerate(weights):
+            torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(number))
+        began = graphs["unique_graphs"]
+        with torch.no_grad():
+            found[compiled] = [denoiser(role, torch.float32)(*inputs(0)) for role in roles]
+        for role in roles[:2]:
+            denoiser(role, torch.float32)(*inputs(0)).square().sum().backward()
+        found[compiled] += [weight.grad for weight in weights]
+    runner.cache_clear()
+    finisher.cache_clear()
+    assert graphs["unique_graphs"] - began == 2 + 1 + 1 + 2, "two of what follows the blocks"
+    for one, two in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_stopped_and_resumed_equals_unbroken(whole: Path, model: Path, shards: Path, tmp_path: Path) -> None:
+    options = LORA | {"checkpoint_every": 2, "preview_every": 4, "preview_count": 1}
+    for iterations in (2, 4):
+        done = run_here(make_config(shards, model, tmp_path / "run", **(options | {"iterations": iterations})))
+    first, second = tensors(whole), tensors(done)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_merged_weights_are_base_plus_adapter(whole: Path, model: Path) -> None:
+    """In weights, by the formula; and in what the sampler's network predicts, against base and adapter side by side."""
+    facts = read_facts(whole)
+    options = {"weights": "ema", "dtype": torch.float32, "device": torch.device("cpu")}
+    merged = load_student(whole, facts, model=str(model), **options)
+    found, base = tensors(whole), base_weights(model)
+    weights = dict(merged.named_parameters())
+    assert weights.keys() == base.keys()
+    changed = 0
+    for name, stored in base.items():
+        factors = [f"ema.{name.removesuffix('.weight')}.lora_{factor}.weight" for factor in "AB"]
+        if factors[0] in found:
+            a, b = (found[factor] for factor in factors)
+            stored = stored + 2.0 * b @ a  # alpha / rank = 6 / 3
+            changed += 1
+        torch.testing.assert_close(weights[name].detach(), stored, rtol=0, atol=1e-5)
+    assert changed == 20
+    beside = load(model, torch.float32)
+    role = Role(beside, add_adapters(beside, ("ema",), Lora(3, 6.0)), "ema")
+    load_checkpoint(whole, {f"ema.{name}": value.data for name, value in role.named_parameters()})
+    x_t, sigma, condition = inputs(3)
+    with torch.no_grad():
+        one, two = (denoiser(net, torch.float32)(x_t, sigma, condition) for net in (merged, role))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+    plain = denoiser(load(model, torch.float32), torch.float32)(x_t, sigma, condition)
+    assert not torch.allclose(plain, one, atol=1e-4)
+
+
+def test_two_ranks_equal_one_process(model: Path, shards: Path, tmp_path: Path) -> None:
+    """Sharded adapters on a sharded base, also in bf16 with float32 adapters; accumulated, and samples of all kinds."""
+    options = LORA | {"eps": 1e-2, "grad_clip": 1.0, "checkpoint_every": 4, "batch_size": 1}
+    options |= {"text_only_fraction": 0.5, "first_frame_jitter": 0.5}
+    alone = run_here(make_config(shards, model, tmp_path / "one", **(options | {"batch_size": 4})))
+    configs = [make_config(shards, model, tmp_path / "two", **options)]
+    configs.append(make_config(shards, model, tmp_path / "half", **(options | {"dtype": "bfloat16"})))
+    many, half = (newest(folder) for folder in run_worker(configs, 2, tmp_path))
+    expected = tensors(alone)
+    found = {name: torch.zeros_like(value) for name, value in expected.items()}
+    load_checkpoint(many, found)
+    for role in ("student.", "critic.", "ema."):
+        names = [name for name in expected if name.startswith(role)]
+        off = sum((found[name] - expected[name]).square().sum() for name in names)
+        assert (off / sum(expected[name].square().sum() for name in names)).sqrt() < 1e-6, role
+    load_checkpoint(half, found)
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in found.values())
+    half_alone = make_config(
+        shards, model, tmp_path / "half alone", **(options | {"batch_size": 4, "dtype": "bfloat16"})
+    )
+    expected = tensors(run_here(half_alone))  # one process casts adapters by itself, two by FSDP2
+    for name, value in expected.items():
+        if name.startswith(("student.", "critic.")):
+            assert (found[name] - value).norm() < 0.05 * value.norm(), name
+
+
+def test_more_ranks_begin_with_the_same_draws(model: Path) -> None:
+    """The first factors depend on seed, role and name alone."""
+    from stage2_distill.build import draw
+
+    nets = [load(model, torch.float32) for _ in range(2)]
+    roles = [Role(net, add_adapters(net, ("student",), Lora(4, 4.0)), "student") for net in nets]
+    for role, seed in zip(roles, (0, 1), strict=True):
+        draw(role, seed)
+    (_, first), (_, other) = (next(iter(role.named_parameters())) for role in roles)
+    assert first.abs().max() <= first.shape[1] ** -0.5
+    assert not torch.equal(first, other)
+    draw(roles[1], 0)
+    assert torch.equal(first, other)
+
+
+def test_merging_leaves_no_trace_of_adapters(whole: Path, model: Path) -> None:
+    net = load(model, torch.float32)
+    load_merged(net, whole, "student", Lora(3, 6.0))
+    assert [name for name, _ in net.named_modules() if "lora" in name or "base_layer" in name] == []

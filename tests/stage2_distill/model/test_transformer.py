@@ -1,0 +1,112 @@
+"""The forward passes of `Network` against diffusers' own, and every plan against the plain one."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.utils import logging
+from einops import repeat
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stage2_distill.model.attention import ATTENTION_OPS
+from stage2_distill.model.layers import Plan
+from stage2_distill.model.transformer import Network, adopt
+from tests.tiny_models import TEXT_DIM
+
+SHAPE = (2, 48, 3, 4, 6)
+TIMES = {True: torch.tensor([[0.0, 937.5], [0.0, 20.0]]), False: torch.tensor([[937.5], [20.0]])}
+PLANS = [
+    Plan(kernel="math", keep="all"),
+    Plan(keep="none"),
+    Plan(keep="results"),
+    Plan(keep="results", compiled=True),
+    Plan(keep="host"),
+    Plan(keep="host", compiled=True),
+    Plan(keep="attention"),
+    Plan(keep="attention", compiled=True),
+]
+logging.disable_progress_bar()
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(net: WanTransformer3DModel, times: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Velocity, and the gradients of a random projection of it by the input and every parameter."""
+    x = normal(*SHAPE, seed=1).requires_grad_()
+    net.zero_grad()
+    (out,) = net(
+        hidden_states=x, timestep=times, encoder_hidden_states=normal(2, 512, TEXT_DIM, seed=2), return_dict=False
+    )
+    (out * normal(*SHAPE, seed=3)).sum().backward()
+    return {"out": out.detach(), "x": x.grad} | {name: p.grad.clone() for name, p in net.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def theirs(model: Path) -> WanTransformer3DModel:
+    return WanTransformer3DModel.from_pretrained(model / "transformer")
+
+
+def assert_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        off = (ours[name] - value).norm() / value.norm()
+        assert off < 1e-5, (name, off)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_two_times_equal_one_time_a_token(theirs: WanTransformer3DModel, given: bool) -> None:
+    times = TIMES[given]
+    tokens = repeat(times[:, -1], "b -> b n", n=18).clone()
+    if given:
+        tokens[:, :6] = 0
+    expected = gradients(theirs, tokens)
+    ours = adopt(copy.deepcopy(theirs))
+    assert_close(gradients(ours, times), expected)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert_close(gradients(ours, tokens), expected)  # diffusers' own path, for its pipelines
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_no_plan_changes_the_numbers(theirs: WanTransformer3DModel, plan: Plan) -> None:
+    expected = gradients(adopt(copy.deepcopy(theirs)), TIMES[True])
+    assert_close(gradients(adopt(copy.deepcopy(theirs), plan), TIMES[True]), expected)
+
+
+class Count(TorchDispatchMode):
+    """Counts the attentions and the narrowing products that are really computed."""
+
+    calls = 0
+    narrowing = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        self.calls += op in ATTENTION_OPS
+        self.narrowing += op is torch.ops.aten.addmm.default and args[1].shape[1] > args[2].shape[1]
+        return op(*args, **(kwargs or {}))
+
+
+def test_keeping_attention_computes_it_once(theirs: WanTransformer3DModel) -> None:
+    calls, narrowing = {}, {}
+    for keep in ("none", "host", "attention", "results", "all"):
+        with Count() as count:
+            gradients(adopt(copy.deepcopy(theirs), Plan(keep=keep)), TIMES[True])
+        calls[keep], narrowing[keep] = count.calls, count.narrowing
+    assert calls == {
+        "none": 8,
+        "host": 8,
+        "attention": 6,
+        "results": 6,
+        "all": 4,
+    }  # two layers, self- and text attention
+    assert narrowing["none"] == narrowing["attention"] == narrowing["results"] + 2 == narrowing["all"] + 2
+
+
+def test_a_saved_network_is_diffusers_own(theirs: WanTransformer3DModel, tmp_path: Path) -> None:
+    net = adopt(copy.deepcopy(theirs))
+    assert isinstance(net, Network)
+    net.save_pretrained(tmp_path)
+    assert '"_class_name": "WanTransformer3DModel"' in (tmp_path / "config.json").read_text()
+    assert type(WanTransformer3DModel.from_pretrained(tmp_path)) is WanTransformer3DModel

@@ -1,0 +1,93 @@
+"""Reading weights: what is refused, and how much memory a rank takes for it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from common.options import write_config
+from stage2_distill.model.wan import load
+from stage2_distill.model.weight_loading import NAME, read_weights
+from tests.stage2_distill.training_helpers import ROOT, make_config, run_ranks
+
+
+@pytest.fixture
+def copy(model: Path, tmp_path: Path) -> Path:
+    """A model folder with a transformer that a test may damage."""
+    shutil.copytree(model / "transformer", tmp_path / "model" / "transformer")
+    return tmp_path / "model"
+
+
+def test_a_read_network_is_the_stored_one(model: Path) -> None:
+    stored, read = WanTransformer3DModel.from_pretrained(model / "transformer"), load(model, torch.float32)
+    for name, value in {**stored.state_dict(), **dict(stored.named_buffers())}.items():
+        assert torch.equal(value, {**read.state_dict(), **dict(read.named_buffers())}[name]), name
+
+
+def rewrite(folder: Path, change) -> None:
+    path = folder / "transformer" / NAME
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("proj_out.bias"), "lacks 1 weights, such as proj_out.bias"),
+        (lambda t: t.update(more=torch.ones(1)), "holds more, which the model"),
+        (
+            lambda t: t.update({"proj_out.bias": torch.ones(7)}),
+            r"proj_out.bias has shape \[7\], the model needs \[192\]",
+        ),
+    ],
+)
+def test_other_weights_than_the_model_has_are_refused(copy: Path, change, words: str) -> None:
+    rewrite(copy, change)
+    with pytest.raises(ValueError, match=words):
+        load(copy, torch.float32)
+
+
+def test_a_torn_file_is_named(copy: Path) -> None:
+    path = copy / "transformer" / NAME
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=f"{NAME}: cannot be read"):
+        load(copy, torch.float32)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"holds no {NAME}"):
+        read_weights(copy / "transformer", {})
+    (copy / "transformer" / "config.json").unlink()
+    with pytest.raises(ValueError, match="no readable transformer/config.json"):
+        load(copy, torch.float32)
+
+
+# bytes a stored byte (float32): 3 roles, an average, 2 moments; or 3 roles in half, 2 x (remainder, 8-bit moment)
+@pytest.mark.parametrize(
+    ("ranks", "change", "times"),
+    [(2, {}, 6), (1, {"memory": "compact", "dtype": "bfloat16"}, 3)],
+    ids=["standard", "compact"],
+)
+def test_a_rank_takes_its_own_part_and_one_file(
+    model: Path, tmp_path: Path, ranks: int, change: dict[str, str], times: int
+) -> None:
+    net = WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=96, in_channels=48, out_channels=48, text_dim=16, ffn_dim=1536,
+        num_layers=16, rope_max_seq_len=64,
+    )  # fmt: skip
+    net.save_pretrained(tmp_path / "model" / "transformer", max_shard_size="64MB")
+    files = [path.stat().st_size for path in (tmp_path / "model" / "transformer").glob("*.safetensors")]
+    assert len(files) >= 3
+    assert sum(files) > 150e6
+    write_config(tmp_path / "config", make_config(tmp_path, tmp_path / "model", tmp_path / "out", **change))
+    done = run_ranks(
+        [str(ROOT / "tests" / "stage2_distill" / "memory_probe.py"), str(tmp_path / "config"), str(model)], ranks
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in range(ranks):
+        figures = json.loads((tmp_path / f"config.{rank}").read_text())
+        assert figures["own"] == pytest.approx(times * sum(files) / ranks, rel=0.02)
+        assert figures["grown"] < figures["own"] + max(files)

@@ -1,0 +1,57 @@
+"""The curves of a run as a picture."""
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from cli import cli
+from stage2_distill.monitoring.plot import POINTS, curves, plot, thin
+
+
+def write(run: Path, count: int) -> Path:
+    run.mkdir()
+    lines = []
+    for i in range(count):
+        line = {"iteration": i, "seconds": 1.0, "seconds_rollout": 0.4, "latent_saturation": 1.0 + i / count}
+        line |= {"critic_loss": 0.1, f"critic_loss_exit{i % 4}": 0.1 / (1 + i), "critic_grad_norm": 1.0}
+        lines.append(line)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 9')
+    return run
+
+
+def test_the_picture_shows_curves_that_change_with_the_run(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["plot", str(write(tmp_path / "a", 50))])
+    assert done.output.strip() == str(tmp_path / "a" / "curves.png")
+    first = Image.open(tmp_path / "a" / "curves.png")
+    assert first.size == (1300, 1600)
+    second = Image.open(plot(write(tmp_path / "b", 51)))
+    different = numpy.asarray(first.convert("L")) != numpy.asarray(second.convert("L"))
+    assert 0.001 < different.mean() < 0.2
+    colours = {tuple(colour) for colour in numpy.asarray(first.convert("RGB")).reshape(-1, 3)[::7]}
+    assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colours, "a line for each exit"
+
+
+def test_curves_are_the_figures_by_name() -> None:
+    lines = [{"iteration": i, f"critic_loss_exit{i % 2}": float(i)} for i in range(6)]
+    assert curves(lines, ("critic_loss_exit",)) == {
+        "critic_loss_exit0": ([0, 2, 4], [0, 2, 4]),
+        "critic_loss_exit1": ([1, 3, 5], [1, 3, 5]),
+    }
+
+
+def test_long_runs_are_averaged() -> None:
+    assert thin(list(range(POINTS))) == list(range(POINTS))
+    assert thin(list(range(2 * POINTS)))[:3] == [0.5, 2.5, 4.5]
+    assert len(thin(list(range(2 * POINTS + 1)))) <= POINTS
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "holds no metrics.jsonl"), ("", "is empty")])
+def test_no_curves_no_picture(tmp_path: Path, content: str | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        plot(tmp_path)

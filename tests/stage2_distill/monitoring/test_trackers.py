@@ -1,0 +1,82 @@
+"""The curves on TensorBoard and W&B are those of metrics.jsonl, also after a run was stopped."""
+
+import builtins
+import json
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import Mock
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from stage2_distill.monitoring.trackers import Boards, open_wandb
+from tests.stage2_distill.training_helpers import make_config, make_shards, run_here
+
+
+def test_tensorboard_has_every_figure_once_after_a_stop(model: Path, tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "data", model)
+    for iterations in (4, 6):  # the second goes on from the checkpoint at 3 if the first had not ended at 4
+        run_here(make_config(shards, model, tmp_path / "run", iterations=iterations))
+        if iterations == 4:
+            (tmp_path / "run" / "step-000004" / "student.json").unlink()  # as if killed before it was complete
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    tags = {name.replace("_", "/", 1) for line in lines for name in line if name != "iteration"}
+    checkpoint = {"seconds/checkpoint"}  # its tag stays from the iteration that was taken back
+    assert set(events.Tags()["scalars"]) - checkpoint == tags - checkpoint
+    for name in ("critic_loss", "student_loss", "latent_saturation", "seconds_rollout"):
+        wanted = [(line["iteration"], line[name]) for line in lines if name in line]
+        found = [(event.step, event.value) for event in events.Scalars(name.replace("_", "/", 1))]
+        assert [step for step, _ in found] == [step for step, _ in wanted]
+        assert [value for _, value in found] == pytest.approx([value for _, value in wanted], rel=1e-6)
+
+
+def test_wandb_offline_keeps_the_run_on_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    shards = make_shards(tmp_path / "data", model)
+    run_here(make_config(shards, model, tmp_path / "run", iterations=1, checkpoint_every=1, wandb="offline"))
+    (stored,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    for _ in range(200):  # W&B's own process may write a little after the run has ended
+        content = stored.read_bytes()
+        if b"loss" in content and b"critic_lr" in content:
+            break
+        time.sleep(0.1)
+    assert b"loss" in content
+    assert b"critic_lr" in content
+
+
+def test_wandb_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = builtins.__import__
+
+    def without(name: str, *rest: object) -> object:
+        if name == "wandb":
+            raise ImportError(name)
+        return found(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match="pip install"):
+        open_wandb(tmp_path, make_config(tmp_path, tmp_path, tmp_path, wandb="online"))
+
+
+def test_a_machine_without_tensorboard_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("stage2_distill.monitoring.trackers.SummaryWriter", None)
+    boards = Boards(tmp_path, make_config(tmp_path, tmp_path, tmp_path), start=0)
+    boards.write({"iteration": 0, "critic_loss": 1.0})
+    boards.close()
+    assert "metrics.jsonl alone" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_that_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = ModuleType("wandb")
+    wandb.Error = type("Error", (Exception,), {})
+    wandb.init = Mock(side_effect=wandb.Error("api_key\nnot configured"))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(ValueError, match=r"^wandb=online: api_key not configured; log in, or leave --wandb off$"):
+        open_wandb(tmp_path, make_config(tmp_path, tmp_path, tmp_path, wandb="online"))

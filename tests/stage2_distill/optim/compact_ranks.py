@@ -1,0 +1,99 @@
+"""Two ranks update a sharded layer with 8-bit moments and write what one process would have: `compact_ranks.py OUT`.
+
+They go on from the state that one process has after three steps, each with its rows of it.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from stage2_distill.distributed.dtensor import like, local
+from stage2_distill.distributed.process_group import Ranks, make_mesh, start
+from stage2_distill.offload import pinned_memory
+from stage2_distill.optim.compact_adamw import CompactAdamW
+from stage2_distill.optim.ema import Ema
+
+SETTINGS = {"lr": 1e-2, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+SHAPES = ((13, 128), (13,))
+
+
+def layer() -> nn.Linear:
+    """The layer that all begin with."""
+    net = nn.Linear(128, 13)
+    for parameter in net.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(1))
+    return net.bfloat16()
+
+
+def part_of(whole: Tensor, target: Tensor) -> Tensor:
+    """This rank's rows of a tensor, if the target is sharded."""
+    if not isinstance(target, DTensor):
+        return whole
+    mesh = target.device_mesh
+    return whole.chunk(mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
+
+
+def steps(net: nn.Module, optimizer: CompactAdamW, numbers: range) -> None:
+    """Some updates with gradients that depend on the step alone."""
+    for number in numbers:
+        draws = torch.Generator().manual_seed(number)
+        for parameter, shape in zip(net.parameters(), SHAPES, strict=True):
+            grad = part_of(torch.randn(shape, generator=draws).bfloat16(), parameter)
+            parameter.grad = like(parameter, grad)
+        optimizer.clip(1e6)
+        optimizer.step()
+
+
+def kept(optimizer: CompactAdamW) -> list[Tensor]:
+    """Masters and states."""
+    return [*optimizer.masters(), *(value for p in optimizer.parameters() for value in optimizer.state[p].values())]
+
+
+def away(host: pinned_memory.Host, value: Tensor) -> Tensor:
+    """`Host.home` as it is for a GPU's tensors."""
+    return host.carve(local(value)) if host.offload else value
+
+
+def check_whole_copies(ranks: Ranks) -> None:
+    """State that waits in host memory gives the same, where each rank holds a whole copy (HSDP)."""
+    pinned_memory.Host.home, pinned_memory.pinned = away, lambda size: torch.empty(size, dtype=torch.uint8)
+    optimizers = []
+    for offload in (False, True):
+        net = layer()
+        fully_shard(net, mesh=make_mesh("cpu", ranks.world, ranks.world))
+        optimizers.append(CompactAdamW(net, SETTINGS, offload=offload))
+        average = Ema(lambda o=optimizers[-1]: zip("wb", o.masters(), strict=True), offload=offload)
+        average.settle(0.5)
+        steps(net, optimizers[-1], range(5))
+        average.update(average.masters(), 0.5, ranks.device)
+        optimizers[-1].averages = average.weights
+    here, home = optimizers
+    assert not any(isinstance(value, DTensor) for p in home.parameters() for value in home.state[p].values())
+    pairs = [*zip(kept(here), kept(home), strict=True), *((here.averages[n], home.averages[n]) for n in "wb")]
+    assert all(torch.equal(local(one), local(two)) for one, two in pairs)
+
+
+if __name__ == "__main__":
+    ranks = start("cpu")
+    alone, sharded = layer(), layer()
+    mine = CompactAdamW(alone, SETTINGS)
+    steps(alone, mine, range(3))
+    fully_shard(sharded, mesh=ranks.mesh)
+    together = CompactAdamW(sharded, SETTINGS)
+    for p, q in zip(alone.parameters(), sharded.parameters(), strict=True):
+        pairs = [(p.data, q.data), *((mine.state[p][name], together.state[q][name]) for name in mine.state[p])]
+        for source, target in pairs:
+            local(target).copy_(part_of(source, target))
+    steps(alone, mine, range(3, 8))
+    steps(sharded, together, range(3, 8))
+    for one, two in zip(kept(mine), kept(together), strict=True):
+        assert one.dtype == two.dtype
+        assert torch.equal(part_of(one, two), local(two)), (one.dtype, one.shape)
+    assert any(value.dtype == torch.uint8 for value in kept(together))
+    check_whole_copies(ranks)
+    dist.destroy_process_group()
+    os._exit(0)  # a thread of torch's may still run, and would abort the process
