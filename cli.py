@@ -13,8 +13,8 @@ from pathlib import Path
 
 import click
 
-from common.files import holds_more
-from common.options import ConfigCommand, config_options, resolve, write_config
+from common.files import has_foreign_files
+from common.options import ConfigCommand, config_options, resolve_config, write_config
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.evaluation.config import EvaluateConfig
@@ -29,58 +29,58 @@ def cli() -> None:
 
 @cli.command("encode", cls=ConfigCommand)
 @config_options(EncodeConfig)
-def encode_command(**given: object) -> None:
+def encode_command(**options: object) -> None:
     """Encode a CSV of clips and prompts into shards."""
     from stage1_encode.encode import encode
 
-    report = encode(resolve(EncodeConfig, given))
+    report = encode(resolve_config(EncodeConfig, options))
     state = "" if report.done else " so far"
-    made = f"{report.records} records in {report.shards} shards, {report.failures} failed rows{state}"
-    click.echo(f"{made}: {report.folder}")
+    summary = f"{report.records} records in {report.shards} shards, {report.failures} failed rows{state}"
+    click.echo(f"{summary}: {report.folder}")
 
 
 @cli.command("verify", cls=ConfigCommand)
 @click.argument("shards")
 @config_options(VerifyConfig)
-def verify_command(shards: str, **given: object) -> int:
+def verify_command(shards: str, **options: object) -> int:
     """Check every byte, row and record of a data set, and describe it."""
-    return verify_data(shards, resolve(VerifyConfig, given))
+    return verify_and_repair(shards, resolve_config(VerifyConfig, options))
 
 
 @cli.command("distill", cls=ConfigCommand)
 @config_options(DistillConfig)
-def distill_command(**given: object) -> None:
+def distill_command(**options: object) -> None:
     """Distil the model on shards; the same command again goes on."""
     from stage2_distill.train import distill
 
-    given, notes = understood(given)
+    options, notes = understood(options)
     if notes and os.environ.get("RANK", "0") == "0":
         click.echo("\n".join(notes), err=True)
-    click.echo(f"checkpoint: {distill(resolve(DistillConfig, given))}")
+    click.echo(f"checkpoint: {distill(resolve_config(DistillConfig, options))}")
 
 
 @cli.command("sample", cls=ConfigCommand)
 @config_options(SampleConfig)
-def sample_command(**given: object) -> None:
+def sample_command(**options: object) -> None:
     """Make videos from a checkpoint, a prompt and a first frame."""
-    for path in sample_videos(resolve(SampleConfig, given)):
+    for path in sample_videos(resolve_config(SampleConfig, options)):
         click.echo(str(path))
 
 
 @cli.command("evaluate", cls=ConfigCommand)
 @config_options(EvaluateConfig)
-def evaluate_command(**given: object) -> None:
+def evaluate_command(**options: object) -> None:
     """Compare students with their teacher and write report.json and report.html."""
-    click.echo(str(evaluate(resolve(EvaluateConfig, given))))
+    click.echo(str(evaluate_students(resolve_config(EvaluateConfig, options))))
 
 
 @cli.command("decode", cls=ConfigCommand)
 @config_options(DecodeConfig)
-def decode_command(**given: object) -> None:
+def decode_command(**options: object) -> None:
     """Decode a zarr store of latents into mp4 files and a contact sheet."""
     from stage1_encode.generation.decode import decode, follow
 
-    config = resolve(DecodeConfig, given)
+    config = resolve_config(DecodeConfig, options)
     for path in follow(config) if config.watch else decode(config):
         click.echo(str(path))
 
@@ -109,21 +109,32 @@ def run_demo(out: Path) -> dict[str, Path]:
 
     nano = Path(__file__).parent / "examples" / "nano"
     common = {"model": str(nano / "model"), "device": "cpu"}
-    data, held, run = out / "data", out / "held", out / "run"
-    for table, folder in (("clips.csv", data), ("held.csv", held)):
-        asked = {"config": nano / "encode.yaml", "data": str(nano / table), "out": str(folder)}
-        encode(resolve(EncodeConfig, common | asked))
-    asked = {"config": nano / "demo.yaml", "shards": (str(data),), "out": str(run)}
-    distill(resolve(DistillConfig, common | asked))
-    asked = {"config": nano / "evaluate.yaml", "checkpoint": (str(run),), "shards": str(held)}
-    asked |= {"out": str(out / "report"), "analyser": str(nano / "judge.py")}
-    report = evaluate(resolve(EvaluateConfig, common | asked))
-    asked = {"checkpoint": str(run), "data": str(nano / "prompts.csv"), "out": str(out / "videos"), "dtype": "float32"}
-    made = sample_videos(resolve(SampleConfig, common | asked | {"batch_size": 10, "text_rows": 32}))
-    return {"shards": data, "checkpoint": run, "report": report, "videos": out / "videos", "contact sheet": made[-1]}
+    data, held_out, run = out / "data", out / "held", out / "run"
+    for table, folder in (("clips.csv", data), ("held.csv", held_out)):
+        overrides = {"config": nano / "encode.yaml", "data": str(nano / table), "out": str(folder)}
+        encode(resolve_config(EncodeConfig, common | overrides))
+    overrides = {"config": nano / "demo.yaml", "shards": (str(data),), "out": str(run)}
+    distill(resolve_config(DistillConfig, common | overrides))
+    overrides = {"config": nano / "evaluate.yaml", "checkpoint": (str(run),), "shards": str(held_out)}
+    overrides |= {"out": str(out / "report"), "analyser": str(nano / "judge.py")}
+    report = evaluate_students(resolve_config(EvaluateConfig, common | overrides))
+    overrides = {
+        "checkpoint": str(run),
+        "data": str(nano / "prompts.csv"),
+        "out": str(out / "videos"),
+        "dtype": "float32",
+    }
+    video_files = sample_videos(resolve_config(SampleConfig, common | overrides | {"batch_size": 10, "text_rows": 32}))
+    return {
+        "shards": data,
+        "checkpoint": run,
+        "report": report,
+        "videos": out / "videos",
+        "contact sheet": video_files[-1],
+    }
 
 
-def verify_data(shards: str, config: VerifyConfig) -> int:
+def verify_and_repair(shards: str, config: VerifyConfig) -> int:
     """Verify a data set (shards), mend it and draw its first frames where asked (stage one); the exit code."""
     from shards.verification.verify import verify
 
@@ -155,61 +166,61 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     from stage2_distill.sampling.multi_gpu import Leader, follow
     from stage2_distill.sampling.student_sampler import open_student
 
-    out, single = Path(config.out), config.prompt is not None
-    placing = place(config.memory, pick_device(config.device))
+    out, is_single = Path(config.out), config.prompt is not None
+    memory_plan = place(config.memory, pick_device(config.device))
     student, (rank, world) = open_student(config), rank_and_world()
-    together = single and world > 1
-    if together and rank:
+    shared_video = is_single and world > 1
+    if shared_video and rank:
         follow(student)
         return []
     models = load_conditioner(
-        config.model, precision=config.vae_dtype, device=student.device, stay=placing.text, compiled=config.compile
+        config.model, precision=config.vae_dtype, device=student.device, stay=memory_plan.text, compiled=config.compile
     )
-    open_output(out, config, first=rank == 0)
-    if together:
+    prepare_output(out, config, is_first_rank=rank == 0)
+    if shared_video:
         rank, world = 0, 1
     name = f"latents-{rank}.zarr" if world > 1 else "latents.zarr"
-    store = out.with_suffix(".zarr") if single else out / name
-    with tempfile.TemporaryDirectory() as work:
-        table = Path(write_prompt(Path(work) / "prompt.csv", config) if single else str(config.data))
-        order = Order(table, out, store, student.spec, config.seed, config.segments, config.batch_size, rank, world)
-        with Leader(student) if together else nullcontext(student) as sampler:
-            return make_videos(order, models, sampler, placing)
+    store = out.with_suffix(".zarr") if is_single else out / name
+    with tempfile.TemporaryDirectory() as temporary:
+        table = Path(write_prompt_csv(Path(temporary) / "prompt.csv", config) if is_single else str(config.data))
+        request = Order(table, out, store, student.spec, config.seed, config.segments, config.batch_size, rank, world)
+        with Leader(student) if shared_video else nullcontext(student) as sampler:
+            return make_videos(request, models, sampler, memory_plan)
 
 
-def evaluate(config: EvaluateConfig) -> Path:
+def evaluate_students(config: EvaluateConfig) -> Path:
     """Sample all contestants (stage two), look at their videos (stage one), report (stage two); the page."""
     from stage1_encode.video_metrics.evaluate_videos import Looks, measure, open_tools
     from stage2_distill.evaluation.compare import sample_contest
     from stage2_distill.evaluation.report import write_report
 
-    looks = Looks(
+    eval_config = Looks(
         config.out, config.shards, config.model, config.videos, config.shown,
         config.analyser, config.i3d, config.clip, config.device, config.batch_size,
     )  # fmt: skip
     if config.videos:
-        open_tools(looks)  # a mistake there comes out before hours of sampling
+        open_tools(eval_config)  # a mistake there comes out before hours of sampling
     sample_contest(config)
     if config.videos:
-        measure(looks)
+        measure(eval_config)
     return write_report(config)
 
 
-def open_output(out: Path, config: SampleConfig, *, first: bool) -> None:
+def prepare_output(out: Path, config: SampleConfig, *, is_first_rank: bool) -> None:
     """Make the output's folder and, on the first rank, write the configuration beside it.
 
     ValueError where the folder holds something else.
     """
-    single = config.prompt is not None
-    stored = out.with_name(out.name + ".yaml") if single else out / "sample.yaml"
-    if not single and holds_more(out, stored.name):
+    is_single = config.prompt is not None
+    config_path = out.with_name(out.name + ".yaml") if is_single else out / "sample.yaml"
+    if not is_single and has_foreign_files(out, config_path.name):
         raise ValueError(f"out={out}: holds something that sample did not make; name an empty folder")
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    if first:
-        write_config(stored, config)
+    config_path.parent.mkdir(parents=True, exist_ok=True)
+    if is_first_rank:
+        write_config(config_path, config)
 
 
-def write_prompt(path: Path, config: SampleConfig) -> str:
+def write_prompt_csv(path: Path, config: SampleConfig) -> str:
     """A CSV of one row for the one prompt; its path."""
     from stage1_encode.media.rows import locate_file
 

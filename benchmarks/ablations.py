@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cli import cli
 from common.condition import Condition, Denoiser
-from common.flow import ladder
+from common.flow import timestep_sigmas
 from stage2_distill import trainer
 from stage2_distill.checkpointing.format import STUDENT
 from stage2_distill.dmd import losses
@@ -42,7 +42,7 @@ def unwarp(checkpoint: Path, out: Path) -> None:
     facts = json.loads((out / STUDENT).read_bytes())
     s = facts["shift"]
     facts["ladder"] = [1000 * u / (s - (s - 1) * u) for u in (index / 1000 for index in facts["ladder"])]
-    print(f"sigmas {ladder(facts['ladder'], s=s)}")
+    print(f"sigmas {timestep_sigmas(facts['ladder'], s=s)}")
     (out / STUDENT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 

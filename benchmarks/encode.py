@@ -40,7 +40,7 @@ from benchmarks.models import (
 from benchmarks.random_models import TINY, TRUE, WORDS, random_text, random_vae
 from benchmarks.reading import reading, whole_clip
 from benchmarks.report import append
-from common.device import begin_copy, pick_device
+from common.device import copy_async, pick_device
 from common.video import TEXT_LENGTH, VideoSpec
 from stage1_encode.config import EncodeConfig
 from stage1_encode.executors import tasks
@@ -79,7 +79,7 @@ def alone(config: EncodeConfig, encoders: Encoders, pixels: Tensor) -> float:
     for shard in read_shards(Path(config.data), shard_size=config.shard_size, text_only=False):
         tokens = text_encoder.tokenize(encoders.text, [text_encoder.clean(row.prompt) for row in shard])
         grouped = [[tokens[place] for place in batch] for batch in text_encoder.group(tokens, config.text_tokens)]
-        batches += [tuple(begin_copy(x, device) for x in text_encoder.padded(group, 0)) for group in grouped]
+        batches += [tuple(copy_async(x, device) for x in text_encoder.padded(group, 0)) for group in grouped]
         count += len(shard)
     settle()
     began = time.perf_counter()

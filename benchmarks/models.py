@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.random_models import WORDS, Size
-from common.device import begin_copy
+from common.device import copy_async
 from stage1_encode.models import text_encoder, vae
 
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
@@ -94,7 +94,7 @@ def of_vae(base: vae.Vae, pixels: Tensor, precisions: Sequence[str]) -> Iterator
 def some_text(encoder: text_encoder.TextEncoder) -> Tensor:
     """Embeddings of four prompts of 128 tokens (4 128 D), in the encoder's precision."""
     tokens = torch.randint(3, WORDS, (4, 128), generator=torch.Generator().manual_seed(0))
-    ids, mask = (begin_copy(x, encoder.model.device) for x in text_encoder.padded(tokens.tolist(), 0))
+    ids, mask = (copy_async(x, encoder.model.device) for x in text_encoder.padded(tokens.tolist(), 0))
     with torch.no_grad():
         return encoder.model(ids, mask).last_hidden_state.float()
 
@@ -104,7 +104,7 @@ def of_text(encoder: text_encoder.TextEncoder, name: str, exact: Tensor) -> Iter
     error = ((some_text(encoder) - exact).norm() / exact.norm()).item()
     for count, length in ((8, 512), (32, 128), (64, 128)):
         tokens = torch.randint(3, WORDS, (count, length), generator=torch.Generator().manual_seed(0))
-        ids, mask = (begin_copy(x, encoder.model.device) for x in text_encoder.padded(tokens.tolist(), 0))
+        ids, mask = (copy_async(x, encoder.model.device) for x in text_encoder.padded(tokens.tolist(), 0))
         with torch.no_grad():
             took = seconds(lambda ids=ids, mask=mask: encoder.model(ids, mask))
         rate = f"{took:.4f} s, {count * length / took:.0f} tokens/s, {took / count * 1e3:.2f} ms a prompt"

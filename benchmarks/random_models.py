@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT
 
 from benchmarks.device import randomise
 from common.condition import Condition, pin
-from common.flow import ladder, x0_from_velocity
-from common.video import CHANNELS, VideoSpec, tokens_per_frame
+from common.flow import timestep_sigmas, x0_from_velocity
+from common.video import LATENT_CHANNELS, VideoSpec, tokens_per_frame
 from stage1_encode.generation.condition_encoder import Conditioner
 from stage1_encode.models import text_encoder, vae
 from stage2_distill.model.layers import Plan
@@ -52,17 +52,17 @@ def autoencoder(size: Size, device: torch.device, decoder: int) -> AutoencoderKL
     """An AutoencoderKLWan in float32, its decoder's first layer `decoder` wide."""
     with device:
         model = AutoencoderKLWan(
-            base_dim=size.base, decoder_base_dim=decoder, z_dim=CHANNELS, dim_mult=[1, 2, 4, 4],
+            base_dim=size.base, decoder_base_dim=decoder, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 4, 4],
             num_res_blocks=size.blocks, temperal_downsample=[False, True, True], is_residual=True,
             in_channels=12, out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=16,
-            latents_mean=[0.0] * CHANNELS, latents_std=[1.0] * CHANNELS,
+            latents_mean=[0.0] * LATENT_CHANNELS, latents_std=[1.0] * LATENT_CHANNELS,
         )  # fmt: skip
     return model.eval().requires_grad_(False)
 
 
 def plain(model: AutoencoderKLWan, device: torch.device, compiled: bool = False) -> vae.Vae:
     """A VAE whose latents need no scaling."""
-    mean, std = (torch.full((CHANNELS,), value, device=device) for value in (0.0, 1.0))
+    mean, std = (torch.full((LATENT_CHANNELS,), value, device=device) for value in (0.0, 1.0))
     mean, std = (rearrange(values, "c -> 1 c 1 1 1") for values in (mean, std))
     return vae.Vae(model, mean, std, compiled)
 
@@ -129,7 +129,7 @@ def make_student(spec: VideoSpec, folder: Path, small: bool, device: torch.devic
     draws = torch.Generator(device).manual_seed(0)
     for name, weight in net.named_parameters():
         randomise(name, weight, draws)
-    return Student(net, spec, ladder((1000, 750, 500, 250), s=5.0), dtype)
+    return Student(net, spec, timestep_sigmas((1000, 750, 500, 250), s=5.0), dtype)
 
 
 def plain_denoise(net: WanTransformer3DModel, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import append
-from common.model_folder import fingerprint
+from common.model_folder import fingerprint_folder
 from common.options import write_config
-from common.seed import generator
+from common.seed import make_generator
 from common.video import VideoSpec
 from shards.manifest import Encoder, Manifest, write_manifest
 from shards.record import Record, Source
@@ -54,7 +54,7 @@ class Run:
 def make_data(folder: Path, spec: VideoSpec = SPEC) -> Path:
     """A data set of random latents and embeddings for the nano model."""
     folder.mkdir()
-    draws = generator(0, 0, 0, "benchmark")
+    draws = make_generator(0, 0, 0, "benchmark")
 
     def record(number: int) -> Record:
         text = torch.randn((6 + number % 20, TEXT_DIM), generator=draws)
@@ -62,7 +62,7 @@ def make_data(folder: Path, spec: VideoSpec = SPEC) -> Path:
         return Record(f"{number:09d}", Source("a prompt", f"{number}.mp4", number + 2), frame, text)
 
     shard = write_shard(folder, shard_name(0), map(record, range(RECORDS)), failures=[], rows_sha256="").shard
-    vae, text, tokenizer = (fingerprint(MODEL / part) for part in ("vae", "text_encoder", "tokenizer"))
+    vae, text, tokenizer = (fingerprint_folder(MODEL / part) for part in ("vae", "text_encoder", "tokenizer"))
     encoder = Encoder(vae, text, tokenizer, "float32", "bfloat16", TEXT_DIM, "")
     write_manifest(folder, Manifest(1, spec, encoder, (shard,), 0), torch.zeros(8, TEXT_DIM))
     return folder

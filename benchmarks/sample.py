@@ -24,7 +24,7 @@ from benchmarks.random_models import make_models, make_student, plain_denoise
 from benchmarks.report import append
 from benchmarks.stock import PROMPT, run_stock
 from benchmarks.watch import Watch, medians
-from common.seed import generator, normal
+from common.seed import draw_normal, make_generator
 from common.video import VideoSpec
 from shards.latent_store import read
 from shards.record import Record, collate
@@ -121,8 +121,8 @@ class Bench:
     def plain(self, records: list[Record]) -> Tensor:
         """The same latents by diffusers' own forward."""
         condition = collate(records).condition.to(self.device)
-        draws = [generator(0, 0, 0, "sample", self.device)]
-        noise = normal(self.spec.latent_shape, draws)
+        draws = [make_generator(0, 0, 0, "sample", self.device)]
+        noise = draw_normal(self.spec.latent_shape, draws)
 
         def denoise(*given: object) -> Tensor:
             return plain_denoise(self.student.net, *given)

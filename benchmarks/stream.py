@@ -19,7 +19,7 @@ import webdataset
 from safetensors.torch import load
 
 from benchmarks.report import append, peak
-from common.seed import generator
+from common.seed import make_generator
 from common.video import VideoSpec
 from shards.dataset import DataSet, Stream, open_data_set, prefetch
 from shards.manifest import Encoder, Manifest, Shard, write_manifest
@@ -46,7 +46,7 @@ def make(folder: Path, records: int) -> None:
 
 def record(index: int) -> Record:
     """A record of the true size."""
-    draws = generator(0, index, 0, "benchmark")
+    draws = make_generator(0, index, 0, "benchmark")
     rows = int(torch.randint(40, 220, (1,), generator=draws))
     frame = torch.randn(SPEC.first_frame_shape, generator=draws).bfloat16()
     text = torch.randn((rows, TEXT_DIM), generator=draws).bfloat16()

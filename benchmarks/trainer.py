@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.device import Case, randomise
 from common.condition import Condition
-from common.timer import Clock
+from common.timer import PhaseTimer
 from stage2_distill.build import Opened
 from stage2_distill.config import STANDARD, DistillConfig
 from stage2_distill.distributed.dtensor import local
@@ -85,7 +85,7 @@ def trainer_of(chosen: Case, ranks: Ranks, config: DistillConfig, opened: Opened
     negative = torch.randn(512, chosen.network["text_dim"], device=chosen.device)
     return Trainer(
         config, ranks, opened.roles, opened.student_optimizer, opened.critic_optimizer, opened.ema,
-        negative, Clock(ranks.device), Reuse(config, ranks.world),
+        negative, PhaseTimer(ranks.device), Reuse(config, ranks.world),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.condition import Condition
-from common.options import resolve
+from common.options import resolve_config
 from stage2_distill import train, trainer
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.schedule import Part
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--die", type=int, default=-1)
     given = parser.parse_args()
-    config = resolve(DistillConfig, {"config": given.config})
+    config = resolve_config(DistillConfig, {"config": given.config})
     out, simulate, step = Path(config.out), trainer.simulate, train.train_step
     begun: list[int] = []
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.device import begin_copy
+from common.device import copy_async
 from common.flow import per_sample
 
 
@@ -26,8 +26,8 @@ class Condition:
 
     def to(self, device: torch.device) -> "Condition":
         """The same on a device, perhaps not there yet: what is begun on a GPU waits for it, the host does not."""
-        parts = (self.first_frame, self.text, self.given, self.frame_time)
-        frame, text, given, time = (None if part is None else begin_copy(part, device) for part in parts)
+        tensors = (self.first_frame, self.text, self.given, self.frame_time)
+        frame, text, given, time = (None if part is None else copy_async(part, device) for part in tensors)
         assert text is not None
         return Condition(frame, text, given, time)
 
@@ -35,18 +35,18 @@ class Condition:
 Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]  # (x_t (B C T H W), sigma (B), condition) -> x0 (B C T H W)
 
 
-def join(conditions: Sequence[Condition]) -> Condition:
+def concat_conditions(conditions: Sequence[Condition]) -> Condition:
     """One batch of several with the same fields."""
 
-    def cat(parts: list[Tensor | None]) -> Tensor | None:
-        there = [part for part in parts if part is not None]
-        return torch.cat(there) if there else None
+    def concat_present(parts: list[Tensor | None]) -> Tensor | None:
+        present = [part for part in parts if part is not None]
+        return torch.cat(present) if present else None
 
     return Condition(
-        cat([c.first_frame for c in conditions]),
+        concat_present([c.first_frame for c in conditions]),
         torch.cat([c.text for c in conditions]),
-        cat([c.given for c in conditions]),
-        cat([c.frame_time for c in conditions]),
+        concat_present([c.given for c in conditions]),
+        concat_present([c.frame_time for c in conditions]),
     )
 
 

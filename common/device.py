@@ -18,21 +18,23 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device={name}: choose cpu, cuda or auto")
     if name == "cpu":
         return torch.device("cpu")
-    number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= there:
-        seen = f"has {there} of them" if there else "torch sees none here"
-        raise ValueError(f"device=cuda: local rank {number} needs a GPU of its own, and {seen}; give --device cpu")
-    return torch.device("cuda", number)
+    local_rank, gpu_count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpu_count:
+        reason = f"has {gpu_count} of them" if gpu_count else "torch sees none here"
+        raise ValueError(
+            f"device=cuda: local rank {local_rank} needs a GPU of its own, and {reason}; give --device cpu"
+        )
+    return torch.device("cuda", local_rank)
 
 
-def begin_copy(tensor: Tensor, device: torch.device) -> Tensor:
+def copy_async(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on another device, perhaps not there yet: work on the GPU waits for it, the CPU must wait for `mark`."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
-def mark(device: torch.device) -> torch.cuda.Event | None:
+def record_event(device: torch.device) -> torch.cuda.Event | None:
     """An event behind all work begun on a GPU so far; None for the CPU, whose work is done when it returns."""
     if device.type == "cpu":
         return None
@@ -41,19 +43,19 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-class Travelling:
+class OffloadedTensors:
     """Tensors that live in the host's memory and visit a GPU: leaving it copies nothing, for they do not change."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors, self.home = list(tensors), list[Tensor]()
 
-    def move(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         """Bring them to a device."""
         if self.tensors[0].device.type == device.type:
             return
         if not self.home:
             gpu = self.tensors[0].device.type == "cuda"
-            self.home = [begin_copy(t.data, torch.device("cpu")) if gpu else t.data.pin_memory() for t in self.tensors]
+            self.home = [copy_async(t.data, torch.device("cpu")) if gpu else t.data.pin_memory() for t in self.tensors]
             torch.cuda.synchronize()
         for tensor, home in zip(self.tensors, self.home, strict=True):
             tensor.data = home if device.type == "cpu" else home.to(device, non_blocking=True)

@@ -23,8 +23,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def holds_more(folder: Path, name: str) -> bool:
+def has_foreign_files(folder: Path, config_name: str) -> bool:
     """Whether a folder without the configuration `name` holds anything but an unfinished one, or is none."""
-    if not folder.exists() or (folder / name).is_file():
+    if not folder.exists() or (folder / config_name).is_file():
         return False
-    return not folder.is_dir() or any(path.name != f"{name}.partial" for path in folder.iterdir())
+    return not folder.is_dir() or any(path.name != f"{config_name}.partial" for path in folder.iterdir())

@@ -18,12 +18,12 @@ def shift(u: Number, s: float) -> Number:
     return s * u / (1 + (s - 1) * u)
 
 
-def ladder(indices: Sequence[float], *, s: float) -> tuple[float, ...]:
+def timestep_sigmas(timesteps: Sequence[float], *, s: float) -> tuple[float, ...]:
     """Sigmas (K) of ladder indices in (0, 1000], strictly falling; ValueError otherwise."""
-    falling = all(a > b for a, b in zip(indices, indices[1:], strict=False))
-    if not indices or not falling or indices[0] > 1000 or indices[-1] <= 0:
-        raise ValueError(f"ladder={list(indices)}: needs strictly falling numbers in (0, 1000]")
-    return tuple(shift(index / 1000, s) for index in indices)
+    is_falling = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+    if not timesteps or not is_falling or timesteps[0] > 1000 or timesteps[-1] <= 0:
+        raise ValueError(f"ladder={list(timesteps)}: needs strictly falling numbers in (0, 1000]")
+    return tuple(shift(timestep / 1000, s) for timestep in timesteps)
 
 
 def per_sample(sigma: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-PARTS = ("vae", "text_encoder", "tokenizer", "transformer")
-BLOCK, BLOCKS = 4096, 256  # of each weight file: up to this many evenly spaced blocks of this many bytes
+MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "transformer")
+BLOCK, MAX_BLOCKS = 4096, 256  # of each weight file: up to this many evenly spaced blocks of this many bytes
 
 
-def locate(model: str, parts: Sequence[str]) -> Path:
+def locate_model(model: str, parts: Sequence[str]) -> Path:
     """Local folder of `model`, a folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers or a hub name.
 
     Downloads only for a hub name, and only `parts`. Raises ValueError naming a part that is not there.
@@ -28,13 +28,15 @@ def locate(model: str, parts: Sequence[str]) -> Path:
     for part in parts:
         config = "tokenizer_config.json" if part == "tokenizer" else "config.json"
         if not (folder / part / config).is_file():
-            raise ValueError(f"model={model}: {part}/{config} is missing; a model folder holds {', '.join(PARTS)}")
+            raise ValueError(
+                f"model={model}: {part}/{config} is missing; a model folder holds {', '.join(MODEL_PARTS)}"
+            )
         if part != "tokenizer" and not list((folder / part).glob("*.safetensors")):
             raise ValueError(f"model={model}: {part}/ holds no .safetensors weights")
     return folder
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint_folder(folder: Path) -> str:
     """Hex digest of one part of a model: names, sizes, small files whole, weight files by spaced blocks."""
     digest = hashlib.sha256()
     files = [*folder.glob("*.json"), *folder.glob("*.model"), *folder.glob("*.safetensors")]
@@ -42,10 +44,10 @@ def fingerprint(folder: Path) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())
         with path.open("rb") as file:
-            if size <= BLOCK * BLOCKS:
+            if size <= BLOCK * MAX_BLOCKS:
                 digest.update(file.read())
                 continue
-            for block in range(BLOCKS):
-                file.seek(block * (size - BLOCK) // (BLOCKS - 1))
+            for block in range(MAX_BLOCKS):
+                file.seek(block * (size - BLOCK) // (MAX_BLOCKS - 1))
                 digest.update(file.read(BLOCK))
     return digest.hexdigest()[:32]

@@ -18,8 +18,8 @@ import yaml
 from common.video import TEXT_LENGTH, VideoSpec
 
 Config = TypeVar("Config")
-MODEL = "Model folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a hub name."
-SIZES = {
+MODEL_HELP = "Model folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a hub name."
+SIZE_OPTIONS = {
     "num_frames": (VideoSpec.num_frames, "Frames of a video, 4k+1."),
     "height": (VideoSpec.height, "Height in pixels, a multiple of 32."),
     "width": (VideoSpec.width, "Width in pixels, a multiple of 32."),
@@ -79,22 +79,22 @@ def check_fields(config: object) -> None:
     hints = get_type_hints(type(config))
     for item in fields(config):  # type: ignore[arg-type]
         value, hint = vars(config)[item.name], hints[item.name]
-        check_type(item.name, value, hint)
+        check_value_type(item.name, value, hint)
         for part in value if isinstance(value, tuple) else (value,):
             option_spec(item).check(item.name, part)
 
 
-def check_type(name: str, value: object, hint: Any) -> None:  # noqa: ANN401
+def check_value_type(name: str, value: object, hint: Any) -> None:  # noqa: ANN401
     """Raise ValueError unless a value has its field's type; an int is also a float, a bool is no number."""
     kind = _plain_type(hint)
     if value is None:
-        if not _optional(hint):
+        if not _is_optional(hint):
             raise ValueError(f"{name}=None: must be {getattr(kind, '__name__', 'a list')}")
     elif get_origin(kind) is tuple:
         if not isinstance(value, tuple):
             raise ValueError(f"{name}={value!r}: must be a tuple")
         for part in value:
-            check_type(name, part, get_args(kind)[0])
+            check_value_type(name, part, get_args(kind)[0])
     elif isinstance(value, bool) is not (kind is bool) or not isinstance(
         value, (int, float) if kind is float else kind
     ):
@@ -103,7 +103,7 @@ def check_type(name: str, value: object, hint: Any) -> None:  # noqa: ANN401
 
 def size_option(name: str, *, minimum: int | None = None, advanced: bool = False) -> Any:  # noqa: ANN401
     """The option of one field of `VideoSpec`."""
-    return option(*SIZES[name], minimum=minimum, group="size", advanced=advanced)
+    return option(*SIZE_OPTIONS[name], minimum=minimum, group="size", advanced=advanced)
 
 
 def device_option() -> Any:  # noqa: ANN401
@@ -111,7 +111,7 @@ def device_option() -> Any:  # noqa: ANN401
     return option("auto", "cpu, cuda, or auto: cuda if available.", choices=("auto", "cpu", "cuda"), group="devices")
 
 
-def text_rows_option() -> Any:  # noqa: ANN401
+def max_text_tokens_option() -> Any:  # noqa: ANN401
     """The option `text_rows`, the number of rows of a text that the denoiser computes."""
     text = "Text rows computed; fewer are quicker and the same, if prompts are short."
     return option(TEXT_LENGTH, text, minimum=1, maximum=TEXT_LENGTH)
@@ -136,10 +136,10 @@ class NumberList(click.ParamType):
 
 def _plain_type(hint: Any) -> Any:  # noqa: ANN401
     """The type behind `X | None`."""
-    return next((arg for arg in get_args(hint) if arg is not type(None)), hint) if _optional(hint) else hint
+    return next((arg for arg in get_args(hint) if arg is not type(None)), hint) if _is_optional(hint) else hint
 
 
-def _optional(hint: Any) -> bool:  # noqa: ANN401
+def _is_optional(hint: Any) -> bool:  # noqa: ANN401
     return type(None) in get_args(hint)
 
 
@@ -261,33 +261,37 @@ def read_yaml(path: str) -> dict[str, object]:
     return loaded
 
 
-def resolve(config: type[Config], given: Mapping[str, object]) -> Config:
+def resolve_config(config: type[Config], options: Mapping[str, object]) -> Config:
     """Build a configuration from `given` options (None = not given), the YAML file that they name, and defaults."""
-    values = read_yaml(str(given["config"])) if given.get("config") else {}
-    values = rename_old_keys(config, values, where=f"config={given.get('config')}")
-    given = rename_old_keys(config, given, where="options")
-    known = {item.name: item for item in fields(config)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
+    values = read_yaml(str(options["config"])) if options.get("config") else {}
+    values = rename_old_keys(config, values, where=f"config={options.get('config')}")
+    options = rename_old_keys(config, options, where="options")
+    known_fields = {item.name: item for item in fields(config)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(known_fields))
     if unknown:
-        raise ValueError(f"config={given['config']}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    values |= {key: value for key, value in given.items() if key in known and value is not None and value != ()}
-    missing = [name for name, item in known.items() if item.default is MISSING and name not in values]
+        raise ValueError(
+            f"config={options['config']}: unknown {', '.join(unknown)}; known are {', '.join(known_fields)}"
+        )
+    values |= {
+        key: value for key, value in options.items() if key in known_fields and value is not None and value != ()
+    }
+    missing = [name for name, item in known_fields.items() if item.default is MISSING and name not in values]
     if missing:
-        raise ValueError(f"missing --{missing[0].replace('_', '-')}: {option_spec(known[missing[0]]).help}")
+        raise ValueError(f"missing --{missing[0].replace('_', '-')}: {option_spec(known_fields[missing[0]]).help}")
     hints = get_type_hints(config)
-    return config(**{name: typed(name, value, hints[name]) for name, value in values.items()})
+    return config(**{name: convert_value(name, value, hints[name]) for name, value in values.items()})
 
 
-def typed(name: str, value: object, hint: Any) -> object:  # noqa: ANN401
+def convert_value(name: str, value: object, hint: Any) -> object:  # noqa: ANN401
     """A YAML or command-line value as the field's type; ValueError where it is something else."""
     kind = _plain_type(hint)
     if value is None:
-        if not _optional(hint):
+        if not _is_optional(hint):
             raise ValueError(f"{name} is empty: give a value, or leave the line out")
         return None
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(typed(name, item, get_args(kind)[0]) for item in items)
+        return tuple(convert_value(name, item, get_args(kind)[0]) for item in items)
     if isinstance(value, bool) is not (kind is bool) or (kind is int and isinstance(value, float) and value % 1):
         raise ValueError(f"{name}={value}: must be {kind.__name__}")
     try:

@@ -9,17 +9,17 @@ from typing import Self, TypeVar
 from tqdm import tqdm
 
 Item = TypeVar("Item")
-LINE_SECONDS = 5.0  # between two plain lines
+SECONDS_PER_LINE = 5.0  # between two plain lines
 
 
-class Progress:
+class ProgressBar:
     """Counts up to `total`; `done` of it was there before. Writes to stderr, or nothing where `quiet`."""
 
-    def __init__(self, total: int, *, label: str, done: int = 0, quiet: bool = False) -> None:
+    def __init__(self, total: int, *, label: str, initial: int = 0, quiet: bool = False) -> None:
         self.plain = not quiet and not sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, desc=label, disable=quiet or self.plain, dynamic_ncols=True)
-        self.total, self.label, self.done, self.first = total, label, done, done
-        self.began = self.spoke = time.monotonic()
+        self.bar = tqdm(total=total, initial=initial, desc=label, disable=quiet or self.plain, dynamic_ncols=True)
+        self.total, self.label, self.done, self.first = total, label, initial, initial
+        self.began = self.last_line_time = time.monotonic()
 
     def advance(self, note: str = "", *, count: int = 1) -> None:
         """Say that `count` more are done; `note` is shown behind the figures."""
@@ -27,11 +27,11 @@ class Progress:
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(count)
         now = time.monotonic()
-        if self.plain and (now - self.spoke >= LINE_SECONDS or self.done >= self.total):
-            self.spoke = now
+        if self.plain and (now - self.last_line_time >= SECONDS_PER_LINE or self.done >= self.total):
+            self.last_line_time = now
             rate = (self.done - self.first) / max(now - self.began, 1e-9)
-            left = (self.total - self.done) / max(rate, 1e-9)
-            text = f"{self.label}: {self.done}/{self.total}, {rate:.3g}/s, {left:.0f} s left"
+            seconds_left = (self.total - self.done) / max(rate, 1e-9)
+            text = f"{self.label}: {self.done}/{self.total}, {rate:.3g}/s, {seconds_left:.0f} s left"
             sys.stderr.write(f"{text}, {note}\n" if note else f"{text}\n")
 
     def __enter__(self) -> Self:
@@ -43,9 +43,9 @@ class Progress:
         self.bar.close()
 
 
-def track(items: Iterable[Item], *, total: int, label: str) -> Iterator[Item]:
+def track_progress(items: Iterable[Item], *, total: int, label: str) -> Iterator[Item]:
     """Yield `items` and count them."""
-    with Progress(total, label=label) as progress:
+    with ProgressBar(total, label=label) as progress:
         for item in items:
             yield item
             progress.advance()

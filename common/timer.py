@@ -10,7 +10,7 @@ import torch
 Item = TypeVar("Item")
 
 
-class Clock:
+class PhaseTimer:
     """Seconds by phase. On a GPU events measure them where the work is done; `read` gives what has ended by then."""
 
     def __init__(self, device: torch.device) -> None:
@@ -21,23 +21,23 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Count what runs inside towards a phase."""
-        began, first = time.perf_counter(), self._event()
+        start_time, first = time.perf_counter(), self._record_event()
         yield
-        last = self._event()
+        last = self._record_event()
         if first is not None and last is not None:
             self.open.append((phase, first, last))
         else:
-            self._add(phase, time.perf_counter() - began)
+            self._add_seconds(phase, time.perf_counter() - start_time)
 
-    def each(self, items: Iterator[Item], phase: str) -> Iterator[Item]:
+    def time_items(self, items: Iterator[Item], phase: str) -> Iterator[Item]:
         """Yield `items` and count the wait for each, on the host."""
         while True:
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             try:
                 item = next(items)
             except StopIteration:
                 return
-            self._add(phase, time.perf_counter() - began)
+            self._add_seconds(phase, time.perf_counter() - start_time)
             yield item
 
     def read(self) -> dict[str, float]:
@@ -45,18 +45,18 @@ class Clock:
         running = []
         for phase, first, last in self.open:
             if last.query():
-                self._add(phase, first.elapsed_time(last) / 1000)
+                self._add_seconds(phase, first.elapsed_time(last) / 1000)
             else:
                 running.append((phase, first, last))
         sums, self.sums, self.open = self.sums, {}, running
         return sums
 
-    def _event(self) -> torch.Event | None:
+    def _record_event(self) -> torch.Event | None:
         if not self.on_gpu:
             return None
         event = torch.Event("cuda", enable_timing=True)
         event.record()
         return event
 
-    def _add(self, phase: str, seconds: float) -> None:
+    def _add_seconds(self, phase: str, seconds: float) -> None:
         self.sums[phase] = self.sums.get(phase, 0.0) + seconds

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 TIME_STRIDE = 4  # pixel frames a latent frame, after the first
 SPACE_STRIDE = 16  # pixels a latent, in height and in width
-PATCH = 2  # latents a token, in height and in width
-CHANNELS = 48  # latent channels
+PATCH_SIZE = 2  # latents a token, in height and in width
+LATENT_CHANNELS = 48  # latent channels
 TEXT_LENGTH = 512  # text rows that the denoiser attends to, zero rows included
 
 
@@ -27,7 +27,7 @@ class VideoSpec:
             raise ValueError(
                 f"num_frames={self.num_frames}: the VAE needs 4k+1 frames; nearest are {low} and {low + TIME_STRIDE}"
             )
-        step = SPACE_STRIDE * PATCH
+        step = SPACE_STRIDE * PATCH_SIZE
         for name, size in (("height", self.height), ("width", self.width)):
             if size < step or size % step:
                 low = max(step, size // step * step)
@@ -43,7 +43,7 @@ class VideoSpec:
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Shape (C T H W) of one video's latents."""
-        return CHANNELS, self.latent_frames, self.height // SPACE_STRIDE, self.width // SPACE_STRIDE
+        return LATENT_CHANNELS, self.latent_frames, self.height // SPACE_STRIDE, self.width // SPACE_STRIDE
 
     @property
     def first_frame_shape(self) -> tuple[int, int, int, int]:
@@ -60,4 +60,4 @@ class VideoSpec:
 
 def tokens_per_frame(latent_height: int, latent_width: int) -> int:
     """Number of tokens in one latent frame."""
-    return (latent_height // PATCH) * (latent_width // PATCH)
+    return (latent_height // PATCH_SIZE) * (latent_width // PATCH_SIZE)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, chain
 
-from common.seed import derive
+from common.seed import derive_seed
 from shards.dataset import CACHE_BYTES, DataSet, open_data_set
 from shards.manifest import Manifest, different_makers
 from shards.record import Record
@@ -39,7 +39,7 @@ def parse_weight(text: str) -> tuple[str, float]:
 def cycle_draws(shares: tuple[int, ...], seed: int, cycle: int) -> tuple[tuple[int, int], ...]:
     """For each place of a cycle: the data set that is drawn from, and how often it was in this cycle before."""
     size, bounds = sum(shares), list(accumulate(shares))
-    key = derive(seed, 0, 0, "mixture")
+    key = derive_seed(seed, 0, 0, "mixture")
     owners = [bisect_right(bounds, permuted(place, count=size, seed=key, epoch=cycle)) for place in range(size)]
     drawn, draws = [0] * len(shares), []
     for owner in owners:
@@ -80,7 +80,7 @@ class Mixture:
         cycle, place = divmod(position, sum(self.shares))
         number, nth = cycle_draws(self.shares, seed, cycle)[place]
         drawn = cycle * self.shares[number] + nth
-        return self._starts[number] + self.data_sets[number].index(drawn, seed=derive(seed, 0, number, "data set"))
+        return self._starts[number] + self.data_sets[number].index(drawn, seed=derive_seed(seed, 0, number, "data set"))
 
 
 def open_data_sets(shards: Sequence[str], *, cache_bytes: int = CACHE_BYTES) -> DataSet | Mixture:

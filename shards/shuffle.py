@@ -6,7 +6,7 @@ A Feistel network permutes the numbers of just enough bits, and numbers outside 
 
 from functools import lru_cache
 
-from common.seed import derive
+from common.seed import derive_seed
 
 ROUNDS = 8
 MASK = (1 << 64) - 1
@@ -14,7 +14,7 @@ MASK = (1 << 64) - 1
 
 @lru_cache(maxsize=64)
 def _keys(seed: int, epoch: int) -> tuple[int, ...]:
-    return tuple(derive(seed, epoch, number, "order") for number in range(ROUNDS))
+    return tuple(derive_seed(seed, epoch, number, "order") for number in range(ROUNDS))
 
 
 def mix(value: int) -> int:

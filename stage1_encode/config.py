@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.options import MODEL, check_fields, device_option, option, size_option
+from common.options import MODEL_HELP, check_fields, device_option, option, size_option
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
@@ -22,7 +22,7 @@ class EncodeConfig:
     """What `encode` makes of a CSV."""
 
     data: str = option(help="CSV with columns video (or path) and prompt (or text).")
-    model: str = option(help=MODEL)
+    model: str = option(help=MODEL_HELP)
     out: str = option(help="Folder of the data set.")
     num_frames: int = size_option("num_frames")
     height: int = size_option("height")

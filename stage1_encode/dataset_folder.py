@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from common.files import write_file
-from common.model_folder import fingerprint
+from common.model_folder import fingerprint_folder
 from common.options import write_config
 from common.video import VideoSpec
 from shards.manifest import (
@@ -66,9 +66,9 @@ class Survey:
 def make_plan(config: EncodeConfig, model: Path) -> Plan:
     """The plan that a configuration and a model folder amount to."""
     encoder = Encoder(
-        vae=fingerprint(model / "vae"),
-        text_encoder=fingerprint(model / "text_encoder"),
-        tokenizer=fingerprint(model / "tokenizer"),
+        vae=fingerprint_folder(model / "vae"),
+        text_encoder=fingerprint_folder(model / "text_encoder"),
+        tokenizer=fingerprint_folder(model / "tokenizer"),
         vae_dtype=config.vae_dtype,
         text_dtype=config.text_dtype,
         text_dim=text_width(model),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.device import pick_device
-from common.model_folder import locate
+from common.model_folder import locate_model
 from shards.manifest import MANIFEST, NEGATIVE
 from stage1_encode.config import EncodeConfig
 from stage1_encode.dataset_folder import (
@@ -60,7 +60,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
         raise ValueError("retry_failures: not under torchrun; use one process, --engine ray, or jobs with --shards")
     if config.engine == "local":
         pick_device(config.device)  # a mistake there comes out before anything is written
-    plan = make_plan(config, locate(config.model, PARTS))
+    plan = make_plan(config, locate_model(config.model, PARTS))
     check_folder(folder)
     check_plan(folder, plan)
     found = survey(folder, config)

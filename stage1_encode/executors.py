@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from common.progress import Progress
+from common.progress import ProgressBar
 from stage1_encode.config import EncodeConfig
 from stage1_encode.dataset_folder import finished
 from stage1_encode.media.rows import read_shards
@@ -118,7 +118,7 @@ def run_on_ray(config: EncodeConfig, wanted: Mapping[int, int], *, negative: boo
         begin()
         if negative:
             ray.get(workers[0].write_negative.remote())
-        with Progress(sum(wanted.values()), label="encode") as progress:
+        with ProgressBar(sum(wanted.values()), label="encode") as progress:
             while chunk := list(islice(waiting, CHUNK)):
                 if not pool.has_free():
                     progress.advance(count=pool.get_next_unordered())

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from common.device import begin_copy, mark, pick_device
+from common.device import copy_async, pick_device, record_event
 from common.files import write_file
-from common.model_folder import locate
-from common.progress import track
+from common.model_folder import locate_model
+from common.progress import track_progress
 from shards.manifest import NEGATIVE
 from shards.record import Record, Source
 from shards.writer import Failure, Index, shard_name, write_shard
@@ -59,7 +59,7 @@ class Encoders:
 
 def load_encoders(config: EncodeConfig) -> Encoders:
     """Read both models onto the device."""
-    folder, device = locate(config.model, PARTS), pick_device(config.device)
+    folder, device = locate_model(config.model, PARTS), pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or pinned memory and events would open the first GPU too
     whole = vae.load(folder, dtype=vae.dtype_of(config.vae_dtype), device=device)
@@ -80,7 +80,7 @@ def write_negative(config: EncodeConfig, encoders: Encoders) -> None:
     """Embed the negative prompt."""
     tokens = text_encoder.tokenize(encoders.text, [text_encoder.clean(config.negative_prompt)])
     embedding = text_encoder.embed(encoders.text, tokens, budget=config.text_tokens)[0]
-    if ready := mark(encoders.text.model.device):
+    if ready := record_event(encoders.text.model.device):
         ready.synchronize()
     folder = Path(config.out)
     with storing(folder):
@@ -99,7 +99,7 @@ def make_shards(
     ahead, later = tee(tasks)
     rows = chain.from_iterable(task.rows for task in ahead)
     depth = 2 * (readers.count + config.batch_size)
-    frames = track(read_ahead(rows, readers, Path(config.data), depth=depth), total=total, label="encode")
+    frames = track_progress(read_ahead(rows, readers, Path(config.data), depth=depth), total=total, label="encode")
     written: deque[Future[Index]] = deque()
     with ThreadPoolExecutor(1) as preparer, ThreadPoolExecutor(WRITERS, initializer=one_thread) as writers:
         for prepared in prepare_ahead(later, encoders.text, preparer):
@@ -179,7 +179,7 @@ def encode_shard(
         good.append(Good(row, prompt, embedding, frame.size if frame else None))
         if frame:
             batches.add(frame.pixels)
-    return Made(good, batches.finish(), failures, mark(encoders.text.model.device))
+    return Made(good, batches.finish(), failures, record_event(encoders.text.model.device))
 
 
 def to_records(config: EncodeConfig, good: list[Good], latents: list[Tensor]) -> list[Record]:
@@ -214,7 +214,7 @@ class Batches:
         pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.model.mean.device.type == "cuda")
         numpy.stack(self.waiting, out=pixels.numpy())
         latents = vae.encode_frames(self.model, pixels).to(torch.bfloat16)
-        self.latents += list(begin_copy(latents, torch.device("cpu")))
+        self.latents += list(copy_async(latents, torch.device("cpu")))
         self.waiting = []
 
     def finish(self) -> list[Tensor]:

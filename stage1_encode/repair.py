@@ -11,8 +11,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 
 from common.device import pick_device
-from common.model_folder import fingerprint, locate
-from common.options import resolve
+from common.model_folder import fingerprint_folder, locate_model
+from common.options import resolve_config
 from shards.dataset import DataSet, open_data_set
 from shards.record import Record
 from shards.verification.statistics import Report
@@ -35,7 +35,7 @@ def mend(report: Report, config: VerifyConfig) -> EncodeReport:
     if not folder.is_dir():
         raise ValueError(f"shards={report.where}: only a local folder is repaired; copy it, or encode it again")
     asked = command_of(folder, config)
-    check_plan(folder, make_plan(asked, locate(asked.model, PARTS)))
+    check_plan(folder, make_plan(asked, locate_model(asked.model, PARTS)))
     pick_device(asked.device)
     sidecars = {problem.file for problem in report.problems if problem.shard and problem.file != problem.shard}
     with aside([folder / name for name in sorted(sidecars)]):
@@ -61,7 +61,7 @@ def command_of(folder: Path, config: VerifyConfig) -> EncodeConfig:
     """The options that a data set was made with, for the folder where it lies now."""
     if not (folder / CONFIG).is_file():
         raise ValueError(f"shards={folder}: holds no {CONFIG}; encode it again")
-    made = resolve(EncodeConfig, {"config": str(folder / CONFIG), "out": str(folder), "model": config.model})
+    made = resolve_config(EncodeConfig, {"config": str(folder / CONFIG), "out": str(folder), "model": config.model})
     return replace(made, shards="", engine="local", max_failures=1.0, device=config.device)
 
 
@@ -71,9 +71,9 @@ def draw_sheet(report: Report, config: VerifyConfig) -> Path:
     Broken records and those without a first frame are left out. ValueError where `model` has another VAE.
     """
     assert config.model, config
-    folder = locate(config.model, ("vae",))
+    folder = locate_model(config.model, ("vae",))
     data = open_data_set(report.where)
-    if fingerprint(folder / "vae") != data.manifest.encoder.vae:
+    if fingerprint_folder(folder / "vae") != data.manifest.encoder.vae:
         raise ValueError(f"model={config.model}: its VAE is not the one that {report.where} was made with")
     model = vae.load(folder, dtype=torch.float32, device=pick_device(config.device))
     cells = [cell(model, record) for record in some_records(data)]

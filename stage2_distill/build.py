@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.seed import generator
-from common.timer import Clock
+from common.seed import make_generator
+from common.timer import PhaseTimer
 from shards.dataset import DataSet
 from shards.mixture import Mixture
 from shards.record import pad_text
@@ -104,7 +104,7 @@ def open_adapted(model: Path, ranks: Ranks, plan: Plan, lora: Lora, *, dtype: to
     read_weights(model / "transformer", base)
     student, teacher, critic = (Role(net, layers, adapter) for adapter in (STUDENT, None, CRITIC))
     for role in (student, critic):
-        draw(role, seed)
+        initialize_adapters(role, seed)
     return [student, teacher, critic]
 
 
@@ -123,13 +123,13 @@ class Drawn:
 
 
 @torch.no_grad()
-def draw(role: Role, seed: int) -> None:
+def initialize_adapters(role: Role, seed: int) -> None:
     """First factors uniform within 1/sqrt(inputs), as nn.Linear; second factors zero: the role begins as the base."""
     for name, weight in role.named_parameters():
         whole = torch.zeros(weight.shape)
         if ".lora_A." in name:
             bound = weight.shape[1] ** -0.5
-            whole.uniform_(-bound, bound, generator=generator(seed, 0, 0, f"{role.adapter} {name}"))
+            whole.uniform_(-bound, bound, generator=make_generator(seed, 0, 0, f"{role.adapter} {name}"))
         fill(weight, Drawn(whole), name)
 
 
@@ -144,6 +144,6 @@ def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet
         opened.critic_optimizer,
         opened.ema,
         pad_text(data.negative, config.text_rows).to(ranks.device),
-        Clock(ranks.device),
+        PhaseTimer(ranks.device),
         Reuse(config, ranks.world),
     )

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from common.flow import ladder
-from common.options import MODEL, check_fields, device_option, option, size_option, text_rows_option
+from common.flow import timestep_sigmas
+from common.options import MODEL_HELP, check_fields, device_option, max_text_tokens_option, option, size_option
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
@@ -22,7 +22,7 @@ class DistillConfig:
     """What `distill` does; the defaults are the published recipe (quanhaol/Wan2.2-TI2V-5B-Turbo)."""
 
     shards: tuple[str, ...] = option(help="Data set made by encode; FOLDER:WEIGHT, several times, mixes data sets.")
-    model: str = option(help=MODEL)
+    model: str = option(help=MODEL_HELP)
     out: str = option(help="Folder of the run.")
     init_from: str | None = option(None, "Start student and critic from this run, checkpoint or model folder instead.")
     iterations: int = option(4000, "Iterations in all; each updates the critic once.", minimum=1)
@@ -86,7 +86,7 @@ class DistillConfig:
         "attention", "What a block keeps for its backward pass; the rest is computed again. host: its input, in host "
         "memory; results: attention's and the feed-forward's.", choices=KEEPS,
     )  # fmt: skip
-    text_rows: int = text_rows_option()
+    text_rows: int = max_text_tokens_option()
     attention: str = option("auto", "Kernel of attention; auto: FlashAttention-3 or cuDNN in bf16.", choices=ATTENTIONS)
     compile: bool = option(False, "Compile the blocks first: a minute at the start, then a quarter faster on a GPU.")
     preview_every: int = option(0, "Iterations from one preview to the next; 0 = none.", minimum=0)
@@ -128,4 +128,4 @@ class DistillConfig:
     @property
     def sigmas(self) -> tuple[float, ...]:
         """The ladder's noise levels."""
-        return ladder(self.ladder, s=self.shift)
+        return timestep_sigmas(self.ladder, s=self.shift)

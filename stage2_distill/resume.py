@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.model_folder import locate
+from common.model_folder import locate_model
 from stage2_distill.checkpointing.format import (  # fmt: skip
     STUDENT,
     StudentFacts,
@@ -113,7 +113,9 @@ def begin_from(trainer: Trainer, source: str, facts: StudentFacts) -> None:
     elif trainer.config.lora_rank:
         raise ValueError(f"init_from={source}: adapters start from a run of adapters; another base is named by --model")
     else:
-        weights = folder if (folder / "config.json").is_file() else locate(source, ("transformer",)) / "transformer"
+        weights = (
+            folder if (folder / "config.json").is_file() else locate_model(source, ("transformer",)) / "transformer"
+        )
         for _, net, optimizer in trained:
             read_weights(weights, dict(net.named_parameters()), remainders(net, optimizer))
     trainer.ema.update(masters(roles.student, trainer.student_optimizer), 0.0, trainer.ranks.device)

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from common.condition import Condition
-from common.files import holds_more
-from common.model_folder import fingerprint, locate
+from common.files import has_foreign_files
+from common.model_folder import fingerprint_folder, locate_model
 from common.options import read_yaml, write_config
 from shards.dataset import DataSet, Stream, prefetch
 from shards.manifest import Manifest, check_manifest
@@ -48,7 +48,7 @@ def distill(config: DistillConfig) -> Path:
             "attention on cuDNN adds in any order: resumed, this run differs in its last bits from one never stopped; "
             "the package flash-attn-3 keeps an order, and so does --attention flash, which is slower"
         )
-    model = locate(config.model, ("transformer",))
+    model = locate_model(config.model, ("transformer",))
     data = open_data_sets(config.shards)
     check_manifest(Path(config.shards[0]), data.manifest, spec=config.spec, encoder=expected_encoder(model))
     accumulation(config, ranks.world)
@@ -63,7 +63,7 @@ def distill(config: DistillConfig) -> Path:
 
 def expected_encoder(model: Path) -> dict[str, object]:
     """Fingerprints of those encoders that lie beside the transformer; nothing is loaded."""
-    return {part: fingerprint(model / part) for part in ("vae", "text_encoder") if (model / part).is_dir()}
+    return {part: fingerprint_folder(model / part) for part in ("vae", "text_encoder") if (model / part).is_dir()}
 
 
 def open_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
@@ -71,7 +71,7 @@ def open_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
 
     Until its first iteration is done any option may change; only a preview would be of the old ones.
     """
-    if holds_more(out, CONFIG):
+    if has_foreign_files(out, CONFIG):
         raise ValueError(f"out={out}: holds something that is not a run of distill; name an empty folder")
     changed = changes(out / CONFIG, config) if (out / CONFIG).is_file() else []
     if changed and (whole_lines(out / METRICS) or checkpoints(out)):
@@ -104,7 +104,7 @@ def student_facts(config: DistillConfig, model: Path, manifest: Manifest, memory
         sampler=SAMPLER,
         spec=config.spec,
         base_model=config.model,
-        transformer=fingerprint(model / "transformer"),
+        transformer=fingerprint_folder(model / "transformer"),
         vae=manifest.encoder.vae,
         text_encoder=manifest.encoder.text_encoder,
         config=asdict(config),

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from common.condition import Condition, Denoiser
-from common.device import begin_copy, mark
+from common.device import copy_async, record_event
 from common.flow import score_sigma
-from common.seed import generator, normal, uniform
-from common.timer import Clock
+from common.seed import draw_normal, draw_uniform, make_generator
+from common.timer import PhaseTimer
 from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.fsdp import reduce_gradients
 from stage2_distill.distributed.process_group import Ranks, of_all_ranks
@@ -55,7 +55,7 @@ class Trainer:
     critic_optimizer: torch.optim.Optimizer
     ema: Ema
     negative_text: Tensor  # (L D)
-    clock: Clock
+    clock: PhaseTimer
     reuse: Reuse
 
     def denoiser(self, net: nn.Module) -> Denoiser:
@@ -119,7 +119,7 @@ def accumulate(
 ) -> Tensor:
     """Add up the gradients of `net` over the micro-batches of one update; this rank's mean loss and looks (4)."""
     total = torch.zeros(1 + len(LOOKS), device=trainer.ranks.device)
-    for part, condition in trainer.clock.each(data, "data"):
+    for part, condition in trainer.clock.time_items(data, "data"):
         reduce_gradients(net, part.last)
         with trainer.clock("rollout"), torch.set_grad_enabled(part.role == STUDENT):
             x0, condition, exit_at = simulate(trainer, part, condition, exit_at)
@@ -143,12 +143,12 @@ def simulate(trainer: Trainer, part: Part, condition: Condition, exit_at: int) -
     if part.role == CRITIC and config.rollout_reuse:
         return trainer.reuse.sample(trainer.denoiser(trainer.roles.student), part, condition)
     draws = [
-        generator(config.seed, part.iteration, sample, f"{part.role} rollout", trainer.ranks.device)
+        make_generator(config.seed, part.iteration, sample, f"{part.role} rollout", trainer.ranks.device)
         for sample in part.samples
     ]
     x0 = rollout(
         trainer.denoiser(trainer.roles.student),
-        normal(config.spec.latent_shape, draws),
+        draw_normal(config.spec.latent_shape, draws),
         condition,
         ladder=config.sigmas,
         generators=draws,
@@ -161,13 +161,13 @@ def score_draws(trainer: Trainer, part: Part, x0: Tensor, exit_at: int) -> tuple
     """Where the scores are compared: sigma (B) and noise (B C T H W)."""
     config = trainer.config
     draws = [
-        generator(config.seed, part.iteration, sample, f"{part.role} score", trainer.ranks.device)
+        make_generator(config.seed, part.iteration, sample, f"{part.role} score", trainer.ranks.device)
         for sample in part.samples
     ]
     low, high = score_bounds(exit_at, config)
-    u = low + (high - low) * uniform(draws)
+    u = low + (high - low) * draw_uniform(draws)
     sigma = score_sigma(u, s=config.shift, low=config.score_low, high=config.score_high)
-    return sigma, normal(x0.shape[1:], draws)
+    return sigma, draw_normal(x0.shape[1:], draws)
 
 
 def apply(
@@ -179,7 +179,7 @@ def apply(
     """
     norm = clip(net, optimizer, trainer.config.grad_clip)
     shown = torch.cat([of_all_ranks(figures), norm.expand(1, len(figures))])
-    here, copied = begin_copy(shown, torch.device("cpu")), mark(trainer.ranks.device)
+    here, copied = copy_async(shown, torch.device("cpu")), record_event(trainer.ranks.device)
     with trainer.clock("update"):
         taken = step_if(optimizer, shown[:, 0].sum().isfinite())
     if copied is not None:

@@ -107,7 +107,7 @@ def test_prompt_and_picture_become_a_video(run: Path, model: Path, tmp_path: Pat
 )
 def test_an_image_may_be_a_web_address(image: str, found: str, tmp_path: Path) -> None:
     config = SampleConfig("c", "m", "o.mp4", prompt="p", image=image)
-    table = Path(cli.write_prompt(tmp_path / "prompt.csv", config))
+    table = Path(cli.write_prompt_csv(tmp_path / "prompt.csv", config))
     (rows,) = read_shards(table, shard_size=9, text_only=True)
     assert locate_file(table, rows[0].path) == found
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from common.progress import track
+from common.progress import track_progress
 from shards.dataset import prefetch
 from shards.manifest import MANIFEST, NEGATIVE, SHARD_NAME, Manifest, intact, parse_manifest, parse_negative
 from shards.storage.open import Folder, Place, open_place, read_whole
@@ -29,7 +29,7 @@ def verify(prefix: str | Path) -> Report:
         return Report(place.where, None, tuple(problems), (), {}, {})
     check = partial(examine, place, manifest)
     checked = prefetch(check, manifest.shards, depth=2 * THREADS, threads=THREADS)
-    found = list(track(checked, total=len(manifest.shards), label="verify"))
+    found = list(track_progress(checked, total=len(manifest.shards), label="verify"))
     problems += [problem for findings in found for problem in findings.problems]
     problems += [*_duplicate_keys(found), *_rows(found), *_failures(place, manifest, found), *_strays(place, manifest)]
     return Report(place.where, manifest, tuple(problems), outliers(found), spreads(found), sources(found))

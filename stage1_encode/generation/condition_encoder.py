@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.device import Travelling, mark
-from common.model_folder import locate
+from common.device import OffloadedTensors, record_event
+from common.model_folder import locate_model
 from common.video import VideoSpec
 from shards.record import Record, Source
 from stage1_encode.media.first_frame import UnreadableError, first_frame
@@ -36,9 +36,9 @@ class Conditioner:
     device: torch.device
 
     @cached_property
-    def words(self) -> Travelling:
+    def words(self) -> OffloadedTensors:
         """The text encoder's tensors."""
-        return Travelling([*self.text.model.parameters(), *self.text.model.buffers()])
+        return OffloadedTensors([*self.text.model.parameters(), *self.text.model.buffers()])
 
 
 def load_conditioner(
@@ -48,7 +48,7 @@ def load_conditioner(
 
     `precision` of the VAE: a type, or auto, which is bf16 on a GPU and float32 elsewhere; `compiled`: its decoder too.
     """
-    folder = locate(model, PARTS)
+    folder = locate_model(model, PARTS)
     named = ("bfloat16" if device.type == "cuda" else "float32") if precision == "auto" else precision
     whole = replace(vae.load(folder, dtype=getattr(torch, named), device=device), compiled=compiled)
     whole.keep_fast_decoder()
@@ -72,7 +72,7 @@ def make_records(models: Conditioner, rows: Sequence[Row], table: Path, spec: Vi
     if problems:
         raise ValueError(f"{len(problems)} of the conditions cannot be used; {problems[0]}")
     latents = [encode_frame(models, found) if isinstance(found, Tensor) else None for found in pictures]
-    if ready := mark(models.device):
+    if ready := record_event(models.device):
         ready.synchronize()
     if not stay:
         models.words.move(torch.device("cpu"))

@@ -12,9 +12,9 @@ from PIL import Image
 
 from common.device import pick_device
 from common.files import write_file
-from common.model_folder import locate
+from common.model_folder import locate_model
 from common.options import write_config
-from common.progress import track
+from common.progress import track_progress
 from shards import latent_store
 from shards.latent_store import LatentGroup
 from stage1_encode.config import DecodeConfig
@@ -62,14 +62,14 @@ def check_folder(folder: Path, steps: Sequence[str]) -> None:
 
 def load_vae(config: DecodeConfig) -> vae.Vae:
     """Read the VAE onto the device."""
-    folder = locate(config.model, ("vae",))
+    folder = locate_model(config.model, ("vae",))
     return vae.load(folder, dtype=getattr(torch, config.vae_dtype), device=pick_device(config.device))
 
 
 def decode_step(config: DecodeConfig, model: vae.Vae, group: LatentGroup, folder: Path) -> list[Path]:
     """Write the videos of one step and their contact sheet; the files made."""
     made, sheet = [], []
-    for row in track(range(len(group.keys)), total=len(group.keys), label="decode"):
+    for row in track_progress(range(len(group.keys)), total=len(group.keys), label="decode"):
         pixels = read_pixels(model, Path(config.latents), group, row)
         made.append(write_video(folder / f"{group.keys[row]}.mp4", pixels, fps=group.spec.fps))
         if row < MOST_ROWS:

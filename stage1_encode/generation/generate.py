@@ -17,8 +17,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from common.device import begin_copy, mark
-from common.progress import Progress
+from common.device import copy_async, record_event
+from common.progress import ProgressBar
 from common.video import VideoSpec
 from shards import latent_store
 from shards.record import Record, alike
@@ -109,7 +109,7 @@ def _make(order: Order, models: Conditioner, sampler: Sampler, placing: Placing)
         return []
     seeds = [order.seed if row.seed is None else row.seed for row in rows]
     latent_store.create(order.store, contents(order, rows, seeds))
-    with ExitStack() as films, ThreadPoolExecutor(1) as keeper, Progress(len(rows), label="sample") as progress:
+    with ExitStack() as films, ThreadPoolExecutor(1) as keeper, ProgressBar(len(rows), label="sample") as progress:
         work = Work(order, models, sampler, placing, films, keeper)
         for start in range(0, len(rows), TOGETHER):
             for done in work.make(rows[start : start + TOGETHER], seeds[start : start + TOGETHER]):
@@ -142,7 +142,7 @@ class Take:
         """Append frames (F X Y 3) uint8."""
         self.film.add(frames)
         here = [place - self.count for place in self.places if 0 <= place - self.count < len(frames)]
-        self.shown += [begin_copy(frames[place].clone(), torch.device("cpu")) for place in here]
+        self.shown += [copy_async(frames[place].clone(), torch.device("cpu")) for place in here]
         self.count += len(frames)
 
 
@@ -208,7 +208,9 @@ class Work:
     def keep(self, records: Sequence[Record], x0: Tensor, segment: int) -> None:
         """Store latents (B C T H W) meanwhile; when this returns, those before them are stored."""
         rows = [self.place(record) * self.order.segments + segment for record in records]
-        self.kept.append(self.keeper.submit(self._write, rows, begin_copy(x0, torch.device("cpu")), mark(x0.device)))
+        self.kept.append(
+            self.keeper.submit(self._write, rows, copy_async(x0, torch.device("cpu")), record_event(x0.device))
+        )
         if len(self.kept) > 1:
             self.kept.popleft().result()
 

@@ -12,7 +12,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from torch import Tensor
 from torch.nn import functional
 
-from common.device import begin_copy, mark
+from common.device import copy_async, record_event
 
 H264 = {
     "crf": "16",  # visually lossless
@@ -42,8 +42,8 @@ class Film:
         """Append frames (F X Y 3) uint8, on any device; they must not be changed after."""
         if not len(frames):
             return
-        planes = begin_copy(torch.stack([to_planes(frame) for frame in frames]), torch.device("cpu"))
-        self.waiting.append(self.thread.submit(self._encode, planes, mark(frames.device)))
+        planes = copy_async(torch.stack([to_planes(frame) for frame in frames]), torch.device("cpu"))
+        self.waiting.append(self.thread.submit(self._encode, planes, record_event(frames.device)))
         while len(self.waiting) > AHEAD:
             self.waiting.popleft().result()
 

@@ -13,7 +13,7 @@ from transformers.activations import NewGELUActivation
 from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 from transformers.utils import logging
 
-from common.device import begin_copy
+from common.device import copy_async
 from common.video import TEXT_LENGTH
 from stage1_encode.models.loading import check_weights, reading
 
@@ -103,8 +103,8 @@ def embed(encoder: TextEncoder, tokens: Sequence[Sequence[int]], *, budget: int)
     found: list[Tensor] = [torch.empty(0)] * len(tokens)
     for batch in group(tokens, budget):
         ids, mask = padded([tokens[place] for place in batch], encoder.tokenizer.pad_token_id)
-        hidden = encoder.model(begin_copy(ids, device), begin_copy(mask, device)).last_hidden_state
-        hidden = begin_copy(hidden.to(torch.bfloat16), torch.device("cpu"))
+        hidden = encoder.model(copy_async(ids, device), copy_async(mask, device)).last_hidden_state
+        hidden = copy_async(hidden.to(torch.bfloat16), torch.device("cpu"))
         for row, place in enumerate(batch):
             found[place] = hidden[row, : len(tokens[place])]
     return found

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.video import CHANNELS
+from common.video import LATENT_CHANNELS
 from stage1_encode.models.loading import check_weights, reading
 from stage1_encode.models.vae_decoder import Decoder, stream
 from stage1_encode.models.vae_ops import ways_for
@@ -123,8 +123,10 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Vae:
     with reading(folder / "vae"):
         model, found = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype, output_loading_info=True)
     check_weights(folder / "vae", found)
-    if model.config.z_dim != CHANNELS:
-        raise ValueError(f"model={folder}: the VAE has {model.config.z_dim} channels, Wan2.2-TI2V-5B has {CHANNELS}")
+    if model.config.z_dim != LATENT_CHANNELS:
+        raise ValueError(
+            f"model={folder}: the VAE has {model.config.z_dim} channels, Wan2.2-TI2V-5B has {LATENT_CHANNELS}"
+        )
     mean, std = (
         rearrange(torch.tensor(values, device=device), "c -> 1 c 1 1 1")
         for values in (model.config.latents_mean, model.config.latents_std)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from common.device import pick_device
 from common.files import write_file
-from common.model_folder import locate
-from common.progress import Progress
+from common.model_folder import locate_model
+from common.progress import ProgressBar
 from shards import latent_store
 from shards.comparison import LATENTS, Contest, read_contest, set_name
 from shards.dataset import DataSet, open_data_set
@@ -81,7 +81,7 @@ def measure(looks: Looks) -> Path:
     count = min(looks.videos, contest.count)
     given = first_frames(tools, count, looks.batch_size)
     names = wanted_sets(contest, references=looks.i3d is not None)
-    with Progress(count * len(names), label="look at videos") as progress:
+    with ProgressBar(count * len(names), label="look at videos") as progress:
         for name in names:
             group = latent_store.describe(out / LATENTS, name)
             for start in range(0, count, looks.batch_size):
@@ -112,7 +112,7 @@ def open_tools(looks: Looks) -> Tools:
     """Load the VAE and what else was asked for; the user's mistakes come out before any work."""
     device = pick_device(looks.device)
     return Tools(
-        vae.load(locate(looks.model, ("vae",)), dtype=torch.float32, device=device),
+        vae.load(locate_model(looks.model, ("vae",)), dtype=torch.float32, device=device),
         open_data_set(looks.shards),
         custom_judge.load(looks.analyser) if looks.analyser else None,
         i3d_features.load(looks.i3d, device) if looks.i3d else None,

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from common.files import write_file
-from common.flow import ladder
+from common.flow import timestep_sigmas
 from common.video import VideoSpec
 
 STUDENT, INDEX, BEST = "student.json", "index.json", "best"
@@ -61,7 +61,7 @@ class StudentFacts:
     @property
     def sigmas(self) -> tuple[float, ...]:
         """The ladder's noise levels."""
-        return ladder(self.ladder, s=self.shift)
+        return timestep_sigmas(self.ladder, s=self.shift)
 
 
 def step_folder(run: Path, iteration: int) -> Path:

@@ -29,7 +29,7 @@ from common.files import (
     sync_folder,  # fmt: skip
     write_file,
 )
-from common.timer import Clock
+from common.timer import PhaseTimer
 from stage2_distill.checkpointing.format import (
     STUDENT,
     FileFacts,
@@ -104,12 +104,12 @@ class Saver:
         if snapshot is not None:
             snapshot.result()
 
-    def before_steps_of(self, optimizers: Mapping[str, torch.optim.Optimizer], clock: Clock) -> None:
+    def before_steps_of(self, optimizers: Mapping[str, torch.optim.Optimizer], clock: PhaseTimer) -> None:
         """Let each role's optimizer wait before a step for the copies of what it changes, and for no others."""
         for role, optimizer in optimizers.items():
             optimizer.register_step_pre_hook(partial(self._before_step, role, clock))
 
-    def _before_step(self, role: str, clock: Clock, *_: object) -> None:
+    def _before_step(self, role: str, clock: PhaseTimer, *_: object) -> None:
         snapshot = self.snapshot
         if snapshot is not None and snapshot.missing(role):
             with clock("checkpoint"):

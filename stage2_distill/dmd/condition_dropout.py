@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from common.condition import Condition
-from common.seed import generator, uniform
+from common.seed import draw_uniform, make_generator
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.schedule import Part
 
@@ -27,11 +27,13 @@ def vary(condition: Condition, part: Part, config: DistillConfig) -> Condition:
 
 def chosen(part: Part, config: DistillConfig, purpose: str) -> torch.Tensor:
     """Uniform draws (B) that decide for each sample."""
-    return uniform([generator(config.seed, part.iteration, s, f"{part.role} {purpose}") for s in part.samples])
+    return draw_uniform(
+        [make_generator(config.seed, part.iteration, s, f"{part.role} {purpose}") for s in part.samples]
+    )
 
 
 def jitter(part: Part, config: DistillConfig) -> torch.Tensor:
     """Log-normal shares (B) of the video's time."""
-    draws = [generator(config.seed, part.iteration, s, f"{part.role} jitter time") for s in part.samples]
+    draws = [make_generator(config.seed, part.iteration, s, f"{part.role} jitter time") for s in part.samples]
     normal = torch.cat([torch.randn(1, generator=draw) for draw in draws])
     return (JITTER_MEAN + JITTER_DEVIATION * normal).exp()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.condition import Condition, Denoiser
 from common.flow import add_noise
-from common.seed import normal
+from common.seed import draw_normal
 
 
 def rollout(
@@ -33,7 +33,7 @@ def rollout(
     with torch.no_grad():
         for step in range(last):
             x0 = denoiser(x_t, sigmas[step], condition)
-            x_t = add_noise(x0, normal(x0.shape[1:], generators), sigmas[step + 1])
+            x_t = add_noise(x0, draw_normal(x0.shape[1:], generators), sigmas[step + 1])
     return denoiser(x_t, sigmas[last], condition)
 
 
@@ -52,7 +52,9 @@ def trajectory(
         x0 = denoiser(x_t, noise.new_full((noise.shape[0],), sigma), condition)
         yield x0
         if step + 1 < len(ladder):
-            x_t = add_noise(x0, normal(x0.shape[1:], generators), noise.new_full((noise.shape[0],), ladder[step + 1]))
+            x_t = add_noise(
+                x0, draw_normal(x0.shape[1:], generators), noise.new_full((noise.shape[0],), ladder[step + 1])
+            )
 
 
 @torch.no_grad()

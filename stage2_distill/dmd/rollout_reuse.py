@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.condition import Condition, Denoiser
-from common.seed import generator, normal
+from common.seed import draw_normal, make_generator
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.rollout import trajectory
 from stage2_distill.dmd.schedule import Part, accumulation
@@ -41,7 +41,7 @@ def slot_of(part: Part, config: DistillConfig, world: int) -> Slot:
     size = small + 1 if in_larger else small
     group, member = divmod(place, size) if in_larger else divmod(place - cut, size)
     group += 0 if in_larger else larger
-    draw = generator(config.seed, cycle, group, "critic exits")
+    draw = make_generator(config.seed, cycle, group, "critic exits")
     return Slot(group, exits(size, steps, draw)[member], member == 0)
 
 
@@ -78,7 +78,7 @@ class Reuse:
     def begin(self, student: Denoiser, part: Part, condition: Condition) -> None:
         """Start a trajectory from the noise of its first micro-batch."""
         device = condition.text.device
-        draws = [generator(self.config.seed, part.iteration, s, "critic rollout", device) for s in part.samples]
-        noise = normal(self.config.spec.latent_shape, draws)
+        draws = [make_generator(self.config.seed, part.iteration, s, "critic rollout", device) for s in part.samples]
+        noise = draw_normal(self.config.spec.latent_shape, draws)
         self.condition, self.seen = condition, []
         self.coming = trajectory(student, noise, condition, ladder=self.config.sigmas, generators=draws)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.seed import generator
+from common.seed import make_generator
 from stage2_distill.config import DistillConfig
 
 STUDENT, CRITIC = "student", "critic"
@@ -95,9 +95,9 @@ def exit_index(iteration: int, role: str, config: DistillConfig) -> int:
     steps = len(config.ladder)
     if config.exit_schedule == "stratified":
         window, place = divmod(updates_of(role, iteration, config), steps)
-        draw = generator(config.seed, window, 0, f"{role} exits")
+        draw = make_generator(config.seed, window, 0, f"{role} exits")
         return int(torch.randperm(steps, generator=draw)[place])
-    draw = generator(config.seed, iteration, 0, f"{role} exit")
+    draw = make_generator(config.seed, iteration, 0, f"{role} exit")
     return int(torch.randint(steps, (1,), generator=draw))
 
 

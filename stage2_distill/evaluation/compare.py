@@ -19,10 +19,10 @@ from common.condition import Condition, Denoiser
 from common.device import pick_device
 from common.files import write_file
 from common.flow import shift
-from common.model_folder import fingerprint, locate
+from common.model_folder import fingerprint_folder, locate_model
 from common.options import write_config
-from common.progress import Progress
-from common.seed import generator, normal
+from common.progress import ProgressBar
+from common.seed import draw_normal, make_generator
 from shards import latent_store
 from shards.comparison import LATENTS, Contest, Contestant, set_name, write_contest
 from shards.dataset import open_data_set
@@ -146,7 +146,7 @@ def students(setting: Setting, folders: Sequence[Path]) -> list[Sampler]:
         where = folder.resolve()
         short = f"{where.parent.name}-{where.name}"
         label = f"{short}, {len(facts.sigmas)} steps" if made else f"student, {len(facts.sigmas)} steps"
-        name = f"{short}-{fingerprint(folder)[:6]}"
+        name = f"{short}-{fingerprint_folder(folder)[:6]}"
         contestant = Contestant(name if made else "student", label, len(facts.sigmas), name)
         if contestant.sets not in [sampler.contestant.sets for sampler in made]:
             made.append(Sampler(contestant, folder, facts.sigmas, 1.0, True))
@@ -185,7 +185,7 @@ def open_network(setting: Setting, checkpoint: Path | None) -> Denoiser:
             device=device,
         )
     else:
-        net = load_network(locate(config.model, ("transformer",)), dtype)
+        net = load_network(locate_model(config.model, ("transformer",)), dtype)
     return denoiser(net.to(pick_device(config.device)).requires_grad_(False), dtype)
 
 
@@ -193,7 +193,7 @@ def digest(setting: Setting, sampler: Sampler, seed: int) -> str:
     """A digest of all that decides a set's latents."""
     weights = setting.facts.transformer
     if sampler.checkpoint is not None:
-        weights = fingerprint(sampler.checkpoint) + setting.config.weights
+        weights = fingerprint_folder(sampler.checkpoint) + setting.config.weights
     how = (sampler.sigmas, sampler.scale, sampler.renoise, setting.config.dtype)
     return hashlib.sha256(repr((weights, how, setting.conditions, seed)).encode()).hexdigest()
 
@@ -214,7 +214,7 @@ def sample_set(setting: Setting, sampler: Sampler, plain: Denoiser, seed: int) -
         store, latent_store.LatentGroup(name, spec, keys, prompts, (seed,) * len(records)), together=together
     )
     took = []
-    with Progress(len(records), label=f"sample {name}") as progress:
+    with ProgressBar(len(records), label=f"sample {name}") as progress:
         for rows in alike(records, setting.config.batch_size):
             began = time.perf_counter()
             x0 = sample_rows(setting, sampler, plain, rows, seed).cpu()
@@ -232,8 +232,8 @@ def sample_rows(setting: Setting, sampler: Sampler, plain: Denoiser, rows: Seque
     device = pick_device(setting.config.device)
     records = [setting.records[row] for row in rows]
     condition: Condition = collate(records, text_rows=setting.config.text_rows).condition.to(device)
-    draws = [generator(seed, 0, row, "evaluate", device) for row in rows]
-    noise = normal(setting.facts.spec.latent_shape, draws)
+    draws = [make_generator(seed, 0, row, "evaluate", device) for row in rows]
+    noise = draw_normal(setting.facts.spec.latent_shape, draws)
     denoise = guided(plain, negative_text=setting.negative_text.to(device), scale=sampler.scale)
     if sampler.renoise:
         return rollout(denoise, noise, condition, ladder=sampler.sigmas, generators=draws)

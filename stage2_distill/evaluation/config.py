@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.options import check_fields, device_option, option, text_rows_option
+from common.options import check_fields, device_option, max_text_tokens_option, option
 from stage2_distill.sampling.config import DTYPES, WEIGHTS
 
 
@@ -26,7 +26,7 @@ class EvaluateConfig:
     i3d: str | None = option(None, "TorchScript file of an I3D network, for the Frechet video distance.")
     clip: str | None = option(None, "Folder of a CLIP model in the layout of transformers, for the CLIP score.")
     batch_size: int = option(1, "Videos sampled, and decoded, at once.", minimum=1)
-    text_rows: int = text_rows_option()
+    text_rows: int = max_text_tokens_option()
     dtype: str = option("bfloat16", "Precision of the networks.", choices=DTYPES)
     device: str = device_option()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.progress import Progress
+from common.progress import ProgressBar
 from shards import latent_store
 from shards.comparison import Contest, set_name
 
@@ -141,7 +141,7 @@ def collect(store: Path, contest: Contest) -> Sums:
     sums = Sums({name: [] for name in names}, dict.fromkeys(names, 0.0), {c.name: 0.0 for c in contest.contestants})
     video = latent_store.read(store, names[0], 0)
     step = max(1, AT_ONCE // (len(names) * video.nbytes))
-    with Progress(contest.count, label="compare latents") as progress:
+    with ProgressBar(contest.count, label="compare latents") as progress:
         for start in range(0, contest.count, step):
             stop = min(start + step, contest.count)
             add_rows(sums, contest, {name: latent_store.read_rows(store, name, start, stop) for name in names})

@@ -11,9 +11,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from common.condition import Condition, Denoiser, frame_sigma, join, pin
+from common.condition import Condition, Denoiser, concat_conditions, frame_sigma, pin
 from common.flow import x0_from_velocity
-from common.video import CHANNELS
+from common.video import LATENT_CHANNELS
 from stage2_distill.model.layers import Plan
 from stage2_distill.model.transformer import Network, adopt
 from stage2_distill.model.weight_loading import read_weights
@@ -32,8 +32,10 @@ def skeleton(folder: Path, dtype: torch.dtype, plan: Plan | None = None) -> Netw
         raise ValueError(f"model={folder}: has no readable transformer/config.json") from error
     with torch.device("meta"):
         net = WanTransformer3DModel.from_config(config)
-    if net.config.in_channels != CHANNELS or net.config.out_channels != CHANNELS:
-        raise ValueError(f"model={folder}: transformer has {net.config.in_channels} channels, TI2V needs {CHANNELS}")
+    if net.config.in_channels != LATENT_CHANNELS or net.config.out_channels != LATENT_CHANNELS:
+        raise ValueError(
+            f"model={folder}: transformer has {net.config.in_channels} channels, TI2V needs {LATENT_CHANNELS}"
+        )
     return cast_parameters(adopt(net, plan), dtype).eval()
 
 
@@ -87,7 +89,7 @@ def guided(plain: Denoiser, *, negative_text: Tensor, scale: float) -> Denoiser:
 
     def denoise_guided(x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         negative = negative_text.to(condition.text).expand_as(condition.text)
-        both = join([condition, replace(condition, text=negative)])
+        both = concat_conditions([condition, replace(condition, text=negative)])
         cond, uncond = plain(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).chunk(2)
         return uncond + scale * (cond - uncond)
 

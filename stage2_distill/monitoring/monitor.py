@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 
-from common.progress import Progress
+from common.progress import ProgressBar
 from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import Ranks
 from stage2_distill.dmd.latent_stats import LOOKS
@@ -52,7 +52,7 @@ class Watch:
 
     def __init__(self, out: Path, config: DistillConfig, ranks: Ranks, *, start: int) -> None:
         self.device, self.speaks = ranks.device, ranks.rank == 0
-        self.progress = Progress(config.iterations, done=start, label="distill", quiet=not self.speaks)
+        self.progress = ProgressBar(config.iterations, initial=start, label="distill", quiet=not self.speaks)
         self.alarms = Alarms()
         if self.speaks:
             self.journal, self.boards = Journal(out / METRICS, start=start), Boards(out, config, start=start)

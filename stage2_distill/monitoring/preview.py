@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from common.condition import Condition, Denoiser
-from common.seed import generator, normal
-from common.timer import Clock
+from common.seed import draw_normal, make_generator
+from common.timer import PhaseTimer
 from shards import latent_store
 from shards.dataset import DataSet, open_data_set
 from shards.manifest import check_manifest
@@ -35,7 +35,7 @@ class PreviewStudent:
     net: nn.Module
     denoiser: Denoiser  # of `net`
     ema: Ema
-    clock: Clock
+    clock: PhaseTimer
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Previews:
         true = [row for row in rows if row < len(self.records)]
         records = [self.records[row % len(self.records)] for row in rows]
         condition: Condition = collate(records, text_rows=config.text_rows).condition.to(device)
-        draws = [generator(config.seed, 0, row, "preview", device) for row in rows]
-        noise = normal(config.spec.latent_shape, draws)
+        draws = [make_generator(config.seed, 0, row, "preview", device) for row in rows]
+        noise = draw_normal(config.spec.latent_shape, draws)
         with torch.no_grad():
             x0 = rollout(student.denoiser, noise, condition, ladder=config.sigmas, generators=draws)
         if true:  # the last ranks may have padding alone

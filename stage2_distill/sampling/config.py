@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from common.flow import ladder
-from common.options import check_fields, device_option, option, text_rows_option
+from common.flow import timestep_sigmas
+from common.options import check_fields, device_option, max_text_tokens_option, option
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
@@ -28,7 +28,7 @@ class SampleConfig:
     ladder: tuple[float, ...] | None = option(None, "Sample with other steps than the checkpoint was trained on.")
     weights: str = option("ema", "Weights to sample from.", choices=WEIGHTS)
     batch_size: int = option(1, "Videos sampled at once.", minimum=1)
-    text_rows: int = text_rows_option()
+    text_rows: int = max_text_tokens_option()
     dtype: str = option("bfloat16", "Precision of the network.", choices=DTYPES)
     vae_dtype: str = option("auto", "Precision of the VAE; auto: bfloat16 on a GPU, else float32.", choices=VAE_DTYPES)
     compile: bool = option(False, "Compile network and decoder first (under a minute, cached): for many videos.")
@@ -60,4 +60,4 @@ class SampleConfig:
 
     def sigmas(self, shift: float) -> tuple[float, ...] | None:
         """Noise levels of an explicit ladder; None = the checkpoint's own."""
-        return None if self.ladder is None else ladder(self.ladder, s=shift)
+        return None if self.ladder is None else timestep_sigmas(self.ladder, s=shift)

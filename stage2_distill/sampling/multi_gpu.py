@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.condition import Condition
-from common.video import CHANNELS
+from common.video import LATENT_CHANNELS
 from shards.record import Record
 from stage2_distill.sampling.student_sampler import Student
 
@@ -71,7 +71,7 @@ def hear(student: Student) -> Asked | None:
         return None
     seeds = torch.zeros(count, dtype=torch.int64, device=device)
     text = torch.zeros(count, rows, student.net.config.text_dim, dtype=torch.bfloat16, device=device)
-    size = (count, CHANNELS, 1, *student.spec.latent_shape[2:])
+    size = (count, LATENT_CHANNELS, 1, *student.spec.latent_shape[2:])
     frame = torch.zeros(size, dtype=torch.bfloat16, device=device) if with_frame else None
     for tensor in (seeds, text, frame):
         if tensor is not None:

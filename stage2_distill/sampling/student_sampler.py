@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from common.condition import Condition
-from common.device import Travelling, pick_device
-from common.model_folder import fingerprint, locate
-from common.seed import generator, normal
+from common.device import OffloadedTensors, pick_device
+from common.model_folder import fingerprint_folder, locate_model
+from common.seed import draw_normal, make_generator
 from common.video import TEXT_LENGTH, VideoSpec
 from shards.record import Record, collate
 from stage2_distill.checkpointing.format import SAMPLER, StudentFacts, chosen, load, read_facts
@@ -43,9 +43,9 @@ class Student:
         return next(self.net.parameters()).device
 
     @cached_property
-    def tensors(self) -> Travelling:
+    def tensors(self) -> OffloadedTensors:
         """The network's."""
-        return Travelling([*self.net.parameters(), *self.net.buffers()])
+        return OffloadedTensors([*self.net.parameters(), *self.net.buffers()])
 
     def move(self, device: torch.device) -> None:
         """Bring the network to a device."""
@@ -62,8 +62,8 @@ class Student:
     @torch.no_grad()
     def denoise(self, condition: Condition, seeds: Sequence[int], segment: int) -> Tensor:
         """Latents (B C T H W) of conditions; the same noise for the same seeds and segment."""
-        draws = [generator(seed, 0, segment, "sample", self.device) for seed in seeds]
-        noise = normal(self.spec.latent_shape, draws)
+        draws = [make_generator(seed, 0, segment, "sample", self.device) for seed in seeds]
+        noise = draw_normal(self.spec.latent_shape, draws)
         return rollout(denoiser(self.net, self.dtype), noise, condition, ladder=self.sigmas, generators=draws)
 
 
@@ -91,7 +91,7 @@ def open_student(config: SampleConfig) -> Student:
 def check_model(model: str, facts: StudentFacts, parts: tuple[str, ...] = ("vae", "text_encoder")) -> None:
     """ValueError where parts of MODEL are not those that the student was distilled with."""
     for part in parts:
-        if fingerprint(locate(model, (part,)) / part) != vars(facts)[part]:
+        if fingerprint_folder(locate_model(model, (part,)) / part) != vars(facts)[part]:
             raise ValueError(f"model={model}: its {part} is not the one that the student was distilled with")
 
 
@@ -109,8 +109,8 @@ def load_student(
 
     ValueError where MODEL is another base than it was distilled from.
     """
-    folder = locate(model, ("transformer",))
-    if fingerprint(folder / "transformer") != facts.transformer:
+    folder = locate_model(model, ("transformer",))
+    if fingerprint_folder(folder / "transformer") != facts.transformer:
         raise ValueError(f"model={model}: not the model that {checkpoint} was distilled from, {facts.base_model}")
     if facts.sampler != SAMPLER:
         raise ValueError(f"{checkpoint}: its student is sampled by {facts.sampler}, which this version cannot do")

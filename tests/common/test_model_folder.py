@@ -14,7 +14,7 @@ def test_a_hub_name_that_is_not_found_names_the_knob(monkeypatch: pytest.MonkeyP
     with pytest.raises(
         ValueError, match=r"^model=nobody/nothing: no such folder, and the hub .*\(Got: ConnectError\)$"
     ):
-        model_folder.locate("nobody/nothing", ("vae",))
+        model_folder.locate_model("nobody/nothing", ("vae",))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="^model=a b/c: no such folder, and the hub has no such model"):
-        model_folder.locate("a b/c", ("vae",))
+        model_folder.locate_model("a b/c", ("vae",))

@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 
 from cli import cli
-from common.options import check_fields, option, option_spec, resolve
+from common.options import check_fields, option, option_spec, resolve_config
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.evaluation.config import EvaluateConfig
@@ -65,7 +65,7 @@ def test_wrong_value_is_refused_from_python_yaml_and_the_command_line(
         yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in valid.items()} | {name: plain})
     )
     with pytest.raises(ValueError, match=f"^{name}="):
-        resolve(config, {"config": str(stored)})
+        resolve_config(config, {"config": str(stored)})
     arguments = [f"--{name.replace('_', '-')}={shown}"]
     for key, text in valid.items():
         arguments += (
@@ -121,24 +121,24 @@ class Renamed:
 
 
 def test_old_name_and_old_value_are_accepted_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    assert resolve(Renamed, {"ancient": "never"}) == Renamed("off")
+    assert resolve_config(Renamed, {"ancient": "never"}) == Renamed("off")
     assert caplog.messages == ["options: ancient is now called new_name; the old name goes with the next release"]
 
 
 def test_old_name_in_yaml(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "c.yaml").write_text("ancient: never\n")
-    assert resolve(Renamed, {"config": str(tmp_path / "c.yaml")}) == Renamed("off")
+    assert resolve_config(Renamed, {"config": str(tmp_path / "c.yaml")}) == Renamed("off")
     assert len(caplog.messages) == 1
 
 
 def test_old_name_beside_the_new_one_is_refused() -> None:
     with pytest.raises(ValueError, match="^ancient=never: is the old name of new_name, which is given too"):
-        resolve(Renamed, {"ancient": "never", "new_name": "on"})
+        resolve_config(Renamed, {"ancient": "never", "new_name": "on"})
 
 
 def test_old_value_under_the_new_name_is_refused() -> None:
     with pytest.raises(ValueError, match="^new_name=never: choose one of on, off"):
-        resolve(Renamed, {"new_name": "never"})
+        resolve_config(Renamed, {"new_name": "never"})
 
 
 def test_help_shows_common_options_by_group_and_help_all_the_rest() -> None:

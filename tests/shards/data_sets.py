@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from common.seed import generator
+from common.seed import make_generator
 from common.video import VideoSpec
 from shards.manifest import Encoder, Manifest, write_manifest
 from shards.record import Record, Source
@@ -19,7 +19,7 @@ FAILURE = Failure(2, "broken.mp4", "no frame")
 
 def make_record(number: int, *, spec: VideoSpec = SPEC, name: str = "clip") -> Record:
     """Record `number`: its tensors are a pure function of the number."""
-    draws = generator(0, number, 0, name)
+    draws = make_generator(0, number, 0, name)
     frame = torch.randn(spec.first_frame_shape, generator=draws).bfloat16()
     text = torch.randn((3 + number % 5, TEXT_DIM), generator=draws).bfloat16()
     source = Source(f"prompt {number} é", f"{name}-{number}.mp4", number + 3, size=(72, 128))
@@ -43,6 +43,6 @@ def make_data_set(
 ) -> Path:
     """A finished data set."""
     shards = tuple(index.shard for index in make_shards(folder, counts, spec=spec, name=name))
-    negative = torch.randn((4, TEXT_DIM), generator=generator(0, 0, 0, "negative")).bfloat16()
+    negative = torch.randn((4, TEXT_DIM), generator=make_generator(0, 0, 0, "negative")).bfloat16()
     write_manifest(folder, Manifest(1, spec, encoder, shards, 1), negative)
     return folder

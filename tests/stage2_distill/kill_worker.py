@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common.options import resolve
+from common.options import resolve_config
 from stage2_distill.config import DistillConfig
 from stage2_distill.train import distill
 
-CONFIG, KILLS = resolve(DistillConfig, {"config": sys.argv[1]}), int(sys.argv[2])
+CONFIG, KILLS = resolve_config(DistillConfig, {"config": sys.argv[1]}), int(sys.argv[2])
 CALLS = ((os, "fsync"), (Path, "replace"), (shutil, "rmtree"))
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from common.options import resolve
+from common.options import resolve_config
 from stage2_distill.build import open_roles
 from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.dtensor import local
 from stage2_distill.distributed.process_group import start
 
-config = resolve(DistillConfig, {"config": sys.argv[1]})
+config = resolve_config(DistillConfig, {"config": sys.argv[1]})
 ranks = start("cpu")
 open_roles(config, ranks, Path(sys.argv[2]))
 dist.barrier()

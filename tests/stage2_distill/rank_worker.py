@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.condition import Condition
-from common.options import resolve
+from common.options import resolve_config
 from stage2_distill import train, trainer
 from stage2_distill.config import DistillConfig
 
@@ -110,7 +110,7 @@ def be_rank(rank: int, world: int, port: int, job: dict) -> None:
     code = 1
     try:
         for name in job["configs"]:
-            run_watched(resolve(DistillConfig, {"config": name}), job)
+            run_watched(resolve_config(DistillConfig, {"config": name}), job)
         dist.destroy_process_group()
         code = 0
     finally:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common.condition import Condition
-from common.flow import add_noise, ladder, x0_from_velocity
+from common.flow import add_noise, timestep_sigmas, x0_from_velocity
 from common.video import VideoSpec
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.losses import critic_loss
@@ -96,7 +96,7 @@ def test_ladders_of_any_length(model: Path, shards: Path, tmp_path: Path, steps:
     schedules = {"exit_schedule": "stratified", "ts_schedule": True, "ts_schedule_max": True}
     done = run_here(make_config(shards, model, tmp_path / "run", ladder=indices, iterations=1, **schedules))
     assert all(value.isfinite().all() for value in tensors(done).values())
-    assert len(ladder(indices, s=5.0)) == steps
+    assert len(timestep_sigmas(indices, s=5.0)) == steps
 
 
 def test_81_frames_are_21_latent_frames() -> None:

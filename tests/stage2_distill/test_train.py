@@ -99,11 +99,11 @@ class Wall:
         if name.startswith(bad):
             raise ImportError("behind the wall: " + name)
 sys.meta_path.insert(0, Wall())
-from common.options import resolve
+from common.options import resolve_config
 from stage2_distill.config import DistillConfig
 from stage2_distill.train import distill
 {extra}
-distill(resolve(DistillConfig, {{"config": sys.argv[1]}}))
+distill(resolve_config(DistillConfig, {{"config": sys.argv[1]}}))
 """
 
 

@@ -8,7 +8,7 @@ import yaml
 from click.testing import CliRunner
 
 from cli import cli
-from common.options import resolve
+from common.options import resolve_config
 from stage2_distill.config import DistillConfig
 from stage2_distill.turbo_config import ONLY, RENAMED, TOGETHER, WITHOUT_EFFECT, translate, understood
 
@@ -64,7 +64,7 @@ PUBLISHED = {  # the published recipe, in the reference's words
 def test_every_key_of_a_recipe_loads(name: str) -> None:
     path = ROOT / "recipes" / f"{name}.yaml"
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config = resolve(DistillConfig, NEEDED | {"config": str(path)})
+    config = resolve_config(DistillConfig, NEEDED | {"config": str(path)})
     for key, value in values.items():
         loaded = asdict(config)[key]
         assert (list(loaded) if isinstance(loaded, tuple) else loaded) == value, key
@@ -72,8 +72,8 @@ def test_every_key_of_a_recipe_loads(name: str) -> None:
 
 def test_the_first_recipe_is_the_defaults_and_names_every_knob() -> None:
     path = ROOT / "recipes" / "wan22-ti2v-5b.yaml"
-    assert resolve(DistillConfig, NEEDED | {"config": str(path)}) == DistillConfig(**NEEDED)
-    second = resolve(DistillConfig, NEEDED | {"config": str(path.with_name("wan22-ti2v-5b-2step.yaml"))})
+    assert resolve_config(DistillConfig, NEEDED | {"config": str(path)}) == DistillConfig(**NEEDED)
+    second = resolve_config(DistillConfig, NEEDED | {"config": str(path.with_name("wan22-ti2v-5b-2step.yaml"))})
     changed = {"ladder": (1000.0, 500.0), "critic_warmup": 200, "exit_schedule": "stratified"}
     assert second == replace(DistillConfig(**NEEDED), **changed)
 
@@ -85,7 +85,7 @@ def write(folder: Path, values: dict[str, object]) -> str:
 
 def test_the_published_recipe_becomes_the_defaults(tmp_path: Path) -> None:
     options, notes = understood(NEEDED | {"config": write(tmp_path, PUBLISHED)})
-    assert resolve(DistillConfig, options) == DistillConfig(**NEEDED)
+    assert resolve_config(DistillConfig, options) == DistillConfig(**NEEDED)
     text = "\n".join(notes)
     assert "guidance_scale -> guidance_scale=7.0" in text
     assert "wandb_key: without effect" in text
@@ -98,7 +98,7 @@ def test_the_published_recipe_becomes_the_defaults(tmp_path: Path) -> None:
 
 def test_the_command_line_wins_over_a_foreign_file(tmp_path: Path) -> None:
     given = NEEDED | {"config": write(tmp_path, PUBLISHED), "student_lr": 1e-6, "seed": None}
-    config = resolve(DistillConfig, understood(given)[0])
+    config = resolve_config(DistillConfig, understood(given)[0])
     assert (config.student_lr, config.critic_lr, config.seed) == (1e-6, 1e-7, 0)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from common.model_folder import fingerprint
+from common.model_folder import fingerprint_folder
 from common.options import write_config
-from common.seed import generator
+from common.seed import make_generator
 from common.video import VideoSpec
 from shards.manifest import Encoder, Manifest, write_manifest
 from shards.record import Record, Source
@@ -36,7 +36,7 @@ def make_shards(
 ) -> Path:
     """A data set of random latents and embeddings, as the encoders of `model` would have made it."""
     folder.mkdir(parents=True)
-    draws = generator(0, 0, 0, "test data")
+    draws = make_generator(0, 0, 0, "test data")
 
     def record(number: int) -> Record:
         frame = None if text_only else torch.randn(SPEC.first_frame_shape, generator=draws)
@@ -52,9 +52,9 @@ def make_shards(
         for n in range(records // 8)
     ]
     encoder = Encoder(
-        vae=fingerprint(model / "vae"),
-        text_encoder=fingerprint(model / "text_encoder"),
-        tokenizer=fingerprint(model / "tokenizer"),
+        vae=fingerprint_folder(model / "vae"),
+        text_encoder=fingerprint_folder(model / "text_encoder"),
+        tokenizer=fingerprint_folder(model / "tokenizer"),
         vae_dtype="float32",
         text_dtype="float32",
         text_dim=TEXT_DIM,

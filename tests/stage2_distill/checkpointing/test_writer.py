@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from common.timer import Clock
+from common.timer import PhaseTimer
 from stage2_distill.checkpointing import staging
 from stage2_distill.checkpointing import writer as module
 from stage2_distill.checkpointing.format import StudentFacts, checkpoints, load, prune, read_facts, write_best
@@ -67,7 +67,7 @@ def test_training_goes_on_and_does_not_change_what_is_written(
         saver.save(live, facts)
         assert not checkpoints(tmp_path)  # save has returned and nothing is written yet
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-        clock = Clock(torch.device("cpu"))
+        clock = PhaseTimer(torch.device("cpu"))
         saver.before_steps_of({STUDENT: optimizer}, clock)
         optimizer.step()  # waits until the copies are made
         assert clock.read()["checkpoint"] > 0
@@ -94,7 +94,7 @@ def test_a_step_waits_for_the_copies_of_its_role_alone(
     monkeypatch.setattr(staging, "COPIERS", 1)
     monkeypatch.setattr(staging.Snapshot, "copy", watched)
     names = "student.w", "ema.w", "critic.w", "student_optimizer.w", "critic_optimizer.w"
-    clock, optimizers = Clock(torch.device("cpu")), {}
+    clock, optimizers = PhaseTimer(torch.device("cpu")), {}
     for role in (STUDENT, CRITIC):
         optimizers[role] = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     with Saver(tmp_path, replace(config, student_every=5), start("cpu")) as saver:

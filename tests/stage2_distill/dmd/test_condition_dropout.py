@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.condition import Condition, frame_sigma, free_mean, join, pin
+from common.condition import Condition, concat_conditions, frame_sigma, free_mean, pin
 from shards.record import Record, Source, collate
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.condition_dropout import vary
@@ -82,7 +82,7 @@ def test_pin_and_times_follow_each_sample() -> None:
     assert times[:, 1].tolist() == [0.5] * 3
     assert free_mean(x, whole)[0].item() == pytest.approx(x[0, :, 1:].mean().item(), abs=1e-6)
     assert free_mean(x, whole)[1].item() == pytest.approx(x[1].mean().item(), abs=1e-6)
-    assert torch.equal(join([whole, whole]).given, whole.given.repeat(2))
+    assert torch.equal(concat_conditions([whole, whole]).given, whole.given.repeat(2))
 
 
 def test_who_loses_the_first_frame_depends_on_the_sample_alone() -> None:

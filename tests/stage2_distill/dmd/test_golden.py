@@ -9,12 +9,12 @@ from einops import rearrange
 from torch import Tensor
 
 from common.condition import Condition, Denoiser, pin
-from common.flow import add_noise, ladder, per_sample, shift
+from common.flow import add_noise, per_sample, shift, timestep_sigmas
 from stage2_distill.dmd.losses import critic_loss, dmd_loss
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "turbo_float32.json").read_text())
 TOY = GOLDEN["toy"]
-LADDER = ladder((1000, 750, 500, 250), s=5.0)
+LADDER = timestep_sigmas((1000, 750, 500, 250), s=5.0)
 CASES = [(exit_at, n) for exit_at in range(2) for n in (3, 100, 500, 950)]
 
 

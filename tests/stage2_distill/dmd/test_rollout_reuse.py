@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.condition import Condition
-from common.seed import generator, normal
+from common.seed import draw_normal, make_generator
 from stage2_distill.dmd.rollout import rollout
 from stage2_distill.dmd.rollout_reuse import Reuse, exits, slot_of
 from stage2_distill.dmd.schedule import CRITIC, parts
@@ -66,8 +66,8 @@ def test_a_sample_is_what_a_rollout_gives(model: Path) -> None:
         x0, used, exit_at = reuse.sample(student, part, condition)
         assert used is first[1]
         before = calls
-        draws = [generator(config.seed, first[0].iteration, s, "critic rollout") for s in first[0].samples]
-        noise = normal(SPEC.latent_shape, draws)
+        draws = [make_generator(config.seed, first[0].iteration, s, "critic rollout") for s in first[0].samples]
+        noise = draw_normal(SPEC.latent_shape, draws)
         ladder = config.sigmas
         expected = rollout(student, noise, used, ladder=ladder, generators=draws, exit_index=exit_at)
         assert torch.equal(x0, expected)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.flow import ladder
+from common.flow import timestep_sigmas
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.schedule import accumulation, exit_index, parts, score_bounds, student_turn, updates_before
 from stage2_distill.trainer import ema_decay
@@ -87,4 +87,4 @@ def test_average_copies_until_its_start() -> None:
 @pytest.mark.parametrize("indices", [(), (500, 1000), (1000, 0), (1200, 5), (500, 500)])
 def test_ladder_refuses(indices: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="strictly falling"):
-        ladder(indices, s=5.0)
+        timestep_sigmas(indices, s=5.0)

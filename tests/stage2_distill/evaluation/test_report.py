@@ -34,7 +34,7 @@ def out(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     training_helpers.make_shards(folder / "data", model)
     training_helpers.run_here(training_helpers.make_config(folder / "data", model, folder / "run", iterations=3))
     (folder / "judge.py").write_text(JUDGE)
-    made = cli.evaluate(
+    made = cli.evaluate_students(
         EvaluateConfig(
             (str(folder / "run"),),
             str(folder / "data"),

@@ -223,16 +223,16 @@ def test_two_ranks_equal_one_process(model: Path, shards: Path, tmp_path: Path) 
 
 def test_more_ranks_begin_with_the_same_draws(model: Path) -> None:
     """The first factors depend on seed, role and name alone."""
-    from stage2_distill.build import draw
+    from stage2_distill.build import initialize_adapters
 
     nets = [load(model, torch.float32) for _ in range(2)]
     roles = [Role(net, add_adapters(net, ("student",), Lora(4, 4.0)), "student") for net in nets]
     for role, seed in zip(roles, (0, 1), strict=True):
-        draw(role, seed)
+        initialize_adapters(role, seed)
     (_, first), (_, other) = (next(iter(role.named_parameters())) for role in roles)
     assert first.abs().max() <= first.shape[1] ** -0.5
     assert not torch.equal(first, other)
-    draw(roles[1], 0)
+    initialize_adapters(roles[1], 0)
     assert torch.equal(first, other)
 
 

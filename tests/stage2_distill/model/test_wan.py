@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImag
 from diffusers.utils import logging
 
 from common.condition import Condition, frame_sigma, pin
-from common.flow import ladder, x0_from_velocity
+from common.flow import timestep_sigmas, x0_from_velocity
 from shards.record import pad_text
 from stage2_distill.model.wan import denoise, denoiser, guided, load
 from tests.tiny_models import TEXT_DIM
@@ -138,7 +138,7 @@ def test_times_reach_the_network_unrounded(net: torch.nn.Module) -> None:
     seen: list[torch.Tensor] = []
     hook = net.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True)
     condition = Condition(None, torch.zeros(1, 512, TEXT_DIM))
-    for sigma in ladder((1000, 750, 500, 250), s=5.0):
+    for sigma in timestep_sigmas((1000, 750, 500, 250), s=5.0):
         with torch.no_grad():
             denoise(net, torch.zeros(SHAPE), torch.tensor([sigma]), condition, dtype=torch.float32)
     hook.remove()

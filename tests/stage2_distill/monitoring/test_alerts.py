@@ -11,7 +11,7 @@ import torch
 
 from common.condition import Condition
 from common.options import write_config
-from common.timer import Clock
+from common.timer import PhaseTimer
 from shards.dataset import Stream
 from shards.mixture import open_data_sets
 from shards.record import Record
@@ -40,11 +40,11 @@ def test_looks_in_closed_form() -> None:
 
 
 def test_clock_counts_phases_and_starts_anew() -> None:
-    clock = Clock(torch.device("cpu"))
+    clock = PhaseTimer(torch.device("cpu"))
     for _ in range(2):
         with clock("work"):
             pass
-    assert list(clock.each(iter([1, 2]), "data")) == [1, 2]
+    assert list(clock.time_items(iter([1, 2]), "data")) == [1, 2]
     first = clock.read()
     assert set(first) == {"work", "data"}
     assert clock.read() == {}

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from common.seed import generator, normal
+from common.seed import draw_normal, make_generator
 from shards import latent_store
 from shards.dataset import open_data_set
 from shards.record import collate
@@ -51,8 +51,8 @@ def test_a_preview_is_the_averaged_student(run: Path, model: Path, shards: Path)
     net = load_network(model, torch.float32).requires_grad_(False)
 
     def sampled() -> torch.Tensor:
-        draws = [generator(0, 0, row, "preview") for row in range(3)]
-        noise = normal((48, 3, 4, 4), draws)
+        draws = [make_generator(0, 0, row, "preview") for row in range(3)]
+        noise = draw_normal((48, 3, 4, 4), draws)
         sigmas = (1.0, 0.9375, 5 / 6, 0.625)
         return rollout(denoiser(net, torch.float32), noise, collate(records).condition, ladder=sigmas, generators=draws)
 
