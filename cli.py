@@ -136,15 +136,15 @@ def run_demo(out: Path) -> dict[str, Path]:
 
 def verify_and_repair(shards: str, config: VerifyConfig) -> int:
     """Verify a data set (shards), mend it and draw its first frames where asked (stage one); the exit code."""
-    from shards.verification.verify import verify
+    from shards.verification.verify import verify_data_set
 
-    report = verify(shards)
+    report = verify_data_set(shards)
     click.echo("\n".join(report.lines()))
     if config.repair and report.problems:
         from stage1_encode.repair import mend
 
         mend(report, config)
-        report = verify(shards)
+        report = verify_data_set(shards)
         click.echo(f"after the repair: {report.lines()[0]}")
     if config.model and report.manifest:
         from stage1_encode.repair import draw_sheet

@@ -25,9 +25,9 @@ from common.model_folder import fingerprint_folder
 from common.options import write_config
 from common.seed import make_generator
 from common.video import VideoSpec
-from shards.manifest import Encoder, Manifest, write_manifest
-from shards.record import Record, Source
-from shards.writer import shard_name, write_shard
+from shards.manifest import EncoderInfo, Manifest, write_manifest
+from shards.record import Record, RecordSource
+from shards.writer import shard_file_name, write_shard
 from stage2_distill.checkpointing.format import load, newest
 from stage2_distill.config import DistillConfig
 from stage2_distill.model.wan import materialise, skeleton
@@ -59,11 +59,11 @@ def make_data(folder: Path, spec: VideoSpec = SPEC) -> Path:
     def record(number: int) -> Record:
         text = torch.randn((6 + number % 20, TEXT_DIM), generator=draws)
         frame = torch.randn(spec.first_frame_shape, generator=draws)
-        return Record(f"{number:09d}", Source("a prompt", f"{number}.mp4", number + 2), frame, text)
+        return Record(f"{number:09d}", RecordSource("a prompt", f"{number}.mp4", number + 2), frame, text)
 
-    shard = write_shard(folder, shard_name(0), map(record, range(RECORDS)), failures=[], rows_sha256="").shard
+    shard = write_shard(folder, shard_file_name(0), map(record, range(RECORDS)), failures=[], rows_sha256="").shard
     vae, text, tokenizer = (fingerprint_folder(MODEL / part) for part in ("vae", "text_encoder", "tokenizer"))
-    encoder = Encoder(vae, text, tokenizer, "float32", "bfloat16", TEXT_DIM, "")
+    encoder = EncoderInfo(vae, text, tokenizer, "float32", "bfloat16", TEXT_DIM, "")
     write_manifest(folder, Manifest(1, spec, encoder, (shard,), 0), torch.zeros(8, TEXT_DIM))
     return folder
 

@@ -26,8 +26,8 @@ from benchmarks.stock import PROMPT, run_stock
 from benchmarks.watch import Watch, medians
 from common.seed import draw_normal, make_generator
 from common.video import VideoSpec
-from shards.latent_store import read
-from shards.record import Record, collate
+from shards.latent_store import read_latents
+from shards.record import Record, collate_records
 from stage1_encode.generation.condition_encoder import make_records
 from stage1_encode.generation.generate import PLACINGS, STEP, Order, Placing, Sampler, make_videos
 from stage1_encode.media.rows import read_shards
@@ -120,7 +120,7 @@ class Bench:
     @torch.no_grad()
     def plain(self, records: list[Record]) -> Tensor:
         """The same latents by diffusers' own forward."""
-        condition = collate(records).condition.to(self.device)
+        condition = collate_records(records).condition.to(self.device)
         draws = [make_generator(0, 0, 0, "sample", self.device)]
         noise = draw_normal(self.spec.latent_shape, draws)
 
@@ -146,7 +146,7 @@ class Bench:
 
     def latents(self) -> Tensor:
         """Those of the last single video, (C T H W)."""
-        return read(self.order(1).store, STEP, 0)
+        return read_latents(self.order(1).store, STEP, 0)
 
     def small_cards(self) -> None:
         """The paths for smaller cards."""

@@ -21,14 +21,14 @@ from safetensors.torch import load
 from benchmarks.report import append, peak
 from common.seed import make_generator
 from common.video import VideoSpec
-from shards.dataset import DataSet, Stream, open_data_set, prefetch
-from shards.manifest import Encoder, Manifest, Shard, write_manifest
-from shards.record import Record, Source
-from shards.shuffle import permuted
-from shards.writer import shard_name, write_shard
+from shards.dataset import DataSet, RecordStream, open_data_set, prefetch_ordered
+from shards.manifest import EncoderInfo, Manifest, ShardInfo, write_manifest
+from shards.record import Record, RecordSource
+from shards.shuffle import permute_index
+from shards.writer import shard_file_name, write_shard
 
 SPEC, TEXT_DIM, SHARD = VideoSpec(), 4096, 256
-ENCODER = Encoder("vae", "text", "tokenizer", "float32", "bfloat16", TEXT_DIM, "")
+ENCODER = EncoderInfo("vae", "text", "tokenizer", "float32", "bfloat16", TEXT_DIM, "")
 PACE, UPDATES = 6.7, 8  # seconds of one critic update on one H100 (REFERENCE section 5); updates replayed
 
 
@@ -40,7 +40,7 @@ def make(folder: Path, records: int) -> None:
     shards = []
     for number in range(-(-records // SHARD)):
         made = (record(index) for index in range(number * SHARD, min(records, (number + 1) * SHARD)))
-        shards.append(write_shard(folder, shard_name(number), made, failures=[], rows_sha256="").shard)
+        shards.append(write_shard(folder, shard_file_name(number), made, failures=[], rows_sha256="").shard)
     write_manifest(folder, Manifest(1, SPEC, ENCODER, tuple(shards), 0), torch.zeros(8, TEXT_DIM))
 
 
@@ -50,7 +50,7 @@ def record(index: int) -> Record:
     rows = int(torch.randint(40, 220, (1,), generator=draws))
     frame = torch.randn(SPEC.first_frame_shape, generator=draws).bfloat16()
     text = torch.randn((rows, TEXT_DIM), generator=draws).bfloat16()
-    return Record(f"{index:09d}", Source("a prompt", f"{index}.mp4", index + 2), frame, text)
+    return Record(f"{index:09d}", RecordSource("a prompt", f"{index}.mp4", index + 2), frame, text)
 
 
 def drop(folder: Path) -> None:
@@ -81,13 +81,13 @@ def by_webdataset(folder: Path) -> int:
 
 def by_stream(data: DataSet, threads: int) -> int:
     """One shuffled epoch: every record checked, tensors decoded, two a thread read ahead."""
-    stream = Stream(data, seed=0)
+    stream = RecordStream(data, seed=0)
 
     def read(position: int) -> int:
         made = data.record(stream.index(position))
         return sum(x.nbytes for x in (made.first_frame, made.text) if x is not None)
 
-    return sum(prefetch(read, range(data.records), depth=2 * threads, threads=threads))
+    return sum(prefetch_ordered(read, range(data.records), depth=2 * threads, threads=threads))
 
 
 def rate(read: Callable[[], int]) -> float:
@@ -124,7 +124,9 @@ def throughput(folder: Path, rounds: int) -> Iterable[tuple[str, str]]:
 
 def opening(folder: Path) -> Iterable[tuple[str, str]]:
     """A manifest of 100 million records."""
-    shards = tuple(Shard(shard_name(n), 500, 500, f"{n:064x}", 650_000_000, f"{n:064x}") for n in range(200_000))
+    shards = tuple(
+        ShardInfo(shard_file_name(n), 500, 500, f"{n:064x}", 650_000_000, f"{n:064x}") for n in range(200_000)
+    )
     write_manifest(folder, Manifest(1, SPEC, ENCODER, shards, 0), torch.zeros(8, TEXT_DIM))
     del shards
     began, before = time.perf_counter(), peak(reset=True)
@@ -133,16 +135,16 @@ def opening(folder: Path) -> Iterable[tuple[str, str]]:
     yield "open 100 M records in 200,000 shards", f"{took:.2f} s, peak {now:.0f} MB ({now - before:+.0f} MB)"
     began = time.perf_counter()
     for index in range(100_000):
-        permuted(index, count=data.records, seed=0, epoch=0)
+        permute_index(index, count=data.records, seed=0, epoch=0)
     yield "order, per index", f"{(time.perf_counter() - began) * 10:.1f} us"
 
 
 def pace(folder: Path, ranks: int) -> Iterable[tuple[str, str]]:
     """Wait for data while `ranks` GPUs' worth of records is used up at the 5B's pace, from cold files."""
     drop(folder)
-    stream = Stream(open_data_set(folder), seed=1)
+    stream = RecordStream(open_data_set(folder), seed=1)
     plans = (range(u * ranks, (u + 1) * ranks) for u in range(UPDATES))
-    batches, waited = prefetch(stream.batch, plans, depth=2, threads=2), 0.0
+    batches, waited = prefetch_ordered(stream.batch, plans, depth=2, threads=2), 0.0
     for _ in range(UPDATES):
         began = time.perf_counter()
         next(batches)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from common.files import write_file
 
-CONTEST, LATENTS = "contest.json", "latents.zarr"  # in the folder of an evaluation
+COMPARISON_FILE, LATENTS_STORE = "contest.json", "latents.zarr"  # in the folder of an evaluation
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Candidate:
     """One way to make the videos."""
 
     name: str  # short, the same in every evaluation
@@ -20,34 +20,34 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Contest:
+class Comparison:
     """The sets that are compared; all start from the same noise."""
 
-    contestants: tuple[Contestant, ...]  # the teacher first: the others are measured against it
+    contestants: tuple[Candidate, ...]  # the teacher first: the others are measured against it
     seeds: tuple[int, ...]
     references: tuple[int, ...]  # for each seed that of the teacher's independent set
     count: int  # N, conditions
     guidance_scale: float
 
     @property
-    def teacher(self) -> Contestant:
+    def teacher(self) -> Candidate:
         """The one that the others are measured against."""
         return self.contestants[0]
 
 
-def set_name(contestant: Contestant, seed: int) -> str:
+def latent_set_name(candidate: Candidate, seed: int) -> str:
     """Name of a set in the store of latents."""
-    return f"{contestant.sets}-seed-{seed}"
+    return f"{candidate.sets}-seed-{seed}"
 
 
-def write_contest(folder: Path, contest: Contest) -> None:
+def write_comparison(folder: Path, comparison: Comparison) -> None:
     """Write `contest.json`."""
-    write_file(folder / CONTEST, (json.dumps(asdict(contest), indent=1, ensure_ascii=False) + "\n").encode())
+    write_file(folder / COMPARISON_FILE, (json.dumps(asdict(comparison), indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_contest(folder: Path) -> Contest:
+def read_comparison(folder: Path) -> Comparison:
     """Read `contest.json`."""
-    fields = json.loads((folder / CONTEST).read_bytes())
-    fields["contestants"] = tuple(Contestant(**contestant) for contestant in fields["contestants"])
+    fields = json.loads((folder / COMPARISON_FILE).read_bytes())
+    fields["contestants"] = tuple(Candidate(**candidate) for candidate in fields["contestants"])
     fields["seeds"], fields["references"] = tuple(fields["seeds"]), tuple(fields["references"])
-    return Contest(**fields)
+    return Comparison(**fields)

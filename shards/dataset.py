@@ -20,20 +20,27 @@ import numpy
 from torch import Tensor
 
 from common.video import TEXT_LENGTH
-from shards.manifest import MANIFEST, NEGATIVE, Manifest, intact, parse_manifest, parse_negative
-from shards.record import TENSORS, Batch, Record, collate, from_members
-from shards.shuffle import shuffled
-from shards.storage.open import Place, open_place, read_checked, read_whole
-from shards.writer import Index, index_name, parse_index
+from shards.manifest import (
+    MANIFEST_FILE,
+    NEGATIVE_FILE,
+    Manifest,
+    hash_matches,
+    parse_manifest,
+    parse_negative_embedding,
+)
+from shards.record import TENSORS_SUFFIX, Batch, Record, collate_records, from_members
+from shards.shuffle import shuffled_index
+from shards.storage.open import Storage, open_storage, read_verified_file, read_with_retry
+from shards.writer import ShardIndex, index_file_name, parse_index
 
 T = TypeVar("T")
 R = TypeVar("R")
-KEPT = 200_000  # records whose offsets are held at once, about 0.2 kB each
-CACHE_BYTES = 8 << 30
+MAX_CACHED_RECORDS = 200_000  # records whose offsets are held at once, about 0.2 kB each
+DEFAULT_CACHE_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
-class Offsets:
+class MemberOffsets:
     """Where the members of one shard lie, in little memory; member 2i and 2i+1 belong to record i."""
 
     names: tuple[str, ...]
@@ -42,10 +49,10 @@ class Offsets:
     sums: "array[int]"  # crc32
 
     @staticmethod
-    def of(index: Index) -> "Offsets":
+    def from_index(index: ShardIndex) -> "MemberOffsets":
         """The sidecar's facts without the rest."""
         members = index.members
-        return Offsets(
+        return MemberOffsets(
             tuple(member.name for member in members),
             array("q", (member.offset for member in members)),
             array("q", (member.size for member in members)),
@@ -56,11 +63,13 @@ class Offsets:
 class DataSet:
     """A finished data set, read by record number."""
 
-    def __init__(self, place: Place, manifest: Manifest, negative: Tensor) -> None:
-        self.place, self.manifest, self.negative = place, manifest, negative  # negative (L D)
+    def __init__(self, storage: Storage, manifest: Manifest, negative: Tensor) -> None:
+        self.place, self.manifest, self.negative = storage, manifest, negative  # negative (L D)
         self.starts = array("q", chain([0], accumulate(shard.records for shard in manifest.shards)))
-        self._touched: OrderedDict[int, Offsets] = OrderedDict()
-        self._most = max(1, KEPT * len(manifest.shards) // self.records)  # shards whose offsets are held
+        self._offset_cache: OrderedDict[int, MemberOffsets] = OrderedDict()
+        self._max_cached_shards = max(
+            1, MAX_CACHED_RECORDS * len(manifest.shards) // self.records
+        )  # shards whose offsets are held
         self._lock = threading.Lock()
 
     @property
@@ -72,65 +81,73 @@ class DataSet:
         """Record `index` of 0..records-1; its hash is verified. Safe to call from several threads."""
         if not 0 <= index < self.records:
             raise IndexError(f"record {index} of {self.records}")
-        number = bisect_right(self.starts, index) - 1
-        first = 2 * (index - self.starts[number])
-        known = self._offsets(number)
-        start = known.offsets[first]
-        stops = [known.offsets[i] + known.sizes[i] - start for i in (first, first + 1)]
-        parts = (slice(0, stops[0]), slice(stops[1] - known.sizes[first + 1], stops[1]))
-        name = self.manifest.shards[number].name
+        shard_index = bisect_right(self.starts, index) - 1
+        first_member = 2 * (index - self.starts[shard_index])
+        offsets = self._offsets(shard_index)
+        start = offsets.offsets[first_member]
+        stops = [offsets.offsets[i] + offsets.sizes[i] - start for i in (first_member, first_member + 1)]
+        member_slices = (slice(0, stops[0]), slice(stops[1] - offsets.sizes[first_member + 1], stops[1]))
+        name = self.manifest.shards[shard_index].name
 
-        def read(fresh: bool) -> memoryview:
+        def read_bytes(fresh: bool) -> memoryview:
             buffer = numpy.empty(stops[1], numpy.uint8).data  # its memory becomes the record's tensors
             self.place.fill(name, start, buffer, fresh=fresh)
             return buffer
 
-        def damaged(data: memoryview) -> list[str]:
-            sums = [zlib.crc32(data[part]) for part in parts]
-            return [known.names[first + i] for i in (0, 1) if sums[i] != known.sums[first + i]]
+        def find_damage(data: memoryview) -> list[str]:
+            checksums = [zlib.crc32(data[part]) for part in member_slices]
+            return [offsets.names[first_member + i] for i in (0, 1) if checksums[i] != offsets.sums[first_member + i]]
 
-        data = read_checked(self.place, name, read, damaged)
-        return from_members(known.names[first].removesuffix(f".{TENSORS}"), data[parts[0]], data[parts[1]])
+        data = read_with_retry(self.place, name, read_bytes, find_damage)
+        return from_members(
+            offsets.names[first_member].removesuffix(f".{TENSORS_SUFFIX}"),
+            data[member_slices[0]],
+            data[member_slices[1]],
+        )
 
     def index(self, position: int, *, seed: int) -> int:
         """Number of the record at a position of the endless order that `seed` decides."""
-        return shuffled(position, count=self.records, seed=seed)
+        return shuffled_index(position, count=self.records, seed=seed)
 
-    def _offsets(self, number: int) -> Offsets:
+    def _offsets(self, shard_index: int) -> MemberOffsets:
         """Member offsets of a shard: read when it is first touched, forgotten when many others were since."""
         with self._lock:
-            if number in self._touched:
-                self._touched.move_to_end(number)
-                return self._touched[number]
-        shard = self.manifest.shards[number]
-        loaded = Offsets.of(parse_index(read_whole(self.place, index_name(shard.name), shard.index_sha256)))
+            if shard_index in self._offset_cache:
+                self._offset_cache.move_to_end(shard_index)
+                return self._offset_cache[shard_index]
+        shard = self.manifest.shards[shard_index]
+        loaded = MemberOffsets.from_index(
+            parse_index(read_verified_file(self.place, index_file_name(shard.name), shard.index_sha256))
+        )
         with self._lock:
-            self._touched[number] = loaded
-            while len(self._touched) > self._most:
-                self._touched.popitem(last=False)
+            self._offset_cache[shard_index] = loaded
+            while len(self._offset_cache) > self._max_cached_shards:
+                self._offset_cache.popitem(last=False)
         return loaded
 
 
-def open_data_set(prefix: str | Path, *, cache_bytes: int = CACHE_BYTES) -> DataSet:
+def open_data_set(prefix: str | Path, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> DataSet:
     """Open the finished data set in a folder or at an object-store prefix; ValueError where there is none.
 
     Of an object store, up to `cache_bytes` are kept on the local disk.
     """
-    place = open_place(str(prefix), cache_bytes=cache_bytes)
+    storage = open_storage(str(prefix), cache_bytes=cache_bytes)
     try:
-        data = place.read(MANIFEST, fresh=True)
-        if not intact(data):
-            data = place.read(MANIFEST, fresh=True)
-        manifest = parse_manifest(data, place.where)
-        negative = parse_negative(read_whole(place, NEGATIVE, manifest.negative_sha256), place.where)
+        data = storage.read(MANIFEST_FILE, fresh=True)
+        if not hash_matches(data):
+            data = storage.read(MANIFEST_FILE, fresh=True)
+        manifest = parse_manifest(data, storage.where)
+        negative = parse_negative_embedding(
+            read_verified_file(storage, NEGATIVE_FILE, manifest.negative_sha256), storage.where
+        )
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"shards={prefix}: does not exist or is unfinished, run encode again ({error})") from error
     except ConnectionError as error:
         raise ValueError(f"shards={error}") from error
-    return DataSet(place, manifest, negative)
+    return DataSet(storage, manifest, negative)
 
 
-class Records(Protocol):
+class RecordCollection(Protocol):
     """A data set, or several as one."""
 
     @property
@@ -147,10 +164,10 @@ class Records(Protocol):
         ...
 
 
-class Stream:
+class RecordStream:
     """The endless order of records; `seed` decides it."""
 
-    def __init__(self, data: Records, *, seed: int, text_rows: int = TEXT_LENGTH) -> None:
+    def __init__(self, data: RecordCollection, *, seed: int, text_rows: int = TEXT_LENGTH) -> None:
         self.data, self.seed, self.text_rows = data, seed, text_rows
 
     def index(self, position: int) -> int:
@@ -159,19 +176,21 @@ class Stream:
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """The records at these positions, collated."""
-        return collate([self.data.record(self.index(position)) for position in positions], text_rows=self.text_rows)
+        return collate_records(
+            [self.data.record(self.index(position)) for position in positions], text_rows=self.text_rows
+        )
 
 
-def prefetch(load: Callable[[T], R], items: Iterable[T], *, depth: int, threads: int) -> Iterator[R]:
+def prefetch_ordered(load_item: Callable[[T], R], items: Iterable[T], *, depth: int, threads: int) -> Iterator[R]:
     """`load` of each item, in order, up to `depth` of them ahead of the consumer; errors surface in their place."""
-    waiting: deque[Future[R]] = deque()
+    pending: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
     try:
         for item in items:
-            waiting.append(pool.submit(load, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(load_item, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -14,7 +14,7 @@ import zarr
 from torch import Tensor
 
 from common.video import VideoSpec
-from shards.record import is_plain
+from shards.record import is_plain_name
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,18 @@ class LatentGroup:
     seeds: tuple[int, ...]
 
 
-def create(path: Path, group: LatentGroup, *, together: int = 1) -> None:
+def create_group(path: Path, group: LatentGroup, *, videos_per_chunk: int = 1) -> None:
     """Make room for one step's latents; an unfinished group of the same name is replaced.
 
     `together` videos share a chunk: many small ones are written and read faster, but by one process only.
     """
     store = zarr.open_group(path, mode="a")
-    made = store.create_group(group.step, overwrite=True)
+    zarr_group = store.create_group(group.step, overwrite=True)
     shape = (len(group.keys), *group.spec.latent_shape)
-    made.create_array(
-        "latents", shape=shape, chunks=(together, *group.spec.latent_shape), dtype="float32", compressors=None
+    zarr_group.create_array(
+        "latents", shape=shape, chunks=(videos_per_chunk, *group.spec.latent_shape), dtype="float32", compressors=None
     )
-    made.attrs.put(
+    zarr_group.attrs.put(
         {
             "spec": asdict(group.spec),
             "keys": list(group.keys),
@@ -50,7 +50,7 @@ def create(path: Path, group: LatentGroup, *, together: int = 1) -> None:
     )
 
 
-def write(path: Path, step: str, rows: Sequence[int], latents: Tensor) -> None:
+def write_latents(path: Path, step: str, rows: Sequence[int], latents: Tensor) -> None:
     """Store latents (B C T H W) as the rows of a step; different ranks may write different rows."""
     array = zarr.open_array(path / step / "latents", mode="r+")
     videos = latents.detach().to("cpu", torch.float32).numpy()
@@ -61,12 +61,12 @@ def write(path: Path, step: str, rows: Sequence[int], latents: Tensor) -> None:
         array[row] = video
 
 
-def finish(path: Path, step: str, *, facts: Mapping[str, str | float] | None = None) -> None:
+def finish_group(path: Path, step: str, *, facts: Mapping[str, str | float] | None = None) -> None:
     """Mark a step as complete, and keep `facts` of it."""
     zarr.open_group(path / step, mode="r+").attrs.update({"facts": dict(facts or {}), "done": True})
 
 
-def facts(path: Path, step: str) -> dict[str, str | float]:
+def read_group_facts(path: Path, step: str) -> dict[str, str | float]:
     """What `finish` was told of a step; empty where the step is not there or not complete."""
     if not (path / step / "zarr.json").is_file():
         return {}
@@ -74,7 +74,7 @@ def facts(path: Path, step: str) -> dict[str, str | float]:
     return dict(attributes.get("facts", {})) if attributes.get("done") else {}
 
 
-def steps(path: Path) -> list[str]:
+def complete_groups(path: Path) -> list[str]:
     """Names of the complete steps, sorted; ValueError where `path` is no store of latents."""
     if not (path / "zarr.json").is_file():
         raise ValueError(f"latents={path}: not a zarr store of latents")
@@ -82,34 +82,38 @@ def steps(path: Path) -> list[str]:
     return sorted(name for name, group in groups if group.attrs.get("done"))
 
 
-def describe(path: Path, step: str) -> LatentGroup:
+def describe_group(path: Path, step: str) -> LatentGroup:
     """What a step holds; ValueError where a key would name a file in another folder."""
-    facts = zarr.open_group(path / step, mode="r").attrs.asdict()
-    for key in facts["keys"]:
-        if not is_plain(key):
+    attributes = zarr.open_group(path / step, mode="r").attrs.asdict()
+    for key in attributes["keys"]:
+        if not is_plain_name(key):
             raise ValueError(f"latents={path}: {step}: the key {key!r} holds a path, where a plain name must be")
     return LatentGroup(
-        step, VideoSpec(**facts["spec"]), tuple(facts["keys"]), tuple(facts["prompts"]), tuple(facts["seeds"])
+        step,
+        VideoSpec(**attributes["spec"]),
+        tuple(attributes["keys"]),
+        tuple(attributes["prompts"]),
+        tuple(attributes["seeds"]),
     )
 
 
-def read(path: Path, step: str, row: int) -> Tensor:
+def read_latents(path: Path, step: str, row: int) -> Tensor:
     """One video's latents (C T H W) float32."""
     video = zarr.open_array(path / step / "latents", mode="r")[row]
     return torch.from_numpy(numpy.asarray(video))
 
 
-def read_rows(path: Path, step: str, start: int, stop: int) -> Tensor:
+def read_latent_rows(path: Path, step: str, start: int, stop: int) -> Tensor:
     """The latents (B C T H W) float32 of rows start..stop-1."""
     videos = zarr.open_array(path / step / "latents", mode="r")[start:stop]
     return torch.from_numpy(numpy.asarray(videos))
 
 
-def set_complete(path: Path, complete: bool) -> None:
+def mark_store_complete(path: Path, complete: bool) -> None:
     """Say of a whole store whether more steps will come."""
     zarr.open_group(path, mode="a").attrs.update({"complete": complete})
 
 
-def complete(path: Path) -> bool:
+def is_store_complete(path: Path) -> bool:
     """Whether the store is there and no more steps will come."""
     return (path / "zarr.json").is_file() and bool(zarr.open_group(path, mode="r").attrs.get("complete"))

@@ -13,12 +13,12 @@ from functools import lru_cache
 from itertools import accumulate, chain
 
 from common.seed import derive_seed
-from shards.dataset import CACHE_BYTES, DataSet, open_data_set
-from shards.manifest import Manifest, different_makers
+from shards.dataset import DEFAULT_CACHE_BYTES, DataSet, open_data_set
+from shards.manifest import Manifest, encoding_differences
 from shards.record import Record
-from shards.shuffle import permuted
+from shards.shuffle import permute_index
 
-FINEST = 1000  # weights are rounded to a thousandth
+WEIGHT_RESOLUTION = 1000  # weights are rounded to a thousandth
 
 
 def parse_weight(text: str) -> tuple[str, float]:
@@ -30,8 +30,8 @@ def parse_weight(text: str) -> tuple[str, float]:
         weight = float(tail)
     except ValueError as error:
         raise ValueError(f"shards={text}: {tail} is no weight") from error
-    if not 1 / FINEST <= weight <= FINEST:
-        raise ValueError(f"shards={text}: the weight must be between 1/{FINEST} and {FINEST}")
+    if not 1 / WEIGHT_RESOLUTION <= weight <= WEIGHT_RESOLUTION:
+        raise ValueError(f"shards={text}: the weight must be between 1/{WEIGHT_RESOLUTION} and {WEIGHT_RESOLUTION}")
     return prefix, weight
 
 
@@ -40,7 +40,9 @@ def cycle_draws(shares: tuple[int, ...], seed: int, cycle: int) -> tuple[tuple[i
     """For each place of a cycle: the data set that is drawn from, and how often it was in this cycle before."""
     size, bounds = sum(shares), list(accumulate(shares))
     key = derive_seed(seed, 0, 0, "mixture")
-    owners = [bisect_right(bounds, permuted(place, count=size, seed=key, epoch=cycle)) for place in range(size)]
+    owners = [
+        bisect_right(bounds, permute_index(position, count=size, seed=key, epoch=cycle)) for position in range(size)
+    ]
     drawn, draws = [0] * len(shares), []
     for owner in owners:
         draws.append((owner, drawn[owner]))
@@ -48,19 +50,21 @@ def cycle_draws(shares: tuple[int, ...], seed: int, cycle: int) -> tuple[tuple[i
     return tuple(draws)
 
 
-class Mixture:
+class DataSetMixture:
     """Data sets read as one; records are numbered through all of them, in the order given."""
 
     def __init__(self, data_sets: Sequence[DataSet], weights: Sequence[float]) -> None:
         first = data_sets[0]
         for other in data_sets[1:]:
-            lines = different_makers(first.manifest, other.manifest)
-            if lines:
-                raise ValueError(f"shards={other.place.where} cannot mix with {first.place.where}: {'; '.join(lines)}")
+            differences = encoding_differences(first.manifest, other.manifest)
+            if differences:
+                raise ValueError(
+                    f"shards={other.place.where} cannot mix with {first.place.where}: {'; '.join(differences)}"
+                )
         self.data_sets, self.negative = tuple(data_sets), first.negative
         self.manifest: Manifest = first.manifest  # its spec and encoder are those of all
-        whole = [round(weight * FINEST) for weight in weights]
-        self.shares = tuple(share // math.gcd(*whole) for share in whole)  # draws a cycle
+        rounded = [round(weight * WEIGHT_RESOLUTION) for weight in weights]
+        self.shares = tuple(share // math.gcd(*rounded) for share in rounded)  # draws a cycle
         self._starts = array("q", chain([0], accumulate(data.records for data in data_sets)))
 
     @property
@@ -72,19 +76,21 @@ class Mixture:
         """Record `index` of 0..records-1."""
         if not 0 <= index < self.records:
             raise IndexError(f"record {index} of {self.records}")
-        number = bisect_right(self._starts, index) - 1
-        return self.data_sets[number].record(index - self._starts[number])
+        data_set_index = bisect_right(self._starts, index) - 1
+        return self.data_sets[data_set_index].record(index - self._starts[data_set_index])
 
     def index(self, position: int, *, seed: int) -> int:
         """Number of the record at a position of the endless order that `seed` decides."""
-        cycle, place = divmod(position, sum(self.shares))
-        number, nth = cycle_draws(self.shares, seed, cycle)[place]
-        drawn = cycle * self.shares[number] + nth
-        return self._starts[number] + self.data_sets[number].index(drawn, seed=derive_seed(seed, 0, number, "data set"))
+        cycle, position_in_cycle = divmod(position, sum(self.shares))
+        data_set_index, draw_index = cycle_draws(self.shares, seed, cycle)[position_in_cycle]
+        data_set_position = cycle * self.shares[data_set_index] + draw_index
+        return self._starts[data_set_index] + self.data_sets[data_set_index].index(
+            data_set_position, seed=derive_seed(seed, 0, data_set_index, "data set")
+        )
 
 
-def open_data_sets(shards: Sequence[str], *, cache_bytes: int = CACHE_BYTES) -> DataSet | Mixture:
+def open_data_sets(shards: Sequence[str], *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> DataSet | DataSetMixture:
     """Open one data set, or several `PREFIX` or `PREFIX:WEIGHT` as one; ValueError where they do not fit together."""
     parts = [parse_weight(text) for text in shards]
     data_sets = [open_data_set(prefix, cache_bytes=cache_bytes) for prefix, _ in parts]
-    return data_sets[0] if len(parts) == 1 else Mixture(data_sets, [weight for _, weight in parts])
+    return data_sets[0] if len(parts) == 1 else DataSetMixture(data_sets, [weight for _, weight in parts])

@@ -15,12 +15,12 @@ from torch import Tensor
 from common.condition import Condition
 from common.video import TEXT_LENGTH
 
-TENSORS, FACTS = "safetensors", "json"  # member names are KEY.safetensors and KEY.json
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TENSORS_SUFFIX, METADATA_SUFFIX = "safetensors", "json"  # member names are KEY.safetensors and KEY.json
+SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Source:
+class RecordSource:
     """Where a record comes from."""
 
     prompt: str
@@ -36,7 +36,7 @@ class Record:
     """One encoded clip."""
 
     key: str  # unique in the data set
-    source: Source
+    source: RecordSource
     first_frame: Tensor | None  # (C 1 H W) bf16; None = text only
     text: Tensor  # (L D) bf16, the prompt's true rows
 
@@ -46,11 +46,11 @@ class Batch:
     """Records collated for the denoiser."""
 
     keys: tuple[str, ...]
-    sources: tuple[Source, ...]
+    sources: tuple[RecordSource, ...]
     condition: Condition
 
 
-def is_plain(key: str) -> bool:
+def is_plain_name(key: str) -> bool:
     """Whether a key, which names files, stays in their folder."""
     return bool(key) and ".." not in key and not set(key) & set("/\\\0")
 
@@ -60,12 +60,15 @@ def to_members(record: Record) -> dict[str, bytes]:
     tensors = {"text": record.text}
     if record.first_frame is not None:
         tensors["first_frame"] = record.first_frame
-    half = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
-    facts = json.dumps(vars(record.source), ensure_ascii=False, sort_keys=True)
-    return {f"{record.key}.{TENSORS}": save_tensors(half), f"{record.key}.{FACTS}": facts.encode()}
+    bf16_tensors = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
+    metadata = json.dumps(vars(record.source), ensure_ascii=False, sort_keys=True)
+    return {
+        f"{record.key}.{TENSORS_SUFFIX}": save_tensors(bf16_tensors),
+        f"{record.key}.{METADATA_SUFFIX}": metadata.encode(),
+    }
 
 
-def read_tensors(data: bytes | memoryview) -> dict[str, Tensor]:
+def parse_safetensors(data: bytes | memoryview) -> dict[str, Tensor]:
     """The tensors of a safetensors file, without a copy where its memory is writable; ValueError where it is none.
 
     Layout: 8 bytes length of the header, JSON header, tensors (https://github.com/huggingface/safetensors).
@@ -74,22 +77,22 @@ def read_tensors(data: bytes | memoryview) -> dict[str, Tensor]:
     start = 8 + int.from_bytes(view[:8], "little")
     loaded = {}
     for name, item in json.loads(bytes(view[8:start])).items():
-        shape, (first, end), dtype = item["shape"], item["data_offsets"], DTYPES[item["dtype"]]
-        part = view[start + first : start + end]
-        if math.prod(shape) * dtype.itemsize != len(part):
-            raise ValueError(f"tensor {name} of {shape} has {len(part)} bytes")
-        loaded[name] = torch.frombuffer(part, dtype=dtype).view(shape)
+        shape, (first, end), dtype = item["shape"], item["data_offsets"], SAFETENSORS_DTYPES[item["dtype"]]
+        tensor_bytes = view[start + first : start + end]
+        if math.prod(shape) * dtype.itemsize != len(tensor_bytes):
+            raise ValueError(f"tensor {name} of {shape} has {len(tensor_bytes)} bytes")
+        loaded[name] = torch.frombuffer(tensor_bytes, dtype=dtype).view(shape)
     return loaded
 
 
-def from_members(key: str, tensors: bytes | memoryview, facts: bytes | memoryview) -> Record:
+def from_members(key: str, tensors: bytes | memoryview, metadata: bytes | memoryview) -> Record:
     """Rebuild a record from the bytes of its two members; the tensors share the memory of a writable view."""
-    if not is_plain(key):
+    if not is_plain_name(key):
         raise ValueError(f"key {key!r}: holds a path, where a plain name must be")
-    loaded = read_tensors(tensors)
-    fields = json.loads(bytes(facts))
-    fields["size"] = tuple(fields["size"]) if fields["size"] else None
-    return Record(key, Source(**fields), loaded.get("first_frame"), loaded["text"])
+    loaded = parse_safetensors(tensors)
+    source_fields = json.loads(bytes(metadata))
+    source_fields["size"] = tuple(source_fields["size"]) if source_fields["size"] else None
+    return Record(key, RecordSource(**source_fields), loaded.get("first_frame"), loaded["text"])
 
 
 def pad_text(text: Tensor, length: int = TEXT_LENGTH) -> Tensor:
@@ -102,21 +105,26 @@ def pad_text(text: Tensor, length: int = TEXT_LENGTH) -> Tensor:
     return torch.nn.functional.pad(text, (0, 0, 0, length - text.shape[0]))
 
 
-def alike(records: Sequence[Record], size: int) -> list[list[int]]:
+def group_by_first_frame(records: Sequence[Record], size: int) -> list[list[int]]:
     """Places of records in batches of at most `size`, those with and those without a first frame apart."""
-    kinds = [record.first_frame is not None for record in records]
-    groups = ([place for place, kind in enumerate(kinds) if kind is wanted] for wanted in (True, False))
+    has_frame = [record.first_frame is not None for record in records]
+    groups = (
+        [index for index, has_first_frame in enumerate(has_frame) if has_first_frame is wanted_kind]
+        for wanted_kind in (True, False)
+    )
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
-def collate(records: Sequence[Record], *, text_rows: int = TEXT_LENGTH) -> Batch:
+def collate_records(records: Sequence[Record], *, text_rows: int = TEXT_LENGTH) -> Batch:
     """Stack records into a batch; beside records with a first frame, one without gets zeros and `given` False."""
     frames = [record.first_frame for record in records]
-    some = next((frame for frame in frames if frame is not None), None)
-    full = [] if some is None else [torch.zeros_like(some) if frame is None else frame for frame in frames]
+    example = next((frame for frame in frames if frame is not None), None)
+    padded_frames = (
+        [] if example is None else [torch.zeros_like(example) if frame is None else frame for frame in frames]
+    )
     condition = Condition(
-        first_frame=torch.stack(full) if full else None,
+        first_frame=torch.stack(padded_frames) if padded_frames else None,
         text=torch.stack([pad_text(record.text, text_rows) for record in records]),
-        given=torch.tensor([frame is not None for frame in frames]) if full and None in frames else None,
+        given=torch.tensor([frame is not None for frame in frames]) if padded_frames and None in frames else None,
     )
     return Batch(tuple(r.key for r in records), tuple(r.source for r in records), condition)

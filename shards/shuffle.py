@@ -8,19 +8,19 @@ from functools import lru_cache
 
 from common.seed import derive_seed
 
-ROUNDS = 8
-MASK = (1 << 64) - 1
+FEISTEL_ROUNDS = 8
+MASK_64_BITS = (1 << 64) - 1
 
 
 @lru_cache(maxsize=64)
-def _keys(seed: int, epoch: int) -> tuple[int, ...]:
-    return tuple(derive_seed(seed, epoch, number, "order") for number in range(ROUNDS))
+def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(derive_seed(seed, epoch, round_index, "order") for round_index in range(FEISTEL_ROUNDS))
 
 
-def mix(value: int) -> int:
+def mix_bits(value: int) -> int:
     """Scramble 64 bits (the finaliser of splitmix64: Steele, Lea and Flood, 2014)."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64_BITS
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK_64_BITS
     return value ^ (value >> 31)
 
 
@@ -28,26 +28,26 @@ def _shuffle_bits(value: int, bits: int, keys: tuple[int, ...]) -> int:
     """A bijection on the numbers of `bits` bits: each round scrambles one half by the other."""
     low_bits = bits // 2
     low, high = value & ((1 << low_bits) - 1), value >> low_bits
-    for number, key in enumerate(keys):
-        if number % 2:
-            high ^= mix(low ^ key) >> (64 - (bits - low_bits))
+    for round_index, key in enumerate(keys):
+        if round_index % 2:
+            high ^= mix_bits(low ^ key) >> (64 - (bits - low_bits))
         else:
-            low ^= mix(high ^ key) >> (64 - low_bits)
+            low ^= mix_bits(high ^ key) >> (64 - low_bits)
     return high << low_bits | low
 
 
-def permuted(index: int, *, count: int, seed: int, epoch: int) -> int:
+def permute_index(index: int, *, count: int, seed: int, epoch: int) -> int:
     """Where the shuffle of (seed, epoch) sends `index` of range(count): a bijection on range(count)."""
     assert 0 <= index < count, (index, count)
     bits = max(2, (count - 1).bit_length())
-    keys = _keys(seed, epoch)
+    keys = _round_keys(seed, epoch)
     value = _shuffle_bits(index, bits, keys)
     while value >= count:
         value = _shuffle_bits(value, bits, keys)
     return value
 
 
-def shuffled(position: int, *, count: int, seed: int) -> int:
+def shuffled_index(position: int, *, count: int, seed: int) -> int:
     """The number in range(count) at a position of the endless order: each one exactly once in every epoch."""
     epoch, index = divmod(position, count)
-    return permuted(index, count=count, seed=seed, epoch=epoch)
+    return permute_index(index, count=count, seed=seed, epoch=epoch)

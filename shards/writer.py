@@ -16,12 +16,12 @@ from pathlib import Path
 import webdataset
 
 from common.files import write_file
-from shards.manifest import Shard
+from shards.manifest import ShardInfo
 from shards.record import Record, to_members
 
 
 @dataclass(frozen=True)
-class Member:
+class TarMember:
     """Where one member's bytes lie in its tar."""
 
     name: str
@@ -32,7 +32,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Failure:
+class RowFailure:
     """A CSV row that gave no record."""
 
     line: int
@@ -41,58 +41,58 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Index:
+class ShardIndex:
     """The sidecar of one shard."""
 
-    shard: Shard
+    shard: ShardInfo
     rows_sha256: str  # of the CSV rows that it stands for
-    members: tuple[Member, ...]  # two a record, KEY.safetensors then KEY.json
-    failures: tuple[Failure, ...]
+    members: tuple[TarMember, ...]  # two a record, KEY.safetensors then KEY.json
+    failures: tuple[RowFailure, ...]
 
 
-def shard_name(number: int) -> str:
+def shard_file_name(number: int) -> str:
     """File name of a shard's tar."""
     return f"shard-{number:06d}.tar"
 
 
-def index_name(name: str) -> str:
+def index_file_name(name: str) -> str:
     """File name of the sidecar of the tar `name`."""
     return name.removesuffix(".tar") + ".json"
 
 
 def index_path(folder: Path, name: str) -> Path:
     """Path of the sidecar of the tar `name`."""
-    return folder / index_name(name)
+    return folder / index_file_name(name)
 
 
 def write_shard(
-    folder: Path, name: str, records: Iterable[Record], *, failures: Iterable[Failure], rows_sha256: str
-) -> Index:
+    folder: Path, name: str, records: Iterable[Record], *, failures: Iterable[RowFailure], rows_sha256: str
+) -> ShardIndex:
     """Write `name` and its sidecar into `folder` and return the sidecar's content."""
     buffer = io.BytesIO()
-    members: list[Member] = []
+    members: list[TarMember] = []
     with webdataset.TarWriter(buffer, encoder=False, mtime=0) as tar:
         for record in records:
             for member, data in to_members(record).items():
                 key, extension = member.split(".", 1)
                 tar.write({"__key__": key, extension: data})
-                members.append(Member(member, 0, len(data), zlib.crc32(data), hashlib.sha256(data).hexdigest()))
+                members.append(TarMember(member, 0, len(data), zlib.crc32(data), hashlib.sha256(data).hexdigest()))
     buffer.seek(0)
     with tarfile.open(fileobj=buffer) as tar:
         offsets = [info.offset_data for info in tar]
-    whole = buffer.getbuffer()
-    placed = tuple(replace(m, offset=offset) for m, offset in zip(members, offsets, strict=True))
-    failed = tuple(failures)
-    count = len(placed) // 2
-    shard = Shard(name, count, count + len(failed), hashlib.sha256(whole).hexdigest(), len(whole))
-    index = Index(shard, rows_sha256, placed, failed)
-    write_file(folder / name, whole)
+    tar_bytes = buffer.getbuffer()
+    located_members = tuple(replace(item, offset=offset) for item, offset in zip(members, offsets, strict=True))
+    row_failures = tuple(failures)
+    count = len(located_members) // 2
+    shard = ShardInfo(name, count, count + len(row_failures), hashlib.sha256(tar_bytes).hexdigest(), len(tar_bytes))
+    index = ShardIndex(shard, rows_sha256, located_members, row_failures)
+    write_file(folder / name, tar_bytes)
     sidecar = (json.dumps(asdict(index), ensure_ascii=False) + "\n").encode()
     write_file(index_path(folder, name), sidecar)
     return parse_index(sidecar)
 
 
-def read_index(folder: Path, name: str) -> Index | None:
+def read_index(folder: Path, name: str) -> ShardIndex | None:
     """The sidecar of a finished shard; None where the shard is not finished."""
     sidecar, tar = index_path(folder, name), folder / name
     if not sidecar.is_file() or not tar.is_file():
@@ -100,12 +100,12 @@ def read_index(folder: Path, name: str) -> Index | None:
     return parse_index(sidecar.read_bytes())
 
 
-def parse_index(data: bytes) -> Index:
+def parse_index(data: bytes) -> ShardIndex:
     """The content of a sidecar, its own hash added to the shard's facts."""
     fields = json.loads(data)
-    return Index(
-        replace(Shard(**fields["shard"]), index_sha256=hashlib.sha256(data).hexdigest()),
+    return ShardIndex(
+        replace(ShardInfo(**fields["shard"]), index_sha256=hashlib.sha256(data).hexdigest()),
         fields["rows_sha256"],
-        tuple(Member(**member) for member in fields["members"]),
-        tuple(Failure(**failure) for failure in fields["failures"]),
+        tuple(TarMember(**member) for member in fields["members"]),
+        tuple(RowFailure(**failure) for failure in fields["failures"]),
     )

@@ -20,23 +20,25 @@ from common.model_folder import fingerprint_folder
 from common.options import write_config
 from common.video import VideoSpec
 from shards.manifest import (
-    MANIFEST,
-    NEGATIVE,
-    SCHEMA,
-    Encoder,
+    MANIFEST_FILE,
+    NEGATIVE_FILE,
+    SCHEMA_VERSION,
+    EncoderInfo,
     Manifest,
-    differing,
+    list_differences,
     read_manifest,
-    read_negative,
+    read_negative_embedding,
     write_manifest,
 )
-from shards.writer import Failure, Index, index_name, read_index, shard_name
+from shards.writer import RowFailure, ShardIndex, index_file_name, read_index, shard_file_name
 from stage1_encode.config import EncodeConfig
 from stage1_encode.media.rows import Row, read_shards, rows_digest
 from stage1_encode.models.loading import text_width
 
 PLAN, CONFIG, FAILURES, LOCK = "plan.json", "encode.yaml", "failures.csv", "encode.lock"
-OURS = re.compile(rf"({PLAN}|{CONFIG}|{FAILURES}|{LOCK}|{MANIFEST}|{NEGATIVE}|shard-\d{{6,}}\.(tar|json))(\.partial)?")
+OURS = re.compile(
+    rf"({PLAN}|{CONFIG}|{FAILURES}|{LOCK}|{MANIFEST_FILE}|{NEGATIVE_FILE}|shard-\d{{6,}}\.(tar|json))(\.partial)?"
+)
 LATER = ("batch_size", "text_tokens")  # of a plan; those begun before may go on without them
 SETTLING, FINISHING, FIRST_SHARD = 0, 1, 2  # bytes of the lock file
 
@@ -47,7 +49,7 @@ class Plan:
 
     schema: int
     spec: VideoSpec
-    encoder: Encoder
+    encoder: EncoderInfo
     shard_size: int
     text_only: bool
     compile: bool  # rounds otherwise, and so do the next two
@@ -65,7 +67,7 @@ class Survey:
 
 def make_plan(config: EncodeConfig, model: Path) -> Plan:
     """The plan that a configuration and a model folder amount to."""
-    encoder = Encoder(
+    encoder = EncoderInfo(
         vae=fingerprint_folder(model / "vae"),
         text_encoder=fingerprint_folder(model / "text_encoder"),
         tokenizer=fingerprint_folder(model / "tokenizer"),
@@ -75,7 +77,7 @@ def make_plan(config: EncodeConfig, model: Path) -> Plan:
         negative_prompt=config.negative_prompt,
     )
     return Plan(
-        schema=SCHEMA,
+        schema=SCHEMA_VERSION,
         spec=config.spec,
         encoder=encoder,
         shard_size=config.shard_size,
@@ -143,12 +145,12 @@ def check_plan(folder: Path, plan: Plan) -> None:
     """Refuse a folder in which a data set with another plan was begun, naming what differs."""
     path = folder / PLAN
     if not path.is_file():
-        if (folder / shard_name(0)).exists():
+        if (folder / shard_file_name(0)).exists():
             raise ValueError(f"out={folder}: holds shards and no {PLAN}; give a new folder")
         return
     try:
         now = _flat(json.loads(_to_json(plan)))
-        lines = differing(now, {name: now[name] for name in LATER} | _flat(json.loads(path.read_bytes())))
+        lines = list_differences(now, {name: now[name] for name in LATER} | _flat(json.loads(path.read_bytes())))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: is damaged; give a new folder") from error
     if lines:
@@ -186,7 +188,7 @@ def survey(folder: Path, config: EncodeConfig) -> Survey:
         if index is None or index.shard.rows < len(rows) or (config.retry_failures and index.failures):
             unfinished.append(number)
         counts.append(len(rows))
-    if (folder / shard_name(len(counts))).exists():
+    if (folder / shard_file_name(len(counts))).exists():
         raise ValueError(f"data={config.data}: has fewer rows than {folder} was made from; give a new folder")
     return Survey(tuple(counts), tuple(unfinished))
 
@@ -194,10 +196,10 @@ def survey(folder: Path, config: EncodeConfig) -> Survey:
 def take_back(folder: Path, numbers: Iterable[int]) -> None:
     """Make shards unfinished, so that nobody takes them for made before they are made again."""
     for number in numbers:
-        (folder / index_name(shard_name(number))).unlink(missing_ok=True)
+        (folder / index_file_name(shard_file_name(number))).unlink(missing_ok=True)
 
 
-def _check_rows(config: EncodeConfig, rows: list[Row], index: Index) -> None:
+def _check_rows(config: EncodeConfig, rows: list[Row], index: ShardIndex) -> None:
     if rows_digest(rows[: index.shard.rows]) != index.rows_sha256:
         raise ValueError(
             f"data={config.data}: lines {rows[0].line} to {rows[-1].line} changed since {config.out} was begun; "
@@ -205,9 +207,9 @@ def _check_rows(config: EncodeConfig, rows: list[Row], index: Index) -> None:
         )
 
 
-def finished(folder: Path, number: int, rows: int = 0) -> Index | None:
+def finished(folder: Path, number: int, rows: int = 0) -> ShardIndex | None:
     """The sidecar of a shard that is there with at least `rows` rows; None where it is to be made (again)."""
-    name = shard_name(number)
+    name = shard_file_name(number)
     try:
         index = read_index(folder, name)
     except (ValueError, KeyError, TypeError):  # damaged
@@ -221,13 +223,13 @@ def finish(folder: Path, plan: Plan, found: Survey) -> Manifest | None:
     """Write `failures.csv` and the manifest once all shards and the negative prompt are there; None before that."""
     indices = [finished(folder, number, rows) for number, rows in enumerate(found.rows)]
     there = [index for index in indices if index is not None]
-    if len(there) < len(indices) or not (folder / NEGATIVE).is_file():
+    if len(there) < len(indices) or not (folder / NEGATIVE_FILE).is_file():
         return None
     failures = [failure for index in there for failure in index.failures]
     manifest = Manifest(plan.schema, plan.spec, plan.encoder, tuple(index.shard for index in there), len(failures))
     if not _is_written(folder, manifest):
         write_file(folder / FAILURES, _failures_csv(failures))
-        write_manifest(folder, manifest, read_negative(folder))
+        write_manifest(folder, manifest, read_negative_embedding(folder))
     return manifest
 
 
@@ -239,7 +241,7 @@ def _is_written(folder: Path, manifest: Manifest) -> bool:
     return replace(found, negative_sha256="") == manifest and (folder / FAILURES).is_file()
 
 
-def _failures_csv(failures: list[Failure]) -> bytes:
+def _failures_csv(failures: list[RowFailure]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["line", "path", "reason"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.device import pick_device
 from common.model_folder import locate_model
-from shards.manifest import MANIFEST, NEGATIVE
+from shards.manifest import MANIFEST_FILE, NEGATIVE_FILE
 from stage1_encode.config import EncodeConfig
 from stage1_encode.dataset_folder import (
     FAILURES,
@@ -68,13 +68,13 @@ def encode(config: EncodeConfig) -> EncodeReport:
         mine = share(config, len(found.rows))
         hold_shards(lock, folder, mine)
         wanted = {number: found.rows[number] for number in found.unfinished if number in mine}
-        negative = 0 in mine and not (folder / NEGATIVE).is_file()  # one process writes it: the one with shard 0
+        negative = 0 in mine and not (folder / NEGATIVE_FILE).is_file()  # one process writes it: the one with shard 0
 
         def begin() -> None:
             with alone(lock, SETTLING), storing(folder):
                 check_plan(folder, plan)
                 write_plan(folder, config.anywhere, plan)
-                (folder / MANIFEST).unlink(missing_ok=True)
+                (folder / MANIFEST_FILE).unlink(missing_ok=True)
                 if config.retry_failures:
                     take_back(folder, wanted)
 

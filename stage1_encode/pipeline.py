@@ -18,9 +18,9 @@ from common.device import copy_async, pick_device, record_event
 from common.files import write_file
 from common.model_folder import locate_model
 from common.progress import track_progress
-from shards.manifest import NEGATIVE
-from shards.record import Record, Source
-from shards.writer import Failure, Index, shard_name, write_shard
+from shards.manifest import NEGATIVE_FILE
+from shards.record import Record, RecordSource
+from shards.writer import RowFailure, ShardIndex, shard_file_name, write_shard
 from stage1_encode.config import EncodeConfig
 from stage1_encode.dataset_folder import storing
 from stage1_encode.media.first_frame import Frame, UnreadableError
@@ -84,7 +84,7 @@ def write_negative(config: EncodeConfig, encoders: Encoders) -> None:
         ready.synchronize()
     folder = Path(config.out)
     with storing(folder):
-        write_file(folder / NEGATIVE, save({"text": embedding}))
+        write_file(folder / NEGATIVE_FILE, save({"text": embedding}))
 
 
 def start_readers(config: EncodeConfig) -> Readers:
@@ -94,13 +94,13 @@ def start_readers(config: EncodeConfig) -> Readers:
 
 def make_shards(
     config: EncodeConfig, encoders: Encoders, readers: Readers, tasks: Iterable[Task], *, total: int
-) -> Iterator[Index]:
+) -> Iterator[ShardIndex]:
     """Make shards one after the other and yield their sidecars' content; `total` rows are shown as progress."""
     ahead, later = tee(tasks)
     rows = chain.from_iterable(task.rows for task in ahead)
     depth = 2 * (readers.count + config.batch_size)
     frames = track_progress(read_ahead(rows, readers, Path(config.data), depth=depth), total=total, label="encode")
-    written: deque[Future[Index]] = deque()
+    written: deque[Future[ShardIndex]] = deque()
     with ThreadPoolExecutor(1) as preparer, ThreadPoolExecutor(WRITERS, initializer=one_thread) as writers:
         for prepared in prepare_ahead(later, encoders.text, preparer):
             made = encode_shard(config, encoders, prepared, frames)
@@ -152,7 +152,7 @@ class Made:
 
     good: list[Good]
     latents: list[Tensor]  # (C 1 H W) of those with a frame, in order
-    failures: list[Failure]
+    failures: list[RowFailure]
     ready: torch.cuda.Event | None
 
 
@@ -165,7 +165,7 @@ def encode_shard(
     """Begin to encode one task; takes exactly its rows from `frames`."""
     texts = text_encoder.embed(encoders.text, prepared.tokens, budget=config.text_tokens)
     good: list[Good] = []
-    failures: list[Failure] = []
+    failures: list[RowFailure] = []
     batches = Batches(encoders.vae, config.batch_size)
     for prompt, embedding, (row, coming) in zip(prepared.prompts, texts, frames, strict=False):
         problem = row.problem or ("" if prompt else "the prompt is empty")
@@ -174,7 +174,7 @@ def encode_shard(
         except UnreadableError as error:
             problem = problem or str(error)
         if problem:
-            failures.append(Failure(row.line, row.path, problem))
+            failures.append(RowFailure(row.line, row.path, problem))
             continue
         good.append(Good(row, prompt, embedding, frame.size if frame else None))
         if frame:
@@ -190,7 +190,7 @@ def to_records(config: EncodeConfig, good: list[Good], latents: list[Tensor]) ->
         for name, tensor, dtype in (("vae", latent, config.vae_dtype), ("text", item.text, config.text_dtype)):
             if tensor is not None and not tensor.isfinite().all():
                 raise ValueError(f"{name}_dtype={dtype}: line {item.row.line} overflows; choose float32 or bfloat16")
-        source = Source(item.prompt, item.row.path, item.row.line, 0, item.size, item.row.seed)
+        source = RecordSource(item.prompt, item.row.path, item.row.line, 0, item.size, item.row.seed)
         records.append(Record(item.row.key, source, latent, item.text))
     return records
 
@@ -224,11 +224,11 @@ class Batches:
         return self.latents
 
 
-def save_shard(config: EncodeConfig, task: Task, made: Made) -> Index:
+def save_shard(config: EncodeConfig, task: Task, made: Made) -> ShardIndex:
     """Wait for the models and write one shard; ValueError where the folder cannot take it."""
     if made.ready:
         made.ready.synchronize()
     records = to_records(config, made.good, made.latents)
-    folder, name, digest = Path(config.out), shard_name(task.number), rows_digest(task.rows)
+    folder, name, digest = Path(config.out), shard_file_name(task.number), rows_digest(task.rows)
     with storing(folder):
         return write_shard(folder, name, records, failures=made.failures, rows_sha256=digest)

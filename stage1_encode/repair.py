@@ -15,8 +15,8 @@ from common.model_folder import fingerprint_folder, locate_model
 from common.options import resolve_config
 from shards.dataset import DataSet, open_data_set
 from shards.record import Record
-from shards.verification.statistics import Report
-from shards.verification.verify import discard_broken
+from shards.verification.statistics import VerifyReport
+from shards.verification.verify import delete_broken_files
 from stage1_encode.config import EncodeConfig, VerifyConfig
 from stage1_encode.dataset_folder import CONFIG, check_plan, make_plan, survey
 from stage1_encode.encode import EncodeReport, encode
@@ -26,7 +26,7 @@ from stage1_encode.pipeline import PARTS
 MOST, COLUMNS, CELL, LABEL = 64, 8, 240, 14  # pictures on a sheet, and pixels in width and of a key's line
 
 
-def mend(report: Report, config: VerifyConfig) -> EncodeReport:
+def mend(report: VerifyReport, config: VerifyConfig) -> EncodeReport:
     """Encode again just what is broken in a local data set, by the command that made it.
 
     Raises ValueError where that command cannot run any more; nothing is deleted then.
@@ -40,7 +40,7 @@ def mend(report: Report, config: VerifyConfig) -> EncodeReport:
     sidecars = {problem.file for problem in report.problems if problem.shard and problem.file != problem.shard}
     with aside([folder / name for name in sorted(sidecars)]):
         survey(folder, asked)  # do the sound sidecars still belong to this CSV?
-    discard_broken(report)
+    delete_broken_files(report)
     return encode(asked)
 
 
@@ -65,7 +65,7 @@ def command_of(folder: Path, config: VerifyConfig) -> EncodeConfig:
     return replace(made, shards="", engine="local", max_failures=1.0, device=config.device)
 
 
-def draw_sheet(report: Report, config: VerifyConfig) -> Path:
+def draw_sheet(report: VerifyReport, config: VerifyConfig) -> Path:
     """Decode first frames, evenly spread over a data set, into one picture with their keys; its path.
 
     Broken records and those without a first frame are left out. ValueError where `model` has another VAE.

@@ -10,7 +10,7 @@ from torch import Tensor
 from common.seed import make_generator
 from common.timer import PhaseTimer
 from shards.dataset import DataSet
-from shards.mixture import Mixture
+from shards.mixture import DataSetMixture
 from shards.record import pad_text
 from stage2_distill.checkpointing.format import checkpoints, read_facts
 from stage2_distill.config import AUTO, COMPACT, STANDARD, DistillConfig
@@ -133,7 +133,7 @@ def initialize_adapters(role: Role, seed: int) -> None:
         fill(weight, Drawn(whole), name)
 
 
-def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet | Mixture) -> Trainer:
+def open_trainer(config: DistillConfig, ranks: Ranks, model: Path, data: DataSet | DataSetMixture) -> Trainer:
     """The three roles from one folder, sharded, with their optimizers."""
     opened = open_roles(config, ranks, model)
     return Trainer(

@@ -14,9 +14,9 @@ from common.condition import Condition
 from common.files import has_foreign_files
 from common.model_folder import fingerprint_folder, locate_model
 from common.options import read_yaml, write_config
-from shards.dataset import DataSet, Stream, prefetch
+from shards.dataset import DataSet, RecordStream, prefetch_ordered
 from shards.manifest import Manifest, check_manifest
-from shards.mixture import Mixture, open_data_sets
+from shards.mixture import DataSetMixture, open_data_sets
 from stage2_distill.build import open_trainer
 from stage2_distill.checkpointing.format import SAMPLER, StudentFacts, checkpoints
 from stage2_distill.checkpointing.writer import Saver
@@ -112,7 +112,7 @@ def student_facts(config: DistillConfig, model: Path, manifest: Manifest, memory
     )
 
 
-def iterate(out: Path, trainer: Trainer, data: DataSet | Mixture, facts: StudentFacts, done: int) -> None:
+def iterate(out: Path, trainer: Trainer, data: DataSet | DataSetMixture, facts: StudentFacts, done: int) -> None:
     """Iterations `done`..end, each logged, with a checkpoint now and then, at the end, and when told to stop."""
     config, ranks = trainer.config, trainer.ranks
     previews = start_previews(out, trainer, data, done)
@@ -155,7 +155,7 @@ def preview_student(trainer: Trainer) -> PreviewStudent:
     return PreviewStudent(trainer.config, trainer.ranks, student, denoiser, trainer.ema, trainer.clock)
 
 
-def start_previews(out: Path, trainer: Trainer, data: DataSet | Mixture, done: int) -> Previews:
+def start_previews(out: Path, trainer: Trainer, data: DataSet | DataSetMixture, done: int) -> Previews:
     """The previews of a run, of which a new one makes the first at once."""
     previews = open_previews(out, trainer.config, data)
     if trainer.ranks.rank == 0:
@@ -178,17 +178,17 @@ def attempt(trainer: Trainer, iteration: int, loaded: Iterator[tuple[Part, Condi
         ) from error
 
 
-def conditions(trainer: Trainer, data: DataSet | Mixture, done: int) -> Generator[tuple[Part, Condition]]:
+def conditions(trainer: Trainer, data: DataSet | DataSetMixture, done: int) -> Generator[tuple[Part, Condition]]:
     """This rank's micro-batches from iteration `done` on, read ahead by threads, on the device."""
     config, ranks = trainer.config, trainer.ranks
-    stream = Stream(data, seed=config.seed, text_rows=config.text_rows)
+    stream = RecordStream(data, seed=config.seed, text_rows=config.text_rows)
 
     def read(part: Part) -> tuple[Part, Condition]:
         return part, vary(stream.batch(part.positions).condition, part, config)
 
     start = done - done % config.student_every if config.rollout_reuse else done
     todo = parts(config, start=start, rank=ranks.rank, world=ranks.world)
-    for part, condition in prefetch(read, todo, depth=8, threads=2):
+    for part, condition in prefetch_ordered(read, todo, depth=8, threads=2):
         here = condition.to(ranks.device)
         if part.iteration >= done:
             yield part, here

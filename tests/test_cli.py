@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import cli
-from shards.latent_store import read
+from shards.latent_store import read_latents
 from stage1_encode.media.rows import locate_file, read_shards
 from stage2_distill.sampling.config import SampleConfig
 from tests.tiny_models import make_model, picture, write_csv
@@ -88,11 +88,11 @@ def test_prompt_and_picture_become_a_video(run: Path, model: Path, tmp_path: Pat
         stream = file.streams.video[0]
         assert (stream.codec.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 12)
         assert len(list(file.decode(stream))) == 9
-    first, second = (read(tmp_path / f"{name}.zarr", "sample", 0) for name in ("one", "two"))
+    first, second = (read_latents(tmp_path / f"{name}.zarr", "sample", 0) for name in ("one", "two"))
     assert first.shape == (48, 3, 4, 6)
     assert first.numpy().tobytes() == second.numpy().tobytes(), "same seed, same bytes"
     sample(run, model, tmp_path / "three.mp4", *options[:-1], 4)
-    assert not numpy.array_equal(first, read(tmp_path / "three.zarr", "sample", 0))
+    assert not numpy.array_equal(first, read_latents(tmp_path / "three.zarr", "sample", 0))
     assert "prompt: a circle moves" in (tmp_path / "one.mp4.yaml").read_text()
     assert (tmp_path / "one.yaml").read_text() == "fps: 12  # mine\n"
 
@@ -116,7 +116,7 @@ def test_csv_of_prompts_becomes_a_folder(run: Path, model: Path, tmp_path: Path)
     write_csv(run / "p.csv", [("a", "first.png", 1), ("b", "", 2), ("a", "first.png", 1)], ("prompt", "image", "seed"))
     made = sample(run, model, tmp_path / "out", "--data", run / "p.csv", "--batch-size", 2).split()
     assert [Path(path).suffix for path in made] == [".mp4", ".mp4", ".mp4", ".png"]
-    latents = [read(tmp_path / "out" / "latents.zarr", "sample", row) for row in range(3)]
+    latents = [read_latents(tmp_path / "out" / "latents.zarr", "sample", row) for row in range(3)]
     assert numpy.array_equal(latents[0], latents[2])
     assert not numpy.array_equal(latents[0], latents[1])
     sheet = Image.open(tmp_path / "out" / "contact.png")
@@ -275,6 +275,6 @@ def test_another_ladder_must_be_said_explicitly(run: Path, model: Path, tmp_path
     sample(run, model, tmp_path / "own.mp4", *options)
     sample(run, model, tmp_path / "same.mp4", *options, "--ladder", "1000,750,500,250")
     sample(run, model, tmp_path / "two.mp4", *options, "--ladder", "1000,500")
-    own, same, two = (read(tmp_path / f"{name}.zarr", "sample", 0) for name in ("own", "same", "two"))
+    own, same, two = (read_latents(tmp_path / f"{name}.zarr", "sample", 0) for name in ("own", "same", "two"))
     assert numpy.array_equal(own, same)
     assert not numpy.array_equal(own, two)

@@ -12,8 +12,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from shards.comparison import CONTEST, LATENTS, read_contest, set_name
-from shards.latent_store import read_rows
+from shards.comparison import COMPARISON_FILE, LATENTS_STORE, latent_set_name, read_comparison
+from shards.latent_store import read_latent_rows
 from stage1_encode.models import vae
 
 MODEL = Path("examples/nano/model")
@@ -41,10 +41,10 @@ def sheet(clips: Tensor, path: Path, *, gap_every: int = 1) -> None:
 
 def contest(report: Path, count: int) -> Tensor:
     """Clips (N T H W 3) uint8 of an evaluation: of each condition its contestants', one after the other."""
-    compared = read_contest(report)
+    compared = read_comparison(report)
     model = vae.load(MODEL, dtype=torch.float32, device=torch.device("cpu"))
-    names = [set_name(contestant, compared.seeds[0]) for contestant in compared.contestants[:SHOWN]]
-    sets = [vae.decode_videos(model, read_rows(report / LATENTS, name, 0, count)) for name in names]
+    names = [latent_set_name(contestant, compared.seeds[0]) for contestant in compared.contestants[:SHOWN]]
+    sets = [vae.decode_videos(model, read_latent_rows(report / LATENTS_STORE, name, 0, count)) for name in names]
     return rearrange(sets, "k n t h w c -> (n k) t h w c")
 
 
@@ -55,8 +55,8 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--count", type=int, default=6, help="conditions")
     asked = parser.parse_args()
-    if not (asked.report / CONTEST).is_file():
-        parser.error(f"{asked.report}: holds no {CONTEST}; name the --out folder of evaluate")
+    if not (asked.report / COMPARISON_FILE).is_file():
+        parser.error(f"{asked.report}: holds no {COMPARISON_FILE}; name the --out folder of evaluate")
     sheet(contest(asked.report, asked.count), asked.picture, gap_every=SHOWN)
 
 

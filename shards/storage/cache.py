@@ -10,17 +10,17 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-SCANS = 16  # times that the folder is looked through while it fills once
+SCANS_PER_FILL = 16  # times that the folder is looked through while it fills once
 
 log = logging.getLogger(__name__)
 
 
-class Cache:
+class DiskCache:
     """Holds up to `limit` bytes (and a sixteenth more for each process); what was used longest ago goes first."""
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = folder, limit
-        self._unscanned = limit  # bytes written since the folder was last looked through: unknown at first
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.limit = folder, max_bytes
+        self._bytes_since_scan = max_bytes  # bytes written since the folder was last looked through: unknown at first
         self._lock = threading.Lock()
 
     def _path(self, key: str) -> Path:
@@ -40,7 +40,7 @@ class Cache:
 
     def put(self, key: str, data: bytes) -> None:
         """Keep `data`, as far as it fits; a folder that cannot be written costs time but stops nothing."""
-        if len(data) * SCANS > self.limit:
+        if len(data) * SCANS_PER_FILL > self.limit:
             return
         path = self._path(key)
         partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
@@ -55,19 +55,19 @@ class Cache:
 
     def _make_room(self, size: int) -> None:
         with self._lock:
-            self._unscanned += size
-            if self._unscanned * SCANS < self.limit:
+            self._bytes_since_scan += size
+            if self._bytes_since_scan * SCANS_PER_FILL < self.limit:
                 return
-            self._unscanned = 0
+            self._bytes_since_scan = 0
         self.folder.mkdir(parents=True, exist_ok=True)
-        found = []
+        entries = []
         for path in self.folder.iterdir():
             try:
-                found.append((path.stat(), path))
+                entries.append((path.stat(), path))
             except FileNotFoundError:
                 continue  # another process has just removed it
-        total = sum(stat.st_size for stat, _ in found) + size
-        for stat, path in sorted(found, key=lambda pair: pair[0].st_mtime_ns):
+        total = sum(stat.st_size for stat, _ in entries) + size
+        for stat, path in sorted(entries, key=lambda pair: pair[0].st_mtime_ns):
             if total <= self.limit:
                 break
             path.unlink(missing_ok=True)

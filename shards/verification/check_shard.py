@@ -11,18 +11,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from common.video import TEXT_LENGTH
-from shards.manifest import Manifest, Shard
-from shards.record import FACTS, TENSORS, Record, from_members
-from shards.storage.open import Place
-from shards.writer import Index, Member, index_name, parse_index
+from shards.manifest import Manifest, ShardInfo
+from shards.record import METADATA_SUFFIX, TENSORS_SUFFIX, Record, from_members
+from shards.storage.open import Storage
+from shards.writer import ShardIndex, TarMember, index_file_name, parse_index
 
-BLOCK = tarfile.BLOCKSIZE
-PIECE = 1 << 24
-READS = 3  # of a shard that looks broken: the connection may be at fault
+BLOCK_BYTES = tarfile.BLOCKSIZE
+CHUNK_BYTES = 1 << 24
+MAX_READS = 3  # of a shard that looks broken: the connection may be at fault
 
 
 @dataclass(frozen=True)
-class Problem:
+class DataProblem:
     """Something broken: the file, and in a tar the member ("" = none in particular)."""
 
     file: str
@@ -35,11 +35,11 @@ class Problem:
 
 
 @dataclass
-class Findings:
+class ShardReport:
     """What one shard holds; the arrays have one entry a readable record."""
 
-    shard: Shard
-    problems: list[Problem] = field(default_factory=list)
+    shard: ShardInfo
+    problems: list[DataProblem] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)  # of the CSV, records' and failures'
     failures: list[tuple[int, str, str]] = field(default_factory=list)  # line, path, reason
@@ -49,96 +49,102 @@ class Findings:
     prompt_lengths: "array[int]" = field(default_factory=lambda: array("i"))  # characters
     sources: Counter[str] = field(default_factory=Counter)  # kind and size of the source files
 
-    def blame(self, file: str, member: str, reason: str) -> None:
+    def add_problem(self, file: str, member: str, reason: str) -> None:
         """Note a problem that encoding this shard again would mend."""
-        self.problems.append(Problem(file, member, reason, self.shard.name))
+        self.problems.append(DataProblem(file, member, reason, self.shard.name))
 
 
-def examine(place: Place, manifest: Manifest, shard: Shard) -> Findings:
+def check_shard(storage: Storage, manifest: Manifest, shard: ShardInfo) -> ShardReport:
     """Read a whole shard and say what is wrong with it each time."""
-    found = _examine_once(place, manifest, shard)
-    for _ in range(READS - 1):
-        if found.problems:
-            found = _examine_once(place, manifest, shard)
-    return found
+    report = _check_shard_once(storage, manifest, shard)
+    for _ in range(MAX_READS - 1):
+        if report.problems:
+            report = _check_shard_once(storage, manifest, shard)
+    return report
 
 
-def _examine_once(place: Place, manifest: Manifest, shard: Shard) -> Findings:
-    found = Findings(shard)
-    index = _examine_sidecar(place, found)
+def _check_shard_once(storage: Storage, manifest: Manifest, shard: ShardInfo) -> ShardReport:
+    report = ShardReport(shard)
+    index = _check_sidecar(storage, report)
     try:
         if index is not None:
-            _examine_tar(place, manifest, index, found)
-        elif _hash(place, shard) != shard.sha256:
-            found.blame(shard.name, "", "hash differs")
+            _check_tar(storage, manifest, index, report)
+        elif _hash_tar(storage, shard) != shard.sha256:
+            report.add_problem(shard.name, "", "hash differs")
     except OSError as error:
-        found.blame(shard.name, "", _cause(error))
-    return found
+        report.add_problem(shard.name, "", _error_reason(error))
+    return report
 
 
-def _cause(error: OSError) -> str:
+def _error_reason(error: OSError) -> str:
     return "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
 
 
-def _hash(place: Place, shard: Shard) -> str:
-    whole = hashlib.sha256()
-    for start in range(0, shard.size, PIECE):
-        whole.update(place.read(shard.name, start, min(PIECE, shard.size - start), fresh=True))
-    return whole.hexdigest()
+def _hash_tar(storage: Storage, shard: ShardInfo) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, shard.size, CHUNK_BYTES):
+        digest.update(storage.read(shard.name, start, min(CHUNK_BYTES, shard.size - start), fresh=True))
+    return digest.hexdigest()
 
 
-def _examine_sidecar(place: Place, found: Findings) -> Index | None:
-    shard, name = found.shard, index_name(found.shard.name)
+def _check_sidecar(storage: Storage, report: ShardReport) -> ShardIndex | None:
+    shard, name = report.shard, index_file_name(report.shard.name)
     try:
-        index = parse_index(place.read(name, fresh=True))
+        index = parse_index(storage.read(name, fresh=True))
     except OSError as error:
-        found.blame(name, "", _cause(error))
+        report.add_problem(name, "", _error_reason(error))
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        found.blame(name, "", f"is damaged ({error})")
+        report.add_problem(name, "", f"is damaged ({error})")
         return None
     if index.shard.index_sha256 != shard.index_sha256:
-        found.blame(name, "", "hash differs")
+        report.add_problem(name, "", "hash differs")
         return None
     if replace(index.shard, index_sha256="") != replace(shard, index_sha256=""):
-        found.blame(name, "", "disagrees with the manifest about this shard")
+        report.add_problem(name, "", "disagrees with the manifest about this shard")
     records, failed = len(index.members) // 2, len(index.failures)
     if records != shard.records or records + failed != shard.rows:
-        found.blame(name, "", f"{records} records and {failed} failures do not make {shard.rows} rows")
-    found.failures = [(failure.line, failure.path, failure.reason) for failure in index.failures]
-    found.lines = [failure.line for failure in index.failures]
+        report.add_problem(name, "", f"{records} records and {failed} failures do not make {shard.rows} rows")
+    report.failures = [(failure.line, failure.path, failure.reason) for failure in index.failures]
+    report.lines = [failure.line for failure in index.failures]
     return index
 
 
-def _examine_tar(place: Place, manifest: Manifest, index: Index, found: Findings) -> None:
+def _check_tar(storage: Storage, manifest: Manifest, index: ShardIndex, report: ShardReport) -> None:
     """Hash the tar a record at a time, so that memory holds one record and a bad byte has a name."""
-    name, whole, end, suspects, known = found.shard.name, hashlib.sha256(), 0, [], len(found.problems)
+    name, digest, end, suspect_members, problems_before = (
+        report.shard.name,
+        hashlib.sha256(),
+        0,
+        [],
+        len(report.problems),
+    )
     for pair in zip(index.members[::2], index.members[1::2], strict=False):
-        data = place.read(name, end, _stop(pair[1]) - end, fresh=True)
-        bad = _bad_members(data, end, pair)
-        whole.update(data)
+        data = storage.read(name, end, _end_offset(pair[1]) - end, fresh=True)
+        bad = _damaged_members(data, end, pair)
+        digest.update(data)
         for member, reason in bad.items():
-            found.blame(name, member.name, reason)
+            report.add_problem(name, member.name, reason)
         if not bad:
-            _examine_record(manifest, pair, data, end, found)
-        suspects += [member for member, before in zip(pair, (end, _stop(pair[0])), strict=True)
-                     if not _is_header(data[before - end : member.offset - end], before, member)]  # fmt: skip
-        end = _stop(pair[1])
-    whole.update(place.read(name, end, fresh=True))
-    if whole.hexdigest() != found.shard.sha256:
-        for member in suspects:
-            found.blame(name, member.name, "its tar header, or the zeros before that, are damaged")
-        if len(found.problems) == known:
-            found.blame(name, "", f"is damaged behind its last member, from byte {end} on")
+            _check_record(manifest, pair, data, end, report)
+        suspect_members += [member for member, previous_end in zip(pair, (end, _end_offset(pair[0])), strict=True)
+                     if not _is_tar_header(data[previous_end - end : member.offset - end], previous_end, member)]  # fmt: skip
+        end = _end_offset(pair[1])
+    digest.update(storage.read(name, end, fresh=True))
+    if digest.hexdigest() != report.shard.sha256:
+        for member in suspect_members:
+            report.add_problem(name, member.name, "its tar header, or the zeros before that, are damaged")
+        if len(report.problems) == problems_before:
+            report.add_problem(name, "", f"is damaged behind its last member, from byte {end} on")
 
 
-def _stop(member: Member) -> int:
+def _end_offset(member: TarMember) -> int:
     return member.offset + member.size
 
 
-def _bad_members(data: bytes, start: int, pair: tuple[Member, Member]) -> dict[Member, str]:
+def _damaged_members(data: bytes, start: int, pair: tuple[TarMember, TarMember]) -> dict[TarMember, str]:
     """What is wrong with the members of a record, in the bytes from `start` on."""
-    parts = {member: data[member.offset - start : _stop(member) - start] for member in pair}
+    parts = {member: data[member.offset - start : _end_offset(member) - start] for member in pair}
     return {
         member: "hash differs" if len(part) == member.size else "is cut off: the tar is too short"
         for member, part in parts.items()
@@ -146,32 +152,34 @@ def _bad_members(data: bytes, start: int, pair: tuple[Member, Member]) -> dict[M
     }
 
 
-def _is_header(between: bytes, start: int, member: Member) -> bool:
+def _is_tar_header(preceding: bytes, start: int, member: TarMember) -> bool:
     """Whether the bytes before a member, from `start` on, are what a tar writer puts there."""
     try:
-        header = tarfile.TarInfo.frombuf(between[-BLOCK:], "utf-8", "surrogateescape")
+        header = tarfile.TarInfo.frombuf(preceding[-BLOCK_BYTES:], "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return False
     header.name = member.name  # a long one is cut off in this block and stands before it
-    return between == bytes(-start % BLOCK) + header.tobuf()
+    return preceding == bytes(-start % BLOCK_BYTES) + header.tobuf()
 
 
-def _examine_record(manifest: Manifest, pair: tuple[Member, Member], data: bytes, start: int, found: Findings) -> None:
-    tensors, facts = (data[member.offset - start : member.offset - start + member.size] for member in pair)
-    key = pair[0].name.removesuffix(f".{TENSORS}")
+def _check_record(
+    manifest: Manifest, pair: tuple[TarMember, TarMember], data: bytes, start: int, report: ShardReport
+) -> None:
+    tensors, metadata = (data[member.offset - start : member.offset - start + member.size] for member in pair)
+    key = pair[0].name.removesuffix(f".{TENSORS_SUFFIX}")
     try:
-        record = from_members(key, tensors, facts)
+        record = from_members(key, tensors, metadata)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        found.blame(found.shard.name, key, f"is no record ({error})")
+        report.add_problem(report.shard.name, key, f"is no record ({error})")
         return
-    if pair[1].name != f"{key}.{FACTS}":
-        found.blame(found.shard.name, pair[1].name, f"stands where {key}.{FACTS} should be")
-    for reason in record_reasons(record, manifest):
-        found.blame(found.shard.name, pair[0].name, reason)
-    _measure(record, found)
+    if pair[1].name != f"{key}.{METADATA_SUFFIX}":
+        report.add_problem(report.shard.name, pair[1].name, f"stands where {key}.{METADATA_SUFFIX} should be")
+    for reason in schema_problems(record, manifest):
+        report.add_problem(report.shard.name, pair[0].name, reason)
+    _add_statistics(record, report)
 
 
-def record_reasons(record: Record, manifest: Manifest) -> list[str]:
+def schema_problems(record: Record, manifest: Manifest) -> list[str]:
     """What breaks the schema in a record, in words."""
     frame, text = record.first_frame, record.text
     width, shape = manifest.encoder.text_dim, manifest.spec.first_frame_shape
@@ -189,18 +197,18 @@ def record_reasons(record: Record, manifest: Manifest) -> list[str]:
     return reasons
 
 
-def _measure(record: Record, found: Findings) -> None:
+def _add_statistics(record: Record, report: ShardReport) -> None:
     source = record.source
-    found.keys.append(record.key)
-    found.lines.append(source.line)
-    found.latent_rms.append(float("nan") if record.first_frame is None else rms(record.first_frame))
-    found.text_rms.append(rms(record.text))
-    found.text_rows.append(record.text.shape[0])
-    found.prompt_lengths.append(len(source.prompt))
+    report.keys.append(record.key)
+    report.lines.append(source.line)
+    report.latent_rms.append(float("nan") if record.first_frame is None else root_mean_square(record.first_frame))
+    report.text_rms.append(root_mean_square(record.text))
+    report.text_rows.append(record.text.shape[0])
+    report.prompt_lengths.append(len(source.prompt))
     kind = source.path.rpartition(".")[2].lower() if "." in source.path else "no file"
-    found.sources[f"{kind} {source.size[1]}x{source.size[0]}" if source.size else kind] += 1
+    report.sources[f"{kind} {source.size[1]}x{source.size[0]}" if source.size else kind] += 1
 
 
-def rms(tensor: Tensor) -> float:
+def root_mean_square(tensor: Tensor) -> float:
     """Root mean square."""
     return float(tensor.float().square().mean().sqrt())

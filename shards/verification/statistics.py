@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy
 
 from shards.manifest import Manifest
-from shards.verification.check_shard import Findings, Problem
+from shards.verification.check_shard import DataProblem, ShardReport
 
-FAR = 10.0  # robust standard deviations from the median that make an outlier
-SHOWN = 20  # outliers and kinds of sources in a printed report
+OUTLIER_DEVIATIONS = 10.0  # robust standard deviations from the median that make an outlier
+MAX_PRINTED = 20  # outliers and kinds of sources in a printed report
 
 
 @dataclass(frozen=True)
-class Outlier:
+class RecordOutlier:
     """A record whose latent or text is much larger or smaller than usual: worth a look, not broken."""
 
     file: str
@@ -28,7 +28,7 @@ class Outlier:
 
 
 @dataclass(frozen=True)
-class Spread:
+class ValueSummary:
     """Lowest, median, mean and highest value."""
 
     low: float
@@ -41,44 +41,46 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Report:
+class VerifyReport:
     """What `verify` found."""
 
     where: str
     manifest: Manifest | None  # None = cannot be read
-    problems: tuple[Problem, ...]
-    outliers: tuple[Outlier, ...]
-    spreads: Mapping[str, Spread]
+    problems: tuple[DataProblem, ...]
+    outliers: tuple[RecordOutlier, ...]
+    spreads: Mapping[str, ValueSummary]
     sources: Mapping[str, int]  # most frequent first
 
     def lines(self) -> list[str]:
         """The report in words."""
-        shown = [f"{self.where}: {len(self.problems)} problems, {len(self.outliers)} outliers"]
+        lines = [f"{self.where}: {len(self.problems)} problems, {len(self.outliers)} outliers"]
         if self.manifest is not None:
             rows = sum(shard.rows for shard in self.manifest.shards)
-            shown.append(
+            lines.append(
                 f"{self.manifest.records} records + {self.manifest.failures} failures = {rows} rows"
                 f" in {len(self.manifest.shards)} shards; {self.manifest.spec}"
             )
-        shown += [f"{name}: {spread}" for name, spread in self.spreads.items()]
-        shown += [f"{count} records from {kind}" for kind, count in list(self.sources.items())[:SHOWN]]
-        shown += [f"outlier: {item}" for item in self.outliers[:SHOWN]]
-        return shown + [f"broken: {problem}" for problem in self.problems]
+        lines += [f"{name}: {summary}" for name, summary in self.spreads.items()]
+        lines += [f"{count} records from {kind}" for kind, count in list(self.sources.items())[:MAX_PRINTED]]
+        lines += [f"outlier: {item}" for item in self.outliers[:MAX_PRINTED]]
+        return lines + [f"broken: {problem}" for problem in self.problems]
 
 
-def sources(found: Sequence[Findings]) -> dict[str, int]:
+def count_sources(shard_reports: Sequence[ShardReport]) -> dict[str, int]:
     """How many records come from each kind and size of file."""
     total: Counter[str] = Counter()
-    for findings in found:
-        total.update(findings.sources)
+    for shard_report in shard_reports:
+        total.update(shard_report.sources)
     return dict(total.most_common())
 
 
-def _joined(found: Sequence[Findings], name: str) -> numpy.ndarray:
-    return numpy.concatenate([numpy.asarray(vars(findings)[name], dtype=numpy.float32) for findings in found])
+def _concatenate_values(shard_reports: Sequence[ShardReport], name: str) -> numpy.ndarray:
+    return numpy.concatenate(
+        [numpy.asarray(vars(shard_report)[name], dtype=numpy.float32) for shard_report in shard_reports]
+    )
 
 
-def spreads(found: Sequence[Findings]) -> dict[str, Spread]:
+def summarize_values(shard_reports: Sequence[ShardReport]) -> dict[str, ValueSummary]:
     """The spread of each figure over all records."""
     names = {
         "prompt characters": "prompt_lengths",
@@ -86,26 +88,30 @@ def spreads(found: Sequence[Findings]) -> dict[str, Spread]:
         "text rms": "text_rms",
         "first frame rms": "latent_rms",
     }
-    made = {}
+    summaries = {}
     for label, name in names.items():
-        values = _joined(found, name)
+        values = _concatenate_values(shard_reports, name)
         values = values[numpy.isfinite(values)]
         if len(values):
-            made[label] = Spread(*(float(x) for x in (values.min(), numpy.median(values), values.mean(), values.max())))
-    return made
+            summaries[label] = ValueSummary(
+                *(float(x) for x in (values.min(), numpy.median(values), values.mean(), values.max()))
+            )
+    return summaries
 
 
-def outliers(found: Sequence[Findings]) -> tuple[Outlier, ...]:
+def find_outliers(shard_reports: Sequence[ShardReport]) -> tuple[RecordOutlier, ...]:
     """Records whose first frame or text is further from the median than `FAR`, by the median deviation."""
-    owners = [(findings.shard.name, key) for findings in found for key in findings.keys]
-    made = []
+    owners = [(shard_report.shard.name, key) for shard_report in shard_reports for key in shard_report.keys]
+    result = []
     for tensor, name in (("first_frame", "latent_rms"), ("text", "text_rms")):
-        values = _joined(found, name)
-        known = values[numpy.isfinite(values)]
-        if not len(known):
+        values = _concatenate_values(shard_reports, name)
+        finite_values = values[numpy.isfinite(values)]
+        if not len(finite_values):
             continue
-        median = float(numpy.median(known))
-        deviation = 1.4826 * float(numpy.median(numpy.abs(known - median)))  # a standard deviation, were they normal
-        far = numpy.abs(values - median) > FAR * max(deviation, 0.01 * median)
-        made += [Outlier(*owners[i], tensor, float(values[i]), median) for i in numpy.flatnonzero(far)]
-    return tuple(made)
+        median = float(numpy.median(finite_values))
+        deviation = 1.4826 * float(
+            numpy.median(numpy.abs(finite_values - median))
+        )  # a standard deviation, were they normal
+        is_outlier = numpy.abs(values - median) > OUTLIER_DEVIATIONS * max(deviation, 0.01 * median)
+        result += [RecordOutlier(*owners[i], tensor, float(values[i]), median) for i in numpy.flatnonzero(is_outlier)]
+    return tuple(result)

@@ -15,7 +15,7 @@ from torch import Tensor
 from common.device import OffloadedTensors, record_event
 from common.model_folder import locate_model
 from common.video import VideoSpec
-from shards.record import Record, Source
+from shards.record import Record, RecordSource
 from stage1_encode.media.first_frame import UnreadableError, first_frame
 from stage1_encode.media.rows import Row, locate_file
 from stage1_encode.models import text_encoder, vae
@@ -77,7 +77,7 @@ def make_records(models: Conditioner, rows: Sequence[Row], table: Path, spec: Vi
     if not stay:
         models.words.move(torch.device("cpu"))
     return [
-        Record(row.key, Source(prompt, row.path, row.line, 0, None, row.seed), latent, embedding)
+        Record(row.key, RecordSource(prompt, row.path, row.line, 0, None, row.seed), latent, embedding)
         for row, prompt, latent, embedding in zip(rows, prompts, latents, embeddings, strict=True)
     ]
 

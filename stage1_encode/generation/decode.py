@@ -37,14 +37,14 @@ def decode(config: DecodeConfig) -> list[Path]:
     for step in steps:
         folder = out if len(steps) == 1 else out / step
         folder.mkdir(parents=True, exist_ok=True)
-        made += decode_step(config, model, latent_store.describe(store, step), folder)
+        made += decode_step(config, model, latent_store.describe_group(store, step), folder)
     write_config(out / CONFIG, config)
     return made
 
 
 def finished_steps(store: Path) -> list[str]:
     """Names of the steps to decode; ValueError where there are none."""
-    steps = latent_store.steps(store)
+    steps = latent_store.complete_groups(store)
     if not steps:
         raise ValueError(f"latents={store}: holds no finished step")
     return steps
@@ -87,7 +87,7 @@ def write_sheet(path: Path, rows: Sequence[numpy.ndarray]) -> Path:
 
 def read_pixels(model: vae.Vae, store: Path, group: LatentGroup, row: int) -> numpy.ndarray:
     """Decode one video (F X Y 3) uint8; ValueError where its latents are damaged."""
-    video = latent_store.read(store, group.step, row)
+    video = latent_store.read_latents(store, group.step, row)
     if not torch.isfinite(video).all():
         raise ValueError(f"latents={store}: {group.step}/{group.keys[row]} is not finite")
     return vae.decode_video(model, video).numpy()
@@ -112,10 +112,10 @@ def follow(config: DecodeConfig) -> Iterator[Path]:
     out.mkdir(parents=True, exist_ok=True)
     write_config(out / CONFIG, config)
     while True:
-        ended = latent_store.complete(store)  # asked before looking, so that the last step is not missed
+        ended = latent_store.is_store_complete(store)  # asked before looking, so that the last step is not missed
         for step in waiting(store, out):
             (out / step).mkdir(exist_ok=True)
-            yield decode_step(config, model, latent_store.describe(store, step), out / step)[-1]
+            yield decode_step(config, model, latent_store.describe_group(store, step), out / step)[-1]
         if ended:
             return
         time.sleep(POLL_SECONDS)
@@ -123,7 +123,7 @@ def follow(config: DecodeConfig) -> Iterator[Path]:
 
 def there(store: Path) -> list[str]:
     """Finished steps of the store; none where it is not there yet."""
-    return latent_store.steps(store) if (store / "zarr.json").is_file() else []
+    return latent_store.complete_groups(store) if (store / "zarr.json").is_file() else []
 
 
 def waiting(store: Path, out: Path) -> list[str]:

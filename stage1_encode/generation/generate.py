@@ -21,7 +21,7 @@ from common.device import copy_async, record_event
 from common.progress import ProgressBar
 from common.video import VideoSpec
 from shards import latent_store
-from shards.record import Record, alike
+from shards.record import Record, group_by_first_frame
 from stage1_encode.generation.condition_encoder import Conditioner, encode_frame, make_records
 from stage1_encode.generation.decode import CONTACT, MOST_ROWS, thumbnails, write_sheet
 from stage1_encode.media.rows import Row, read_shards
@@ -108,14 +108,14 @@ def _make(order: Order, models: Conditioner, sampler: Sampler, placing: Placing)
     if not rows:
         return []
     seeds = [order.seed if row.seed is None else row.seed for row in rows]
-    latent_store.create(order.store, contents(order, rows, seeds))
+    latent_store.create_group(order.store, contents(order, rows, seeds))
     with ExitStack() as films, ThreadPoolExecutor(1) as keeper, ProgressBar(len(rows), label="sample") as progress:
         work = Work(order, models, sampler, placing, films, keeper)
         for start in range(0, len(rows), TOGETHER):
             for done in work.make(rows[start : start + TOGETHER], seeds[start : start + TOGETHER]):
                 progress.advance(count=done)
         made = work.finish()
-    latent_store.finish(order.store, STEP)
+    latent_store.finish_group(order.store, STEP)
     return made
 
 
@@ -169,7 +169,7 @@ class Work:
             self.sampler.move(torch.device("cpu"))
         order = self.order
         records = make_records(self.models, rows, order.table, order.spec, stay=self.placing.text)
-        for places in alike(records, order.batch_size):
+        for places in group_by_first_frame(records, order.batch_size):
             before = self.takes[-order.batch_size :]
             self.batch([records[place] for place in places], [seeds[place] for place in places])
             for take in before:
@@ -219,7 +219,7 @@ class Work:
             ready.synchronize()
         if not x0.isfinite().all():
             raise ValueError(f"the latents of row {rows[0]} are not finite: is the checkpoint sound?")
-        latent_store.write(self.order.store, STEP, rows, x0)
+        latent_store.write_latents(self.order.store, STEP, rows, x0)
 
     def place(self, record: Record) -> int:
         """Place of a record's row among those of this process."""

@@ -21,7 +21,7 @@ from common.files import write_file
 from common.model_folder import locate_model
 from common.progress import ProgressBar
 from shards import latent_store
-from shards.comparison import LATENTS, Contest, read_contest, set_name
+from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
 from shards.dataset import DataSet, open_data_set
 from stage1_encode.media.video_writer import write_video
 from stage1_encode.models import vae
@@ -73,7 +73,7 @@ class Look:
 def measure(looks: Looks) -> Path:
     """Look at the first videos of every set; the file of figures."""
     out = Path(looks.out)
-    contest = read_contest(out)
+    contest = read_comparison(out)
     tools = open_tools(looks)
     found: dict[str, list[Look]] = defaultdict(list)
     answers: dict[str, list[custom_judge.Answers]] = defaultdict(list)
@@ -83,11 +83,11 @@ def measure(looks: Looks) -> Path:
     names = wanted_sets(contest, references=looks.i3d is not None)
     with ProgressBar(count * len(names), label="look at videos") as progress:
         for name in names:
-            group = latent_store.describe(out / LATENTS, name)
+            group = latent_store.describe_group(out / LATENTS_STORE, name)
             for start in range(0, count, looks.batch_size):
                 rows = range(start, min(start + looks.batch_size, count))
                 prompts = [group.prompts[row] for row in rows]
-                videos = read_videos(tools.vae, out / LATENTS, name, rows)
+                videos = read_videos(tools.vae, out / LATENTS_STORE, name, rows)
                 found[name] += look(tools, videos, given[rows.start : rows.stop], prompts)
                 if tools.judge:
                     answers[name] += tools.judge(videos, prompts)
@@ -120,21 +120,21 @@ def open_tools(looks: Looks) -> Tools:
     )
 
 
-def first_sets(contest: Contest) -> list[str]:
+def first_sets(contest: Comparison) -> list[str]:
     """Each contestant's set of the first seed: the videos that are shown."""
-    return [set_name(contestant, contest.seeds[0]) for contestant in contest.contestants]
+    return [latent_set_name(contestant, contest.seeds[0]) for contestant in contest.contestants]
 
 
-def wanted_sets(contest: Contest, *, references: bool) -> list[str]:
+def wanted_sets(contest: Comparison, *, references: bool) -> list[str]:
     """The sets to look at; the teacher's further references only where a distance needs them."""
-    names = [set_name(contestant, seed) for contestant in contest.contestants for seed in contest.seeds]
-    further = [set_name(contest.teacher, seed) for seed in contest.references] if references else []
+    names = [latent_set_name(contestant, seed) for contestant in contest.contestants for seed in contest.seeds]
+    further = [latent_set_name(contest.teacher, seed) for seed in contest.references] if references else []
     return list(dict.fromkeys([*names, *further]))
 
 
 def read_videos(model: vae.Vae, store: Path, name: str, rows: range) -> Tensor:
     """Decode rows of a set (B F X Y 3) uint8 on the VAE's device; ValueError where its latents are damaged."""
-    read = latent_store.read_rows(store, name, rows.start, rows.stop)
+    read = latent_store.read_latent_rows(store, name, rows.start, rows.stop)
     if not torch.isfinite(read).all():
         raise ValueError(f"latents={store}: {name}, one of the rows {rows.start} to {rows.stop - 1} is not finite")
     return decode(model, read)

@@ -24,10 +24,10 @@ from common.options import write_config
 from common.progress import ProgressBar
 from common.seed import draw_normal, make_generator
 from shards import latent_store
-from shards.comparison import LATENTS, Contest, Contestant, set_name, write_contest
+from shards.comparison import LATENTS_STORE, Candidate, Comparison, latent_set_name, write_comparison
 from shards.dataset import open_data_set
 from shards.manifest import check_manifest
-from shards.record import Record, alike, collate, pad_text
+from shards.record import Record, collate_records, group_by_first_frame, pad_text
 from stage2_distill.checkpointing.format import StudentFacts, checkpoints, chosen, newest, read_facts, write_best
 from stage2_distill.dmd.rollout import euler, rollout
 from stage2_distill.evaluation.config import EvaluateConfig
@@ -54,21 +54,21 @@ class Setting:
     @property
     def store(self) -> Path:
         """Where the latents go."""
-        return Path(self.config.out) / LATENTS
+        return Path(self.config.out) / LATENTS_STORE
 
 
 @dataclass(frozen=True)
 class Sampler:
     """How one contestant makes its videos."""
 
-    contestant: Contestant
+    contestant: Candidate
     checkpoint: Path | None  # None: the teacher's weights
     sigmas: tuple[float, ...]
     scale: float  # 1 = no guidance
     renoise: bool  # fresh noise between the steps, as a student; otherwise Euler
 
 
-def sample_contest(config: EvaluateConfig) -> Contest:
+def sample_contest(config: EvaluateConfig) -> Comparison:
     """Write the latents of every contestant and seed into OUT/latents.zarr, and OUT/contest.json.
 
     Sets that are there already, made in the same way from the same weights, are kept.
@@ -78,7 +78,7 @@ def sample_contest(config: EvaluateConfig) -> Contest:
         select(setting)
     samplers = [*teachers(setting), *students(setting, [chosen(Path(name)) for name in config.checkpoint])]
     contest = sample_sets(setting, samplers)
-    write_contest(Path(config.out), contest)
+    write_comparison(Path(config.out), contest)
     return contest
 
 
@@ -124,13 +124,13 @@ def teachers(setting: Setting) -> list[Sampler]:
     few, how = len(facts.sigmas), "guided steps" if scale != 1 else "steps"
     each = 1 if scale == 1 else 2
     return [
-        Sampler(Contestant("teacher", f"teacher, {steps} {how}", each * steps, "teacher"), None, many, scale, False),
+        Sampler(Candidate("teacher", f"teacher, {steps} {how}", each * steps, "teacher"), None, many, scale, False),
         Sampler(
-            Contestant("teacher-few", f"teacher, {few} {how}", each * few, "teacher-few"),
+            Candidate("teacher-few", f"teacher, {few} {how}", each * few, "teacher-few"),
             None, facts.sigmas, scale, False,
         ),
         Sampler(
-            Contestant("undistilled", f"undistilled student, {few} steps", few, "undistilled"),
+            Candidate("undistilled", f"undistilled student, {few} steps", few, "undistilled"),
             None, facts.sigmas, 1.0, True,
         ),
     ]  # fmt: skip
@@ -147,17 +147,17 @@ def students(setting: Setting, folders: Sequence[Path]) -> list[Sampler]:
         short = f"{where.parent.name}-{where.name}"
         label = f"{short}, {len(facts.sigmas)} steps" if made else f"student, {len(facts.sigmas)} steps"
         name = f"{short}-{fingerprint_folder(folder)[:6]}"
-        contestant = Contestant(name if made else "student", label, len(facts.sigmas), name)
+        contestant = Candidate(name if made else "student", label, len(facts.sigmas), name)
         if contestant.sets not in [sampler.contestant.sets for sampler in made]:
             made.append(Sampler(contestant, folder, facts.sigmas, 1.0, True))
     return made
 
 
-def sample_sets(setting: Setting, samplers: Sequence[Sampler]) -> Contest:
+def sample_sets(setting: Setting, samplers: Sequence[Sampler]) -> Comparison:
     """Make the sets that are missing, network by network; the first sampler is the teacher."""
     seeds = setting.config.seeds
     contestants = tuple(sampler.contestant for sampler in samplers)
-    contest = Contest(contestants, seeds, references(seeds), len(setting.records), setting.scale)
+    contest = Comparison(contestants, seeds, references(seeds), len(setting.records), setting.scale)
     for checkpoint in dict.fromkeys(sampler.checkpoint for sampler in samplers):
         todo = []
         for sampler in samplers:
@@ -200,30 +200,30 @@ def digest(setting: Setting, sampler: Sampler, seed: int) -> str:
 
 def is_made(setting: Setting, sampler: Sampler, seed: int) -> bool:
     """Whether a set is complete and is what would be made now."""
-    there = latent_store.facts(setting.store, set_name(sampler.contestant, seed))
+    there = latent_store.read_group_facts(setting.store, latent_set_name(sampler.contestant, seed))
     return there.get("digest") == digest(setting, sampler, seed)
 
 
 def sample_set(setting: Setting, sampler: Sampler, plain: Denoiser, seed: int) -> None:
     """Sample all conditions with one contestant and seed into the store."""
-    records, store, name = setting.records, setting.store, set_name(sampler.contestant, seed)
+    records, store, name = setting.records, setting.store, latent_set_name(sampler.contestant, seed)
     keys, prompts = tuple(r.key for r in records), tuple(r.source.prompt for r in records)
     spec = setting.facts.spec
     together = max(1, CHUNK // (4 * math.prod(spec.latent_shape)))
-    latent_store.create(
-        store, latent_store.LatentGroup(name, spec, keys, prompts, (seed,) * len(records)), together=together
+    latent_store.create_group(
+        store, latent_store.LatentGroup(name, spec, keys, prompts, (seed,) * len(records)), videos_per_chunk=together
     )
     took = []
     with ProgressBar(len(records), label=f"sample {name}") as progress:
-        for rows in alike(records, setting.config.batch_size):
+        for rows in group_by_first_frame(records, setting.config.batch_size):
             began = time.perf_counter()
             x0 = sample_rows(setting, sampler, plain, rows, seed).cpu()
             took.append((time.perf_counter() - began) / len(rows))
             if not torch.isfinite(x0).all():
                 raise ValueError(f"{sampler.checkpoint or setting.config.model}: makes latents that are not finite")
-            latent_store.write(store, name, rows, x0)
+            latent_store.write_latents(store, name, rows, x0)
             progress.advance(count=len(rows))
-    latent_store.finish(store, name, facts={"digest": digest(setting, sampler, seed), "seconds": median(took)})
+    latent_store.finish_group(store, name, facts={"digest": digest(setting, sampler, seed), "seconds": median(took)})
 
 
 @torch.no_grad()
@@ -231,7 +231,7 @@ def sample_rows(setting: Setting, sampler: Sampler, plain: Denoiser, rows: Seque
     """Latents (B C T H W) of some conditions; the noise depends on the seed and the row alone."""
     device = pick_device(setting.config.device)
     records = [setting.records[row] for row in rows]
-    condition: Condition = collate(records, text_rows=setting.config.text_rows).condition.to(device)
+    condition: Condition = collate_records(records, text_rows=setting.config.text_rows).condition.to(device)
     draws = [make_generator(seed, 0, row, "evaluate", device) for row in rows]
     noise = draw_normal(setting.facts.spec.latent_shape, draws)
     denoise = guided(plain, negative_text=setting.negative_text.to(device), scale=sampler.scale)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from common.progress import ProgressBar
 from shards import latent_store
-from shards.comparison import Contest, set_name
+from shards.comparison import Comparison, latent_set_name
 
 SEED, HIDDEN, WIDTH = 20261123, 128, 64
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 % points, 1..10 degrees
@@ -110,15 +110,15 @@ def references(seeds: Sequence[int]) -> tuple[int, ...]:
     return (*seeds[1:], seeds[0] if len(seeds) > 2 else max(seeds) + 1)
 
 
-def score(store: Path, contest: Contest) -> dict[str, Scores]:
+def score(store: Path, contest: Comparison) -> dict[str, Scores]:
     """Scores by the contestants' names, of all N videos."""
     sums = collect(store, contest)
     sets = {name: torch.cat(parts) for name, parts in sums.features.items()}
     found = {}
     for contestant in contest.contestants:
-        names = [set_name(contestant, seed) for seed in contest.seeds]
-        against = [set_name(contest.teacher, seed) for seed in contest.references]
-        seconds = [float(latent_store.facts(store, name)["seconds"]) for name in names]
+        names = [latent_set_name(contestant, seed) for seed in contest.seeds]
+        against = [latent_set_name(contest.teacher, seed) for seed in contest.references]
+        seconds = [float(latent_store.read_group_facts(store, name)["seconds"]) for name in names]
         found[contestant.name] = Scores(
             tuple(frechet(sets[mine], sets[other]) for mine, other in zip(names, against, strict=True)),
             tuple(sums.to_teacher[name] / contest.count for name in names),
@@ -128,35 +128,35 @@ def score(store: Path, contest: Contest) -> dict[str, Scores]:
     return found
 
 
-def set_names(contest: Contest) -> list[str]:
+def set_names(contest: Comparison) -> list[str]:
     """Every set of a contest, the teacher's references included."""
-    further = [set_name(contest.teacher, seed) for seed in contest.references]
-    own = [set_name(contestant, seed) for contestant in contest.contestants for seed in contest.seeds]
+    further = [latent_set_name(contest.teacher, seed) for seed in contest.references]
+    own = [latent_set_name(contestant, seed) for contestant in contest.contestants for seed in contest.seeds]
     return list(dict.fromkeys([*own, *further]))
 
 
-def collect(store: Path, contest: Contest) -> Sums:
+def collect(store: Path, contest: Comparison) -> Sums:
     """Read every set once, some rows of all of them at a time."""
     names = set_names(contest)
     sums = Sums({name: [] for name in names}, dict.fromkeys(names, 0.0), {c.name: 0.0 for c in contest.contestants})
-    video = latent_store.read(store, names[0], 0)
+    video = latent_store.read_latents(store, names[0], 0)
     step = max(1, AT_ONCE // (len(names) * video.nbytes))
     with ProgressBar(contest.count, label="compare latents") as progress:
         for start in range(0, contest.count, step):
             stop = min(start + step, contest.count)
-            add_rows(sums, contest, {name: latent_store.read_rows(store, name, start, stop) for name in names})
+            add_rows(sums, contest, {name: latent_store.read_latent_rows(store, name, start, stop) for name in names})
             progress.advance(count=stop - start)
     return sums
 
 
-def add_rows(sums: Sums, contest: Contest, rows: dict[str, Tensor]) -> None:
+def add_rows(sums: Sums, contest: Comparison, rows: dict[str, Tensor]) -> None:
     """Add some rows (B C T H W) of every set."""
     for name, videos in rows.items():
         sums.features[name].append(features(videos))
     for contestant in contest.contestants:
-        sets = [rows[set_name(contestant, seed)] for seed in contest.seeds]
+        sets = [rows[latent_set_name(contestant, seed)] for seed in contest.seeds]
         for videos, seed in zip(sets, contest.seeds, strict=True):
-            same_noise = rows[set_name(contest.teacher, seed)]
-            sums.to_teacher[set_name(contestant, seed)] += float(distance(videos, same_noise).sum())
+            same_noise = rows[latent_set_name(contest.teacher, seed)]
+            sums.to_teacher[latent_set_name(contestant, seed)] += float(distance(videos, same_noise).sum())
         if len(sets) > 1:
             sums.diversity[contestant.name] += float(diversity(sets).sum())

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 
 from common.files import write_file
 from shards import latent_store
-from shards.comparison import LATENTS, Contest, read_contest, set_name
+from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
 from stage2_distill.evaluation.compare import SELECTION
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import Scores, frechet, score, spread
@@ -46,8 +46,8 @@ POINTS = 300
 def write_report(config: EvaluateConfig) -> Path:
     """Write OUT/report.json and OUT/report.html; the latter's path."""
     out = Path(config.out)
-    contest = read_contest(out)
-    scores = score(out / LATENTS, contest)
+    contest = read_comparison(out)
+    scores = score(out / LATENTS_STORE, contest)
     pixels = read_json(out / "pixels.json") if config.videos else None
     floor = spread(scores["teacher"].frechet)
     rows: dict[str, Any] = {}
@@ -90,10 +90,10 @@ def latent_figures(own: Scores, teacher: Scores, floor: float) -> dict[str, Any]
     }
 
 
-def pixel_figures(contest: Contest, found: dict[str, Any], sets: str) -> dict[str, Any]:
+def pixel_figures(contest: Comparison, found: dict[str, Any], sets: str) -> dict[str, Any]:
     """Means over the seeds of one contestant's pixel figures; some are relative to the teacher's."""
     mine = [found[f"{sets}-seed-{seed}"] for seed in contest.seeds]
-    theirs = [found[set_name(contest.teacher, seed)] for seed in contest.seeds]
+    theirs = [found[latent_set_name(contest.teacher, seed)] for seed in contest.seeds]
     rows: dict[str, Any] = {}
     for key in PLAIN:
         rows[key] = vars(spread([one[key] for one in mine])) if mine[0][key] is not None else None
@@ -107,11 +107,13 @@ def pixel_figures(contest: Contest, found: dict[str, Any], sets: str) -> dict[st
     return rows
 
 
-def video_distance(out: Path, contest: Contest, sets: str) -> Any:  # noqa: ANN401
+def video_distance(out: Path, contest: Comparison, sets: str) -> Any:  # noqa: ANN401
     """Frechet distance of I3D features to the teacher's set of another seed."""
     features = load_tensors((out / "i3d.safetensors").read_bytes())
     pairs = zip(contest.seeds, contest.references, strict=True)
-    return spread([frechet(features[f"{sets}-seed-{a}"], features[set_name(contest.teacher, b)]) for a, b in pairs])
+    return spread(
+        [frechet(features[f"{sets}-seed-{a}"], features[latent_set_name(contest.teacher, b)]) for a, b in pairs]
+    )
 
 
 def shown(figure: Any) -> str:  # noqa: ANN401
@@ -124,7 +126,7 @@ def shown(figure: Any) -> str:  # noqa: ANN401
     return f"{figure:.4g}"
 
 
-def render(config: EvaluateConfig, contest: Contest, report: dict[str, Any], rows: int) -> str:
+def render(config: EvaluateConfig, contest: Comparison, report: dict[str, Any], rows: int) -> str:
     """The page."""
     few = len(contest.seeds) < 2
     said = (
@@ -170,11 +172,11 @@ def pixel_table(report: dict[str, Any]) -> str:
     )
 
 
-def videos(config: EvaluateConfig, contest: Contest, rows: int) -> str:
+def videos(config: EvaluateConfig, contest: Comparison, rows: int) -> str:
     """The same conditions and noise, contestant beside contestant."""
     out = Path(config.out)
-    names = [(set_name(one, contest.seeds[0]), one.label) for one in contest.contestants]
-    prompts = latent_store.describe(out / LATENTS, names[0][0]).prompts
+    names = [(latent_set_name(one, contest.seeds[0]), one.label) for one in contest.contestants]
+    prompts = latent_store.describe_group(out / LATENTS_STORE, names[0][0]).prompts
     parts = []
     for row in range(rows):
         figures = "".join(video(out / "videos" / name / f"{row:03d}.mp4", label) for name, label in names)

@@ -16,8 +16,8 @@ from common.timer import PhaseTimer
 from shards import latent_store
 from shards.dataset import DataSet, open_data_set
 from shards.manifest import check_manifest
-from shards.mixture import Mixture
-from shards.record import Record, collate
+from shards.mixture import DataSetMixture
+from shards.record import Record, collate_records
 from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import Ranks
 from stage2_distill.dmd.rollout import rollout
@@ -53,7 +53,7 @@ class Previews:
     def make(self, student: PreviewStudent, done: int) -> None:
         """Sample and store the step of iteration `done`; all ranks call it together."""
         step, first = f"step-{done:06d}", student.ranks.rank == 0
-        there = (self.store / "zarr.json").is_file() and step in latent_store.steps(self.store)
+        there = (self.store / "zarr.json").is_file() and step in latent_store.complete_groups(self.store)
         dist.barrier()  # every rank has looked before the first one writes
         if there:
             return
@@ -61,32 +61,32 @@ class Previews:
             keys, prompts = [r.key for r in self.records], [r.source.prompt for r in self.records]
             seeds = (student.config.seed,) * len(keys)
             group = latent_store.LatentGroup(step, student.config.spec, tuple(keys), tuple(prompts), seeds)
-            latent_store.create(self.store, group)
+            latent_store.create_group(self.store, group)
         dist.barrier()
         with student.clock("preview"), student.ema.in_place_of(student.net):
             for rows in rows_of_rank(len(self.records), student):
                 self._write(student, step, rows)
         dist.barrier()
         if first:
-            latent_store.finish(self.store, step)
+            latent_store.finish_group(self.store, step)
 
     def close(self, *, done: bool) -> None:
         """Say on rank 0 whether more steps will come."""
         if self.every > 0:
-            latent_store.set_complete(self.store, done)
+            latent_store.mark_store_complete(self.store, done)
 
     def _write(self, student: PreviewStudent, step: str, rows: list[int]) -> None:
         """Sample some rows; rows beyond the last only keep the ranks in step and are not stored."""
         config, device = student.config, student.ranks.device
         true = [row for row in rows if row < len(self.records)]
         records = [self.records[row % len(self.records)] for row in rows]
-        condition: Condition = collate(records, text_rows=config.text_rows).condition.to(device)
+        condition: Condition = collate_records(records, text_rows=config.text_rows).condition.to(device)
         draws = [make_generator(config.seed, 0, row, "preview", device) for row in rows]
         noise = draw_normal(config.spec.latent_shape, draws)
         with torch.no_grad():
             x0 = rollout(student.denoiser, noise, condition, ladder=config.sigmas, generators=draws)
         if true:  # the last ranks may have padding alone
-            latent_store.write(self.store, step, true, x0[: len(true)])
+            latent_store.write_latents(self.store, step, true, x0[: len(true)])
 
 
 def rows_of_rank(count: int, student: PreviewStudent) -> list[list[int]]:
@@ -97,7 +97,7 @@ def rows_of_rank(count: int, student: PreviewStudent) -> list[list[int]]:
     return [list(range(start + rank * size, start + rank * size + size)) for start in range(0, count, together)]
 
 
-def open_previews(out: Path, config: DistillConfig, data: DataSet | Mixture) -> Previews:
+def open_previews(out: Path, config: DistillConfig, data: DataSet | DataSetMixture) -> Previews:
     """The first records of the previews' data set, or of the training's; ValueError where it does not belong to it."""
     if not config.preview_every:
         return Previews(out / STORE, (), 0)

@@ -14,7 +14,7 @@ from common.device import OffloadedTensors, pick_device
 from common.model_folder import fingerprint_folder, locate_model
 from common.seed import draw_normal, make_generator
 from common.video import TEXT_LENGTH, VideoSpec
-from shards.record import Record, collate
+from shards.record import Record, collate_records
 from stage2_distill.checkpointing.format import SAMPLER, StudentFacts, chosen, load, read_facts
 from stage2_distill.distributed.process_group import start
 from stage2_distill.dmd.rollout import rollout
@@ -57,7 +57,7 @@ class Student:
 
     def condition(self, records: Sequence[Record]) -> Condition:
         """What the network sees of records, on its device."""
-        return collate(records, text_rows=self.text_rows).condition.to(self.device)
+        return collate_records(records, text_rows=self.text_rows).condition.to(self.device)
 
     @torch.no_grad()
     def denoise(self, condition: Condition, seeds: Sequence[int], segment: int) -> Tensor:

@@ -7,14 +7,14 @@ import torch
 
 from common.seed import make_generator
 from common.video import VideoSpec
-from shards.manifest import Encoder, Manifest, write_manifest
-from shards.record import Record, Source
-from shards.writer import Failure, Index, shard_name, write_shard
+from shards.manifest import EncoderInfo, Manifest, write_manifest
+from shards.record import Record, RecordSource
+from shards.writer import RowFailure, ShardIndex, shard_file_name, write_shard
 
 SPEC = VideoSpec(num_frames=5, height=32, width=64, fps=8)
 TEXT_DIM = 8
-ENCODER = Encoder("vae", "text", "tokenizer", "float32", "float32", TEXT_DIM, "ugly")
-FAILURE = Failure(2, "broken.mp4", "no frame")
+ENCODER = EncoderInfo("vae", "text", "tokenizer", "float32", "float32", TEXT_DIM, "ugly")
+FAILURE = RowFailure(2, "broken.mp4", "no frame")
 
 
 def make_record(number: int, *, spec: VideoSpec = SPEC, name: str = "clip") -> Record:
@@ -22,24 +22,24 @@ def make_record(number: int, *, spec: VideoSpec = SPEC, name: str = "clip") -> R
     draws = make_generator(0, number, 0, name)
     frame = torch.randn(spec.first_frame_shape, generator=draws).bfloat16()
     text = torch.randn((3 + number % 5, TEXT_DIM), generator=draws).bfloat16()
-    source = Source(f"prompt {number} é", f"{name}-{number}.mp4", number + 3, size=(72, 128))
+    source = RecordSource(f"prompt {number} é", f"{name}-{number}.mp4", number + 3, size=(72, 128))
     return Record(f"{name}-{number:06d}", source, frame, text)
 
 
-def make_shards(folder: Path, counts: Sequence[int], *, spec: VideoSpec = SPEC, name: str = "clip") -> list[Index]:
+def make_shards(folder: Path, counts: Sequence[int], *, spec: VideoSpec = SPEC, name: str = "clip") -> list[ShardIndex]:
     """Shards of these numbers of records; one row of the first shard failed."""
     folder.mkdir(parents=True, exist_ok=True)
     made, first = [], 0
     for number, count in enumerate(counts):
         records = [make_record(index, spec=spec, name=name) for index in range(first, first + count)]
         failures = [FAILURE] if number == 0 else []
-        made.append(write_shard(folder, shard_name(number), records, failures=failures, rows_sha256="0" * 64))
+        made.append(write_shard(folder, shard_file_name(number), records, failures=failures, rows_sha256="0" * 64))
         first += count
     return made
 
 
 def make_data_set(
-    folder: Path, counts: Sequence[int], *, spec: VideoSpec = SPEC, encoder: Encoder = ENCODER, name: str = "clip"
+    folder: Path, counts: Sequence[int], *, spec: VideoSpec = SPEC, encoder: EncoderInfo = ENCODER, name: str = "clip"
 ) -> Path:
     """A finished data set."""
     shards = tuple(index.shard for index in make_shards(folder, counts, spec=spec, name=name))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from shards.dataset import DataSet, Stream, open_data_set, prefetch
-from shards.record import alike, read_tensors, to_members
-from shards.shuffle import permuted
+from shards.dataset import DataSet, RecordStream, open_data_set, prefetch_ordered
+from shards.record import group_by_first_frame, parse_safetensors, to_members
+from shards.shuffle import permute_index
 from tests.shards.data_sets import make_data_set, make_record
 
 PINNED, PINNED_LARGE = [5, 1, 0, 4, 6, 9, 3, 2, 8, 7], 47_609_603
@@ -49,37 +49,39 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 63, 64, 65, 1000])
 def test_order_is_a_bijection(count):
     for epoch in range(3):
-        assert sorted(permuted(i, count=count, seed=7, epoch=epoch) for i in range(count)) == list(range(count))
+        assert sorted(permute_index(i, count=count, seed=7, epoch=epoch) for i in range(count)) == list(range(count))
 
 
 def test_order_is_fair():
-    seen = Counter(tuple(permuted(i, count=4, seed=seed, epoch=0) for i in range(4)) for seed in range(4800))
+    seen = Counter(tuple(permute_index(i, count=4, seed=seed, epoch=0) for i in range(4)) for seed in range(4800))
     assert set(seen) == set(permutations(range(4)))
     assert min(seen.values()) > 130 and max(seen.values()) < 270  # 200 each, five standard deviations
 
 
 def test_order_is_pinned():
     """Another order would break every run that resumes, and every reader written from FORMAT.md."""
-    assert [permuted(i, count=10, seed=1, epoch=2) for i in range(10)] == PINNED
-    assert permuted(12_345_678, count=100_000_000, seed=0, epoch=0) == PINNED_LARGE
+    assert [permute_index(i, count=10, seed=1, epoch=2) for i in range(10)] == PINNED
+    assert permute_index(12_345_678, count=100_000_000, seed=0, epoch=0) == PINNED_LARGE
 
 
 def test_neighbours_are_scattered():
     count = 10_000
-    order = [permuted(i, count=count, seed=0, epoch=0) for i in range(count)]
+    order = [permute_index(i, count=count, seed=0, epoch=0) for i in range(count)]
     steps = [abs(a - b) for a, b in zip(order, order[1:], strict=False)]
     assert sum(steps) / len(steps) == pytest.approx(count / 3, rel=0.03)  # of two independent uniform draws
     assert sum(a == b for a, b in zip(order, range(count), strict=True)) < 8  # one is expected
 
 
 def test_epochs_and_seeds_differ():
-    orders = {tuple(Stream(Counting(50), seed=s).index(e * 50 + i) for i in range(50)) for s in (0, 1) for e in (0, 1)}
+    orders = {
+        tuple(RecordStream(Counting(50), seed=s).index(e * 50 + i) for i in range(50)) for s in (0, 1) for e in (0, 1)
+    }
     assert len(orders) == 4
 
 
 def test_every_record_once_an_epoch_over_all_ranks():
     for records, world, per_rank, _, seed in trips(1, 60):
-        stream, size = Stream(Counting(records), seed=seed), world * per_rank
+        stream, size = RecordStream(Counting(records), seed=seed), world * per_rank
         updates = -(-2 * records // size)
         read = Counter()
         for rank in range(world):
@@ -91,9 +93,9 @@ def test_every_record_once_an_epoch_over_all_ranks():
 def test_an_update_reads_the_same_set_on_any_number_of_ranks_and_after_any_stop():
     for records, world, per_rank, stop, seed in trips(2, 60):
         size = 12 * per_rank
-        whole = [Stream(Counting(records), seed=seed).index(p) for p in range(size * (stop + 2))]
+        whole = [RecordStream(Counting(records), seed=seed).index(p) for p in range(size * (stop + 2))]
         for ranks in {w for w in (1, 2, 3, 4, 6, 12) if w <= max(1, world)}:
-            resumed = Stream(Counting(records), seed=seed)
+            resumed = RecordStream(Counting(records), seed=seed)
             update = [resumed.index(stop * size + i) for r in range(ranks) for i in range(size) if i % ranks == r]
             assert sorted(update) == sorted(whole[stop * size : (stop + 1) * size])
 
@@ -112,17 +114,17 @@ def test_records_come_back_as_written(folder):
 
 
 def test_tensors_are_those_of_the_safetensors_library(folder):
-    """`read_tensors` takes the bytes apart itself, to copy nothing."""
+    """`parse_safetensors` takes the bytes apart itself, to copy nothing."""
     data = to_members(make_record(3))["clip-000003.safetensors"]
-    loaded, ours = load(data), read_tensors(data)
+    loaded, ours = load(data), parse_safetensors(data)
     assert set(loaded) == set(ours) == {"first_frame", "text"}
     assert all(torch.equal(loaded[name], ours[name]) and loaded[name].dtype == ours[name].dtype for name in ours)
     buffer = bytearray(data)
-    read_tensors(memoryview(buffer))["text"].zero_()
+    parse_safetensors(memoryview(buffer))["text"].zero_()
     assert bytes(buffer) != data, "a writable buffer becomes the tensors"
     for broken in (data[:-2], data[:100], b"", data.replace(b"[3,", b"[4,", 1).replace(b"[6,", b"[7,", 1)):
         with pytest.raises((ValueError, KeyError)):
-            read_tensors(broken)
+            parse_safetensors(broken)
 
 
 def test_a_tar_cut_short_is_named(folder, tmp_path):
@@ -138,7 +140,7 @@ def test_a_tar_cut_short_is_named(folder, tmp_path):
 
 
 def test_batch_is_collated_in_the_order_of_positions(folder):
-    stream = Stream(open_data_set(folder), seed=3)
+    stream = RecordStream(open_data_set(folder), seed=3)
     batch = stream.batch([20, 4, 33])
     made = [make_record(stream.index(position)) for position in (20, 4, 33)]
     assert batch.keys == tuple(record.key for record in made)
@@ -147,7 +149,7 @@ def test_batch_is_collated_in_the_order_of_positions(folder):
 
 
 def test_sidecars_are_read_when_first_touched_and_only_a_bounded_number_is_held(folder, monkeypatch):
-    monkeypatch.setattr("shards.dataset.KEPT", 9)  # of 17 records in 4 shards: two shards
+    monkeypatch.setattr("shards.dataset.MAX_CACHED_RECORDS", 9)  # of 17 records in 4 shards: two shards
     data, read = open_data_set(folder), []
     inner = data.place.read
     monkeypatch.setattr(data.place, "read", lambda name, *a, **k: (read.append(name), inner(name, *a, **k))[1])
@@ -158,9 +160,11 @@ def test_sidecars_are_read_when_first_touched_and_only_a_bounded_number_is_held(
 
 
 def test_threads_read_what_one_reads(folder):
-    stream = Stream(open_data_set(folder), seed=0)
+    stream = RecordStream(open_data_set(folder), seed=0)
     plans = [[p, p + 1] for p in range(0, 60, 2)]
-    assert [b.keys for b in prefetch(stream.batch, plans, depth=4, threads=3)] == [stream.batch(p).keys for p in plans]
+    assert [b.keys for b in prefetch_ordered(stream.batch, plans, depth=4, threads=3)] == [
+        stream.batch(p).keys for p in plans
+    ]
 
 
 def test_prefetch_is_ordered_and_bounded():
@@ -177,14 +181,14 @@ def test_prefetch_is_ordered_and_bounded():
             running -= 1
         return item * item
 
-    for taken, value in enumerate(prefetch(load, range(40), depth=5, threads=3)):
+    for taken, value in enumerate(prefetch_ordered(load, range(40), depth=5, threads=3)):
         assert value == taken * taken
         assert max(started) <= taken + 5
     assert 1 < most <= 3
 
 
 def test_prefetch_surfaces_errors_in_their_place():
-    items = prefetch(lambda x: 6 // (3 - x), range(9), depth=4, threads=2)
+    items = prefetch_ordered(lambda x: 6 // (3 - x), range(9), depth=4, threads=2)
     assert [next(items), next(items), next(items)] == [2, 3, 6]
     with pytest.raises(ZeroDivisionError):
         next(items)
@@ -200,5 +204,5 @@ def test_an_unfinished_data_set_is_refused(tmp_path, missing):
 
 def test_batches_never_mix_records_with_and_without_a_first_frame():
     records = [replace(make_record(i), first_frame=None) if i in (1, 4) else make_record(i) for i in range(6)]
-    assert alike(records, 3) == [[0, 2, 3], [5], [1, 4]]
-    assert alike(records, 1) == [[0], [2], [3], [5], [1], [4]]
+    assert group_by_first_frame(records, 3) == [[0, 2, 3], [5], [1, 4]]
+    assert group_by_first_frame(records, 1) == [[0], [2], [3], [5], [1], [4]]

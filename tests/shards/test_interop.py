@@ -12,7 +12,7 @@ import torch
 import webdataset
 from safetensors.torch import load
 
-from shards.dataset import Stream, open_data_set
+from shards.dataset import RecordStream, open_data_set
 from shards.manifest import read_manifest
 from tests.shards.data_sets import make_data_set, make_record
 
@@ -77,7 +77,7 @@ def test_a_reader_written_from_the_format_page_agrees(folder):
     code = page.split("```python\n")[1].split("```")[0]
     script = f"{code}\nfor position in (0, 1, 7, 23): print(json.dumps(read(sys.argv[1], position, seed=5)))"
     done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
-    stream = Stream(open_data_set(folder), seed=5)
+    stream = RecordStream(open_data_set(folder), seed=5)
     expected = [stream.data.record(stream.index(position)) for position in (0, 1, 7, 23)]
     for line, record in zip(done.stdout.splitlines(), expected, strict=True):
         key, prompt, tensors = json.loads(line)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from common.video import VideoSpec
-from shards.dataset import DataSet, Stream, open_data_set
-from shards.mixture import Mixture, open_data_sets, parse_weight
+from shards.dataset import DataSet, RecordStream, open_data_set
+from shards.mixture import DataSetMixture, open_data_sets, parse_weight
 from tests.shards.data_sets import ENCODER, make_data_set, make_record
 
 
@@ -20,7 +20,7 @@ def folders(tmp_path_factory):
 
 
 def mixture(folders, *weights):
-    return Mixture([open_data_set(folder) for folder in folders], weights)
+    return DataSetMixture([open_data_set(folder) for folder in folders], weights)
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,17 @@ def test_each_data_set_goes_round_exactly(folders):
 
 
 def test_any_rank_reads_its_part_after_any_stop(folders):
-    whole = [Stream(mixture(folders, 1, 0.3, 0.5), seed=2).index(p) for p in range(240)]
+    whole = [RecordStream(mixture(folders, 1, 0.3, 0.5), seed=2).index(p) for p in range(240)]
     for world in (1, 2, 3, 4):
-        resumed = Stream(mixture(folders, 1, 0.3, 0.5), seed=2)
+        resumed = RecordStream(mixture(folders, 1, 0.3, 0.5), seed=2)
         update = [resumed.index(108 + i) for rank in range(world) for i in range(12) if i % world == rank]
         assert sorted(update) == sorted(whole[108:120])
-    assert whole != [Stream(mixture(folders, 1, 0.3, 0.5), seed=3).index(p) for p in range(240)]
+    assert whole != [RecordStream(mixture(folders, 1, 0.3, 0.5), seed=3).index(p) for p in range(240)]
 
 
 def test_records_come_from_their_own_data_set(folders):
     data = open_data_sets([folders[0], folders[1] + ":0.3", folders[2] + ":0.5"])
-    stream = Stream(data, seed=0)
+    stream = RecordStream(data, seed=0)
     batch = stream.batch(range(40))
     for position, key in enumerate(batch.keys):
         name, number = key.split("-")

@@ -7,14 +7,14 @@ from dataclasses import replace
 import torch
 
 from shards.manifest import Manifest, write_manifest
-from shards.writer import shard_name
+from shards.writer import shard_file_name
 from tests.shards.data_sets import ENCODER, SPEC, TEXT_DIM, make_shards
 
 SHARDS, RECORDS = 200_000, 500
 SCRIPT = """
 import resource, sys
-from shards.storage.open import Folder
-from shards.dataset import KEPT, Stream, open_data_set
+from shards.storage.open import LocalStorage
+from shards.dataset import MAX_CACHED_RECORDS, RecordStream, open_data_set
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
@@ -23,26 +23,26 @@ imported = peak()
 data = open_data_set(sys.argv[1])
 opened = peak()
 
-class OneShard(Folder):
+class OneShard(LocalStorage):
     def read(self, name, *span, fresh=False):
         return super().read("shard-000000.json", *span)
 
-    def fill(self, name, *span, fresh=False):
-        super().fill("shard-000000.tar", *span)
+    def read_into(self, name, *span, fresh=False):
+        super().read_into("shard-000000.tar", *span)
 
 data.place = OneShard(sys.argv[1])
-stream = Stream(data, seed=1)
+stream = RecordStream(data, seed=1)
 seen = [stream.index(position * 99_991) for position in range(600)]
 keys = [stream.data.record(index).key for index in seen]
 assert keys == [f"clip-{index % 500:06d}" for index in seen]
-assert len(data._touched) == KEPT // 500 < len({index // 500 for index in seen})
+assert len(data._offset_cache) == MAX_CACHED_RECORDS // 500 < len({index // 500 for index in seen})
 print(data.records, len(set(seen)), round(opened - imported), round(peak() - opened))
 """
 
 
 def test_a_hundred_million_records(tmp_path):
     one = make_shards(tmp_path, [RECORDS])[0].shard
-    shards = tuple(replace(one, name=shard_name(number)) for number in range(SHARDS))
+    shards = tuple(replace(one, name=shard_file_name(number)) for number in range(SHARDS))
     write_manifest(tmp_path, Manifest(1, SPEC, ENCODER, shards, 0), torch.zeros(2, TEXT_DIM))
     done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

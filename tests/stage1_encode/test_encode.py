@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from PIL import Image
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from shards.manifest import read_manifest, read_negative
+from shards.manifest import read_manifest, read_negative_embedding
 from shards.record import Record, from_members, pad_text
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import TooManyFailuresError, encode
@@ -81,7 +81,7 @@ def test_embeddings_are_those_of_the_wan_pipeline(dataset: Path, clips: Path, mo
     wanted, _ = pipeline.encode_prompt(
         [*prompts, negative], do_classifier_free_guidance=False, max_sequence_length=512, device="cpu"
     )
-    texts = [record.text for record in records(dataset)] + [read_negative(dataset)]
+    texts = [record.text for record in records(dataset)] + [read_negative_embedding(dataset)]
     for embedding, padded in zip(texts, wanted, strict=True):
         assert padded[len(embedding) - 1].abs().sum() > 0  # the true rows, and no more
         torch.testing.assert_close(pad_text(embedding).float(), padded, rtol=2**-8, atol=1e-4)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from shards.manifest import read_manifest
-from shards.verification.verify import verify
+from shards.verification.verify import verify_data_set
 from stage1_encode.dataset_folder import hold_shards, opened_lock
 from stage1_encode.encode import TooManyFailuresError, encode
 from stage1_encode.executors import ENGINES, tasks
@@ -163,7 +163,7 @@ def test_an_input_that_vanishes_is_one_line_and_leaves_whole_shards(
         encode(config)
     monkeypatch.setitem(ENGINES, "local", engine)
     tiny_models.write_csv(table, rows)
-    assert encode(config).records == 6 and verify(tmp_path / "out").problems == ()
+    assert encode(config).records == 6 and verify_data_set(tmp_path / "out").problems == ()
 
 
 def test_failed_rows_are_tried_again_when_asked(
@@ -215,7 +215,7 @@ def test_a_csv_that_changes_while_it_is_read(
             encode(config)
         return
     assert encode(config).records == 3
-    assert encode(config).records == 4 and verify(tmp_path / "out").problems == ()
+    assert encode(config).records == 4 and verify_data_set(tmp_path / "out").problems == ()
 
 
 def test_an_engine_that_is_not_installed_is_named(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.writer import shard_name
+from shards.writer import shard_file_name
 from stage1_encode.encode import encode
 from tests.stage1_encode.test_encode import configure, hashes
 
@@ -43,7 +43,7 @@ def test_a_killed_worker_costs_nothing(clips: Path, model: Path, tmp_path: Path)
     killed: list[int] = []
 
     def kill() -> None:
-        while not (tmp_path / "out" / shard_name(0)).is_file():
+        while not (tmp_path / "out" / shard_file_name(0)).is_file():
             time.sleep(0.01)
         for process in workers():
             os.kill(process, signal.SIGKILL)
@@ -99,6 +99,6 @@ def test_a_model_that_does_not_load_is_one_line(clips: Path, model: Path, tmp_pa
 
 def test_a_mistake_in_a_worker_is_one_line(clips: Path, model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / (shard_name(1) + ".partial")).mkdir()  # a shard that cannot be written
+    (tmp_path / "out" / (shard_file_name(1) + ".partial")).mkdir()  # a shard that cannot be written
     with pytest.raises(ValueError, match=r"^out=.*: Is a directory; mend that and run the same command again$"):
         encode(configure(clips / "clips.csv", model, tmp_path / "out", engine="ray"))

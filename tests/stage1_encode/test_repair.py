@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from shards.dataset import open_data_set
-from shards.verification.verify import verify
+from shards.verification.verify import verify_data_set
 from stage1_encode.config import VerifyConfig
 from stage1_encode.encode import encode
 from stage1_encode.repair import CELL, COLUMNS, LABEL, command_of, draw_sheet, mend
@@ -47,11 +47,11 @@ def flip(path: Path, position: int) -> None:
 def test_only_what_is_broken_is_made_again(name: str, made_again: set[str], whole: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "set")
     flip(folder / name, (folder / name).stat().st_size // 2)
-    report = verify(folder)
+    report = verify_data_set(folder)
     assert {problem.file for problem in report.problems} == {name}
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     mend(report, CPU)
-    assert hashes(folder) == hashes(whole) and verify(folder).problems == ()
+    assert hashes(folder) == hashes(whole) and verify_data_set(folder).problems == ()
     assert {path for path in before if (folder / path).stat().st_mtime_ns != before[path]} == made_again
 
 
@@ -62,14 +62,14 @@ def test_a_repair_computes_in_the_batches_of_the_command(clips: Path, model: Pat
     assert (asked.batch_size, asked.text_tokens) == (3, 50)
     before = hashes(tmp_path / "set")
     flip(tmp_path / "set" / "shard-000001.tar", 3000)
-    mend(verify(tmp_path / "set"), CPU)
+    mend(verify_data_set(tmp_path / "set"), CPU)
     assert hashes(tmp_path / "set") == before
 
 
 def test_nothing_is_deleted_where_the_command_cannot_run(whole: Path, clips: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "set")
     flip(folder / "shard-000001.tar", 3000)
-    report, before = verify(folder), hashes(folder)
+    report, before = verify_data_set(folder), hashes(folder)
     with pytest.raises(ValueError, match="no such folder"):
         mend(report, VerifyConfig(model=str(tmp_path / "none"), device="cpu"))
     other = tiny_models.make_model(tmp_path / "other", seed=1)
@@ -101,7 +101,7 @@ def test_nothing_is_deleted_where_a_sidecar_is_damaged_and_the_csv_does_not_fit(
         tiny_models.write_csv(tmp_path / "rows.csv", rows)
     settings = (folder / "encode.yaml").read_text().splitlines()[1:]
     (folder / "encode.yaml").write_text("\n".join([f"data: {tmp_path / 'rows.csv'}", *settings]))
-    report, before = verify(folder), hashes(folder)
+    report, before = verify_data_set(folder), hashes(folder)
     assert {problem.file for problem in report.problems} == broken
     with pytest.raises(ValueError, match=said):
         mend(report, CPU)
@@ -119,13 +119,13 @@ def test_relative_paths_are_mended_from_another_folder(
     before = hashes(tmp_path / "set")
     monkeypatch.chdir(tmp_path / "elsewhere")
     flip(tmp_path / "set" / "shard-000001.json", 300)
-    mend(verify(tmp_path / "set"), CPU)
+    mend(verify_data_set(tmp_path / "set"), CPU)
     assert hashes(tmp_path / "set") == before
     assert configure(Path("x"), Path("OWNER/NAME"), Path("y")).anywhere.model == "OWNER/NAME"
 
 
 def test_the_picture_shows_each_record(whole: Path, model: Path, tmp_path: Path) -> None:
-    report = verify(whole)
+    report = verify_data_set(whole)
     path = draw_sheet(report, VerifyConfig(model=str(model), sheet=str(tmp_path / "a" / "sheet.png"), device="cpu"))
     sheet = numpy.asarray(Image.open(path))
     height = CELL * 64 // 96
@@ -141,13 +141,13 @@ def test_a_broken_record_is_left_out_of_the_picture(whole: Path, model: Path, tm
     folder = shutil.copytree(whole, tmp_path / "set")
     (folder / "shard-000000.tar").unlink()
     config = VerifyConfig(model=str(model), sheet=str(tmp_path / "sheet.png"), device="cpu")
-    sheet = numpy.asarray(Image.open(draw_sheet(verify(folder), config)))
+    sheet = numpy.asarray(Image.open(draw_sheet(verify_data_set(folder), config)))
     assert [(sheet[:, i * CELL : (i + 1) * CELL] != 255).any() for i in range(4)] == [True, True, True, False]
 
 
 def test_another_vae_draws_nothing(whole: Path, tmp_path: Path) -> None:
     other = tiny_models.make_model(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match="its VAE is not the one"):
-        draw_sheet(verify(whole), VerifyConfig(model=str(other), sheet=str(tmp_path / "s.png"), device="cpu"))
+        draw_sheet(verify_data_set(whole), VerifyConfig(model=str(other), sheet=str(tmp_path / "s.png"), device="cpu"))
     with pytest.raises(ValueError, match=r"must end in \.png or \.jpg"):
         VerifyConfig(sheet="sheet")

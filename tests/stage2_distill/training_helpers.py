@@ -15,9 +15,9 @@ from common.model_folder import fingerprint_folder
 from common.options import write_config
 from common.seed import make_generator
 from common.video import VideoSpec
-from shards.manifest import Encoder, Manifest, write_manifest
-from shards.record import Record, Source
-from shards.writer import shard_name, write_shard
+from shards.manifest import EncoderInfo, Manifest, write_manifest
+from shards.record import Record, RecordSource
+from shards.writer import shard_file_name, write_shard
 from stage2_distill.config import DistillConfig
 from stage2_distill.train import distill
 from tests.tiny_models import TEXT_DIM
@@ -42,16 +42,20 @@ def make_shards(
         frame = None if text_only else torch.randn(SPEC.first_frame_shape, generator=draws)
         text = 30 * torch.randn((4 + number % 5, TEXT_DIM), generator=draws)  # so that the text is heard
         return Record(
-            f"{number:09d}", Source(f"prompt {number}", f"{number}.mp4", number + 2, size=(64, 64)), frame, text
+            f"{number:09d}", RecordSource(f"prompt {number}", f"{number}.mp4", number + 2, size=(64, 64)), frame, text
         )
 
     shards = [
         write_shard(
-            folder, shard_name(n), [change(i, record(i)) for i in range(n * 8, n * 8 + 8)], failures=[], rows_sha256=""
+            folder,
+            shard_file_name(n),
+            [change(i, record(i)) for i in range(n * 8, n * 8 + 8)],
+            failures=[],
+            rows_sha256="",
         ).shard
         for n in range(records // 8)
     ]
-    encoder = Encoder(
+    encoder = EncoderInfo(
         vae=fingerprint_folder(model / "vae"),
         text_encoder=fingerprint_folder(model / "text_encoder"),
         tokenizer=fingerprint_folder(model / "tokenizer"),

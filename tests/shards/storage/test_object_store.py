@@ -7,11 +7,11 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
-from shards.dataset import Stream, open_data_set, prefetch
+from shards.dataset import RecordStream, open_data_set, prefetch_ordered
 from shards.storage import object_store, open
-from shards.storage.cache import Cache
-from shards.storage.object_store import Remote, Retry
-from shards.storage.open import open_place, scheme
+from shards.storage.cache import DiskCache
+from shards.storage.object_store import ObjectStore, RetryPolicy
+from shards.storage.open import open_storage, url_scheme
 from tests.shards.data_sets import make_data_set, make_record
 from tests.shards.server import serve
 
@@ -32,8 +32,10 @@ def server(folder):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     """Short pauses, and a cache of this test's own."""
-    monkeypatch.setattr(object_store, "STALL", 0.5)
-    monkeypatch.setattr(object_store.Remote.__init__, "__kwdefaults__", {"retry": Retry(tries=4, pause=0.01)})
+    monkeypatch.setattr(object_store, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(
+        object_store.ObjectStore.__init__, "__kwdefaults__", {"retry": RetryPolicy(max_attempts=4, first_delay=0.01)}
+    )
     monkeypatch.setattr(open, "cache_folder", lambda: tmp_path / "cache")
 
 
@@ -63,10 +65,12 @@ def test_random_faults_under_threads(server):
     draw = random.Random(0)
     server.fault = lambda name, number: draw.choice(["", "503", "cut", "reset"]) if number % 4 else ""
     data = open_data_set(server.url, cache_bytes=0)
-    data.place.retry = Retry(tries=12, pause=0.001)  # threads that ask for one range share its faults
-    stream = Stream(data, seed=5)
+    data.place.retry = RetryPolicy(
+        max_attempts=12, first_delay=0.001
+    )  # threads that ask for one range share its faults
+    stream = RecordStream(data, seed=5)
     plans = [[p, p + 1, p + 2] for p in range(0, 48, 3)]
-    batches = list(prefetch(stream.batch, plans, depth=4, threads=4))
+    batches = list(prefetch_ordered(stream.batch, plans, depth=4, threads=4))
     assert [key for batch in batches for key in batch.keys] == [
         make_record(stream.index(position)).key for position in range(48)
     ]
@@ -88,7 +92,9 @@ def test_a_lost_server_is_named_after_the_last_try(server, caplog):
 def test_pauses_double(monkeypatch, tmp_path):
     slept = []
     monkeypatch.setattr(object_store.time, "sleep", slept.append)
-    nowhere = Remote("http://127.0.0.1:9/data", cache=Cache(tmp_path, 0), retry=Retry(tries=5, pause=0.5))
+    nowhere = ObjectStore(
+        "http://127.0.0.1:9/data", cache=DiskCache(tmp_path, 0), retry=RetryPolicy(max_attempts=5, first_delay=0.5)
+    )
     with pytest.raises(ConnectionError):
         nowhere.read("manifest.json")
     assert slept == [0.5, 1, 2, 4]
@@ -141,7 +147,7 @@ def test_a_damaged_or_stale_cache_is_not_believed(server, tmp_path):
 
 
 def test_the_cache_is_bounded_and_forgets_what_is_oldest(tmp_path):
-    cache = Cache(tmp_path / "cache", 3200)
+    cache = DiskCache(tmp_path / "cache", 3200)
     for number in range(200):
         cache.put(f"key {number}", bytes([number]) * 100)
         cache.get("key 3")
@@ -198,7 +204,7 @@ def test_s3_gives_the_records_and_names_damage(s3, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", ["pipe:cat /etc/hostname", "pipe:rm -rf x", "|cat x", "ssh://host/x", "sftp://host/x"])
-@pytest.mark.parametrize("opened", [open_data_set, lambda prefix: open_place(prefix, cache_bytes=0)])
+@pytest.mark.parametrize("opened", [open_data_set, lambda prefix: open_storage(prefix, cache_bytes=0)])
 def test_what_runs_a_program_is_refused(bad, opened):
     with pytest.raises(ValueError, match="is not read; give a folder or one of https://"):
         opened(bad)
@@ -207,11 +213,11 @@ def test_what_runs_a_program_is_refused(bad, opened):
 @pytest.mark.parametrize("bad", ["file:///etc", "simplecache::s3://b/x", "s3://b/x::zip://y", "s3:bucket", "ftp://h/x"])
 def test_other_schemes_are_refused(bad):
     with pytest.raises(ValueError, match="is not read"):
-        scheme(bad)
+        url_scheme(bad)
 
 
 def test_known_schemes():
-    assert [scheme(p) for p in ("data", "/a/b", "./a:b", "C:/data", "s3://b/x", "HF://datasets/a/b", "gs://b")] == [
+    assert [url_scheme(p) for p in ("data", "/a/b", "./a:b", "C:/data", "s3://b/x", "HF://datasets/a/b", "gs://b")] == [
         *("", "", "", "", "s3", "hf", "gs")
     ]
 
@@ -221,7 +227,7 @@ def test_known_schemes():
 )
 def test_gs_and_hf_open_their_own_clients(prefix, module, tmp_path, monkeypatch):
     monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
-    opened = Remote(prefix, cache=Cache(tmp_path, 0))
+    opened = ObjectStore(prefix, cache=DiskCache(tmp_path, 0))
     assert type(opened.files).__module__.split(".")[0] == module and opened.root.endswith("/data")
 
 
@@ -231,4 +237,4 @@ def test_a_missing_client_names_the_extra(monkeypatch, tmp_path):
 
     monkeypatch.setattr(object_store, "import_module", absent)
     with pytest.raises(ValueError, match=r"pip install 'ti2v-distill\[remote\]'"):
-        Remote("https://host/data", cache=Cache(tmp_path, 0))
+        ObjectStore("https://host/data", cache=DiskCache(tmp_path, 0))

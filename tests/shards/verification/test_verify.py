@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shards.manifest import UNSIGNED, read_manifest, read_negative, write_manifest
-from shards.verification.verify import broken_shards, discard_broken, verify
-from shards.writer import read_index, shard_name, write_shard
+from shards.manifest import ZERO_HASH, read_manifest, read_negative_embedding, write_manifest
+from shards.verification.verify import broken_shard_names, delete_broken_files, verify_data_set
+from shards.writer import read_index, shard_file_name, write_shard
 from tests.shards.data_sets import FAILURE, TEXT_DIM, make_data_set, make_record, make_shards
 from tests.shards.server import serve
 
@@ -48,7 +48,7 @@ def owner(path, position):
 
 
 def test_a_sound_data_set_has_no_problems_and_is_described(clean):
-    report = verify(clean)
+    report = verify_data_set(clean)
     assert report.problems == () and report.outliers == ()
     assert report.manifest.records == 7 and report.sources == {"mp4 128x72": 7}
     rows = [len(make_record(number).text) for number in range(7)]
@@ -63,18 +63,18 @@ def test_any_flipped_bit_is_found_and_named(folder):
     draw = random.Random(1)
     paths = sorted(folder.iterdir())
     spots = [(path, draw.randrange(path.stat().st_size), draw.randrange(8)) for path in paths for _ in range(40)]
-    tar = folder / shard_name(0)
+    tar = folder / shard_file_name(0)
     spots += [(tar, position, draw.randrange(8)) for position in range(0, 512, 2)]  # a header
     assert len(spots) == 40 * 7 + 256
     for path, position, bit in spots:
         expected = owner(path, position)
         flip(path, position, bit)
-        report = verify(folder)
+        report = verify_data_set(folder)
         assert [problem.file for problem in report.problems] == [path.name], (path.name, position, bit)
         if expected is not None:
             assert report.problems[0].member == expected, (path.name, position, bit, report.problems)
         flip(path, position, bit)
-    assert verify(folder).problems == ()
+    assert verify_data_set(folder).problems == ()
 
 
 @pytest.mark.parametrize(
@@ -95,29 +95,29 @@ def test_what_is_missing_or_cut_short_is_named(folder, name, keep, says):
     (folder / name).unlink()
     if keep is not None:
         (folder / name).write_bytes(data[:keep])
-    report = verify(folder)
+    report = verify_data_set(folder)
     assert {problem.file for problem in report.problems} == {name} and says in str(report.problems[0])
 
 
 def test_bytes_behind_the_end_are_found(folder):
     with (folder / "shard-000000.tar").open("ab") as file:
         file.write(b"more")
-    assert named(verify(folder)) == {("shard-000000.tar", "")}
+    assert named(verify_data_set(folder)) == {("shard-000000.tar", "")}
 
 
 def test_there_must_be_a_data_set(tmp_path):
     with pytest.raises(ValueError, match="does not exist or is unfinished"):
-        verify(tmp_path / "nothing")
+        verify_data_set(tmp_path / "nothing")
 
 
 def rewritten(folder, change, **manifest):
     """The second shard made anew, all hashes right, with other records."""
     records = change([make_record(number) for number in range(4, 7)])
-    made = write_shard(folder, shard_name(1), records, failures=[], rows_sha256="0" * 64)
+    made = write_shard(folder, shard_file_name(1), records, failures=[], rows_sha256="0" * 64)
     before = read_manifest(folder)
     shards = (before.shards[0], made.shard)
-    write_manifest(folder, replace(before, shards=shards, **manifest), read_negative(folder))
-    return verify(folder)
+    write_manifest(folder, replace(before, shards=shards, **manifest), read_negative_embedding(folder))
+    return verify_data_set(folder)
 
 
 def with_first(**fields):
@@ -142,7 +142,7 @@ def with_first(**fields):
 )
 def test_what_breaks_the_rules_is_found_under_right_hashes(folder, change, says):
     report = rewritten(folder, change)
-    assert len(report.problems) == 1 and broken_shards(report) == ["shard-000001.tar"]
+    assert len(report.problems) == 1 and broken_shard_names(report) == ["shard-000001.tar"]
     with pytest.raises(AssertionError, match=says):
         raise AssertionError(report.problems[0])
 
@@ -164,15 +164,15 @@ def test_a_shard_that_the_manifest_does_not_know_is_named(folder):
     (folder / "shard-000002.tar").write_bytes(b"")
     for mine in ("shard-000002.tar.partial", "shard-notes.txt", "shard-2.tar", "shard-000002.txt"):
         (folder / mine).write_bytes(b"")
-    assert named(verify(folder)) == {("shard-000002.tar", "")}
+    assert named(verify_data_set(folder)) == {("shard-000002.tar", "")}
 
 
 def test_a_manifest_of_a_newer_schema_says_so_whatever_its_shards_have(folder):
-    fields = json.loads((folder / "manifest.json").read_text()) | {"sha256": UNSIGNED, "schema": 2}
+    fields = json.loads((folder / "manifest.json").read_text()) | {"sha256": ZERO_HASH, "schema": 2}
     for shard in fields["shards"]:
         shard["codec"] = "zstd"
     text = json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
-    (folder / "manifest.json").write_text(text.replace(UNSIGNED, hashlib.sha256(text.encode()).hexdigest()))
+    (folder / "manifest.json").write_text(text.replace(ZERO_HASH, hashlib.sha256(text.encode()).hexdigest()))
     with pytest.raises(ValueError, match=r"has schema 2, this version reads only 1; use the version that made it"):
         read_manifest(folder)
 
@@ -182,10 +182,10 @@ def test_a_manifest_that_names_another_file_is_refused_and_the_file_left(folder,
     (folder.parent / "victim.txt").write_text("mine")
     before = read_manifest(folder)
     shards = (before.shards[0], replace(before.shards[1], name=name))
-    write_manifest(folder, replace(before, shards=shards), read_negative(folder))
-    report = verify(folder)
+    write_manifest(folder, replace(before, shards=shards), read_negative_embedding(folder))
+    report = verify_data_set(folder)
     assert named(report) == {("manifest.json", "")} and f"names a shard '{name}'" in str(report.problems[0])
-    assert discard_broken(report) == ["manifest.json"]
+    assert delete_broken_files(report) == ["manifest.json"]
     assert (folder.parent / "victim.txt").read_text() == "mine"
 
 
@@ -193,10 +193,10 @@ def test_repair_takes_away_just_what_is_broken(folder, clean):
     flip(folder / "shard-000001.tar", 3000, 2)
     (folder / "failures.csv").write_text("line,path,reason\n")
     flip(folder / "negative.safetensors", 90, 1)
-    report = verify(folder)
-    assert broken_shards(report) == ["shard-000001.tar"]
+    report = verify_data_set(folder)
+    assert broken_shard_names(report) == ["shard-000001.tar"]
     gone = ["manifest.json", "negative.safetensors", "shard-000001.json", "shard-000001.tar"]
-    assert discard_broken(report) == gone
+    assert delete_broken_files(report) == gone
     left = {path.name for path in folder.iterdir()}
     assert left == {"failures.csv", "shard-000000.json", "shard-000000.tar"}
     make_shards(folder, [4, 3])
@@ -206,13 +206,13 @@ def test_repair_takes_away_just_what_is_broken(folder, clean):
 
 def test_an_object_store_is_verified_and_not_repaired(folder):
     with serve(folder) as server:
-        assert verify(server.url).problems == ()
+        assert verify_data_set(server.url).problems == ()
         server.fault = lambda name, number: "flip" if number == 1 and name != "failures.csv" else ""  # passes
         server.asked.clear()
-        assert verify(server.url).problems == ()
+        assert verify_data_set(server.url).problems == ()
         flip(folder / "shard-000000.tar", 700, 0)
         server.fault = lambda name, number: ""
-        report = verify(server.url)
+        report = verify_data_set(server.url)
         assert named(report) == {("shard-000000.tar", "clip-000000.safetensors")}
         with pytest.raises(ValueError, match="only a local folder is repaired"):
-            discard_broken(report)
+            delete_broken_files(report)

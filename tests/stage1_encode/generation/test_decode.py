@@ -23,10 +23,10 @@ SPEC = VideoSpec(9, 64, 96, fps=12)
 def make_store(path: Path, *, steps: tuple[str, ...] = ("sample",), videos: int = 2) -> Path:
     for step in steps:
         keys = tuple(f"{row:09d}" for row in range(videos))
-        latent_store.create(path, latent_store.LatentGroup(step, SPEC, keys, ("p",) * videos, (0,) * videos))
+        latent_store.create_group(path, latent_store.LatentGroup(step, SPEC, keys, ("p",) * videos, (0,) * videos))
         draw = torch.randn(videos, *SPEC.latent_shape, generator=torch.Generator().manual_seed(len(step)))
-        latent_store.write(path, step, range(videos), draw)
-        latent_store.finish(path, step)
+        latent_store.write_latents(path, step, range(videos), draw)
+        latent_store.finish_group(path, step)
     return path
 
 
@@ -134,7 +134,7 @@ def test_mistakes_are_named(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out/thesis.txt").touch()
     with pytest.raises(ValueError, match=r"holds something else \(thesis.txt\)"):
         decode(config)
-    latent_store.write(store, "sample", [0], torch.full((1, *SPEC.latent_shape), float("nan")))
+    latent_store.write_latents(store, "sample", [0], torch.full((1, *SPEC.latent_shape), float("nan")))
     with pytest.raises(ValueError, match="sample/000000000 is not finite"):
         decode(DecodeConfig(str(store), str(model), str(tmp_path / "out2"), device="cpu"))
 

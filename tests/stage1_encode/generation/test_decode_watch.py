@@ -15,13 +15,13 @@ SPEC = VideoSpec(num_frames=5, height=32, width=32, fps=8)
 
 
 def begin(store: Path, step: str) -> None:
-    latent_store.create(store, latent_store.LatentGroup(step, SPEC, ("a", "b"), ("one", "two"), (0, 0)))
+    latent_store.create_group(store, latent_store.LatentGroup(step, SPEC, ("a", "b"), ("one", "two"), (0, 0)))
 
 
 def end(store: Path, step: str) -> None:
     draws = torch.Generator().manual_seed(len(step))
-    latent_store.write(store, step, [0, 1], torch.randn(2, *SPEC.latent_shape, generator=draws))
-    latent_store.finish(store, step)
+    latent_store.write_latents(store, step, [0, 1], torch.randn(2, *SPEC.latent_shape, generator=draws))
+    latent_store.finish_group(store, step)
 
 
 def test_new_steps_are_decoded_as_they_appear(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,13 +34,13 @@ def test_new_steps_are_decoded_as_they_appear(model: Path, tmp_path: Path, monke
         """What the run does while the watcher sleeps."""
         slept.append(seconds)
         if len(slept) == 2:  # nothing was there at first
-            latent_store.set_complete(store, False)
+            latent_store.mark_store_complete(store, False)
             begin(store, "step-000000")
             end(store, "step-000000")
             begin(store, "step-000002")
         if len(slept) == 4:
             end(store, "step-000002")
-            latent_store.set_complete(store, True)
+            latent_store.mark_store_complete(store, True)
 
     monkeypatch.setattr(time, "sleep", next_sleep)
     made = decode.follow(config)

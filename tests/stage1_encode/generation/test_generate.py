@@ -15,7 +15,7 @@ from torch import Tensor
 from common.video import VideoSpec
 from shards import latent_store
 from shards.dataset import open_data_set
-from shards.latent_store import describe, read
+from shards.latent_store import describe_group, read_latents
 from shards.record import Record
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import encode
@@ -135,23 +135,23 @@ def test_segments_go_on_from_the_last_frame(order: Order, models: Conditioner) -
     made = make_videos(longer, models, Noise(), Placing())
     assert [path.name for path in made] == ["000000000.mp4", "000000001.mp4", "contact.png"]
     assert [frames(path) for path in made[:2]] == [1 + 2 * 8] * 2
-    assert describe(order.store, "sample").keys[:3] == ("000000000-0", "000000000-1", "000000001-0")
+    assert describe_group(order.store, "sample").keys[:3] == ("000000000-0", "000000000-1", "000000001-0")
     for row in (0, 2):
-        last = vae.decode_video(models.vae, read(order.store, "sample", row))[-1]
-        assert torch.equal(read(order.store, "sample", row + 1)[:, :1], encode_frame(models, last).float())
-    assert not torch.equal(read(order.store, "sample", 0)[:, 1:], read(order.store, "sample", 1)[:, 1:])
+        last = vae.decode_video(models.vae, read_latents(order.store, "sample", row))[-1]
+        assert torch.equal(read_latents(order.store, "sample", row + 1)[:, :1], encode_frame(models, last).float())
+    assert not torch.equal(read_latents(order.store, "sample", 0)[:, 1:], read_latents(order.store, "sample", 1)[:, 1:])
 
 
 def test_memory_does_not_grow_with_segments(order: Order, models: Conditioner, monkeypatch: pytest.MonkeyPatch) -> None:
     """When latents are asked for, those before the last ones are gone, on a slow disk too."""
     alive: list[int] = []
-    write = latent_store.write
+    write = latent_store.write_latents
 
     def slow(*given: object) -> None:
         time.sleep(0.3)
         write(*given)
 
-    monkeypatch.setattr(latent_store, "write", slow)
+    monkeypatch.setattr(latent_store, "write_latents", slow)
 
     class Watched(Noise):
         def __init__(self) -> None:
@@ -237,7 +237,7 @@ def test_ranks_share_the_rows(order: Order, models: Conditioner, tmp_path: Path)
             f"00000000{rank}.mp4",
             f"contact-{rank}.png",
         ]
-        assert torch.equal(read(part.store, "sample", 0), read(order.store, "sample", rank))
+        assert torch.equal(read_latents(part.store, "sample", 0), read_latents(order.store, "sample", rank))
     assert {path.name: path.read_bytes() for path in (tmp_path / "share").glob("*.mp4")} == whole
     assert make_videos(replace(order, rank=2, world=3), models, Noise(), Placing()) == []
 

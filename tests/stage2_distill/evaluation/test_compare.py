@@ -11,7 +11,7 @@ import torch
 
 from common.condition import Condition
 from shards import latent_store
-from shards.comparison import Contest, set_name
+from shards.comparison import Comparison, latent_set_name
 from shards.manifest import read_manifest, write_manifest
 from stage2_distill.checkpointing.format import checkpoints, chosen, prune, write_best
 from stage2_distill.dmd.rollout import euler, rollout
@@ -38,9 +38,9 @@ def config(way: Path, model: Path, out: Path, **changes: object) -> EvaluateConf
     return replace(base, **changes)
 
 
-def rows(out: Path, contest: Contest, name: str, seed: int) -> torch.Tensor:
+def rows(out: Path, contest: Comparison, name: str, seed: int) -> torch.Tensor:
     one = next(c for c in contest.contestants if c.name == name)
-    return latent_store.read_rows(out / "latents.zarr", set_name(one, seed), 0, contest.count)
+    return latent_store.read_latent_rows(out / "latents.zarr", latent_set_name(one, seed), 0, contest.count)
 
 
 def test_frechet_of_known_gaussians() -> None:

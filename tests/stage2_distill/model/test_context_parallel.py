@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shards.latent_store import read
+from shards.latent_store import read_latents
 from stage2_distill.model.context_parallel import check_ranks
 from stage2_distill.train import distill
 from tests.stage2_distill.training_helpers import make_config, make_shards
@@ -39,7 +39,7 @@ def test_two_ranks_make_the_video_of_one(model: Path, tmp_path: Path) -> None:
         done = subprocess.run(words, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.split() == [str(tmp_path / f"{ranks}.mp4")]
-        latents.append(torch.stack([read(tmp_path / f"{ranks}.zarr", "sample", segment) for segment in (0, 1)]))
+        latents.append(torch.stack([read_latents(tmp_path / f"{ranks}.zarr", "sample", segment) for segment in (0, 1)]))
     assert latents[0].shape[2:] == (3, 4, 6)
     assert (latents[0] - latents[1]).abs().max() < 1e-5
 

@@ -12,7 +12,7 @@ import torch
 from common.condition import Condition
 from common.options import write_config
 from common.timer import PhaseTimer
-from shards.dataset import Stream
+from shards.dataset import RecordStream
 from shards.mixture import open_data_sets
 from shards.record import Record
 from stage2_distill import build, train, trainer
@@ -127,7 +127,7 @@ def spoil(record: Record) -> Record:
 
 def first_meeting(config: DistillConfig, bad: int, world: int) -> tuple[int, int]:
     """(iteration, rank) in which record number `bad` is first used."""
-    stream = Stream(open_data_sets(config.shards), seed=config.seed)
+    stream = RecordStream(open_data_sets(config.shards), seed=config.seed)
     met = [
         (part.iteration, part.role != "student", rank)
         for rank in range(world)

@@ -10,7 +10,7 @@ import torch
 from common.seed import draw_normal, make_generator
 from shards import latent_store
 from shards.dataset import open_data_set
-from shards.record import collate
+from shards.record import collate_records
 from stage2_distill import train as module
 from stage2_distill.checkpointing.format import load
 from stage2_distill.dmd.rollout import rollout
@@ -32,13 +32,13 @@ def run(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def stored(run: Path, step: str) -> torch.Tensor:
-    return latent_store.read_rows(run / "previews.zarr", step, 0, 3)
+    return latent_store.read_latent_rows(run / "previews.zarr", step, 0, 3)
 
 
 def test_steps_from_the_start_to_the_end(run: Path) -> None:
-    assert latent_store.steps(run / "previews.zarr") == ["step-000000", "step-000002", "step-000004"]
-    assert latent_store.complete(run / "previews.zarr")
-    group = latent_store.describe(run / "previews.zarr", "step-000004")
+    assert latent_store.complete_groups(run / "previews.zarr") == ["step-000000", "step-000002", "step-000004"]
+    assert latent_store.is_store_complete(run / "previews.zarr")
+    group = latent_store.describe_group(run / "previews.zarr", "step-000004")
     assert group.keys == ("000000000", "000000001", "000000002")
     assert group.prompts == ("prompt 0", "prompt 1", "prompt 2")
     assert not torch.equal(stored(run, "step-000002"), stored(run, "step-000004"))
@@ -54,7 +54,9 @@ def test_a_preview_is_the_averaged_student(run: Path, model: Path, shards: Path)
         draws = [make_generator(0, 0, row, "preview") for row in range(3)]
         noise = draw_normal((48, 3, 4, 4), draws)
         sigmas = (1.0, 0.9375, 5 / 6, 0.625)
-        return rollout(denoiser(net, torch.float32), noise, collate(records).condition, ladder=sigmas, generators=draws)
+        return rollout(
+            denoiser(net, torch.float32), noise, collate_records(records).condition, ladder=sigmas, generators=draws
+        )
 
     torch.testing.assert_close(stored(run, "step-000000"), sampled(), rtol=0, atol=1e-5)
     load(run / "step-000004", {f"ema.{name}": weight for name, weight in net.named_parameters()})
@@ -71,7 +73,7 @@ def test_several_ranks_write_the_same(run: Path, model: Path, shards: Path, tmp_
     """Three rows on two ranks: one rank has a row of padding."""
     config = make_config(shards, model, tmp_path / "run", iterations=2, preview_every=2, preview_count=3)
     run_worker([config], 2, tmp_path)
-    assert latent_store.steps(tmp_path / "run" / "previews.zarr") == ["step-000000", "step-000002"]
+    assert latent_store.complete_groups(tmp_path / "run" / "previews.zarr") == ["step-000000", "step-000002"]
     torch.testing.assert_close(stored(tmp_path / "run", "step-000000"), stored(run, "step-000000"), rtol=0, atol=1e-5)
     torch.testing.assert_close(stored(tmp_path / "run", "step-000002"), stored(run, "step-000002"), rtol=0, atol=1e-3)
 
@@ -82,7 +84,7 @@ def test_stopped_inside_a_preview_and_resumed(
     """The broken step is not shown, and made whole later; steps that are done stay as they are."""
     options = {"iterations": 4, "checkpoint_every": 4, "preview_every": 2, "preview_count": 3}
     config = make_config(shards, model, tmp_path / "run", **options)  # goes on from the start: steps 0 and 2 come again
-    good, calls = latent_store.write, []
+    good, calls = latent_store.write_latents, []
 
     def stop(store: Path, step: str, rows: list[int], videos: torch.Tensor) -> None:
         calls.append(step)
@@ -94,12 +96,12 @@ def test_stopped_inside_a_preview_and_resumed(
     with pytest.raises(KeyboardInterrupt):
         run_here(config)
     store = tmp_path / "run" / "previews.zarr"
-    assert latent_store.steps(store) == ["step-000000", "step-000002"]
-    assert not latent_store.complete(store)
+    assert latent_store.complete_groups(store) == ["step-000000", "step-000002"]
+    assert not latent_store.is_store_complete(store)
     before = (store / "step-000002" / "zarr.json").stat().st_mtime_ns
     monkeypatch.setattr(preview.latents, "write", good)
     run_here(config)
-    assert latent_store.steps(store) == ["step-000000", "step-000002", "step-000004"]
+    assert latent_store.complete_groups(store) == ["step-000000", "step-000002", "step-000004"]
     assert (store / "step-000002" / "zarr.json").stat().st_mtime_ns == before
     assert torch.equal(stored(tmp_path / "run", "step-000004"), stored(run, "step-000004"))
 
@@ -108,7 +110,13 @@ def test_conditions_of_another_data_set(model: Path, shards: Path, tmp_path: Pat
     other = make_shards(tmp_path / "other", model, records=8, text_only=True)
     options = {"iterations": 1, "preview_every": 5, "preview_count": 2, "preview_data": str(other)}
     run_here(make_config(shards, model, tmp_path / "run", **options))
-    assert latent_store.read_rows(tmp_path / "run" / "previews.zarr", "step-000000", 0, 2).shape == (2, 48, 3, 4, 4)
+    assert latent_store.read_latent_rows(tmp_path / "run" / "previews.zarr", "step-000000", 0, 2).shape == (
+        2,
+        48,
+        3,
+        4,
+        4,
+    )
     with pytest.raises(ValueError, match="does not exist"):
         run_here(make_config(shards, model, tmp_path / "none", preview_every=5, preview_data=str(tmp_path / "no")))
 
@@ -129,5 +137,5 @@ def test_a_run_that_begins_anew_with_other_options_makes_its_first_preview_anew(
 def test_a_rank_with_padding_alone_writes_nothing(run: Path, model: Path, shards: Path, tmp_path: Path) -> None:
     config = make_config(shards, model, tmp_path / "run", iterations=1, preview_every=2, preview_count=1)
     run_worker([config], 2, tmp_path)
-    shown = latent_store.read_rows(tmp_path / "run" / "previews.zarr", "step-000000", 0, 1)
+    shown = latent_store.read_latent_rows(tmp_path / "run" / "previews.zarr", "step-000000", 0, 1)
     torch.testing.assert_close(shown, stored(run, "step-000000")[:1], rtol=0, atol=1e-5)
