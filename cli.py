@@ -78,10 +78,10 @@ def evaluate_command(**options: object) -> None:
 @config_options(DecodeConfig)
 def decode_command(**options: object) -> None:
     """Decode a zarr store of latents into mp4 files and a contact sheet."""
-    from stage1_encode.generation.decode import decode, follow
+    from stage1_encode.generation.decode import decode, decode_as_written
 
     config = resolve_config(DecodeConfig, options)
-    for path in follow(config) if config.watch else decode(config):
+    for path in decode_as_written(config) if config.watch else decode(config):
         click.echo(str(path))
 
 
@@ -141,15 +141,15 @@ def verify_and_repair(shards: str, config: VerifyConfig) -> int:
     report = verify_data_set(shards)
     click.echo("\n".join(report.lines()))
     if config.repair and report.problems:
-        from stage1_encode.repair import mend
+        from stage1_encode.repair import repair_data_set
 
-        mend(report, config)
+        repair_data_set(report, config)
         report = verify_data_set(shards)
         click.echo(f"after the repair: {report.lines()[0]}")
     if config.model and report.manifest:
-        from stage1_encode.repair import draw_sheet
+        from stage1_encode.repair import draw_contact_sheet
 
-        click.echo(f"first frames: {draw_sheet(report, config)}")
+        click.echo(f"first frames: {draw_contact_sheet(report, config)}")
     return int(bool(report.problems))
 
 
@@ -161,20 +161,24 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     """
     from common.device import pick_device
     from stage1_encode.executors import rank_and_world
-    from stage1_encode.generation.condition_encoder import load_conditioner
-    from stage1_encode.generation.generate import Order, make_videos, place
+    from stage1_encode.generation.condition_encoder import load_condition_encoder
+    from stage1_encode.generation.generate import GenerationRequest, choose_memory_plan, generate_videos
     from stage2_distill.sampling.multi_gpu import Leader, follow
     from stage2_distill.sampling.student_sampler import open_student
 
     out, is_single = Path(config.out), config.prompt is not None
-    memory_plan = place(config.memory, pick_device(config.device))
+    memory_plan = choose_memory_plan(config.memory, pick_device(config.device))
     student, (rank, world) = open_student(config), rank_and_world()
     shared_video = is_single and world > 1
     if shared_video and rank:
         follow(student)
         return []
-    models = load_conditioner(
-        config.model, precision=config.vae_dtype, device=student.device, stay=memory_plan.text, compiled=config.compile
+    models = load_condition_encoder(
+        config.model,
+        precision=config.vae_dtype,
+        device=student.device,
+        keep_text_on_device=memory_plan.text,
+        compile_decoder=config.compile,
     )
     prepare_output(out, config, is_first_rank=rank == 0)
     if shared_video:
@@ -183,26 +187,28 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     store = out.with_suffix(".zarr") if is_single else out / name
     with tempfile.TemporaryDirectory() as temporary:
         table = Path(write_prompt_csv(Path(temporary) / "prompt.csv", config) if is_single else str(config.data))
-        request = Order(table, out, store, student.spec, config.seed, config.segments, config.batch_size, rank, world)
+        request = GenerationRequest(
+            table, out, store, student.spec, config.seed, config.segments, config.batch_size, rank, world
+        )
         with Leader(student) if shared_video else nullcontext(student) as sampler:
-            return make_videos(request, models, sampler, memory_plan)
+            return generate_videos(request, models, sampler, memory_plan)
 
 
 def evaluate_students(config: EvaluateConfig) -> Path:
     """Sample all contestants (stage two), look at their videos (stage one), report (stage two); the page."""
-    from stage1_encode.video_metrics.evaluate_videos import Looks, measure, open_tools
+    from stage1_encode.video_metrics.evaluate_videos import VideoEvalConfig, load_tools, measure_videos
     from stage2_distill.evaluation.compare import sample_contest
     from stage2_distill.evaluation.report import write_report
 
-    eval_config = Looks(
+    eval_config = VideoEvalConfig(
         config.out, config.shards, config.model, config.videos, config.shown,
         config.analyser, config.i3d, config.clip, config.device, config.batch_size,
     )  # fmt: skip
     if config.videos:
-        open_tools(eval_config)  # a mistake there comes out before hours of sampling
+        load_tools(eval_config)  # a mistake there comes out before hours of sampling
     sample_contest(config)
     if config.videos:
-        measure(eval_config)
+        measure_videos(eval_config)
     return write_report(config)
 
 

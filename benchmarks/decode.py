@@ -17,8 +17,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from benchmarks.report import append
-from stage1_encode.models.vae_decoder import Decoder, stream
-from stage1_encode.models.vae_ops import Plan, Ways, by_library, fold
+from stage1_encode.models.vae_decoder import VideoDecoder, stream_frames
+from stage1_encode.models.vae_ops import ConvSpec, KernelBackend, convolve_torch, fold_weight
 
 Row = tuple[str, str]
 GPU = torch.cuda.is_available()
@@ -32,7 +32,7 @@ class Shape:
     frames: int
     height: int
     width: int
-    plan: Plan
+    plan: ConvSpec
 
     @property
     def name(self) -> str:
@@ -60,7 +60,7 @@ def rate(flops: float, seconds: float) -> str:
 
 
 @dataclass(frozen=True)
-class Watched(Ways):
+class Watched(KernelBackend):
     """Ways that note when each piece of work began and ended on the GPU."""
 
     log: list[tuple[str, float, object, object]] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Watched(Ways):
         self.watch("norms", 0.0, lambda: super(Watched, self).norm(x, gamma, out))
 
     def convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor, plan: Plan, *, residual: Tensor | None, skip: int
+        self, x: Tensor, weight: Tensor, bias: Tensor, plan: ConvSpec, *, residual: Tensor | None, skip: int
     ) -> Tensor:
         """As ever."""
         shape, plain = Shape(len(x) - plan.depth + 1, *x.shape[1:3], plan), super().convolve
@@ -112,18 +112,18 @@ def make_model(tiny: bool) -> tuple[AutoencoderKLWan, Tensor]:
 
 def whole_rows(model: AutoencoderKLWan, z: Tensor) -> Iterator[Row]:
     """A video in every way: first a few frames, which compiles and tries, then all, by kind of work."""
-    ways = {"PyTorch's operations": Ways()}
+    ways = {"PyTorch's operations": KernelBackend()}
     if GPU:
-        ways |= {"our norms": Ways(norms=True), "compiled": Ways(norms=True, convolutions=True)}
+        ways |= {"our norms": KernelBackend(norms=True), "compiled": KernelBackend(norms=True, convolutions=True)}
     first = None
     for name, way in ways.items():
         watched = Watched(way.norms, way.convolutions)
-        decoder = Decoder(model, watched)
+        decoder = VideoDecoder(model, watched)
         began = settle()
-        list(stream(decoder, z[:, :5], most=STEPS))
+        list(stream_frames(decoder, z[:, :5], max_frames=STEPS))
         ready = settle()
         watched.log.clear()
-        pixels = torch.cat(list(stream(decoder, z, most=STEPS)))
+        pixels = torch.cat(list(stream_frames(decoder, z, max_frames=STEPS)))
         seconds = settle() - ready
         first = pixels if first is None else first
         near, spread = psnr(pixels, first), float(pixels[::20].float().std())
@@ -145,12 +145,12 @@ def shapes() -> list[Shape]:
     """The convolutions that have work to do."""
     rows = [(2, 44, 1024, 1024), (4, 88, 1024, 1024), (8, 176, 1024, 512), (8, 176, 512, 512), (8, 352, 512, 256),
             (8, 352, 256, 256)]  # fmt: skip
-    plain = [Shape(f, high, high * 20 // 11, Plan(c, n, columns=256)) for f, high, c, n in rows]
+    plain = [Shape(f, high, high * 20 // 11, ConvSpec(c, n, columns=256)) for f, high, c, n in rows]
     return [
         *plain,
-        Shape(4, 88, 160, Plan(1024, 1024, side=1, time=2)),
-        Shape(8, 88, 160, Plan(1024, 1024, depth=1, side=2, space=2)),
-        Shape(8, 176, 320, Plan(512, 512, depth=1, side=2, space=2)),
+        Shape(4, 88, 160, ConvSpec(1024, 1024, side=1, time=2)),
+        Shape(8, 88, 160, ConvSpec(1024, 1024, depth=1, side=2, space=2)),
+        Shape(8, 176, 320, ConvSpec(512, 512, depth=1, side=2, space=2)),
     ]
 
 
@@ -160,12 +160,12 @@ def draws(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(shape.frames + plan.depth - 1, shape.height, shape.width, plan.channels, **options)
     side = 3 if plan.space == 2 else plan.side
     weight = torch.randn(plan.outputs * plan.time, plan.channels, plan.depth, side, side, **options) / 64
-    return x, fold(weight, plan), torch.randn(plan.outputs * plan.time, **options)
+    return x, fold_weight(weight, plan), torch.randn(plan.outputs * plan.time, **options)
 
 
 def check_rows(_model: AutoencoderKLWan, _z: Tensor) -> Iterator[Row]:
     """Our kernel's error against float32 in every convolution, with a residual where there is one."""
-    from stage1_encode.models.vae_conv_kernel import convolve
+    from stage1_encode.models.vae_conv_kernel import convolve_hopper
 
     for shape in shapes():
         small = replace(shape, frames=3, height=21, width=37)  # which no tile divides
@@ -176,10 +176,10 @@ def check_rows(_model: AutoencoderKLWan, _z: Tensor) -> Iterator[Row]:
         elif plan.depth == plan.side == 3:
             residual = torch.randn(3, 21, 37, plan.outputs, device="cuda", dtype=torch.bfloat16)
             plan, more = replace(plan, repeats=1), {"residual": residual}
-        found, again = (convolve(x, weight, bias, plan, **more).float() for _ in range(2))
+        found, again = (convolve_hopper(x, weight, bias, plan, **more).float() for _ in range(2))
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             exact = {key: value.float() for key, value in more.items()}
-            wanted = by_library(x.float(), weight.float(), bias.float(), plan, **exact)
+            wanted = convolve_torch(x.float(), weight.float(), bias.float(), plan, **exact)
         error = float((found - wanted).norm() / wanted.norm())
         assert error < 1e-2, (shape.name, error)
         yield f"{shape.name}: error of ours to float32", f"{error:.1e}, the same twice: {torch.equal(found, again)}"
@@ -187,15 +187,18 @@ def check_rows(_model: AutoencoderKLWan, _z: Tensor) -> Iterator[Row]:
 
 def stock_rows(model: AutoencoderKLWan, z: Tensor) -> Iterator[Row]:
     """diffusers' decode, how far ours is from it, and how far both are from float32 on a few frames."""
-    ways = Ways(norms=GPU, convolutions=GPU)
-    ours = torch.cat(list(stream(Decoder(model, ways), z, most=STEPS)))
+    ways = KernelBackend(norms=GPU, convolutions=GPU)
+    ours = torch.cat(list(stream_frames(VideoDecoder(model, ways), z, max_frames=STEPS)))
     few = z[:, :5]
     for run in ("first", "second"):
         began = settle()
         video = theirs(model, z)
         yield f"diffusers, {run} run", f"{settle() - began:.3f} s"
     yield "PSNR of ours to diffusers", f"{psnr(ours, video):.1f} dB"
-    pair = {"ours": torch.cat(list(stream(Decoder(model, ways), few, most=STEPS))), "diffusers": theirs(model, few)}
+    pair = {
+        "ours": torch.cat(list(stream_frames(VideoDecoder(model, ways), few, max_frames=STEPS))),
+        "diffusers": theirs(model, few),
+    }
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         exact = theirs(model.float(), few.float())
     for name, video in pair.items():

@@ -43,10 +43,10 @@ from benchmarks.report import append
 from common.device import copy_async, pick_device
 from common.video import TEXT_LENGTH, VideoSpec
 from stage1_encode.config import EncodeConfig
-from stage1_encode.executors import tasks
-from stage1_encode.media.rows import read_shards
+from stage1_encode.executors import read_tasks
+from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import text_encoder, vae
-from stage1_encode.pipeline import Encoders, make_ready, make_shards, start_readers, write_negative
+from stage1_encode.pipeline import EncoderModels, make_shards, prepare_encoders, start_readers, write_negative_embedding
 
 READY = 4.0  # seconds in which the processes that read files are there
 SOURCE = "tests/data/bigbuckbunny.mp4"
@@ -73,13 +73,15 @@ def write_rows(folder: Path, paths: list[Path], count: int) -> Path:
     return table
 
 
-def alone(config: EncodeConfig, encoders: Encoders, pixels: Tensor) -> float:
+def alone(config: EncodeConfig, encoders: EncoderModels, pixels: Tensor) -> float:
     """Seconds that the two models alone take for the rows of a CSV, in the same batches, all inputs being there."""
     device, batches, count = encoders.vae.mean.device, [], 0
-    for shard in read_shards(Path(config.data), shard_size=config.shard_size, text_only=False):
-        tokens = text_encoder.tokenize(encoders.text, [text_encoder.clean(row.prompt) for row in shard])
-        grouped = [[tokens[place] for place in batch] for batch in text_encoder.group(tokens, config.text_tokens)]
-        batches += [tuple(copy_async(x, device) for x in text_encoder.padded(group, 0)) for group in grouped]
+    for shard in read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=False):
+        tokens = text_encoder.tokenize_prompts(encoders.text, [text_encoder.clean_prompt(row.prompt) for row in shard])
+        grouped = [
+            [tokens[place] for place in batch] for batch in text_encoder.group_by_length(tokens, config.text_tokens)
+        ]
+        batches += [tuple(copy_async(x, device) for x in text_encoder.pad_tokens(group, 0)) for group in grouped]
         count += len(shard)
     settle()
     began = time.perf_counter()
@@ -92,18 +94,18 @@ def alone(config: EncodeConfig, encoders: Encoders, pixels: Tensor) -> float:
     return time.perf_counter() - began
 
 
-def from_end_to_end(config: EncodeConfig, encoders: Encoders, pixels: Tensor) -> Iterator[Row]:
+def from_end_to_end(config: EncodeConfig, encoders: EncoderModels, pixels: Tensor) -> Iterator[Row]:
     """Shards made by the product, against the models alone on the same batches in the same run."""
-    write_negative(config, encoders)  # warms the text encoder up
+    write_negative_embedding(config, encoders)  # warms the text encoder up
     vae.encode_frames(encoders.vae, pixels[: config.batch_size])
-    shards = list(read_shards(Path(config.data), shard_size=config.shard_size, text_only=False))
+    shards = list(read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=False))
     numbers, rows = range(len(shards)), sum(len(shard) for shard in shards)
     models = alone(config, encoders, pixels)
     memory()
     with closing(start_readers(config)) as readers:
         time.sleep(READY)  # a real run loads its models meanwhile
         began = time.perf_counter()
-        made = list(make_shards(config, encoders, readers, tasks(config, numbers), total=rows))
+        made = list(make_shards(config, encoders, readers, read_tasks(config, numbers), total=rows))
         took = time.perf_counter() - began
     records, size = sum(index.shard.records for index in made), sum(index.shard.size for index in made)
     name = f"{config.vae_dtype}, batch {config.batch_size}{', compiled' if config.compile else ''}"
@@ -112,12 +114,12 @@ def from_end_to_end(config: EncodeConfig, encoders: Encoders, pixels: Tensor) ->
     yield f"encode from end to end, {name}", f"{figure}, {models / took:.2f} of the models alone, {memory()}"
 
 
-def idle(config: EncodeConfig, encoders: Encoders) -> Iterator[Row]:
+def idle(config: EncodeConfig, encoders: EncoderModels) -> Iterator[Row]:
     """Share of the time between the first and the last piece of GPU work in which the GPU did nothing."""
     gpu = torch.cuda.is_available()
     activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
     with closing(start_readers(config)) as readers, profile(activities=[activity]) as seen:
-        for _ in make_shards(config, encoders, readers, tasks(config, range(3)), total=3 * config.shard_size):
+        for _ in make_shards(config, encoders, readers, read_tasks(config, range(3)), total=3 * config.shard_size):
             pass
         settle()
     found = [event for event in seen.events() if not gpu or event.device_type == DeviceType.CUDA]
@@ -135,7 +137,7 @@ def idle(config: EncodeConfig, encoders: Encoders) -> Iterator[Row]:
 
 
 def reference(
-    config: EncodeConfig, base: vae.Vae, encoder: text_encoder.TextEncoder, paths: list[Path]
+    config: EncodeConfig, base: vae.WanVae, encoder: text_encoder.TextEncoder, paths: list[Path]
 ) -> Iterator[Row]:
     """The reference's way: the whole clip decoded and stretched, the prompt padded to 512, one sample at a time."""
     device = base.mean.device
@@ -187,10 +189,10 @@ def measure(given: argparse.Namespace, work: Path, began: float) -> Iterator[Row
     yield "clips made after", f"{time.perf_counter() - began:.1f} s"
     if "eager" in given.parts:
         config = make_config(work, table, given, "eager", vae_dtype=given.vae_dtype)
-        encoders = Encoders(fresh(base, config.vae_dtype), encoder)
+        encoders = EncoderModels(fresh(base, config.vae_dtype), encoder)
         yield from from_end_to_end(config, encoders, pixels)
     if "idle" in given.parts:
-        encoders = Encoders(fresh(base, given.vae_dtype), encoder)
+        encoders = EncoderModels(fresh(base, given.vae_dtype), encoder)
         yield from idle(make_config(work, table, given, "idle", vae_dtype=given.vae_dtype), encoders)
     if "reference" in given.parts:
         yield from reference(make_config(work, table, given, "reference"), base, encoder, paths)
@@ -202,13 +204,18 @@ def measure(given: argparse.Namespace, work: Path, began: float) -> Iterator[Row
 
 
 def compiled(
-    config: EncodeConfig, base: vae.Vae, encoder: text_encoder.TextEncoder, pixels: Tensor, exact: Tensor, until: float
+    config: EncodeConfig,
+    base: vae.WanVae,
+    encoder: text_encoder.TextEncoder,
+    pixels: Tensor,
+    exact: Tensor,
+    until: float,
 ) -> Iterator[Row]:
     """Both models compiled, each alone, then from end to end; nothing is begun after `until`."""
     start, size = time.perf_counter(), config.batch_size
     if start > until:
         return
-    encoders = make_ready(config, vae_copy(base, config.vae_dtype), encoder)
+    encoders = prepare_encoders(config, vae_copy(base, config.vae_dtype), encoder)
     yield from of_text(encoders.text, "bfloat16, compiled", exact)
     yield "compiling the text encoder took", f"{time.perf_counter() - start:.1f} s"
     start = time.perf_counter()

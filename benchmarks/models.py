@@ -45,14 +45,14 @@ def memory() -> str:
     return f"peak {peak:.1f} GiB"
 
 
-def vae_copy(base: vae.Vae, precision: str) -> vae.Vae:
+def vae_copy(base: vae.WanVae, precision: str) -> vae.WanVae:
     """The same VAE in another precision."""
-    return vae.Vae(copy.deepcopy(base.model).to(vae.dtype_of(precision)), base.mean, base.std)
+    return vae.WanVae(copy.deepcopy(base.model).to(vae.parse_vae_dtype(precision)), base.mean, base.std)
 
 
-def fresh(base: vae.Vae, precision: str) -> vae.FrameEncoder:
+def fresh(base: vae.WanVae, precision: str) -> vae.FrameEncoder:
     """A frame encoder of one precision; `base` stays whole."""
-    return vae.frame_encoder(vae_copy(base, precision), tf32=precision == vae.TF32)
+    return vae.make_frame_encoder(vae_copy(base, precision), tf32=precision == vae.TF32)
 
 
 def pictures(size: Size, count: int, device: torch.device) -> Tensor:
@@ -64,7 +64,7 @@ def pictures(size: Size, count: int, device: torch.device) -> Tensor:
     return torch.from_numpy((smooth + noise).astype(numpy.uint8)).to(device)
 
 
-def vae_error(encoder: vae.FrameEncoder, base: vae.Vae, pixels: Tensor) -> float:
+def vae_error(encoder: vae.FrameEncoder, base: vae.WanVae, pixels: Tensor) -> float:
     """Relative error of latents against diffusers in float32."""
     images = pixels.permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -73,8 +73,8 @@ def vae_error(encoder: vae.FrameEncoder, base: vae.Vae, pixels: Tensor) -> float
     return ((vae.encode_frames(encoder, pixels) - exact).norm() / exact.norm()).item()
 
 
-def of_vae(base: vae.Vae, pixels: Tensor, precisions: Sequence[str]) -> Iterator[Row]:
-    """One frame by diffusers and by `FrameNet`, in every precision."""
+def of_vae(base: vae.WanVae, pixels: Tensor, precisions: Sequence[str]) -> Iterator[Row]:
+    """One frame by diffusers and by `FrameEncoderNet`, in every precision."""
     images = pixels.permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
     for batch in BATCHES[:2] if "float32" in precisions else ():
         for name, tf32 in (("float32", False), ("float32 with tf32", True)):
@@ -94,7 +94,7 @@ def of_vae(base: vae.Vae, pixels: Tensor, precisions: Sequence[str]) -> Iterator
 def some_text(encoder: text_encoder.TextEncoder) -> Tensor:
     """Embeddings of four prompts of 128 tokens (4 128 D), in the encoder's precision."""
     tokens = torch.randint(3, WORDS, (4, 128), generator=torch.Generator().manual_seed(0))
-    ids, mask = (copy_async(x, encoder.model.device) for x in text_encoder.padded(tokens.tolist(), 0))
+    ids, mask = (copy_async(x, encoder.model.device) for x in text_encoder.pad_tokens(tokens.tolist(), 0))
     with torch.no_grad():
         return encoder.model(ids, mask).last_hidden_state.float()
 
@@ -104,7 +104,7 @@ def of_text(encoder: text_encoder.TextEncoder, name: str, exact: Tensor) -> Iter
     error = ((some_text(encoder) - exact).norm() / exact.norm()).item()
     for count, length in ((8, 512), (32, 128), (64, 128)):
         tokens = torch.randint(3, WORDS, (count, length), generator=torch.Generator().manual_seed(0))
-        ids, mask = (copy_async(x, encoder.model.device) for x in text_encoder.padded(tokens.tolist(), 0))
+        ids, mask = (copy_async(x, encoder.model.device) for x in text_encoder.pad_tokens(tokens.tolist(), 0))
         with torch.no_grad():
             took = seconds(lambda ids=ids, mask=mask: encoder.model(ids, mask))
         rate = f"{took:.4f} s, {count * length / took:.0f} tokens/s, {took / count * 1e3:.2f} ms a prompt"

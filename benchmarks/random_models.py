@@ -15,7 +15,7 @@ from benchmarks.device import randomise
 from common.condition import Condition, pin
 from common.flow import timestep_sigmas, x0_from_velocity
 from common.video import LATENT_CHANNELS, VideoSpec, tokens_per_frame
-from stage1_encode.generation.condition_encoder import Conditioner
+from stage1_encode.generation.condition_encoder import ConditionEncoder
 from stage1_encode.models import text_encoder, vae
 from stage2_distill.model.layers import Plan
 from stage2_distill.model.wan import materialise, skeleton
@@ -60,11 +60,11 @@ def autoencoder(size: Size, device: torch.device, decoder: int) -> AutoencoderKL
     return model.eval().requires_grad_(False)
 
 
-def plain(model: AutoencoderKLWan, device: torch.device, compiled: bool = False) -> vae.Vae:
+def plain(model: AutoencoderKLWan, device: torch.device, compiled: bool = False) -> vae.WanVae:
     """A VAE whose latents need no scaling."""
     mean, std = (torch.full((LATENT_CHANNELS,), value, device=device) for value in (0.0, 1.0))
     mean, std = (rearrange(values, "c -> 1 c 1 1 1") for values in (mean, std))
-    return vae.Vae(model, mean, std, compiled)
+    return vae.WanVae(model, mean, std, compiled)
 
 
 def umt5(size: Size, device: torch.device) -> UMT5EncoderModel:
@@ -78,7 +78,7 @@ def umt5(size: Size, device: torch.device) -> UMT5EncoderModel:
         return UMT5EncoderModel(config).eval().requires_grad_(False)
 
 
-def random_vae(size: Size, device: torch.device) -> vae.Vae:
+def random_vae(size: Size, device: torch.device) -> vae.WanVae:
     """The VAE that encodes; its decoder is small."""
     torch.manual_seed(0)
     return plain(autoencoder(size, device, decoder=8), device)
@@ -87,7 +87,7 @@ def random_vae(size: Size, device: torch.device) -> vae.Vae:
 def random_text(size: Size, device: torch.device) -> text_encoder.TextEncoder:
     """A text encoder in float32 and a tokenizer that knows the words w0, w1, ..."""
     torch.manual_seed(1)
-    model = text_encoder.fused(umt5(size, device))
+    model = text_encoder.fuse_layers(umt5(size, device))
     vocabulary = {"<pad>": PAD, "</s>": END, "<unk>": UNKNOWN} | {f"w{word}": word + 3 for word in range(WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -96,15 +96,15 @@ def random_text(size: Size, device: torch.device) -> text_encoder.TextEncoder:
     return text_encoder.TextEncoder(model, tokenizer)
 
 
-def make_models(folder: Path, small: bool, device: torch.device) -> Conditioner:
+def make_models(folder: Path, small: bool, device: torch.device) -> ConditionEncoder:
     """Encoders and decoder of sampling, the decoder compiled."""
     tiny_models.make_tokenizer(folder / "tokenizer")
     size, dtype = (SMALL, torch.float32) if small else (TRUE, torch.bfloat16)
     prompts = umt5(size, device).to(dtype)
     model = autoencoder(size, device, decoder=8 if small else 256).to(dtype)
     encoder = text_encoder.TextEncoder(prompts, AutoTokenizer.from_pretrained(folder / "tokenizer"))
-    frames = vae.frame_encoder(plain(fresh(model), device))
-    return Conditioner(encoder, plain(model, device, True), frames, device)
+    frames = vae.make_frame_encoder(plain(fresh(model), device))
+    return ConditionEncoder(encoder, plain(model, device, True), frames, device)
 
 
 def fresh(model: AutoencoderKLWan) -> AutoencoderKLWan:

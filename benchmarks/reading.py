@@ -11,7 +11,7 @@ import torch
 from benchmarks.report import peak
 from common.video import VideoSpec
 from stage1_encode.media import first_frame
-from stage1_encode.media.reader_pool import Readers
+from stage1_encode.media.reader_pool import ReaderPool
 
 MINUTES = (5 / 60, 20 / 60, 1, 2, 4, 10)
 Row = tuple[str, str]
@@ -37,8 +37,8 @@ def whole_clip(path: str, spec: VideoSpec) -> torch.Tensor:
 
 def by_av(path: str) -> object:
     """The first frame by PyAV alone."""
-    with first_frame._open(path) as file:
-        return first_frame._read_with_av(file, first_frame._video_stream(file))
+    with first_frame._open_container(path) as file:
+        return first_frame._read_with_av(file, first_frame._select_video_stream(file))
 
 
 def bytes_read(work: Callable[[], object]) -> int:
@@ -67,7 +67,7 @@ def longer(clip: str, folder: Path, minutes: float) -> str:
 
 def against_the_reference(clip: str, spec: VideoSpec) -> Iterator[Row]:
     """One first frame against a whole clip of as many frames as a video has."""
-    first = seconds(lambda: first_frame.first_frame(clip, height=spec.height, width=spec.width), 9)
+    first = seconds(lambda: first_frame.read_first_frame(clip, height=spec.height, width=spec.width), 9)
     plain = seconds(lambda: decord.VideoReader(clip).get_batch(range(spec.num_frames)).asnumpy(), 3)
     whole = seconds(lambda: whole_clip(clip, spec), 2)
     yield "first frame, resized, this process", f"{first * 1e3:.1f} ms"
@@ -85,7 +85,7 @@ def side_by_side(clip: str, spec: VideoSpec, folder: Path) -> Iterator[Row]:
         for reader, work in (
             ("decord", lambda path=path: first_frame._read_with_decord(path)),
             ("PyAV", lambda path=path: by_av(path)),
-            ("as chosen", lambda path=path: first_frame.first_frame(path, height=spec.height, width=spec.width)),
+            ("as chosen", lambda path=path: first_frame.read_first_frame(path, height=spec.height, width=spec.width)),
         ):
             read, before = bytes_read(work) / 2**20, peak(reset=True)
             took = seconds(work, 9)
@@ -99,7 +99,7 @@ def reading(clip: str, spec: VideoSpec, folder: Path) -> Iterator[Row]:
     """First frames against whole clips; both readers side by side; files read in isolated children."""
     yield from against_the_reference(clip, spec)
     yield from side_by_side(clip, spec, folder)
-    children = Readers(2, spec, 30.0)
+    children = ReaderPool(2, spec, 30.0)
     isolated = seconds(lambda: [future.result() for future in [children.submit(clip) for _ in range(32)]], 3) / 32
     children.close()
     yield "first frame, two isolated children", f"{isolated * 1e3:.1f} ms a file"

@@ -28,9 +28,16 @@ from common.seed import draw_normal, make_generator
 from common.video import VideoSpec
 from shards.latent_store import read_latents
 from shards.record import Record, collate_records
-from stage1_encode.generation.condition_encoder import make_records
-from stage1_encode.generation.generate import PLACINGS, STEP, Order, Placing, Sampler, make_videos
-from stage1_encode.media.rows import read_shards
+from stage1_encode.generation.condition_encoder import encode_conditions
+from stage1_encode.generation.generate import (
+    GROUP_NAME,
+    MEMORY_PLANS,
+    GenerationRequest,
+    LatentSampler,
+    MemoryPlan,
+    generate_videos,
+)
+from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import vae, vae_decoder
 from stage2_distill.dmd.rollout import rollout
 from stage2_distill.model.layers import Plan
@@ -47,7 +54,7 @@ class Bench:
         self.device = torch.device("cuda" if GPU and not small else "cpu")
         self.spec = VideoSpec(9, 64, 96) if small else VideoSpec()
         self.student = make_student(self.spec, folder, small, self.device)
-        self.sampler: Sampler = self.student
+        self.sampler: LatentSampler = self.student
         self.models = make_models(folder, small, self.device)
         noise = numpy.random.default_rng(0).integers(0, 255, (40, 70, 3), numpy.uint8)
         Image.fromarray(noise).resize((1400, 800), Image.Resampling.BICUBIC).save(folder / "first.png")
@@ -70,30 +77,30 @@ class Bench:
         self.rows.append((what, figure))
         print(f"{what}: {figure}", flush=True)
 
-    def order(self, count: int) -> Order:
+    def order(self, count: int) -> GenerationRequest:
         """An order of `count` videos."""
         table, out = self.folder / f"{count}.csv", self.folder / (f"{count}" if count > 1 else "one.mp4")
         with table.open("w", newline="") as file:
             csv.writer(file).writerows([("prompt", "image", "seed"), *[(PROMPT, "first.png", n) for n in range(count)]])
         (self.folder / f"{count}").mkdir(exist_ok=True)
-        return Order(table, out, self.folder / f"{count}.zarr", self.spec, 0)
+        return GenerationRequest(table, out, self.folder / f"{count}.zarr", self.spec, 0)
 
-    def make(self, count: int, placing: Placing) -> None:
+    def make(self, count: int, placing: MemoryPlan) -> None:
         """Make videos."""
-        make_videos(self.order(count), self.models, self.sampler, placing)
+        generate_videos(self.order(count), self.models, self.sampler, placing)
 
     def records(self) -> list[Record]:
         """The records of one row."""
         order = self.order(1)
-        (rows,) = read_shards(order.table, shard_size=9, text_only=True)
-        return make_records(self.models, rows, order.table, self.spec, stay=True)
+        (rows,) = read_shard_rows(order.table, shard_size=9, text_only=True)
+        return encode_conditions(self.models, rows, order.table, self.spec, keep_text_on_device=True)
 
     def whole(self, how: str = "") -> None:
         """Prompt and picture to file, and the parts of the same videos."""
-        first = times(lambda: self.make(1, Placing()), 1)[0]
+        first = times(lambda: self.make(1, MemoryPlan()), 1)[0]
         self.note(f"{how}first video, compilation included", f"{first:.2f} s")
         peak()
-        found = [self.watch.videos(lambda: self.make(1, Placing()))[0] for _ in range(self.repeats)]
+        found = [self.watch.videos(lambda: self.make(1, MemoryPlan()))[0] for _ in range(self.repeats)]
         parts, spread = medians(found), [one.whole for one in found]
         self.single, span = parts.whole, f"{min(spread):.2f}-{max(spread):.2f}"
         self.note(f"{how}prompt + picture -> mp4", f"{self.single:.2f} s ({span}), peak {peak():.1f} GiB")
@@ -139,34 +146,40 @@ class Bench:
             "diffusers, 4 steps", f"{found.whole:.2f} s, x{found.whole / ours:.2f} of ours; a step {found.step:.2f} s"
         )
         self.note("diffusers, 50 guided steps, projected", f"{guided:.0f} s, x{guided / ours:.1f} of ours")
-        pixels = torch.cat(list(vae_decoder.stream(self.models.vae.decoder, found.latents[0], most=vae.STEPS)))
+        pixels = torch.cat(
+            list(
+                vae_decoder.stream_frames(
+                    self.models.vae.decoder, found.latents[0], max_frames=vae.DEFAULT_CHUNK_FRAMES
+                )
+            )
+        )
         wanted = ((found.video[0].float().clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
         psnr = -10 * float(((pixels.float() - wanted).square().mean() / 255**2).log10())
         self.note("diffusers, decode", f"{found.decode:.2f} s; PSNR of ours to it {psnr:.1f} dB")
 
     def latents(self) -> Tensor:
         """Those of the last single video, (C T H W)."""
-        return read_latents(self.order(1).store, STEP, 0)
+        return read_latents(self.order(1).store, GROUP_NAME, 0)
 
     def small_cards(self) -> None:
         """The paths for smaller cards."""
         if not self.order(1).store.exists():
-            self.make(1, Placing())
+            self.make(1, MemoryPlan())
         full = self.latents()
         self.theirs = self.models.vae.model.decoder.to("cpu")  # `sample` lets go of it, diffusers will want it again
-        self.models.vae.keep_fast_decoder()
-        self.make(1, PLACINGS["24gb"])  # the first move to host memory, which copies, is not part of a video
+        self.models.vae.release_diffusers_decoder()
+        self.make(1, MEMORY_PLANS["24gb"])  # the first move to host memory, which copies, is not part of a video
         for name in ("24gb", "16gb"):
             self.models.vae.decoder.release()
             peak()
-            found = times(lambda name=name: self.make(1, PLACINGS[name]), self.repeats)
+            found = times(lambda name=name: self.make(1, MEMORY_PLANS[name]), self.repeats)
             same = f"same latents {torch.equal(self.latents(), full)}"
             self.note(f"--memory {name}", f"{statistics.median(found):.2f} s, peak {peak():.1f} GiB, {same}")
         self.student.move(self.device)
 
     def many(self) -> None:
         """The rate over many rows."""
-        found = self.watch.videos(lambda: self.make(self.count, Placing()))
+        found = self.watch.videos(lambda: self.make(self.count, MemoryPlan()))
         rate, parts, first = sum(one.whole for one in found) / self.count, medians(found[1:]), found[0].before
         self.note(f"{self.count} rows", f"{3600 / rate:.0f} videos an hour, x{self.single / rate:.2f} of one at a time")
         told = f"denoising {parts.denoising:.3f} s, decode {parts.decode:.3f} s, between videos {parts.before:.3f} s"

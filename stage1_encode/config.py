@@ -46,20 +46,20 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _ = self.spec, self.shard_range
+        _ = self.spec, self.shard_bounds
 
     @property
-    def shard_range(self) -> tuple[int, int | None]:
+    def shard_bounds(self) -> tuple[int, int | None]:
         """First shard to encode, and the one after the last; None = to the end."""
         if not self.shards:
             return 0, None
-        found = re.fullmatch(r"(\d+):(\d+)", self.shards)
-        if not found or int(found[1]) >= int(found[2]):
+        match = re.fullmatch(r"(\d+):(\d+)", self.shards)
+        if not match or int(match[1]) >= int(match[2]):
             raise ValueError(f"shards={self.shards}: must be two whole numbers A:B with A < B, as 0:100")
-        return int(found[1]), int(found[2])
+        return int(match[1]), int(match[2])
 
     @property
-    def anywhere(self) -> "EncodeConfig":
+    def with_absolute_paths(self) -> "EncodeConfig":
         """The same with absolute paths, for another working directory; a hub name stays."""
         data, out = (str(Path(path).absolute()) for path in (self.data, self.out))
         model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model

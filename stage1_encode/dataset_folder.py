@@ -32,19 +32,19 @@ from shards.manifest import (
 )
 from shards.writer import RowFailure, ShardIndex, index_file_name, read_index, shard_file_name
 from stage1_encode.config import EncodeConfig
-from stage1_encode.media.rows import Row, read_shards, rows_digest
-from stage1_encode.models.loading import text_width
+from stage1_encode.media.rows import Row, read_shard_rows, rows_digest
+from stage1_encode.models.loading import read_text_width
 
-PLAN, CONFIG, FAILURES, LOCK = "plan.json", "encode.yaml", "failures.csv", "encode.lock"
-OURS = re.compile(
-    rf"({PLAN}|{CONFIG}|{FAILURES}|{LOCK}|{MANIFEST_FILE}|{NEGATIVE_FILE}|shard-\d{{6,}}\.(tar|json))(\.partial)?"
+PLAN_FILE, ENCODE_CONFIG_FILE, FAILURES_FILE, LOCK_FILE = "plan.json", "encode.yaml", "failures.csv", "encode.lock"
+DATA_SET_FILES = re.compile(
+    rf"({PLAN_FILE}|{ENCODE_CONFIG_FILE}|{FAILURES_FILE}|{LOCK_FILE}|{MANIFEST_FILE}|{NEGATIVE_FILE}|shard-\d{{6,}}\.(tar|json))(\.partial)?"
 )
-LATER = ("batch_size", "text_tokens")  # of a plan; those begun before may go on without them
-SETTLING, FINISHING, FIRST_SHARD = 0, 1, 2  # bytes of the lock file
+ADDED_FIELDS = ("batch_size", "text_tokens")  # of a plan; those begun before may go on without them
+PLAN_BYTE, MANIFEST_BYTE, FIRST_SHARD_BYTE = 0, 1, 2  # bytes of the lock file
 
 
 @dataclass(frozen=True)
-class Plan:
+class EncodingPlan:
     """All that changes what a record is, apart from the rows."""
 
     schema: int
@@ -58,14 +58,14 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Survey:
+class ShardSurvey:
     """What a CSV asks for, and what of it is not there yet."""
 
     rows: tuple[int, ...]  # of each shard
     unfinished: tuple[int, ...]  # numbers of shards
 
 
-def make_plan(config: EncodeConfig, model: Path) -> Plan:
+def make_encoding_plan(config: EncodeConfig, model: Path) -> EncodingPlan:
     """The plan that a configuration and a model folder amount to."""
     encoder = EncoderInfo(
         vae=fingerprint_folder(model / "vae"),
@@ -73,10 +73,10 @@ def make_plan(config: EncodeConfig, model: Path) -> Plan:
         tokenizer=fingerprint_folder(model / "tokenizer"),
         vae_dtype=config.vae_dtype,
         text_dtype=config.text_dtype,
-        text_dim=text_width(model),
+        text_dim=read_text_width(model),
         negative_prompt=config.negative_prompt,
     )
-    return Plan(
+    return EncodingPlan(
         schema=SCHEMA_VERSION,
         spec=config.spec,
         encoder=encoder,
@@ -88,22 +88,26 @@ def make_plan(config: EncodeConfig, model: Path) -> Plan:
     )
 
 
-def check_folder(folder: Path) -> None:
+def check_data_set_folder(folder: Path) -> None:
     """Refuse a folder that holds anything but a data set."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={folder}: is a file; give a new folder")
-    foreign = sorted(path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)) if folder.is_dir() else []
-    if foreign:
-        raise ValueError(f"out={folder}: holds something else ({', '.join(foreign[:3])}); give a new folder")
+    unknown_files = (
+        sorted(path.name for path in folder.iterdir() if not DATA_SET_FILES.fullmatch(path.name))
+        if folder.is_dir()
+        else []
+    )
+    if unknown_files:
+        raise ValueError(f"out={folder}: holds something else ({', '.join(unknown_files[:3])}); give a new folder")
 
 
 @contextmanager
-def opened_lock(folder: Path) -> Iterator[int]:
+def open_lock_file(folder: Path) -> Iterator[int]:
     """The folder, made if need be, and its lock file's descriptor; ValueError where it cannot be written."""
-    check_folder(folder)
+    check_data_set_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise ValueError(f"out={folder}: {error.strerror}") from error
     try:
@@ -113,7 +117,7 @@ def opened_lock(folder: Path) -> Iterator[int]:
 
 
 @contextmanager
-def storing(folder: Path) -> Iterator[None]:
+def report_write_errors(folder: Path) -> Iterator[None]:
     """Turn what keeps a file from being written, a full disk above all, into one clear line: ValueError."""
     try:
         yield
@@ -122,84 +126,88 @@ def storing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def alone(descriptor: int, place: int) -> Iterator[None]:
+def hold_lock_byte(descriptor: int, offset: int) -> Iterator[None]:
     """Wait for one byte of the lock file and hold it."""
-    fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, place)
+    fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, offset)
     try:
         yield
     finally:
-        fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, place)
+        fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, offset)
 
 
-def hold_shards(descriptor: int, folder: Path, numbers: range) -> None:
+def lock_shards(descriptor: int, folder: Path, numbers: range) -> None:
     """Hold shards until this process ends; ValueError where another one works on any of them."""
-    spans = [(numbers.start, len(numbers))] if numbers.step == 1 else [(number, 1) for number in numbers]
-    for first, count in spans:
+    ranges = [(numbers.start, len(numbers))] if numbers.step == 1 else [(number, 1) for number in numbers]
+    for first, count in ranges:
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, max(count, 1), FIRST_SHARD + first)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, max(count, 1), FIRST_SHARD_BYTE + first)
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"out={folder}: another encode is working on it; wait for it to end") from error
 
 
-def check_plan(folder: Path, plan: Plan) -> None:
+def check_plan(folder: Path, plan: EncodingPlan) -> None:
     """Refuse a folder in which a data set with another plan was begun, naming what differs."""
-    path = folder / PLAN
+    path = folder / PLAN_FILE
     if not path.is_file():
         if (folder / shard_file_name(0)).exists():
-            raise ValueError(f"out={folder}: holds shards and no {PLAN}; give a new folder")
+            raise ValueError(f"out={folder}: holds shards and no {PLAN_FILE}; give a new folder")
         return
     try:
-        now = _flat(json.loads(_to_json(plan)))
-        lines = list_differences(now, {name: now[name] for name in LATER} | _flat(json.loads(path.read_bytes())))
+        current = _flatten_fields(json.loads(_plan_to_json(plan)))
+        differences = list_differences(
+            current, {name: current[name] for name in ADDED_FIELDS} | _flatten_fields(json.loads(path.read_bytes()))
+        )
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: is damaged; give a new folder") from error
-    if lines:
-        raise ValueError(f"out={folder}: was begun with other settings: {'; '.join(lines)}; give a new folder")
+    if differences:
+        raise ValueError(f"out={folder}: was begun with other settings: {'; '.join(differences)}; give a new folder")
 
 
-def write_plan(folder: Path, config: EncodeConfig, plan: Plan) -> None:
+def write_plan(folder: Path, config: EncodeConfig, plan: EncodingPlan) -> None:
     """Write the plan and the resolved configuration of a new data set."""
-    if not (folder / PLAN).is_file():
-        write_config(folder / CONFIG, replace(config, retry_failures=False))  # which is no part of what is made
-        write_file(folder / PLAN, _to_json(plan))
+    if not (folder / PLAN_FILE).is_file():
+        write_config(
+            folder / ENCODE_CONFIG_FILE, replace(config, retry_failures=False)
+        )  # which is no part of what is made
+        write_file(folder / PLAN_FILE, _plan_to_json(plan))
 
 
-def _to_json(plan: Plan) -> bytes:
+def _plan_to_json(plan: EncodingPlan) -> bytes:
     return (json.dumps(asdict(plan), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _flat(fields: dict[str, object]) -> dict[str, object]:
+def _flatten_fields(fields: dict[str, object]) -> dict[str, object]:
     """Nested names joined, as `encoder.vae`."""
-    flat: dict[str, object] = {}
+    flattened: dict[str, object] = {}
     for name, value in fields.items():
-        inner = value if isinstance(value, dict) else None
-        flat |= {name: value} if inner is None else {f"{name}.{key}": item for key, item in inner.items()}
-    return flat
+        nested = value if isinstance(value, dict) else None
+        flattened |= {name: value} if nested is None else {f"{name}.{key}": item for key, item in nested.items()}
+    return flattened
 
 
-def survey(folder: Path, config: EncodeConfig) -> Survey:
+def survey_shards(folder: Path, config: EncodeConfig) -> ShardSurvey:
     """Compare the CSV with the finished shards; ValueError where rows were changed or removed since they were made."""
     counts, unfinished = [], []
-    shards = read_shards(Path(config.data), shard_size=config.shard_size, text_only=config.text_only)
+    shards = read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=config.text_only)
     for number, rows in enumerate(shards):
-        index = finished(folder, number)
+        index = read_finished_index(folder, number)
         if index is not None:
-            _check_rows(config, rows, index)
+            _check_rows_unchanged(config, rows, index)
         if index is None or index.shard.rows < len(rows) or (config.retry_failures and index.failures):
             unfinished.append(number)
         counts.append(len(rows))
     if (folder / shard_file_name(len(counts))).exists():
         raise ValueError(f"data={config.data}: has fewer rows than {folder} was made from; give a new folder")
-    return Survey(tuple(counts), tuple(unfinished))
+    return ShardSurvey(tuple(counts), tuple(unfinished))
 
 
-def take_back(folder: Path, numbers: Iterable[int]) -> None:
+def mark_unfinished(folder: Path, numbers: Iterable[int]) -> None:
     """Make shards unfinished, so that nobody takes them for made before they are made again."""
     for number in numbers:
         (folder / index_file_name(shard_file_name(number))).unlink(missing_ok=True)
 
 
-def _check_rows(config: EncodeConfig, rows: list[Row], index: ShardIndex) -> None:
+def _check_rows_unchanged(config: EncodeConfig, rows: list[Row], index: ShardIndex) -> None:
     if rows_digest(rows[: index.shard.rows]) != index.rows_sha256:
         raise ValueError(
             f"data={config.data}: lines {rows[0].line} to {rows[-1].line} changed since {config.out} was begun; "
@@ -207,7 +215,7 @@ def _check_rows(config: EncodeConfig, rows: list[Row], index: ShardIndex) -> Non
         )
 
 
-def finished(folder: Path, number: int, rows: int = 0) -> ShardIndex | None:
+def read_finished_index(folder: Path, number: int, rows: int = 0) -> ShardIndex | None:
     """The sidecar of a shard that is there with at least `rows` rows; None where it is to be made (again)."""
     name = shard_file_name(number)
     try:
@@ -219,26 +227,28 @@ def finished(folder: Path, number: int, rows: int = 0) -> ShardIndex | None:
     return index if index.shard.rows >= rows else None
 
 
-def finish(folder: Path, plan: Plan, found: Survey) -> Manifest | None:
+def finish_data_set(folder: Path, plan: EncodingPlan, shard_survey: ShardSurvey) -> Manifest | None:
     """Write `failures.csv` and the manifest once all shards and the negative prompt are there; None before that."""
-    indices = [finished(folder, number, rows) for number, rows in enumerate(found.rows)]
-    there = [index for index in indices if index is not None]
-    if len(there) < len(indices) or not (folder / NEGATIVE_FILE).is_file():
+    indices = [read_finished_index(folder, number, rows) for number, rows in enumerate(shard_survey.rows)]
+    complete_indices = [index for index in indices if index is not None]
+    if len(complete_indices) < len(indices) or not (folder / NEGATIVE_FILE).is_file():
         return None
-    failures = [failure for index in there for failure in index.failures]
-    manifest = Manifest(plan.schema, plan.spec, plan.encoder, tuple(index.shard for index in there), len(failures))
-    if not _is_written(folder, manifest):
-        write_file(folder / FAILURES, _failures_csv(failures))
+    failures = [failure for index in complete_indices for failure in index.failures]
+    manifest = Manifest(
+        plan.schema, plan.spec, plan.encoder, tuple(index.shard for index in complete_indices), len(failures)
+    )
+    if not _is_manifest_written(folder, manifest):
+        write_file(folder / FAILURES_FILE, _failures_csv(failures))
         write_manifest(folder, manifest, read_negative_embedding(folder))
     return manifest
 
 
-def _is_written(folder: Path, manifest: Manifest) -> bool:
+def _is_manifest_written(folder: Path, manifest: Manifest) -> bool:
     try:
-        found = read_manifest(folder)
+        written = read_manifest(folder)
     except ValueError:
         return False
-    return replace(found, negative_sha256="") == manifest and (folder / FAILURES).is_file()
+    return replace(written, negative_sha256="") == manifest and (folder / FAILURES_FILE).is_file()
 
 
 def _failures_csv(failures: list[RowFailure]) -> bytes:

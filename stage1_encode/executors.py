@@ -12,18 +12,30 @@ from typing import Protocol
 
 from common.progress import ProgressBar
 from stage1_encode.config import EncodeConfig
-from stage1_encode.dataset_folder import finished
-from stage1_encode.media.rows import read_shards
-from stage1_encode.pipeline import Encoders, Task, load_encoders, make_shards, start_readers, write_negative
+from stage1_encode.dataset_folder import read_finished_index
+from stage1_encode.media.rows import read_shard_rows
+from stage1_encode.pipeline import (
+    EncoderModels,
+    ShardTask,
+    load_encoders,
+    make_shards,
+    start_readers,
+    write_negative_embedding,
+)
 
-CHUNK = 4  # shards that a Ray worker is given at once, so that reading, models and writing overlap
+SHARDS_PER_CHUNK = 4  # shards that a Ray worker is given at once, so that reading, models and writing overlap
 
 
-class Engine(Protocol):
+class ShardExecutor(Protocol):
     """Makes shards {number: rows}, and before them the negative prompt's embedding where it is asked to."""
 
     def __call__(
-        self, config: EncodeConfig, wanted: Mapping[int, int], *, negative: bool, begin: Callable[[], None]
+        self,
+        config: EncodeConfig,
+        shard_rows: Mapping[int, int],
+        *,
+        embed_negative: bool,
+        before_writing: Callable[[], None],
     ) -> None:
         """Return when all is made; `begin` is called once the models are there and nothing is written yet."""
 
@@ -33,41 +45,45 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def tasks(config: EncodeConfig, numbers: Collection[int]) -> Iterator[Task]:
+def read_tasks(config: EncodeConfig, numbers: Collection[int]) -> Iterator[ShardTask]:
     """The rows of these shards, read as they are asked for."""
-    shards = read_shards(Path(config.data), shard_size=config.shard_size, text_only=config.text_only)
+    shards = read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=config.text_only)
     for number, rows in enumerate(shards):
         if number in numbers:
-            yield Task(number, rows)
+            yield ShardTask(number, rows)
 
 
-def agreed(config: EncodeConfig, wanted: Mapping[int, int]) -> Iterator[Task]:
+def surveyed_tasks(config: EncodeConfig, shard_rows: Mapping[int, int]) -> Iterator[ShardTask]:
     """The first rows of shards {number: rows}; those that the CSV has won since it was surveyed are the next run's.
 
     ValueError where it has lost some.
     """
-    left = dict(wanted)
-    for task in tasks(config, wanted):
-        rows = left[task.number]
+    remaining = dict(shard_rows)
+    for task in read_tasks(config, shard_rows):
+        rows = remaining[task.number]
         if len(task.rows) >= rows:
-            del left[task.number]
-            yield Task(task.number, task.rows[:rows])
-    if left:
+            del remaining[task.number]
+            yield ShardTask(task.number, task.rows[:rows])
+    if remaining:
         raise ValueError(f"data={config.data}: lost rows while encode read it; run the same command again")
 
 
-def run_here(config: EncodeConfig, wanted: Mapping[int, int], *, negative: bool, begin: Callable[[], None]) -> None:
+def run_local(
+    config: EncodeConfig, shard_rows: Mapping[int, int], *, embed_negative: bool, before_writing: Callable[[], None]
+) -> None:
     """Make the shards in this process."""
     with closing(start_readers(config)) as readers:
         encoders = load_encoders(config)
-        begin()
-        if negative:
-            write_negative(config, encoders)
-        for _ in make_shards(config, encoders, readers, agreed(config, wanted), total=sum(wanted.values())):
+        before_writing()
+        if embed_negative:
+            write_negative_embedding(config, encoders)
+        for _ in make_shards(
+            config, encoders, readers, surveyed_tasks(config, shard_rows), total=sum(shard_rows.values())
+        ):
             pass
 
 
-class Worker:
+class EncodeWorker:
     """Holds the models of one GPU, or of one CPU worker, and makes shards; an actor of a Ray cluster."""
 
     def __init__(self, config: EncodeConfig) -> None:
@@ -75,7 +91,7 @@ class Worker:
         self.readers = start_readers(config)
 
     @cached_property
-    def encoders(self) -> Encoders:
+    def encoders(self) -> EncoderModels:
         """The models."""
         return load_encoders(self.config)
 
@@ -85,18 +101,22 @@ class Worker:
 
     def write_negative(self) -> None:
         """Embed the negative prompt."""
-        write_negative(self.config, self.encoders)
+        write_negative_embedding(self.config, self.encoders)
 
-    def make(self, chunk: Sequence[Task]) -> int:
+    def make(self, chunk: Sequence[ShardTask]) -> int:
         """Make some shards, those left out that a lost worker finished; the number of rows that they stand for."""
         rows = sum(len(task.rows) for task in chunk)
-        left = [task for task in chunk if finished(Path(self.config.out), task.number, len(task.rows)) is None]
-        for _ in make_shards(self.config, self.encoders, self.readers, left, total=rows):
+        unfinished = [
+            task for task in chunk if read_finished_index(Path(self.config.out), task.number, len(task.rows)) is None
+        ]
+        for _ in make_shards(self.config, self.encoders, self.readers, unfinished, total=rows):
             pass
         return rows
 
 
-def run_on_ray(config: EncodeConfig, wanted: Mapping[int, int], *, negative: bool, begin: Callable[[], None]) -> None:
+def run_on_ray_cluster(
+    config: EncodeConfig, shard_rows: Mapping[int, int], *, embed_negative: bool, before_writing: Callable[[], None]
+) -> None:
     """Make the shards on the Ray cluster of RAY_ADDRESS, or on this machine, with one worker a GPU.
 
     A lost worker is started again and its shards made again. ValueError without Ray, or without a GPU where one is due.
@@ -110,16 +130,19 @@ def run_on_ray(config: EncodeConfig, wanted: Mapping[int, int], *, negative: boo
     gpus = 0 if config.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
     if config.device == "cuda" and not gpus:
         raise ValueError("device=cuda: the Ray cluster has no GPU; give --device cpu")
-    actor = ray.remote(num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=-1)(Worker)
-    workers = [actor.remote(config.anywhere) for _ in range(min(gpus or 1, max(1, -(-len(wanted) // CHUNK))))]
-    pool, waiting = ActorPool(workers), agreed(config, wanted)
+    actor_class = ray.remote(num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=-1)(EncodeWorker)
+    workers = [
+        actor_class.remote(config.with_absolute_paths)
+        for _ in range(min(gpus or 1, max(1, -(-len(shard_rows) // SHARDS_PER_CHUNK))))
+    ]
+    pool, pending_tasks = ActorPool(workers), surveyed_tasks(config, shard_rows)
     try:
         ray.get([worker.load.remote() for worker in workers])
-        begin()
-        if negative:
+        before_writing()
+        if embed_negative:
             ray.get(workers[0].write_negative.remote())
-        with ProgressBar(sum(wanted.values()), label="encode") as progress:
-            while chunk := list(islice(waiting, CHUNK)):
+        with ProgressBar(sum(shard_rows.values()), label="encode") as progress:
+            while chunk := list(islice(pending_tasks, SHARDS_PER_CHUNK)):
                 if not pool.has_free():
                     progress.advance(count=pool.get_next_unordered())
                 pool.submit(lambda worker, chunk: worker.make.remote(chunk), chunk)
@@ -129,4 +152,4 @@ def run_on_ray(config: EncodeConfig, wanted: Mapping[int, int], *, negative: boo
         raise error.cause from None  # as this process would have said it
 
 
-ENGINES: dict[str, Engine] = {"local": run_here, "ray": run_on_ray}
+EXECUTORS: dict[str, ShardExecutor] = {"local": run_local, "ray": run_on_ray_cluster}

@@ -22,18 +22,18 @@ from shards.manifest import NEGATIVE_FILE
 from shards.record import Record, RecordSource
 from shards.writer import RowFailure, ShardIndex, shard_file_name, write_shard
 from stage1_encode.config import EncodeConfig
-from stage1_encode.dataset_folder import storing
-from stage1_encode.media.first_frame import Frame, UnreadableError
-from stage1_encode.media.reader_pool import Readers, default_workers, read_ahead
+from stage1_encode.dataset_folder import report_write_errors
+from stage1_encode.media.first_frame import FirstFrame, UnreadableError
+from stage1_encode.media.reader_pool import ReaderPool, default_worker_count, read_frames_ahead
 from stage1_encode.media.rows import Row, rows_digest
 from stage1_encode.models import text_encoder, vae
 
-PARTS = ("vae", "text_encoder", "tokenizer")
-WRITERS = 2  # shards hashed and written at once
+ENCODER_PARTS = ("vae", "text_encoder", "tokenizer")
+WRITER_THREADS = 2  # shards hashed and written at once
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """One shard to make."""
 
     number: int
@@ -41,103 +41,113 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedTask:
     """A task with its prompts ready for the text encoder."""
 
-    task: Task
+    task: ShardTask
     prompts: list[str]  # clean
     tokens: list[list[int]]
 
 
 @dataclass(frozen=True)
-class Encoders:
+class EncoderModels:
     """The two models of stage one."""
 
     vae: vae.FrameEncoder
     text: text_encoder.TextEncoder
 
 
-def load_encoders(config: EncodeConfig) -> Encoders:
+def load_encoders(config: EncodeConfig) -> EncoderModels:
     """Read both models onto the device."""
-    folder, device = locate_model(config.model, PARTS), pick_device(config.device)
+    folder, device = locate_model(config.model, ENCODER_PARTS), pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or pinned memory and events would open the first GPU too
-    whole = vae.load(folder, dtype=vae.dtype_of(config.vae_dtype), device=device)
-    return make_ready(config, whole, text_encoder.load(folder, dtype=getattr(torch, config.text_dtype), device=device))
-
-
-def make_ready(config: EncodeConfig, whole: vae.Vae, prompts: text_encoder.TextEncoder) -> Encoders:
-    """Fit two loaded models to their work, which for the VAE is single frames."""
-    tf32 = config.vae_dtype == vae.TF32
-    if not config.compile:
-        return Encoders(vae.frame_encoder(whole, tf32=tf32), prompts)
-    return Encoders(
-        vae.frame_encoder(whole, compiled_batch=config.batch_size, tf32=tf32), text_encoder.compiled(prompts)
+    autoencoder = vae.load_vae(folder, dtype=vae.parse_vae_dtype(config.vae_dtype), device=device)
+    return prepare_encoders(
+        config,
+        autoencoder,
+        text_encoder.load_text_encoder(folder, dtype=getattr(torch, config.text_dtype), device=device),
     )
 
 
-def write_negative(config: EncodeConfig, encoders: Encoders) -> None:
+def prepare_encoders(config: EncodeConfig, autoencoder: vae.WanVae, prompts: text_encoder.TextEncoder) -> EncoderModels:
+    """Fit two loaded models to their work, which for the VAE is single frames."""
+    tf32 = config.vae_dtype == vae.TF32
+    if not config.compile:
+        return EncoderModels(vae.make_frame_encoder(autoencoder, tf32=tf32), prompts)
+    return EncoderModels(
+        vae.make_frame_encoder(autoencoder, compiled_batch=config.batch_size, tf32=tf32),
+        text_encoder.compile_blocks(prompts),
+    )
+
+
+def write_negative_embedding(config: EncodeConfig, encoders: EncoderModels) -> None:
     """Embed the negative prompt."""
-    tokens = text_encoder.tokenize(encoders.text, [text_encoder.clean(config.negative_prompt)])
-    embedding = text_encoder.embed(encoders.text, tokens, budget=config.text_tokens)[0]
-    if ready := record_event(encoders.text.model.device):
-        ready.synchronize()
+    tokens = text_encoder.tokenize_prompts(encoders.text, [text_encoder.clean_prompt(config.negative_prompt)])
+    embedding = text_encoder.embed_prompts(encoders.text, tokens, max_tokens=config.text_tokens)[0]
+    if event := record_event(encoders.text.model.device):
+        event.synchronize()
     folder = Path(config.out)
-    with storing(folder):
+    with report_write_errors(folder):
         write_file(folder / NEGATIVE_FILE, save({"text": embedding}))
 
 
-def start_readers(config: EncodeConfig) -> Readers:
+def start_readers(config: EncodeConfig) -> ReaderPool:
     """Start the processes that read files: best before the models load. To be closed."""
-    return Readers(config.workers or default_workers(), config.spec, config.time_limit)
+    return ReaderPool(config.workers or default_worker_count(), config.spec, config.time_limit)
 
 
 def make_shards(
-    config: EncodeConfig, encoders: Encoders, readers: Readers, tasks: Iterable[Task], *, total: int
+    config: EncodeConfig, encoders: EncoderModels, readers: ReaderPool, tasks: Iterable[ShardTask], *, total: int
 ) -> Iterator[ShardIndex]:
     """Make shards one after the other and yield their sidecars' content; `total` rows are shown as progress."""
-    ahead, later = tee(tasks)
-    rows = chain.from_iterable(task.rows for task in ahead)
+    reader_tasks, encoder_tasks = tee(tasks)
+    rows = chain.from_iterable(task.rows for task in reader_tasks)
     depth = 2 * (readers.count + config.batch_size)
-    frames = track_progress(read_ahead(rows, readers, Path(config.data), depth=depth), total=total, label="encode")
+    frames = track_progress(
+        read_frames_ahead(rows, readers, Path(config.data), depth=depth), total=total, label="encode"
+    )
     written: deque[Future[ShardIndex]] = deque()
-    with ThreadPoolExecutor(1) as preparer, ThreadPoolExecutor(WRITERS, initializer=one_thread) as writers:
-        for prepared in prepare_ahead(later, encoders.text, preparer):
-            made = encode_shard(config, encoders, prepared, frames)
-            written.append(writers.submit(save_shard, config, prepared.task, made))
-            if len(written) > WRITERS:
+    with (
+        ThreadPoolExecutor(1) as preparer,
+        ThreadPoolExecutor(WRITER_THREADS, initializer=limit_torch_threads) as writers,
+    ):
+        for prepared in prepare_tasks_ahead(encoder_tasks, encoders.text, preparer):
+            encoded = encode_shard(config, encoders, prepared, frames)
+            written.append(writers.submit(save_shard, config, prepared.task, encoded))
+            if len(written) > WRITER_THREADS:
                 yield written.popleft().result()
         while written:
             yield written.popleft().result()
 
 
-def one_thread() -> None:
+def limit_torch_threads() -> None:
     """Let torch's small work in a thread begun now stay in it: threads of its own would wait for busy cores."""
     torch.set_num_threads(1)
 
 
-def prepare(task: Task, encoder: text_encoder.TextEncoder) -> Prepared:
+def prepare_task(task: ShardTask, encoder: text_encoder.TextEncoder) -> PreparedTask:
     """Clean and tokenise the prompts of a task."""
-    prompts = [text_encoder.clean(row.prompt) for row in task.rows]
-    return Prepared(task, prompts, text_encoder.tokenize(encoder, prompts))
+    prompts = [text_encoder.clean_prompt(row.prompt) for row in task.rows]
+    return PreparedTask(task, prompts, text_encoder.tokenize_prompts(encoder, prompts))
 
 
-def prepare_ahead(
-    tasks: Iterable[Task], encoder: text_encoder.TextEncoder, preparer: ThreadPoolExecutor
-) -> Iterator[Prepared]:
+def prepare_tasks_ahead(
+    tasks: Iterable[ShardTask], encoder: text_encoder.TextEncoder, preparer: ThreadPoolExecutor
+) -> Iterator[PreparedTask]:
     """Each task prepared, the next one being prepared meanwhile."""
-    coming: Future[Prepared] | None = None
+    pending: Future[PreparedTask] | None = None
     for task in tasks:
-        following = preparer.submit(prepare, task, encoder)
-        if coming:
-            yield coming.result()
-        coming = following
-    if coming:
-        yield coming.result()
+        next_pending = preparer.submit(prepare_task, task, encoder)
+        if pending:
+            yield pending.result()
+        pending = next_pending
+    if pending:
+        yield pending.result()
 
 
 @dataclass(frozen=True)
-class Good:
+class EncodedRow:
     """A row that becomes a record."""
 
     row: Row
@@ -147,10 +157,10 @@ class Good:
 
 
 @dataclass(frozen=True)
-class Made:
+class EncodedShard:
     """What a task gives; its tensors may be read after `ready`."""
 
-    good: list[Good]
+    good: list[EncodedRow]
     latents: list[Tensor]  # (C 1 H W) of those with a frame, in order
     failures: list[RowFailure]
     ready: torch.cuda.Event | None
@@ -158,44 +168,48 @@ class Made:
 
 def encode_shard(
     config: EncodeConfig,
-    encoders: Encoders,
-    prepared: Prepared,
-    frames: Iterator[tuple[Row, "Future[Frame] | None"]],
-) -> Made:
+    encoders: EncoderModels,
+    prepared: PreparedTask,
+    frames: Iterator[tuple[Row, "Future[FirstFrame] | None"]],
+) -> EncodedShard:
     """Begin to encode one task; takes exactly its rows from `frames`."""
-    texts = text_encoder.embed(encoders.text, prepared.tokens, budget=config.text_tokens)
-    good: list[Good] = []
+    texts = text_encoder.embed_prompts(encoders.text, prepared.tokens, max_tokens=config.text_tokens)
+    encoded_rows: list[EncodedRow] = []
     failures: list[RowFailure] = []
-    batches = Batches(encoders.vae, config.batch_size)
-    for prompt, embedding, (row, coming) in zip(prepared.prompts, texts, frames, strict=False):
+    batches = FrameBatcher(encoders.vae, config.batch_size)
+    for prompt, embedding, (row, pending_frame) in zip(prepared.prompts, texts, frames, strict=False):
         problem = row.problem or ("" if prompt else "the prompt is empty")
         try:
-            frame = coming.result() if coming else None
+            frame = pending_frame.result() if pending_frame else None
         except UnreadableError as error:
             problem = problem or str(error)
         if problem:
             failures.append(RowFailure(row.line, row.path, problem))
             continue
-        good.append(Good(row, prompt, embedding, frame.size if frame else None))
+        encoded_rows.append(EncodedRow(row, prompt, embedding, frame.size if frame else None))
         if frame:
             batches.add(frame.pixels)
-    return Made(good, batches.finish(), failures, record_event(encoders.text.model.device))
+    return EncodedShard(encoded_rows, batches.finish(), failures, record_event(encoders.text.model.device))
 
 
-def to_records(config: EncodeConfig, good: list[Good], latents: list[Tensor]) -> list[Record]:
+def build_records(config: EncodeConfig, encoded_rows: list[EncodedRow], latents: list[Tensor]) -> list[Record]:
     """Join rows with their latents (C 1 H W); ValueError where a precision was too small for a model."""
-    waiting, records = iter(latents), []
-    for item in good:
-        latent = next(waiting) if item.size else None
-        for name, tensor, dtype in (("vae", latent, config.vae_dtype), ("text", item.text, config.text_dtype)):
+    remaining_latents, records = iter(latents), []
+    for encoded_row in encoded_rows:
+        latent = next(remaining_latents) if encoded_row.size else None
+        for name, tensor, dtype in (("vae", latent, config.vae_dtype), ("text", encoded_row.text, config.text_dtype)):
             if tensor is not None and not tensor.isfinite().all():
-                raise ValueError(f"{name}_dtype={dtype}: line {item.row.line} overflows; choose float32 or bfloat16")
-        source = RecordSource(item.prompt, item.row.path, item.row.line, 0, item.size, item.row.seed)
-        records.append(Record(item.row.key, source, latent, item.text))
+                raise ValueError(
+                    f"{name}_dtype={dtype}: line {encoded_row.row.line} overflows; choose float32 or bfloat16"
+                )
+        source = RecordSource(
+            encoded_row.prompt, encoded_row.row.path, encoded_row.row.line, 0, encoded_row.size, encoded_row.row.seed
+        )
+        records.append(Record(encoded_row.row.key, source, latent, encoded_row.text))
     return records
 
 
-class Batches:
+class FrameBatcher:
     """Pictures collected into batches for the VAE."""
 
     def __init__(self, model: vae.FrameEncoder, size: int) -> None:
@@ -224,11 +238,11 @@ class Batches:
         return self.latents
 
 
-def save_shard(config: EncodeConfig, task: Task, made: Made) -> ShardIndex:
+def save_shard(config: EncodeConfig, task: ShardTask, encoded: EncodedShard) -> ShardIndex:
     """Wait for the models and write one shard; ValueError where the folder cannot take it."""
-    if made.ready:
-        made.ready.synchronize()
-    records = to_records(config, made.good, made.latents)
+    if encoded.ready:
+        encoded.ready.synchronize()
+    records = build_records(config, encoded.good, encoded.latents)
     folder, name, digest = Path(config.out), shard_file_name(task.number), rows_digest(task.rows)
-    with storing(folder):
-        return write_shard(folder, name, records, failures=made.failures, rows_sha256=digest)
+    with report_write_errors(folder):
+        return write_shard(folder, name, records, failures=encoded.failures, rows_sha256=digest)

@@ -18,7 +18,7 @@ from PIL import Image
 
 import cli
 from shards.latent_store import read_latents
-from stage1_encode.media.rows import locate_file, read_shards
+from stage1_encode.media.rows import locate_file, read_shard_rows
 from stage2_distill.sampling.config import SampleConfig
 from tests.tiny_models import make_model, picture, write_csv
 
@@ -108,7 +108,7 @@ def test_prompt_and_picture_become_a_video(run: Path, model: Path, tmp_path: Pat
 def test_an_image_may_be_a_web_address(image: str, found: str, tmp_path: Path) -> None:
     config = SampleConfig("c", "m", "o.mp4", prompt="p", image=image)
     table = Path(cli.write_prompt_csv(tmp_path / "prompt.csv", config))
-    (rows,) = read_shards(table, shard_size=9, text_only=True)
+    (rows,) = read_shard_rows(table, shard_size=9, text_only=True)
     assert locate_file(table, rows[0].path) == found
 
 

@@ -42,9 +42,9 @@ def sheet(clips: Tensor, path: Path, *, gap_every: int = 1) -> None:
 def contest(report: Path, count: int) -> Tensor:
     """Clips (N T H W 3) uint8 of an evaluation: of each condition its contestants', one after the other."""
     compared = read_comparison(report)
-    model = vae.load(MODEL, dtype=torch.float32, device=torch.device("cpu"))
+    model = vae.load_vae(MODEL, dtype=torch.float32, device=torch.device("cpu"))
     names = [latent_set_name(contestant, compared.seeds[0]) for contestant in compared.contestants[:SHOWN]]
-    sets = [vae.decode_videos(model, read_latent_rows(report / LATENTS_STORE, name, 0, count)) for name in names]
+    sets = [vae.decode_video_batch(model, read_latent_rows(report / LATENTS_STORE, name, 0, count)) for name in names]
     return rearrange(sets, "k n t h w c -> (n k) t h w c")
 
 

@@ -16,85 +16,93 @@ from common.device import OffloadedTensors, record_event
 from common.model_folder import locate_model
 from common.video import VideoSpec
 from shards.record import Record, RecordSource
-from stage1_encode.media.first_frame import UnreadableError, first_frame
+from stage1_encode.media.first_frame import UnreadableError, read_first_frame
 from stage1_encode.media.rows import Row, locate_file
 from stage1_encode.models import text_encoder, vae
-from stage1_encode.models.vae import FrameEncoder, Vae
+from stage1_encode.models.vae import FrameEncoder, WanVae
 
-TEXT_TOKENS = 8192  # embedded at once
-READERS = 8  # pictures read at once, while the texts are embedded
-PARTS = ("vae", "text_encoder", "tokenizer")
+TEXT_BATCH_TOKENS = 8192  # embedded at once
+PICTURE_THREADS = 8  # pictures read at once, while the texts are embedded
+ENCODER_PARTS = ("vae", "text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)
-class Conditioner:
+class ConditionEncoder:
     """Both models of stage one, and the place where they compute."""
 
     text: text_encoder.TextEncoder
-    vae: Vae
+    vae: WanVae
     frames: FrameEncoder
     device: torch.device
 
     @cached_property
-    def words(self) -> OffloadedTensors:
+    def text_tensors(self) -> OffloadedTensors:
         """The text encoder's tensors."""
         return OffloadedTensors([*self.text.model.parameters(), *self.text.model.buffers()])
 
 
-def load_conditioner(
-    model: str, *, precision: str, device: torch.device, stay: bool = True, compiled: bool = False
-) -> Conditioner:
+def load_condition_encoder(
+    model: str, *, precision: str, device: torch.device, keep_text_on_device: bool = True, compile_decoder: bool = False
+) -> ConditionEncoder:
     """Read both models: the VAE onto the device, the text encoder, always in bf16, too where it is to `stay` there.
 
     `precision` of the VAE: a type, or auto, which is bf16 on a GPU and float32 elsewhere; `compiled`: its decoder too.
     """
-    folder = locate_model(model, PARTS)
-    named = ("bfloat16" if device.type == "cuda" else "float32") if precision == "auto" else precision
-    whole = replace(vae.load(folder, dtype=getattr(torch, named), device=device), compiled=compiled)
-    whole.keep_fast_decoder()
-    prompts = text_encoder.load(folder, dtype=torch.bfloat16, device=device if stay else torch.device("cpu"))
-    return Conditioner(prompts, whole, vae.frame_encoder(whole), device)
+    folder = locate_model(model, ENCODER_PARTS)
+    dtype_name = ("bfloat16" if device.type == "cuda" else "float32") if precision == "auto" else precision
+    autoencoder = replace(
+        vae.load_vae(folder, dtype=getattr(torch, dtype_name), device=device), compiled=compile_decoder
+    )
+    autoencoder.release_diffusers_decoder()
+    prompts = text_encoder.load_text_encoder(
+        folder, dtype=torch.bfloat16, device=device if keep_text_on_device else torch.device("cpu")
+    )
+    return ConditionEncoder(prompts, autoencoder, vae.make_frame_encoder(autoencoder), device)
 
 
-def make_records(models: Conditioner, rows: Sequence[Row], table: Path, spec: VideoSpec, *, stay: bool) -> list[Record]:
+def encode_conditions(
+    encoder: ConditionEncoder, rows: Sequence[Row], table: Path, spec: VideoSpec, *, keep_text_on_device: bool
+) -> list[Record]:
     """Records of rows, with the numbers of `encode`; the text encoder is left on the device where `stay`.
 
     ValueError names the first row that cannot be used.
     """
-    prompts = [text_encoder.clean(row.prompt) for row in rows]
-    with ThreadPoolExecutor(READERS) as pool:
-        reading = pool.map(lambda row, prompt: read_picture(row, prompt, table, spec), rows, prompts)
-        models.words.move(models.device)
-        embeddings = text_encoder.embed(models.text, text_encoder.tokenize(models.text, prompts), budget=TEXT_TOKENS)
-        pictures = list(reading)
-    found_wrong = [(row, found) for row, found in zip(rows, pictures, strict=True) if isinstance(found, str)]
-    problems = [f"line {row.line}, {row.path}: {found}" for row, found in found_wrong]
+    prompts = [text_encoder.clean_prompt(row.prompt) for row in rows]
+    with ThreadPoolExecutor(PICTURE_THREADS) as pool:
+        pending_pictures = pool.map(lambda row, prompt: read_row_picture(row, prompt, table, spec), rows, prompts)
+        encoder.text_tensors.move(encoder.device)
+        embeddings = text_encoder.embed_prompts(
+            encoder.text, text_encoder.tokenize_prompts(encoder.text, prompts), max_tokens=TEXT_BATCH_TOKENS
+        )
+        pictures = list(pending_pictures)
+    unusable_rows = [(row, picture) for row, picture in zip(rows, pictures, strict=True) if isinstance(picture, str)]
+    problems = [f"line {row.line}, {row.path}: {picture}" for row, picture in unusable_rows]
     if problems:
         raise ValueError(f"{len(problems)} of the conditions cannot be used; {problems[0]}")
-    latents = [encode_frame(models, found) if isinstance(found, Tensor) else None for found in pictures]
-    if ready := record_event(models.device):
-        ready.synchronize()
-    if not stay:
-        models.words.move(torch.device("cpu"))
+    latents = [encode_picture(encoder, picture) if isinstance(picture, Tensor) else None for picture in pictures]
+    if event := record_event(encoder.device):
+        event.synchronize()
+    if not keep_text_on_device:
+        encoder.text_tensors.move(torch.device("cpu"))
     return [
         Record(row.key, RecordSource(prompt, row.path, row.line, 0, None, row.seed), latent, embedding)
         for row, prompt, latent, embedding in zip(rows, prompts, latents, embeddings, strict=True)
     ]
 
 
-def read_picture(row: Row, prompt: str, table: Path, spec: VideoSpec) -> Tensor | str | None:
+def read_row_picture(row: Row, prompt: str, table: Path, spec: VideoSpec) -> Tensor | str | None:
     """The first frame (X Y 3) uint8 of a row, None where it names none, or why the row cannot be used."""
     if row.problem or not prompt:
         return row.problem or "the prompt is empty"
     if not row.path:
         return None
     try:
-        frame = first_frame(locate_file(table, row.path), height=spec.height, width=spec.width)
+        frame = read_first_frame(locate_file(table, row.path), height=spec.height, width=spec.width)
     except UnreadableError as error:
         return str(error)
     return torch.from_numpy(frame.pixels.copy())
 
 
-def encode_frame(models: Conditioner, pixels: Tensor) -> Tensor:
+def encode_picture(encoder: ConditionEncoder, pixels: Tensor) -> Tensor:
     """The latent (C 1 H W) bf16, on the VAE's device, of a picture (X Y 3) uint8 on any device."""
-    return vae.encode_frames(models.frames, pixels[None])[0].to(torch.bfloat16)
+    return vae.encode_frames(encoder.frames, pixels[None])[0].to(torch.bfloat16)

@@ -21,28 +21,30 @@ from stage1_encode.config import DecodeConfig
 from stage1_encode.media.video_writer import write_video
 from stage1_encode.models import vae
 
-CONTACT, CONFIG = "contact.png", "decode.yaml"
-OURS = re.compile(r"(contact(-\d+)?\.png|.*\.mp4|(decode|sample|.*\.mp4)\.yaml)(\.partial)?|sample|.*\.zarr|step-.*")
-THUMBNAIL, MOST_ROWS = 256, 64  # of the contact sheet: pixels in width, videos
+CONTACT_SHEET, DECODE_CONFIG_FILE = "contact.png", "decode.yaml"
+VIDEO_FOLDER_FILES = re.compile(
+    r"(contact(-\d+)?\.png|.*\.mp4|(decode|sample|.*\.mp4)\.yaml)(\.partial)?|sample|.*\.zarr|step-.*"
+)
+THUMBNAIL_WIDTH, MAX_SHEET_ROWS = 256, 64  # of the contact sheet: pixels in width, videos
 POLL_SECONDS = 5.0
 
 
 def decode(config: DecodeConfig) -> list[Path]:
     """Write KEY.mp4 for every video of a store, and a contact sheet; one folder a step if there are several."""
     store, out = Path(config.latents), Path(config.out)
-    steps = finished_steps(store)
-    check_folder(out, steps)
-    model = load_vae(config)
-    made: list[Path] = []
+    steps = list_finished_steps(store)
+    check_video_folder(out, steps)
+    model = load_decode_vae(config)
+    files: list[Path] = []
     for step in steps:
         folder = out if len(steps) == 1 else out / step
         folder.mkdir(parents=True, exist_ok=True)
-        made += decode_step(config, model, latent_store.describe_group(store, step), folder)
-    write_config(out / CONFIG, config)
-    return made
+        files += decode_step(config, model, latent_store.describe_group(store, step), folder)
+    write_config(out / DECODE_CONFIG_FILE, config)
+    return files
 
 
-def finished_steps(store: Path) -> list[str]:
+def list_finished_steps(store: Path) -> list[str]:
     """Names of the steps to decode; ValueError where there are none."""
     steps = latent_store.complete_groups(store)
     if not steps:
@@ -50,34 +52,34 @@ def finished_steps(store: Path) -> list[str]:
     return steps
 
 
-def check_folder(folder: Path, steps: Sequence[str]) -> None:
+def check_video_folder(folder: Path, steps: Sequence[str]) -> None:
     """Refuse a folder that holds anything but videos made here, and folders of these steps."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={folder}: is a file; give a folder")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    foreign = [name for name in names if name not in steps and not OURS.fullmatch(name)]
-    if foreign:
-        raise ValueError(f"out={folder}: holds something else ({', '.join(foreign[:3])}); give a new folder")
+    unknown_files = [name for name in names if name not in steps and not VIDEO_FOLDER_FILES.fullmatch(name)]
+    if unknown_files:
+        raise ValueError(f"out={folder}: holds something else ({', '.join(unknown_files[:3])}); give a new folder")
 
 
-def load_vae(config: DecodeConfig) -> vae.Vae:
+def load_decode_vae(config: DecodeConfig) -> vae.WanVae:
     """Read the VAE onto the device."""
     folder = locate_model(config.model, ("vae",))
-    return vae.load(folder, dtype=getattr(torch, config.vae_dtype), device=pick_device(config.device))
+    return vae.load_vae(folder, dtype=getattr(torch, config.vae_dtype), device=pick_device(config.device))
 
 
-def decode_step(config: DecodeConfig, model: vae.Vae, group: LatentGroup, folder: Path) -> list[Path]:
+def decode_step(config: DecodeConfig, model: vae.WanVae, group: LatentGroup, folder: Path) -> list[Path]:
     """Write the videos of one step and their contact sheet; the files made."""
-    made, sheet = [], []
+    files, sheet_rows = [], []
     for row in track_progress(range(len(group.keys)), total=len(group.keys), label="decode"):
-        pixels = read_pixels(model, Path(config.latents), group, row)
-        made.append(write_video(folder / f"{group.keys[row]}.mp4", pixels, fps=group.spec.fps))
-        if row < MOST_ROWS:
-            sheet.append(thumbnails(pixels, columns=config.columns))
-    return [*made, write_sheet(folder / CONTACT, sheet)]
+        pixels = decode_latent_row(model, Path(config.latents), group, row)
+        files.append(write_video(folder / f"{group.keys[row]}.mp4", pixels, fps=group.spec.fps))
+        if row < MAX_SHEET_ROWS:
+            sheet_rows.append(make_thumbnails(pixels, columns=config.columns))
+    return [*files, write_contact_sheet(folder / CONTACT_SHEET, sheet_rows)]
 
 
-def write_sheet(path: Path, rows: Sequence[numpy.ndarray]) -> Path:
+def write_contact_sheet(path: Path, rows: Sequence[numpy.ndarray]) -> Path:
     """Write rows of pictures, one below the other, as a PNG file; whole or not at all."""
     data = io.BytesIO()
     Image.fromarray(numpy.concatenate(rows)).save(data, format="PNG")
@@ -85,7 +87,7 @@ def write_sheet(path: Path, rows: Sequence[numpy.ndarray]) -> Path:
     return path
 
 
-def read_pixels(model: vae.Vae, store: Path, group: LatentGroup, row: int) -> numpy.ndarray:
+def decode_latent_row(model: vae.WanVae, store: Path, group: LatentGroup, row: int) -> numpy.ndarray:
     """Decode one video (F X Y 3) uint8; ValueError where its latents are damaged."""
     video = latent_store.read_latents(store, group.step, row)
     if not torch.isfinite(video).all():
@@ -93,39 +95,41 @@ def read_pixels(model: vae.Vae, store: Path, group: LatentGroup, row: int) -> nu
     return vae.decode_video(model, video).numpy()
 
 
-def thumbnails(pixels: numpy.ndarray, *, columns: int) -> numpy.ndarray:
+def make_thumbnails(pixels: numpy.ndarray, *, columns: int) -> numpy.ndarray:
     """Evenly spaced frames of a video (F X Y 3), first and last included, side by side, (x columns*y 3) uint8."""
-    places = numpy.linspace(0, len(pixels) - 1, columns).round().astype(int)
+    frame_indices = numpy.linspace(0, len(pixels) - 1, columns).round().astype(int)
     height, width = pixels.shape[1:3]
-    size = (min(width, THUMBNAIL), round(height * min(1.0, THUMBNAIL / width)))
-    return numpy.concatenate([numpy.asarray(Image.fromarray(pixels[place]).resize(size)) for place in places], axis=1)
+    size = (min(width, THUMBNAIL_WIDTH), round(height * min(1.0, THUMBNAIL_WIDTH / width)))
+    return numpy.concatenate(
+        [numpy.asarray(Image.fromarray(pixels[index]).resize(size)) for index in frame_indices], axis=1
+    )
 
 
-def follow(config: DecodeConfig) -> Iterator[Path]:
+def decode_as_written(config: DecodeConfig) -> Iterator[Path]:
     """Decode each finished step into a folder of its own and give its contact sheet, until the run says it has ended.
 
     A step whose contact sheet is there is not decoded again. The store may not be there yet.
     """
     store, out = Path(config.latents), Path(config.out)
-    check_folder(out, there(store))
-    model = load_vae(config)
+    check_video_folder(out, complete_steps(store))
+    model = load_decode_vae(config)
     out.mkdir(parents=True, exist_ok=True)
-    write_config(out / CONFIG, config)
+    write_config(out / DECODE_CONFIG_FILE, config)
     while True:
-        ended = latent_store.is_store_complete(store)  # asked before looking, so that the last step is not missed
-        for step in waiting(store, out):
+        is_complete = latent_store.is_store_complete(store)  # asked before looking, so that the last step is not missed
+        for step in undecoded_steps(store, out):
             (out / step).mkdir(exist_ok=True)
             yield decode_step(config, model, latent_store.describe_group(store, step), out / step)[-1]
-        if ended:
+        if is_complete:
             return
         time.sleep(POLL_SECONDS)
 
 
-def there(store: Path) -> list[str]:
+def complete_steps(store: Path) -> list[str]:
     """Finished steps of the store; none where it is not there yet."""
     return latent_store.complete_groups(store) if (store / "zarr.json").is_file() else []
 
 
-def waiting(store: Path, out: Path) -> list[str]:
+def undecoded_steps(store: Path, out: Path) -> list[str]:
     """Finished steps of the store without a contact sheet."""
-    return [step for step in there(store) if not (out / step / CONTACT).is_file()]
+    return [step for step in complete_steps(store) if not (out / step / CONTACT_SHEET).is_file()]

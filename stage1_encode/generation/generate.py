@@ -22,60 +22,66 @@ from common.progress import ProgressBar
 from common.video import VideoSpec
 from shards import latent_store
 from shards.record import Record, group_by_first_frame
-from stage1_encode.generation.condition_encoder import Conditioner, encode_frame, make_records
-from stage1_encode.generation.decode import CONTACT, MOST_ROWS, thumbnails, write_sheet
-from stage1_encode.media.rows import Row, read_shards
-from stage1_encode.media.video_writer import Film
+from stage1_encode.generation.condition_encoder import ConditionEncoder, encode_conditions, encode_picture
+from stage1_encode.generation.decode import CONTACT_SHEET, MAX_SHEET_ROWS, make_thumbnails, write_contact_sheet
+from stage1_encode.media.rows import Row, read_shard_rows
+from stage1_encode.media.video_writer import VideoWriter
 from stage1_encode.models import vae
 
-STEP, COLUMNS = "sample", 6  # name in the store; frames on the contact sheet
-TOGETHER = 64  # rows whose texts are embedded at once
+GROUP_NAME, SHEET_COLUMNS = "sample", 6  # name in the store; frames on the contact sheet
+ROWS_PER_CHUNK = 64  # rows whose texts are embedded at once
 
 
-class Sampler(Protocol):
+class LatentSampler(Protocol):
     """Records -> latents."""
 
     def __call__(self, records: Sequence[Record], seeds: Sequence[int], segment: int) -> Tensor:
         """Latents (B C T H W) of records; a segment has noise of its own."""
         ...
 
-    def move(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         """Bring the network to a device."""
         ...
 
 
 @dataclass(frozen=True)
-class Placing:
+class MemoryPlan:
     """What stays on the device, and how much is decoded at once."""
 
     text: bool = True  # the text encoder stays
     network: bool = True  # the denoiser stays while latents are decoded
-    steps: int = vae.STEPS  # latent frames decoded at once
+    steps: int = vae.DEFAULT_CHUNK_FRAMES  # latent frames decoded at once
 
 
 # GiB of a card, at 121 x 704 x 1280, fastest first: benchmarks/results/sample-*, and the context of the driver
-NEEDED = {"full": 33, "24gb": 22, "16gb": 15}
-PLACINGS = {"full": Placing(), "24gb": Placing(text=False, steps=1), "16gb": Placing(text=False, network=False)}
+REQUIRED_GIB = {"full": 33, "24gb": 22, "16gb": 15}
+MEMORY_PLANS = {
+    "full": MemoryPlan(),
+    "24gb": MemoryPlan(text=False, steps=1),
+    "16gb": MemoryPlan(text=False, network=False),
+}
 
 
-def place(memory: str, device: torch.device) -> Placing:
+def choose_memory_plan(memory: str, device: torch.device) -> MemoryPlan:
     """What stays where in a memory mode, or in the fastest one that the card has room for.
 
     ValueError where the card is too small; it says what would fit.
     """
     if device.type == "cpu":
-        return PLACINGS["full"]
-    there = torch.cuda.get_device_properties(device).total_memory / 2**30
-    fitting = [name for name, needed in NEEDED.items() if needed <= there]
+        return MEMORY_PLANS["full"]
+    card_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    fitting = [name for name, needed in REQUIRED_GIB.items() if needed <= card_gib]
     if not fitting or (memory != "auto" and memory not in fitting):
-        asked = "16gb" if memory == "auto" else memory
-        way = f"--memory {fitting[0]} fits" if fitting else "nothing fits; take a larger one or --device cpu"
-        raise ValueError(f"memory={memory}: {asked} needs {NEEDED[asked]} GiB and the card has {there:.0f}; {way}")
-    return PLACINGS[fitting[0] if memory == "auto" else memory]
+        required_mode = "16gb" if memory == "auto" else memory
+        remedy = f"--memory {fitting[0]} fits" if fitting else "nothing fits; take a larger one or --device cpu"
+        raise ValueError(
+            f"memory={memory}: {required_mode} needs {REQUIRED_GIB[required_mode]} GiB and the card has {card_gib:.0f}; {remedy}"
+        )
+    return MEMORY_PLANS[fitting[0] if memory == "auto" else memory]
 
 
 @dataclass(frozen=True)
-class Order:
+class GenerationRequest:
     """What is to be made."""
 
     table: Path  # CSV of prompts and pictures
@@ -89,137 +95,157 @@ class Order:
     world: int = 1
 
 
-def make_videos(order: Order, models: Conditioner, sampler: Sampler, placing: Placing) -> list[Path]:
+def generate_videos(
+    request: GenerationRequest, encoder: ConditionEncoder, sampler: LatentSampler, memory_plan: MemoryPlan
+) -> list[Path]:
     """Make every video of an order, and a contact sheet of several; the files made.
 
     ValueError where the GPU's memory is too small for it.
     """
     try:
-        return _make(order, models, sampler, placing)
+        return _generate_all(request, encoder, sampler, memory_plan)
     except torch.OutOfMemoryError as error:
-        size = f"{order.spec.num_frames} x {order.spec.height} x {order.spec.width}, batch size {order.batch_size}"
-        smaller = "a smaller --batch-size, --height or --width" if placing == PLACINGS["16gb"] else "--memory 16gb"
+        size = (
+            f"{request.spec.num_frames} x {request.spec.height} x {request.spec.width}, batch size {request.batch_size}"
+        )
+        smaller = (
+            "a smaller --batch-size, --height or --width" if memory_plan == MEMORY_PLANS["16gb"] else "--memory 16gb"
+        )
         raise ValueError(f"the GPU's memory is too small for {size}: give {smaller}") from error
 
 
-def _make(order: Order, models: Conditioner, sampler: Sampler, placing: Placing) -> list[Path]:
-    (every,) = read_shards(order.table, shard_size=sys.maxsize, text_only=True)
-    rows = every[order.rank :: order.world]
+def _generate_all(
+    request: GenerationRequest, encoder: ConditionEncoder, sampler: LatentSampler, memory_plan: MemoryPlan
+) -> list[Path]:
+    (all_rows,) = read_shard_rows(request.table, shard_size=sys.maxsize, text_only=True)
+    rows = all_rows[request.rank :: request.world]
     if not rows:
         return []
-    seeds = [order.seed if row.seed is None else row.seed for row in rows]
-    latent_store.create_group(order.store, contents(order, rows, seeds))
-    with ExitStack() as films, ThreadPoolExecutor(1) as keeper, ProgressBar(len(rows), label="sample") as progress:
-        work = Work(order, models, sampler, placing, films, keeper)
-        for start in range(0, len(rows), TOGETHER):
-            for done in work.make(rows[start : start + TOGETHER], seeds[start : start + TOGETHER]):
-                progress.advance(count=done)
-        made = work.finish()
-    latent_store.finish_group(order.store, STEP)
-    return made
+    seeds = [request.seed if row.seed is None else row.seed for row in rows]
+    latent_store.create_group(request.store, build_latent_group(request, rows, seeds))
+    with (
+        ExitStack() as open_writers,
+        ThreadPoolExecutor(1) as store_thread,
+        ProgressBar(len(rows), label="sample") as progress,
+    ):
+        generator = VideoGenerator(request, encoder, sampler, memory_plan, open_writers, store_thread)
+        for start in range(0, len(rows), ROWS_PER_CHUNK):
+            for count in generator.make(rows[start : start + ROWS_PER_CHUNK], seeds[start : start + ROWS_PER_CHUNK]):
+                progress.advance(count=count)
+        files = generator.finish()
+    latent_store.finish_group(request.store, GROUP_NAME)
+    return files
 
 
-def contents(order: Order, rows: Sequence[Row], seeds: Sequence[int]) -> latent_store.LatentGroup:
+def build_latent_group(
+    request: GenerationRequest, rows: Sequence[Row], seeds: Sequence[int]
+) -> latent_store.LatentGroup:
     """What the store will hold: for every row its segments, one after the other."""
-    count = order.segments
-    keys = tuple(f"{row.key}-{part}" if count > 1 else row.key for row in rows for part in range(count))
+    count = request.segments
+    keys = tuple(f"{row.key}-{segment}" if count > 1 else row.key for row in rows for segment in range(count))
     prompts = tuple(row.prompt for row in rows for _ in range(count))
     return latent_store.LatentGroup(
-        STEP, order.spec, keys, prompts, tuple(seed for seed in seeds for _ in range(count))
+        GROUP_NAME, request.spec, keys, prompts, tuple(seed for seed in seeds for _ in range(count))
     )
 
 
-class Take:
+class VideoJob:
     """One video being made: its film and, where it is shown, the frames of it on the contact sheet."""
 
-    def __init__(self, path: Path, order: Order, *, shown: bool) -> None:
-        self.film = Film(path, fps=order.spec.fps)
-        frames = 1 + (order.spec.num_frames - 1) * order.segments
-        self.places = numpy.linspace(0, frames - 1, COLUMNS if shown else 0).round().astype(int).tolist()
+    def __init__(self, path: Path, request: GenerationRequest, *, on_sheet: bool) -> None:
+        self.film = VideoWriter(path, fps=request.spec.fps)
+        frames = 1 + (request.spec.num_frames - 1) * request.segments
+        self.places = numpy.linspace(0, frames - 1, SHEET_COLUMNS if on_sheet else 0).round().astype(int).tolist()
         self.count, self.shown = 0, list[Tensor]()
 
     def add(self, frames: Tensor) -> None:
         """Append frames (F X Y 3) uint8."""
         self.film.add(frames)
-        here = [place - self.count for place in self.places if 0 <= place - self.count < len(frames)]
-        self.shown += [copy_async(frames[place].clone(), torch.device("cpu")) for place in here]
+        local_indices = [index - self.count for index in self.places if 0 <= index - self.count < len(frames)]
+        self.shown += [copy_async(frames[index].clone(), torch.device("cpu")) for index in local_indices]
         self.count += len(frames)
 
 
-class Work:
+class VideoGenerator:
     """The state of an order: what is being written."""
 
     def __init__(
         self,
-        order: Order,
-        models: Conditioner,
-        sampler: Sampler,
-        placing: Placing,
-        films: ExitStack,
-        keeper: ThreadPoolExecutor,
+        request: GenerationRequest,
+        encoder: ConditionEncoder,
+        sampler: LatentSampler,
+        memory_plan: MemoryPlan,
+        open_writers: ExitStack,
+        store_thread: ThreadPoolExecutor,
     ) -> None:
-        self.order, self.models, self.sampler, self.placing = order, models, sampler, placing
-        self.films, self.keeper = films, keeper
-        self.takes: list[Take] = []
-        self.kept = deque[Future[None]]()
+        self.order, self.models, self.sampler, self.memory_plan = request, encoder, sampler, memory_plan
+        self.open_writers, self.store_thread = open_writers, store_thread
+        self.jobs: list[VideoJob] = []
+        self.pending_stores = deque[Future[None]]()
 
     def make(self, rows: Sequence[Row], seeds: Sequence[int]) -> Iterator[int]:
         """Begin the videos of some rows; yields how many at a time."""
-        if not self.placing.text:
+        if not self.memory_plan.text:
             self.sampler.move(torch.device("cpu"))
-        order = self.order
-        records = make_records(self.models, rows, order.table, order.spec, stay=self.placing.text)
-        for places in group_by_first_frame(records, order.batch_size):
-            before = self.takes[-order.batch_size :]
-            self.batch([records[place] for place in places], [seeds[place] for place in places])
-            for take in before:
-                take.film.finish()
-            yield len(places)
+        request = self.order
+        records = encode_conditions(
+            self.models, rows, request.table, request.spec, keep_text_on_device=self.memory_plan.text
+        )
+        for indices in group_by_first_frame(records, request.batch_size):
+            previous_jobs = self.jobs[-request.batch_size :]
+            self.batch([records[index] for index in indices], [seeds[index] for index in indices])
+            for job in previous_jobs:
+                job.film.finish()
+            yield len(indices)
 
     def batch(self, records: Sequence[Record], seeds: Sequence[int]) -> None:
         """Begin the videos of one batch, segment by segment."""
-        takes = [Take(self.path(record), self.order, shown=self.place(record) < MOST_ROWS) for record in records]
-        for take in takes:
-            self.films.push(take.film)
+        jobs = [
+            VideoJob(self.path(record), self.order, on_sheet=self.place(record) < MAX_SHEET_ROWS) for record in records
+        ]
+        for job in jobs:
+            self.open_writers.push(job.film)
         for segment in range(self.order.segments):
             self.sampler.move(self.models.device)
             x0 = self.sampler(records, seeds, segment)
-            if not self.placing.network:
+            if not self.memory_plan.network:
                 self.sampler.move(torch.device("cpu"))
             self.keep(records, x0, segment)
-            lasts = [self.show(take, video, repeated=segment > 0) for take, video in zip(takes, x0, strict=True)]
+            last_frames = [self.show(job, video, skip_first=segment > 0) for job, video in zip(jobs, x0, strict=True)]
             if segment + 1 < self.order.segments:
-                frames = [encode_frame(self.models, last) for last in lasts]
-                records = [replace(one, first_frame=frame) for one, frame in zip(records, frames, strict=True)]
-        self.takes += takes
+                frames = [encode_picture(self.models, last) for last in last_frames]
+                records = [
+                    replace(previous, first_frame=frame) for previous, frame in zip(records, frames, strict=True)
+                ]
+        self.jobs += jobs
 
-    def show(self, take: Take, video: Tensor, *, repeated: bool) -> Tensor:
+    def show(self, job: VideoJob, video: Tensor, *, skip_first: bool) -> Tensor:
         """Decode latents (C T H W) into a film, without the first frame where it is the last one of the segment before.
 
         The last frame (X Y 3) uint8.
         """
-        for frames in vae.stream_video(self.models.vae, video, steps=self.placing.steps):
-            take.add(frames[1:] if repeated else frames)
-            repeated = False
-        if not self.placing.network:
+        for frames in vae.decode_stream(self.models.vae, video, chunk_frames=self.memory_plan.steps):
+            job.add(frames[1:] if skip_first else frames)
+            skip_first = False
+        if not self.memory_plan.network:
             self.models.vae.decoder.release()
         return frames[-1]
 
     def keep(self, records: Sequence[Record], x0: Tensor, segment: int) -> None:
         """Store latents (B C T H W) meanwhile; when this returns, those before them are stored."""
         rows = [self.place(record) * self.order.segments + segment for record in records]
-        self.kept.append(
-            self.keeper.submit(self._write, rows, copy_async(x0, torch.device("cpu")), record_event(x0.device))
+        self.pending_stores.append(
+            self.store_thread.submit(self._write, rows, copy_async(x0, torch.device("cpu")), record_event(x0.device))
         )
-        if len(self.kept) > 1:
-            self.kept.popleft().result()
+        if len(self.pending_stores) > 1:
+            self.pending_stores.popleft().result()
 
-    def _write(self, rows: Sequence[int], x0: Tensor, ready: torch.cuda.Event | None) -> None:
-        if ready:
-            ready.synchronize()
+    def _write(self, rows: Sequence[int], x0: Tensor, event: torch.cuda.Event | None) -> None:
+        if event:
+            event.synchronize()
         if not x0.isfinite().all():
             raise ValueError(f"the latents of row {rows[0]} are not finite: is the checkpoint sound?")
-        latent_store.write_latents(self.order.store, STEP, rows, x0)
+        latent_store.write_latents(self.order.store, GROUP_NAME, rows, x0)
 
     def place(self, record: Record) -> int:
         """Place of a record's row among those of this process."""
@@ -231,12 +257,14 @@ class Work:
 
     def finish(self) -> list[Path]:
         """Wait for all that is being written; the files."""
-        for one in self.kept:
-            one.result()
-        takes = sorted(self.takes, key=lambda take: take.film.path)
-        made = [take.film.finish() for take in takes]
+        for pending in self.pending_stores:
+            pending.result()
+        jobs = sorted(self.jobs, key=lambda job: job.film.path)
+        files = [job.film.finish() for job in jobs]
         if self.order.out.suffix == ".mp4":
-            return made
-        sheet = [thumbnails(torch.stack(take.shown).numpy(), columns=COLUMNS) for take in takes[:MOST_ROWS]]
-        path = self.order.out / (f"contact-{self.order.rank}.png" if self.order.world > 1 else CONTACT)
-        return [*made, write_sheet(path, sheet)]
+            return files
+        sheet_rows = [
+            make_thumbnails(torch.stack(job.shown).numpy(), columns=SHEET_COLUMNS) for job in jobs[:MAX_SHEET_ROWS]
+        ]
+        path = self.order.out / (f"contact-{self.order.rank}.png" if self.order.world > 1 else CONTACT_SHEET)
+        return [*files, write_contact_sheet(path, sheet_rows)]

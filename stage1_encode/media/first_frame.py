@@ -16,7 +16,7 @@ from av.buffer import Buffer
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
-from stage1_encode.media.rows import REMOTE
+from stage1_encode.media.rows import URL_PREFIXES
 
 try:
     import decord
@@ -29,15 +29,17 @@ except ImportError:  # no wheel for this machine
 
 # PyAV 19 keeps bytes that are no UTF-8 and has no option for it; before, they made a file unreadable
 open_leniently = av.open if int(av.__version__.split(".")[0]) >= 19 else partial(av.open, metadata_errors="ignore")
-PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "PPM")  # EPS and the like would start a program
-HEIC = ("heic", "heix", "hevc", "hevx", "mif1", "msf1")  # brands; FFmpeg would give one tile of the picture
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "PPM")  # EPS and the like would start a program
+HEIC_BRANDS = ("heic", "heix", "hevc", "hevx", "mif1", "msf1")  # brands; FFmpeg would give one tile of the picture
 PICTURE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp9", "mjpeg")
-COVER = av.stream.Disposition.attached_pic  # of an album: no video
-SCANNED = 4 * 2**20  # bytes up to which decord may read the whole file to find one frame: a fifth more time at most
-PIXELS = 2**27  # more than any camera makes; above it a header lies
-UPRIGHT = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)  # a display matrix of an mp4
-TURNS = {  # whether a display matrix swaps x and y, and turns round the new x and y
+COVER_ART = av.stream.Disposition.attached_pic  # of an album: no video
+MAX_SCANNED_BYTES = (
+    4 * 2**20
+)  # bytes up to which decord may read the whole file to find one frame: a fifth more time at most
+MAX_PIXELS = 2**27  # more than any camera makes; above it a header lies
+UPRIGHT_MATRIX = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)  # a display matrix of an mp4
+ORIENTATION_TRANSPOSES = {  # whether a display matrix swaps x and y, and turns round the new x and y
     (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
     (False, False, True): Image.Transpose.FLIP_TOP_BOTTOM,
     (False, True, True): Image.Transpose.ROTATE_180,
@@ -46,7 +48,7 @@ TURNS = {  # whether a display matrix swaps x and y, and turns round the new x a
     (True, True, False): Image.Transpose.ROTATE_270,
     (True, True, True): Image.Transpose.TRANSVERSE,
 }
-REMOTE_TIMEOUT = 10.0  # seconds without an answer
+REMOTE_TIMEOUT_SECONDS = 10.0  # seconds without an answer
 
 
 class UnreadableError(ValueError):
@@ -54,33 +56,38 @@ class UnreadableError(ValueError):
 
 
 @dataclass(frozen=True)
-class Frame:
+class FirstFrame:
     """A first frame."""
 
     pixels: numpy.ndarray  # (H W 3) uint8
     size: tuple[int, int]  # (height, width) of the upright source frame
 
 
-def first_frame(path: str, *, height: int, width: int) -> Frame:
+def read_first_frame(path: str, *, height: int, width: int) -> FirstFrame:
     """Read the first frame of a video or picture file; `UnreadableError` says why it cannot."""
-    if not path.startswith(REMOTE):
-        _check_file(Path(path))
+    if not path.startswith(URL_PREFIXES):
+        _check_readable_file(Path(path))
         picture = _read_picture(path)
         if picture is not None:
-            return Frame(fit(picture, height=height, width=width), (picture.height, picture.width))
+            return FirstFrame(resize_and_crop(picture, height=height, width=width), (picture.height, picture.width))
     image, aspect = _read_video(path)
-    return Frame(fit(image, height=height, width=width, aspect=aspect), (image.height, image.width))
+    return FirstFrame(resize_and_crop(image, height=height, width=width, aspect=aspect), (image.height, image.width))
 
 
-def fit(image: Image.Image, *, height: int, width: int, aspect: float = 1.0) -> numpy.ndarray:
+def resize_and_crop(image: Image.Image, *, height: int, width: int, aspect: float = 1.0) -> numpy.ndarray:
     """Resize an image so that it covers (height, width), aspect kept, and crop around its centre; (H W 3) uint8.
 
     `aspect` is the width of one source pixel over its height. Antialiased bicubic.
     """
     scale = max(width / (image.width * aspect), height / image.height)
     crop_width, crop_height = width / (scale * aspect), height / scale
-    left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
-    box = (max(left, 0.0), max(top, 0.0), min(left + crop_width, image.width), min(top + crop_height, image.height))
+    crop_left, crop_top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
+    box = (
+        max(crop_left, 0.0),
+        max(crop_top, 0.0),
+        min(crop_left + crop_width, image.width),
+        min(crop_top + crop_height, image.height),
+    )
     return numpy.asarray(_to_rgb(image).resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
@@ -97,7 +104,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _check_file(path: Path) -> None:
+def _check_readable_file(path: Path) -> None:
     try:
         if not path.is_file():
             raise UnreadableError(
@@ -111,14 +118,14 @@ def _check_file(path: Path) -> None:
 
 
 def _check_pixels(width: int, height: int) -> None:
-    if width * height > PIXELS:
+    if width * height > MAX_PIXELS:
         raise UnreadableError(f"claims {width} x {height} pixels")
 
 
 def _read_picture(path: str) -> Image.Image | None:
     """The picture in a file, upright; None where it is no picture."""
     try:
-        image = Image.open(path, formats=PICTURES)
+        image = Image.open(path, formats=PICTURE_FORMATS)
     except Image.UnidentifiedImageError:
         return None
     except PICTURE_ERRORS as error:
@@ -134,25 +141,25 @@ def _read_picture(path: str) -> Image.Image | None:
 def _read_video(path: str) -> tuple[Image.Image, float]:
     """The first frame of a video, upright, and the width of its pixels over their height."""
     try:
-        with _open(path) as file:
-            stream = _video_stream(file)
+        with _open_container(path) as file:
+            stream = _select_video_stream(file)
             _check_pixels(stream.width, stream.height)
-            if not _suits_decord(path, file):
+            if not _is_decord_safe(path, file):
                 return _read_with_av(file, stream)
             if next(file.demux(stream)).is_corrupt:
                 raise UnreadableError("is cut off within its first frame")
         try:
             return _read_with_decord(path), 1.0
         except DECORD_ERRORS:  # it cannot read all that it should
-            with _open(path) as file:
-                return _read_with_av(file, _video_stream(file))
+            with _open_container(path) as file:
+                return _read_with_av(file, _select_video_stream(file))
     except av.FFmpegError as error:
         raise UnreadableError(f"is no readable video: {error.strerror}") from error
 
 
-def _open(path: str) -> av.container.InputContainer:
+def _open_container(path: str) -> av.container.InputContainer:
     """Open a container by what its header says; decode a part of it only where that is too little."""
-    timeout = REMOTE_TIMEOUT if path.startswith(REMOTE) else None
+    timeout = REMOTE_TIMEOUT_SECONDS if path.startswith(URL_PREFIXES) else None
     try:
         file = open_leniently(path, options={"probesize": "32"}, timeout=timeout)
         if file.streams.video and all(stream.width for stream in file.streams.video):
@@ -163,32 +170,32 @@ def _open(path: str) -> av.container.InputContainer:
     return open_leniently(path, timeout=timeout)
 
 
-def _video_stream(file: av.container.InputContainer) -> VideoStream:
-    tiles = any(stream.disposition & av.stream.Disposition.dependent for stream in file.streams.video)
-    if tiles or file.metadata.get("major_brand") in HEIC:
+def _select_video_stream(file: av.container.InputContainer) -> VideoStream:
+    has_tiles = any(stream.disposition & av.stream.Disposition.dependent for stream in file.streams.video)
+    if has_tiles or file.metadata.get("major_brand") in HEIC_BRANDS:
         raise UnreadableError("is a HEIC picture; save it as JPEG")
-    videos = [stream for stream in file.streams.video if not stream.disposition & COVER]
+    videos = [stream for stream in file.streams.video if not stream.disposition & COVER_ART]
     if not videos:
         raise UnreadableError("has no video stream")
-    best = file.streams.best("video")
-    return next((stream for stream in videos if stream is best), videos[0])
+    best_stream = file.streams.best("video")
+    return next((stream for stream in videos if stream is best_stream), videos[0])
 
 
-def _suits_decord(path: str, file: av.container.InputContainer) -> bool:
+def _is_decord_safe(path: str, file: av.container.InputContainer) -> bool:
     """Whether decord gives the right frame of a video and finds it without reading for long."""
-    if decord is None or path.startswith(REMOTE) or Path(path).stat().st_size > SCANNED:
+    if decord is None or path.startswith(URL_PREFIXES) or Path(path).stat().st_size > MAX_SCANNED_BYTES:
         return False
     if not file.format.name.startswith("mov,") or len(file.streams.video) > 1 or not _is_upright(Path(path)):
         return False
     (stream,) = file.streams.video
-    clear = stream.format is None or not any(part.is_alpha for part in stream.format.components)
-    return clear and stream.sample_aspect_ratio in (None, 0, 1) and stream.codec_context.name in DECORD_CODECS
+    is_opaque = stream.format is None or not any(part.is_alpha for part in stream.format.components)
+    return is_opaque and stream.sample_aspect_ratio in (None, 0, 1) and stream.codec_context.name in DECORD_CODECS
 
 
 def _is_upright(path: Path) -> bool:
     """Whether nothing turns or mirrors the tracks of an mp4 file; PyAV tells only once it has decoded a frame."""
     data = path.read_bytes()
-    return data.count(UPRIGHT) > data.count(b"tkhd")  # the file has a matrix, too
+    return data.count(UPRIGHT_MATRIX) > data.count(b"tkhd")  # the file has a matrix, too
 
 
 def _read_with_decord(path: str) -> Image.Image:
@@ -200,26 +207,26 @@ def _read_with_decord(path: str) -> Image.Image:
 
 def _read_with_av(file: av.container.InputContainer, stream: VideoStream) -> tuple[Image.Image, float]:
     """The first frame by PyAV, upright, and the width of its pixels over their height."""
-    frame = _first(file, stream)
+    frame = _decode_first_frame(file, stream)
     _check_pixels(frame.width, frame.height)
-    alpha = any(part.is_alpha for part in frame.format.components)
-    image = Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24"))
-    aspect, orientation = float(stream.sample_aspect_ratio or 1), _orientation(frame)
-    turn = TURNS.get(orientation)
-    return (image if turn is None else image.transpose(turn)), 1 / aspect if orientation[0] else aspect
+    has_alpha = any(part.is_alpha for part in frame.format.components)
+    image = Image.fromarray(frame.to_ndarray(format="rgba" if has_alpha else "rgb24"))
+    aspect, orientation = float(stream.sample_aspect_ratio or 1), _display_orientation(frame)
+    transpose = ORIENTATION_TRANSPOSES.get(orientation)
+    return (image if transpose is None else image.transpose(transpose)), 1 / aspect if orientation[0] else aspect
 
 
-def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+def _display_orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """Whether a frame's display matrix swaps x and y, and turns round the new x and y."""
-    found = frame.side_data.get("DISPLAYMATRIX")
-    if not isinstance(found, Buffer):
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if not isinstance(matrix, Buffer):
         return False, False, False
-    xx, xy, _, yx, yy, *_ = struct.unpack("9i", bytes(found))  # x, y -> x xx + y yx, x xy + y yy
+    xx, xy, _, yx, yy, *_ = struct.unpack("9i", bytes(matrix))  # x, y -> x xx + y yx, x xy + y yy
     swapped = abs(xy) > abs(xx)
     return (True, yx < 0, xy < 0) if swapped else (False, xx < 0, yy < 0)
 
 
-def _first(file: av.container.InputContainer, stream: VideoStream) -> av.VideoFrame:
+def _decode_first_frame(file: av.container.InputContainer, stream: VideoStream) -> av.VideoFrame:
     stream.thread_type = "NONE"  # threads decode ahead
     decoder = stream.codec_context
     for packet in file.demux(stream):

@@ -22,19 +22,19 @@ from pathlib import Path
 import numpy
 
 from common.video import VideoSpec
-from stage1_encode.media.first_frame import Frame, UnreadableError, first_frame
+from stage1_encode.media.first_frame import FirstFrame, UnreadableError, read_first_frame
 from stage1_encode.media.rows import Row, locate_file
 
-ROOT = Path(__file__).absolute().parents[2]  # from which a child imports this module
-MEMORY = 8 * 2**30  # bytes of address space of a child
-GRACE = 10.0  # seconds after the time limit in which a child's own alarm has ended it
-MOST_WORKERS = 16
-START = 60.0  # seconds in which a child is ready
+PROJECT_ROOT = Path(__file__).absolute().parents[2]  # from which a child imports this module
+MEMORY_LIMIT_BYTES = 8 * 2**30  # bytes of address space of a child
+GRACE_SECONDS = 10.0  # seconds after the time limit in which a child's own alarm has ended it
+MAX_WORKERS = 16
+START_TIMEOUT_SECONDS = 60.0  # seconds in which a child is ready
 
 
-def serve(connection: Connection, height: int, width: int, time_limit: float) -> None:
+def serve_first_frames(connection: Connection, height: int, width: int, time_limit: float) -> None:
     """Answer each path that arrives with a frame or a reason, until the other end is closed."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     connection.send_bytes(b"ready")
     while True:
@@ -44,18 +44,18 @@ def serve(connection: Connection, height: int, width: int, time_limit: float) ->
             return
         signal.setitimer(signal.ITIMER_REAL, time_limit)  # its default action ends the process, inside a decoder too
         try:
-            frame = first_frame(path, height=height, width=width)
-            head, body = json.dumps({"size": frame.size}), frame.pixels.tobytes()
+            frame = read_first_frame(path, height=height, width=width)
+            header, body = json.dumps({"size": frame.size}), frame.pixels.tobytes()
         except UnreadableError as error:
-            head, body = json.dumps({"reason": str(error)}), b""
+            header, body = json.dumps({"reason": str(error)}), b""
         except MemoryError:
-            head, body = json.dumps({"reason": f"needs more than {MEMORY >> 30} GiB of memory"}), b""
+            header, body = json.dumps({"reason": f"needs more than {MEMORY_LIMIT_BYTES >> 30} GiB of memory"}), b""
         signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.send_bytes(head.encode())
+        connection.send_bytes(header.encode())
         connection.send_bytes(body)
 
 
-class Child:
+class ReaderProcess:
     """One child process; used by one thread at a time."""
 
     def __init__(self, spec: VideoSpec, time_limit: float) -> None:
@@ -63,41 +63,43 @@ class Child:
         self._start()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        arguments = (theirs.fileno(), self.spec.height, self.spec.width, self.time_limit)
+        parent_socket, child_socket = socket.socketpair()
+        arguments = (child_socket.fileno(), self.spec.height, self.spec.width, self.time_limit)
         command = [sys.executable, "-m", "stage1_encode.media.reader_pool", *(str(argument) for argument in arguments)]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),))
-        theirs.close()
-        self.connection = Connection(ours.detach())
+        self.process = subprocess.Popen(
+            command, cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL, pass_fds=(child_socket.fileno(),)
+        )
+        child_socket.close()
+        self.connection = Connection(parent_socket.detach())
         self.ready = False
 
     def _wait_until_ready(self) -> None:
         if self.ready:
             return
         try:
-            self.ready = self.connection.poll(START) and self.connection.recv_bytes() == b"ready"
+            self.ready = self.connection.poll(START_TIMEOUT_SECONDS) and self.connection.recv_bytes() == b"ready"
         except (EOFError, ConnectionResetError):
             self.ready = False
         if not self.ready:
             raise RuntimeError(f"the process that reads frames does not start: {self.process.args!r}")
 
-    def read(self, path: str) -> Frame:
+    def read(self, path: str) -> FirstFrame:
         """Read one file's first frame; `UnreadableError` says why it cannot."""
         self._wait_until_ready()
         try:
             self.connection.send_bytes(path.encode())
-            if not self.connection.poll(self.time_limit + GRACE):
+            if not self.connection.poll(self.time_limit + GRACE_SECONDS):
                 raise EOFError
-            head = json.loads(self.connection.recv_bytes())
+            header = json.loads(self.connection.recv_bytes())
             body = self.connection.recv_bytes()
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise UnreadableError(self._bury()) from None
-        if "reason" in head:
-            raise UnreadableError(head["reason"])
+            raise UnreadableError(self._restart_process()) from None
+        if "reason" in header:
+            raise UnreadableError(header["reason"])
         pixels = numpy.frombuffer(body, numpy.uint8).reshape(self.spec.height, self.spec.width, 3)
-        return Frame(pixels, tuple(head["size"]))
+        return FirstFrame(pixels, tuple(header["size"]))
 
-    def _bury(self) -> str:
+    def _restart_process(self) -> str:
         """Replace a dead or hanging child; why it ended."""
         self.close()
         code = self.process.returncode
@@ -116,26 +118,26 @@ class Child:
             self.process.wait()
 
 
-class Readers:
+class ReaderPool:
     """Several children behind one queue."""
 
     def __init__(self, count: int, spec: VideoSpec, time_limit: float) -> None:
-        self.children: queue.SimpleQueue[Child] = queue.SimpleQueue()
+        self.children: queue.SimpleQueue[ReaderProcess] = queue.SimpleQueue()
         self.count = count
         self.pool = ThreadPoolExecutor(count, thread_name_prefix="read")
         for _ in range(count):
-            self.children.put(Child(spec, time_limit))
+            self.children.put(ReaderProcess(spec, time_limit))
 
-    def submit(self, path: str) -> "Future[Frame]":
+    def submit(self, path: str) -> "Future[FirstFrame]":
         """Begin to read a file."""
         return self.pool.submit(self._read, path)
 
-    def _read(self, path: str) -> Frame:
-        child = self.children.get()
+    def _read(self, path: str) -> FirstFrame:
+        process = self.children.get()
         try:
-            return child.read(path)
+            return process.read(path)
         finally:
-            self.children.put(child)
+            self.children.put(process)
 
     def close(self) -> None:
         """End all children; files not yet begun are dropped."""
@@ -144,24 +146,24 @@ class Readers:
             self.children.get().close()
 
 
-def default_workers() -> int:
+def default_worker_count() -> int:
     """Processes that read files, one a CPU core that this process and its neighbours under torchrun share."""
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min((os.cpu_count() or 1) // neighbours, MOST_WORKERS))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min((os.cpu_count() or 1) // local_processes, MAX_WORKERS))
 
 
-def read_ahead(
-    rows: Iterable[Row], readers: Readers, table: Path, *, depth: int
-) -> Iterator[tuple[Row, "Future[Frame] | None"]]:
+def read_frames_ahead(
+    rows: Iterable[Row], readers: ReaderPool, table: Path, *, depth: int
+) -> Iterator[tuple[Row, "Future[FirstFrame] | None"]]:
     """Each row with its frame to come, `depth` of them begun ahead; None for a row without a file."""
-    begun: deque[tuple[Row, Future[Frame] | None]] = deque()
+    pending: deque[tuple[Row, Future[FirstFrame] | None]] = deque()
     for row in rows:
-        begun.append((row, readers.submit(locate_file(table, row.path)) if row.path and not row.problem else None))
-        if len(begun) > depth:
-            yield begun.popleft()
-    yield from begun
+        pending.append((row, readers.submit(locate_file(table, row.path)) if row.path and not row.problem else None))
+        if len(pending) > depth:
+            yield pending.popleft()
+    yield from pending
 
 
 if __name__ == "__main__":
     with contextlib.suppress(ConnectionError):  # the parent is gone, perhaps before this process was ready
-        serve(Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+        serve_first_frames(Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

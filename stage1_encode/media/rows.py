@@ -10,9 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
-VIDEO, PROMPT, SEED = ("video", "path", "image"), ("prompt", "text"), ("seed",)  # accepted names, the first wins
+VIDEO_COLUMNS, PROMPT_COLUMNS, SEED_COLUMNS = (
+    ("video", "path", "image"),
+    ("prompt", "text"),
+    ("seed",),
+)  # accepted names, the first wins
 DELIMITERS = ",;\t"
-REMOTE = ("http://", "https://")
+URL_PREFIXES = ("http://", "https://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Columns:
+class CsvColumns:
     """Where a CSV keeps what; -1 = nowhere."""
 
     delimiter: str
@@ -43,9 +47,9 @@ class Columns:
     seed: int
 
 
-def locate_file(table: Path, path: str) -> str:
+def locate_file(csv_path: Path, path: str) -> str:
     """Path of a row's file: relative ones start at the CSV's folder, web addresses stay."""
-    return path if path.startswith(REMOTE) else str(table.absolute().parent / path)
+    return path if path.startswith(URL_PREFIXES) else str(csv_path.absolute().parent / path)
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
@@ -56,7 +60,7 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def read_shards(table: Path, *, shard_size: int, text_only: bool) -> Iterator[list[Row]]:
+def read_shard_rows(table: Path, *, shard_size: int, text_only: bool) -> Iterator[list[Row]]:
     """The rows of shard 0, 1, ..., read as they are asked for.
 
     Raises ValueError for a file that cannot be read, has no rows or lacks a column.
@@ -71,7 +75,7 @@ def read_shards(table: Path, *, shard_size: int, text_only: bool) -> Iterator[li
 
 
 @contextmanager
-def _opened(table: Path) -> Iterator[IO[str]]:
+def _open_table(table: Path) -> Iterator[IO[str]]:
     try:
         file = table.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
     except OSError as error:
@@ -81,7 +85,7 @@ def _opened(table: Path) -> Iterator[IO[str]]:
 
 
 def _read_rows(table: Path, text_only: bool) -> Iterator[Row]:
-    with _opened(table) as file:
+    with _open_table(table) as file:
         columns = find_columns(table, file.readline(), text_only)
         reader = csv.reader(file, delimiter=columns.delimiter, strict=True)
         number, line = 0, 2
@@ -95,42 +99,48 @@ def _read_rows(table: Path, text_only: bool) -> Iterator[Row]:
             raise ValueError(f"data={table}: line {line}: {error}; is a quote left open?") from error
 
 
-def find_columns(table: Path, header: str, text_only: bool) -> Columns:
+def find_columns(table: Path, header: str, text_only: bool) -> CsvColumns:
     """Find the needed columns in a header line, separated by commas, semicolons or tabs; ValueError without them."""
     if not header.strip():
         raise ValueError(f"data={table}: is empty; needs a header line with columns video and prompt")
-    wanted = {"prompt (or text)": PROMPT} if text_only else {"video (or path)": VIDEO, "prompt (or text)": PROMPT}
-    best: dict[str, list[str]] = {}  # what is lacking -> the names found, for the delimiter that lacks least
+    required = (
+        {"prompt (or text)": PROMPT_COLUMNS}
+        if text_only
+        else {"video (or path)": VIDEO_COLUMNS, "prompt (or text)": PROMPT_COLUMNS}
+    )
+    best_match: dict[str, list[str]] = {}  # what is lacking -> the names found, for the delimiter that lacks least
     for delimiter in sorted(DELIMITERS, key=header.count, reverse=True):
         names = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter))]
-        lacking = [label for label, aliases in wanted.items() if _place(names, aliases) < 0]
-        if not lacking:
-            video, prompt, seed = (_place(names, aliases) for aliases in (VIDEO, PROMPT, SEED))
-            return Columns(delimiter, len(names), video, prompt, seed)
-        best = best or {" and ".join(lacking): names}
-    for lacking_text, names in best.items():
-        found = ", ".join(names).encode("utf-8", "replace").decode()
-        raise ValueError(f"data={table}: lacks the column {lacking_text}; found {found}")
+        missing = [label for label, aliases in required.items() if _column_index(names, aliases) < 0]
+        if not missing:
+            video, prompt, seed = (
+                _column_index(names, aliases) for aliases in (VIDEO_COLUMNS, PROMPT_COLUMNS, SEED_COLUMNS)
+            )
+            return CsvColumns(delimiter, len(names), video, prompt, seed)
+        best_match = best_match or {" and ".join(missing): names}
+    for missing_text, names in best_match.items():
+        present = ", ".join(names).encode("utf-8", "replace").decode()
+        raise ValueError(f"data={table}: lacks the column {missing_text}; found {present}")
     raise AssertionError(header)
 
 
-def _place(names: list[str], aliases: tuple[str, ...]) -> int:
+def _column_index(names: list[str], aliases: tuple[str, ...]) -> int:
     return next((names.index(name) for name in aliases if name in names), -1)
 
 
-def _to_row(number: int, line: int, fields: list[str], columns: Columns, text_only: bool) -> Row:
-    clean = [field.encode("utf-8", "replace").decode() for field in fields]
+def _to_row(number: int, line: int, fields: list[str], columns: CsvColumns, text_only: bool) -> Row:
+    cleaned = [field.encode("utf-8", "replace").decode() for field in fields]
     path, prompt, seed = (
-        clean[place] if 0 <= place < len(clean) else "" for place in (columns.video, columns.prompt, columns.seed)
+        cleaned[index] if 0 <= index < len(cleaned) else "" for index in (columns.video, columns.prompt, columns.seed)
     )
-    number_given = seed.strip().isascii() and seed.strip().isdigit()
+    has_seed = seed.strip().isascii() and seed.strip().isdigit()
     problem = ""
-    if clean != fields:
+    if cleaned != fields:
         problem = "the line is not UTF-8"
     elif len(fields) > columns.count:
         problem = f"{len(fields)} columns where the header has {columns.count}; a prompt with commas needs quotes"
     elif not path.strip() and not text_only:
         problem = "no video given"
-    elif seed.strip() and not number_given:
+    elif seed.strip() and not has_seed:
         problem = f"seed {seed.strip()!r} is not a whole number"
-    return Row(number, line, path.strip(), prompt, int(seed) if number_given else None, problem)
+    return Row(number, line, path.strip(), prompt, int(seed) if has_seed else None, problem)

@@ -14,18 +14,18 @@ from torch.nn import functional
 
 from common.device import copy_async, record_event
 
-H264 = {
+H264_OPTIONS = {
     "crf": "16",  # visually lossless
     "preset": "veryfast",  # 85 frames of 1280x704 a second on two cores, at the size of slower ones
     "threads": "8",
     # its lookahead does not repeat itself bit for bit; slices do, for any number of cores
     "x264-params": "b-adapt=0:scenecut=0:rc-lookahead=0:mbtree=0:sliced-threads=1",
 }
-RED, BLUE = 0.2126, 0.0722  # of the brightness, BT.709; the rest is green
-AHEAD = 4  # pieces that may wait for the encoder
+LUMA_RED, LUMA_BLUE = 0.2126, 0.0722  # of the brightness, BT.709; the rest is green
+MAX_PENDING = 4  # pieces that may wait for the encoder
 
 
-class Film:
+class VideoWriter:
     """An mp4 file that is written by a thread while its frames are being made; whole or not at all.
 
     The same pixels give the same bytes. Use it as a context: leaving it completes the file.
@@ -35,21 +35,21 @@ class Film:
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         options = {"movflags": "+faststart", "fflags": "+bitexact"}
         self.file = av.open(str(self.partial), "w", format="mp4", options=options)
-        self.stream = self.file.add_stream("libx264", rate=fps, options=H264)
+        self.stream = self.file.add_stream("libx264", rate=fps, options=H264_OPTIONS)
         self.thread, self.waiting, self.done = ThreadPoolExecutor(1), deque[Future[None]](), False
 
     def add(self, frames: Tensor) -> None:
         """Append frames (F X Y 3) uint8, on any device; they must not be changed after."""
         if not len(frames):
             return
-        planes = copy_async(torch.stack([to_planes(frame) for frame in frames]), torch.device("cpu"))
+        planes = copy_async(torch.stack([rgb_to_yuv420(frame) for frame in frames]), torch.device("cpu"))
         self.waiting.append(self.thread.submit(self._encode, planes, record_event(frames.device)))
-        while len(self.waiting) > AHEAD:
+        while len(self.waiting) > MAX_PENDING:
             self.waiting.popleft().result()
 
-    def _encode(self, planes: Tensor, ready: torch.cuda.Event | None) -> None:
-        if ready:
-            ready.synchronize()
+    def _encode(self, planes: Tensor, event: torch.cuda.Event | None) -> None:
+        if event:
+            event.synchronize()
         context = self.stream.codec_context
         if not context.is_open:
             self.stream.height, self.stream.width = planes.shape[1] * 2 // 3, planes.shape[2]
@@ -78,7 +78,7 @@ class Film:
         self.thread.shutdown(cancel_futures=True)
         self.file.close()
 
-    def __enter__(self) -> "Film":
+    def __enter__(self) -> "VideoWriter":
         return self
 
     def __exit__(
@@ -93,18 +93,18 @@ class Film:
 
 def write_video(path: Path, pixels: numpy.ndarray, *, fps: int) -> Path:
     """Write a video (F X Y 3) uint8."""
-    with Film(path, fps=fps) as film:
-        film.add(torch.from_numpy(numpy.ascontiguousarray(pixels)))
+    with VideoWriter(path, fps=fps) as writer:
+        writer.add(torch.from_numpy(numpy.ascontiguousarray(pixels)))
     return path
 
 
-def to_planes(pixels: Tensor) -> Tensor:
+def rgb_to_yuv420(pixels: Tensor) -> Tensor:
     """A frame (X Y 3) uint8 in the colours that the file says it has, BT.709 in the range of television.
 
     (3X/2 Y) uint8: brightness, then blue and red of every four places. On a GPU it is done before the encoder waits.
     """
     red, green, blue = pixels.float().unbind(2)
-    light = RED * red + (1 - RED - BLUE) * green + BLUE * blue
-    colours = torch.stack([(blue - light) / (1 - BLUE), (red - light) / (1 - RED)]) * (112 / 255)
-    planes = [light * (219 / 255) + 16, functional.avg_pool2d(colours[None], 2)[0] + 128]
+    luma = LUMA_RED * red + (1 - LUMA_RED - LUMA_BLUE) * green + LUMA_BLUE * blue
+    chroma = torch.stack([(blue - luma) / (1 - LUMA_BLUE), (red - luma) / (1 - LUMA_RED)]) * (112 / 255)
+    planes = [luma * (219 / 255) + 16, functional.avg_pool2d(chroma[None], 2)[0] + 128]
     return torch.cat([plane.flatten() for plane in planes]).round().to(torch.uint8).view(-1, pixels.shape[1])

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from common.device import copy_async
 from common.video import TEXT_LENGTH
-from stage1_encode.models.loading import check_weights, reading
+from stage1_encode.models.loading import check_missing_weights, report_load_errors
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,20 @@ class TextEncoder:
         return self.model.config.d_model
 
 
-def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> TextEncoder:
+def load_text_encoder(folder: Path, *, dtype: torch.dtype, device: torch.device) -> TextEncoder:
     """Read the text encoder of a model folder; ValueError where it is broken or no UMT5."""
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # `check_weights` says it in one line
-    weights, words = folder / "text_encoder", folder / "tokenizer"
-    with reading(weights):
-        model, found = UMT5EncoderModel.from_pretrained(weights, dtype=dtype, output_loading_info=True)
-    check_weights(weights, found)
-    with reading(words):
-        tokenizer = AutoTokenizer.from_pretrained(words)
-    return TextEncoder(fused(model).to(device).eval().requires_grad_(False), tokenizer)
+    logging.set_verbosity_error()  # `check_missing_weights` says it in one line
+    weights_folder, tokenizer_folder = folder / "text_encoder", folder / "tokenizer"
+    with report_load_errors(weights_folder):
+        model, loading_info = UMT5EncoderModel.from_pretrained(weights_folder, dtype=dtype, output_loading_info=True)
+    check_missing_weights(weights_folder, loading_info)
+    with report_load_errors(tokenizer_folder):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    return TextEncoder(fuse_layers(model).to(device).eval().requires_grad_(False), tokenizer)
 
 
-def fused(model: UMT5EncoderModel) -> UMT5EncoderModel:
+def fuse_layers(model: UMT5EncoderModel) -> UMT5EncoderModel:
     """The same model with its norms and activations, seven and eight passes over memory each, in one pass."""
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
@@ -57,54 +57,54 @@ def fused(model: UMT5EncoderModel) -> UMT5EncoderModel:
     return model
 
 
-def compiled(encoder: TextEncoder) -> TextEncoder:
+def compile_blocks(encoder: TextEncoder) -> TextEncoder:
     """The same encoder with its blocks, which are all alike, compiled once for every batch shape."""
     for block in encoder.model.encoder.block:
         block.compile(dynamic=True)
     return encoder
 
 
-def clean(prompt: str) -> str:
+def clean_prompt(prompt: str) -> str:
     """A prompt as the model was trained on it: repaired, HTML unescaped twice, one space between words."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
-def tokenize(encoder: TextEncoder, prompts: Sequence[str]) -> list[list[int]]:
+def tokenize_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of clean prompts, cut to 512, the end token included."""
     return encoder.tokenizer(list(prompts), truncation=True, max_length=TEXT_LENGTH).input_ids
 
 
-def group(tokens: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+def group_by_length(tokens: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """Places of prompts, shortest first, in batches of at most `budget` tokens, padding included, or of one prompt."""
     batches: list[list[int]] = []
-    for place in sorted(range(len(tokens)), key=lambda place: len(tokens[place])):
-        if batches and (len(batches[-1]) + 1) * len(tokens[place]) <= budget:
-            batches[-1].append(place)
+    for index in sorted(range(len(tokens)), key=lambda index: len(tokens[index])):
+        if batches and (len(batches[-1]) + 1) * len(tokens[index]) <= max_tokens:
+            batches[-1].append(index)
         else:
-            batches.append([place])
+            batches.append([index])
     return batches
 
 
-def padded(tokens: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+def pad_tokens(tokens: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids (B L) padded to the longest of a batch, and where they are true (B L)."""
     lengths = torch.tensor([len(line) for line in tokens])
     longest = int(lengths.max())
-    ids = torch.tensor([[*line, *[pad] * (longest - len(line))] for line in tokens])
+    ids = torch.tensor([[*line, *[pad_id] * (longest - len(line))] for line in tokens])
     return ids, torch.arange(longest) < lengths[:, None]
 
 
 @torch.no_grad()
-def embed(encoder: TextEncoder, tokens: Sequence[Sequence[int]], *, budget: int) -> list[Tensor]:
+def embed_prompts(encoder: TextEncoder, tokens: Sequence[Sequence[int]], *, max_tokens: int) -> list[Tensor]:
     """Embeddings (L D) bf16 on the CPU, the true rows only, in the order of `tokens`.
 
     On a GPU the work is only begun when this returns: wait for the device before reading them.
     """
     device = encoder.model.device
-    found: list[Tensor] = [torch.empty(0)] * len(tokens)
-    for batch in group(tokens, budget):
-        ids, mask = padded([tokens[place] for place in batch], encoder.tokenizer.pad_token_id)
+    embeddings: list[Tensor] = [torch.empty(0)] * len(tokens)
+    for batch in group_by_length(tokens, max_tokens):
+        ids, mask = pad_tokens([tokens[index] for index in batch], encoder.tokenizer.pad_token_id)
         hidden = encoder.model(copy_async(ids, device), copy_async(mask, device)).last_hidden_state
         hidden = copy_async(hidden.to(torch.bfloat16), torch.device("cpu"))
-        for row, place in enumerate(batch):
-            found[place] = hidden[row, : len(tokens[place])]
-    return found
+        for row, index in enumerate(batch):
+            embeddings[index] = hidden[row, : len(tokens[index])]
+    return embeddings

@@ -17,24 +17,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.video import LATENT_CHANNELS
-from stage1_encode.models.loading import check_weights, reading
-from stage1_encode.models.vae_decoder import Decoder, stream
-from stage1_encode.models.vae_ops import ways_for
+from stage1_encode.models.loading import check_missing_weights, report_load_errors
+from stage1_encode.models.vae_decoder import VideoDecoder, stream_frames
+from stage1_encode.models.vae_ops import select_backend
 
-FRAME = torch.channels_last_3d
+MEMORY_FORMAT = torch.channels_last_3d
 NORM_EPS = 1e-24  # as good as none, but zeros stay zeros
-STEPS = 2  # latent frames decoded at once
+DEFAULT_CHUNK_FRAMES = 2  # latent frames decoded at once
 TF32 = "tf32"  # float32 whose convolutions round their inputs to 10 bits of mantissa on a GPU
 
 
 @dataclass(frozen=True)
-class Vae:
+class WanVae:
     """The autoencoder and its normalisation."""
 
     model: AutoencoderKLWan
     mean: Tensor  # (1 C 1 1 1)
     std: Tensor  # (1 C 1 1 1)
-    compiled: bool = False  # decode by the fastest kernels, see `vae_ops.ways_for`
+    compiled: bool = False  # decode by the fastest kernels, see `vae_ops.select_backend`
 
     @property
     def device(self) -> torch.device:
@@ -42,11 +42,11 @@ class Vae:
         return self.mean.device
 
     @cached_property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> VideoDecoder:
         """The decoder half for videos, made when it is first asked for."""
-        return Decoder(self.model, ways_for(self.device, self.model.dtype, compiled=self.compiled))
+        return VideoDecoder(self.model, select_backend(self.device, self.model.dtype, compiled=self.compiled))
 
-    def keep_fast_decoder(self) -> None:
+    def release_diffusers_decoder(self) -> None:
         """Let go of diffusers' own decoder, of which `decoder` has the weights in an order of its own."""
         assert self.decoder.colours
         self.model.decoder = None
@@ -92,7 +92,7 @@ class FrameNorm(nn.Module):
         return functional.rms_norm(x.movedim(1, -1), self.weight.shape, self.weight, NORM_EPS).movedim(-1, 1)
 
 
-class FrameNet(nn.Module):
+class FrameEncoderNet(nn.Module):
     """Pictures to the mode of their latents, by the encoder's own layers."""
 
     def __init__(self, model: AutoencoderKLWan) -> None:
@@ -109,20 +109,22 @@ class FrameNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B 3 1 X Y) in [-1, 1] -> (B C 1 H W)."""
         cells = rearrange(images, "b c f (x p) (y q) -> b (c q p) f x y", p=self.patch, q=self.patch)
-        return self.head(self.encoder(cells.contiguous(memory_format=FRAME))).chunk(2, dim=1)[0]
+        return self.head(self.encoder(cells.contiguous(memory_format=MEMORY_FORMAT))).chunk(2, dim=1)[0]
 
 
-def dtype_of(precision: str) -> torch.dtype:
+def parse_vae_dtype(precision: str) -> torch.dtype:
     """The type of the weights of a precision's name."""
     return torch.float32 if precision == TF32 else getattr(torch, precision)
 
 
-def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Vae:
+def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device) -> WanVae:
     """Read the VAE of a model folder; ValueError where it is broken or not a Wan2.2 one."""
-    logging.set_verbosity_error()  # `check_weights` says it in one line
-    with reading(folder / "vae"):
-        model, found = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype, output_loading_info=True)
-    check_weights(folder / "vae", found)
+    logging.set_verbosity_error()  # `check_missing_weights` says it in one line
+    with report_load_errors(folder / "vae"):
+        model, loading_info = AutoencoderKLWan.from_pretrained(
+            folder / "vae", torch_dtype=dtype, output_loading_info=True
+        )
+    check_missing_weights(folder / "vae", loading_info)
     if model.config.z_dim != LATENT_CHANNELS:
         raise ValueError(
             f"model={folder}: the VAE has {model.config.z_dim} channels, Wan2.2-TI2V-5B has {LATENT_CHANNELS}"
@@ -131,15 +133,15 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Vae:
         rearrange(torch.tensor(values, device=device), "c -> 1 c 1 1 1")
         for values in (model.config.latents_mean, model.config.latents_std)
     )
-    return Vae(model.to(device).eval().requires_grad_(False), mean, std)
+    return WanVae(model.to(device).eval().requires_grad_(False), mean, std)
 
 
-def frame_encoder(vae: Vae, *, compiled_batch: int = 0, tf32: bool = False) -> FrameEncoder:
+def make_frame_encoder(vae: WanVae, *, compiled_batch: int = 0, tf32: bool = False) -> FrameEncoder:
     """The encoder half of a VAE for single frames, a third of the work; the VAE itself must not be used after.
 
     `compiled_batch` > 0 compiles it for batches of that many pictures.
     """
-    plain = FrameNet(vae.model).eval()
+    plain = FrameEncoderNet(vae.model).eval()
     net = torch.compile(plain, dynamic=False) if compiled_batch else plain
     return FrameEncoder(net, vae.model.dtype, vae.mean, vae.std, compiled_batch, tf32)
 
@@ -160,23 +162,23 @@ def encode_frames(encoder: FrameEncoder, pixels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def stream_video(vae: Vae, latents: Tensor, *, steps: int = STEPS) -> Iterator[Tensor]:
+def decode_stream(vae: WanVae, latents: Tensor, *, chunk_frames: int = DEFAULT_CHUNK_FRAMES) -> Iterator[Tensor]:
     """Pixels (F X Y 3) uint8 on the VAE's device of one video's latents (C T H W), as they are made.
 
     `steps` latent frames go through at once: more are faster and take more memory.
     """
-    whole = rearrange(latents.to(vae.device).float(), "c t h w -> 1 c t h w") * vae.std + vae.mean
-    yield from stream(vae.decoder, whole[0].to(vae.model.dtype), most=steps)
+    denormalized = rearrange(latents.to(vae.device).float(), "c t h w -> 1 c t h w") * vae.std + vae.mean
+    yield from stream_frames(vae.decoder, denormalized[0].to(vae.model.dtype), max_frames=chunk_frames)
 
 
 @torch.inference_mode()
-def decode_videos(vae: Vae, latents: Tensor) -> Tensor:
+def decode_video_batch(vae: WanVae, latents: Tensor) -> Tensor:
     """Pixels (B F X Y 3) uint8 on the VAE's device of several small videos' latents (B C T H W), all at once."""
-    whole = (latents.to(vae.device).float() * vae.std + vae.mean).to(vae.model.dtype)
-    video = vae.model.decode(whole.contiguous(memory_format=FRAME), return_dict=False)[0]
+    denormalized = (latents.to(vae.device).float() * vae.std + vae.mean).to(vae.model.dtype)
+    video = vae.model.decode(denormalized.contiguous(memory_format=MEMORY_FORMAT), return_dict=False)[0]
     return rearrange((video.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8), "b c f x y -> b f x y c")
 
 
-def decode_video(vae: Vae, latents: Tensor) -> Tensor:
+def decode_video(vae: WanVae, latents: Tensor) -> Tensor:
     """Pixels (F X Y 3) uint8 on the CPU of one video's latents (C T H W)."""
-    return torch.cat([frames.cpu() for frames in stream_video(vae, latents)])
+    return torch.cat([frames.cpu() for frames in decode_stream(vae, latents)])

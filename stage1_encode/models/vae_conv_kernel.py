@@ -18,11 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-PLACES = 64  # of a warpgroup's tile, and channels of a step
+TILE_PLACES = 64  # of a warpgroup's tile, and channels of a step
 
 
 @gluon.jit
-def place(number, size, plan: gl.constexpr):
+def tile_position(number, size, plan: gl.constexpr):
     """Frame, first row and first column of a warpgroup's tile."""
     width: gl.constexpr = 64 // plan.rows
     across = gl.cdiv(size[2], width)
@@ -32,14 +32,14 @@ def place(number, size, plan: gl.constexpr):
 
 
 @gluon.jit
-def count(size, plan: gl.constexpr):
+def tile_count(size, plan: gl.constexpr):
     """Number of tiles of both warpgroups."""
     frame = gl.cdiv(size[1], plan.rows) * gl.cdiv(size[2], 64 // plan.rows)
     return gl.cdiv(size[0] * frame, 2) * (plan.outputs * plan.time * plan.space * plan.space // plan.columns)
 
 
 @gluon.jit
-def fetch(x, weight, memory, size, plan: gl.constexpr):
+def fetch_tiles(x, weight, memory, size, plan: gl.constexpr):
     """Fill the steps of every tile of this block, one after the other."""
     places, weights, full, empty = memory
     area: gl.constexpr = plan.side * plan.side
@@ -47,7 +47,7 @@ def fetch(x, weight, memory, size, plan: gl.constexpr):
     steps: gl.constexpr = plan.depth * plan.side * plan.side * blocks
     groups: gl.constexpr = plan.outputs * plan.time * plan.space * plan.space // plan.columns
     step = 0
-    for tile in range(gl.program_id(0), count(size, plan), gl.num_programs(0)):
+    for tile in range(gl.program_id(0), tile_count(size, plan), gl.num_programs(0)):
         column = tile % groups * plan.columns
         up = plan.side // 2
         left = plan.side // 2
@@ -60,7 +60,7 @@ def fetch(x, weight, memory, size, plan: gl.constexpr):
             mbarrier.expect(full.index(slot), (2 * 64 + plan.columns) * 64 * 2)
             tap = k // blocks
             for group in gl.static_range(2):
-                t, y, x_ = place(tile // groups * 2 + group, size, plan)
+                t, y, x_ = tile_position(tile // groups * 2 + group, size, plan)
                 where = [
                     t + tap // area,
                     y + tap // plan.side % plan.side - up,
@@ -73,7 +73,7 @@ def fetch(x, weight, memory, size, plan: gl.constexpr):
 
 
 @gluon.jit
-def multiply(out, memory, size, plan: gl.constexpr, group: gl.constexpr):
+def multiply_tiles(out, memory, size, plan: gl.constexpr, group: gl.constexpr):
     """Sum the products of this warpgroup's tiles, add bias and residual, and store."""
     places, weights, full, empty = memory
     target, bias, residual = out
@@ -82,7 +82,7 @@ def multiply(out, memory, size, plan: gl.constexpr, group: gl.constexpr):
     steps: gl.constexpr = plan.depth * plan.side * plan.side * (plan.channels // 64)
     groups: gl.constexpr = plan.outputs * plan.time * plan.space * plan.space // plan.columns
     step = 0
-    for tile in range(gl.program_id(0), count(size, plan), gl.num_programs(0)):
+    for tile in range(gl.program_id(0), tile_count(size, plan), gl.num_programs(0)):
         total = gl.zeros((64, columns), gl.float32, layout)
         for k in range(steps):
             slot = step % 4
@@ -96,12 +96,12 @@ def multiply(out, memory, size, plan: gl.constexpr, group: gl.constexpr):
         total = warpgroup_mma_wait(0, deps=(total,))
         mbarrier.arrive(empty.index((step + 3) % 4), count=1)
         column = tile % groups * plan.columns
-        t, y, x = place(tile // groups * 2 + group, size, plan)
-        store(total, target, bias, residual, (t, y, x, column), size, plan)
+        t, y, x = tile_position(tile // groups * 2 + group, size, plan)
+        store_tile(total, target, bias, residual, (t, y, x, column), size, plan)
 
 
 @gluon.jit
-def store(total, target, bias, residual, start, size, plan: gl.constexpr):
+def store_tile(total, target, bias, residual, start, size, plan: gl.constexpr):
     """Add bias and residual to a tile and write it to its places of the output."""
     layout: gl.constexpr = total.type.layout
     t, y, x, column = start
@@ -137,7 +137,7 @@ def store(total, target, bias, residual, start, size, plan: gl.constexpr):
 
 
 @gluon.jit
-def kernel(x, weight, bias, residual, target, size, plan: gl.constexpr):
+def conv_kernel_entry(x, weight, bias, residual, target, size, plan: gl.constexpr):
     """One block: two warpgroups that multiply, one warp that fetches."""
     places = gl.allocate_shared_memory(gl.bfloat16, [8, 1, plan.rows, 64 // plan.rows, 64], x.layout)
     weights = gl.allocate_shared_memory(gl.bfloat16, [4, plan.columns, 64], weight.layout)
@@ -151,24 +151,28 @@ def kernel(x, weight, bias, residual, target, size, plan: gl.constexpr):
     out = (target, bias, residual)
     gl.warp_specialize(
         [
-            (multiply, (out, memory, size, plan, 0)),
-            (multiply, (out, memory, size, plan, 1)),
-            (fetch, (x, weight, memory, size, plan)),
+            (multiply_tiles, (out, memory, size, plan, 0)),
+            (multiply_tiles, (out, memory, size, plan, 1)),
+            (fetch_tiles, (x, weight, memory, size, plan)),
         ],
         [4, 1],
         [232, 40],
     )
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, plan, *, residual: Tensor | None = None, skip: int = 0) -> Tensor:
-    """What `vae_ops.by_library` does, in bf16."""
+def convolve_hopper(
+    x: Tensor, weight: Tensor, bias: Tensor, plan, *, residual: Tensor | None = None, skip: int = 0
+) -> Tensor:
+    """What `vae_ops.convolve_torch` does, in bf16."""
     frames, height, width = x.shape[0] - plan.depth + 1, x.shape[1], x.shape[2]
     shape = (frames * plan.time, height * plan.space, width * plan.space, plan.outputs)
     out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
-    box, block = [1, plan.rows, PLACES // plan.rows, PLACES], [plan.columns, PLACES]
+    box, block = [1, plan.rows, TILE_PLACES // plan.rows, TILE_PLACES], [plan.columns, TILE_PLACES]
     source = TensorDescriptor.from_tensor(x, box, gl.NVMMASharedLayout(128, 16, rank=4))
     factors = TensorDescriptor.from_tensor(weight, block, gl.NVMMASharedLayout(128, 16, rank=2))
     blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
     size = (frames, height, width, skip)
-    kernel[(blocks,)](source, factors, bias, bias if residual is None else residual, out, size, plan, num_warps=4)
+    conv_kernel_entry[(blocks,)](
+        source, factors, bias, bias if residual is None else residual, out, size, plan, num_warps=4
+    )
     return out

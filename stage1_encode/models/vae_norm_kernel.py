@@ -5,27 +5,27 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-ELEMENTS = 4096  # that a program holds at once
+ELEMENTS_PER_PROGRAM = 4096  # that a program holds at once
 
 
 @triton.jit
-def kernel(x, gamma, out, places, channels: tl.constexpr, rows: tl.constexpr):
+def norm_silu_kernel(x, gamma, out, row_count, channels: tl.constexpr, rows: tl.constexpr):
     """Rows of C channels at unit root mean square, times gamma, through SiLU."""
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     column = tl.arange(0, channels)
-    where = row[:, None] * channels + column[None, :]
-    inside = row[:, None] < places
-    value = tl.load(x + where, inside, 0.0).to(tl.float32)
+    offsets = row[:, None] * channels + column[None, :]
+    mask = row[:, None] < row_count
+    value = tl.load(x + offsets, mask, 0.0).to(tl.float32)
     length = tl.maximum(tl.sqrt(tl.sum(value * value, axis=1)), 1e-12)
     factor = tl.load(gamma + column).to(tl.float32)[None, :] * tl.sqrt(tl.full((), channels, tl.float32))
     value = value / length[:, None] * factor
-    tl.store(out + where, (value * tl.sigmoid(value)).to(out.dtype.element_ty), inside)
+    tl.store(out + offsets, (value * tl.sigmoid(value)).to(out.dtype.element_ty), mask)
 
 
-def normalise(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+def norm_silu_triton(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     """What `vae_ops.normalise` does; x and out are contiguous and C is a power of two."""
     assert x.is_contiguous() and out.is_contiguous(), (x.shape, x.stride(), out.stride())
     channels = x.shape[-1]
-    places, rows = x.numel() // channels, max(1, ELEMENTS // channels)
+    row_count, rows = x.numel() // channels, max(1, ELEMENTS_PER_PROGRAM // channels)
     with torch.cuda.device(x.device):
-        kernel[(triton.cdiv(places, rows),)](x, gamma, out, places, channels, rows)
+        norm_silu_kernel[(triton.cdiv(row_count, rows),)](x, gamma, out, row_count, channels, rows)

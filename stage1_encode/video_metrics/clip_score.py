@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
-FRAMES = 8  # of each video, evenly spaced
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
+CLIP_FRAMES = 8  # of each video, evenly spaced
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
 
 
 @dataclass(frozen=True)
-class Clip:
+class ClipScorer:
     """The model, its tokenizer and the normalisation of its pictures."""
 
     model: CLIPModel
@@ -25,36 +25,40 @@ class Clip:
     std: Tensor  # (3 1 1)
 
 
-def load(folder: str, device: torch.device) -> Clip:
+def load_clip(folder: str, device: torch.device) -> ClipScorer:
     """Read a CLIP folder; ValueError where it is none, or its weights are not all there as safetensors."""
-    facts = Path(folder) / "preprocessor_config.json"
+    preprocessor_file = Path(folder) / "preprocessor_config.json"
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"clip={folder}: holds no config.json; name the folder of a CLIP model")
     if not list(Path(folder).glob("*.safetensors")):
         raise ValueError(f"clip={folder}: holds no .safetensors weights; a pickled file is not read, convert it")
-    stated = json.loads(facts.read_bytes()) if facts.is_file() else {}
+    preprocessor = json.loads(preprocessor_file.read_bytes()) if preprocessor_file.is_file() else {}
     mean, std = (
         rearrange(torch.tensor(values, device=device), "c -> c 1 1")
-        for values in (stated.get("image_mean", MEAN), stated.get("image_std", STD))
+        for values in (preprocessor.get("image_mean", CLIP_MEAN), preprocessor.get("image_std", CLIP_STD))
     )
-    model, loading = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    missing = sorted(loading["missing_keys"])
+    model, loading_info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    missing = sorted(loading_info["missing_keys"])
     if missing:
         raise ValueError(f"clip={folder}: lacks weights of a CLIP model: {', '.join(missing[:3])}")
-    return Clip(model.to(device).eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder), mean, std)
+    return ClipScorer(model.to(device).eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder), mean, std)
 
 
 @torch.no_grad()
-def score(clip: Clip, video: numpy.ndarray, prompt: str) -> float:
+def clip_score(clip: ClipScorer, video: numpy.ndarray, prompt: str) -> float:
     """100 x cosine of frames and prompt, mean over 8 frames of a video (F X Y 3) uint8."""
-    places = numpy.linspace(0, len(video) - 1, min(FRAMES, len(video))).round().astype(int)
-    pictures = rearrange(torch.from_numpy(video[places]).to(clip.mean.device).float(), "b x y c -> b c x y") / 255
-    side, short = clip.model.config.vision_config.image_size, min(pictures.shape[2:])
-    size = tuple(max(side, round(length * side / short)) for length in pictures.shape[2:])
-    whole = functional.interpolate(pictures, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = (whole.shape[2] - side) // 2, (whole.shape[3] - side) // 2
-    pixels = (whole[:, :, top : top + side, left : left + side] - clip.mean) / clip.std
-    most = clip.model.config.text_config.max_position_embeddings
-    words = clip.tokenizer([prompt], truncation=True, max_length=most, return_tensors="pt").to(clip.mean.device)
-    out = clip.model(input_ids=words.input_ids, attention_mask=words.attention_mask, pixel_values=pixels)
-    return 100 * float(functional.cosine_similarity(out.image_embeds, out.text_embeds).mean())
+    frame_indices = numpy.linspace(0, len(video) - 1, min(CLIP_FRAMES, len(video))).round().astype(int)
+    pictures = (
+        rearrange(torch.from_numpy(video[frame_indices]).to(clip.mean.device).float(), "b x y c -> b c x y") / 255
+    )
+    crop_size, short = clip.model.config.vision_config.image_size, min(pictures.shape[2:])
+    size = tuple(max(crop_size, round(length * crop_size / short)) for length in pictures.shape[2:])
+    resized = functional.interpolate(pictures, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (resized.shape[2] - crop_size) // 2, (resized.shape[3] - crop_size) // 2
+    pixels = (resized[:, :, top : top + crop_size, left : left + crop_size] - clip.mean) / clip.std
+    max_tokens = clip.model.config.text_config.max_position_embeddings
+    text_inputs = clip.tokenizer([prompt], truncation=True, max_length=max_tokens, return_tensors="pt").to(
+        clip.mean.device
+    )
+    output = clip.model(input_ids=text_inputs.input_ids, attention_mask=text_inputs.attention_mask, pixel_values=pixels)
+    return 100 * float(functional.cosine_similarity(output.image_embeds, output.text_embeds).mean())

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-Answers = Mapping[str, "bool | Sequence[bool]"]  # a question, or several of one kind, and whether the video is right
-Judge = Callable[[Tensor, Sequence[str]], Sequence[Answers]]  # (videos (B F X Y 3) uint8 on any device, B prompts)
+JudgeAnswers = Mapping[
+    str, "bool | Sequence[bool]"
+]  # a question, or several of one kind, and whether the video is right
+Judge = Callable[[Tensor, Sequence[str]], Sequence[JudgeAnswers]]  # (videos (B F X Y 3) uint8 on any device, B prompts)
 
 
-def load(path: str) -> Judge:
+def load_judge(path: str) -> Judge:
     """The judge of a Python file; ValueError where there is none.
 
     Its `judge` takes one video (F X Y 3) as a numpy array, `judge_all` takes and gives what `Judge` says.
@@ -26,20 +28,20 @@ def load(path: str) -> Judge:
         spec.loader.exec_module(module)
     except (SyntaxError, ImportError, AttributeError) as error:
         raise ValueError(f"analyser={path}: {error}") from error
-    found = vars(module)
-    if "judge_all" in found:
-        many: Judge = found["judge_all"]
-        return many
-    if "judge" not in found:
+    namespace = vars(module)
+    if "judge_all" in namespace:
+        judge_all: Judge = namespace["judge_all"]
+        return judge_all
+    if "judge" not in namespace:
         raise ValueError(f"analyser={path}: must define judge(video, prompt) or judge_all(videos, prompts)")
 
-    def one_by_one(videos: Tensor, prompts: Sequence[str]) -> list[Answers]:
-        return [found["judge"](video, prompt) for video, prompt in zip(videos.cpu().numpy(), prompts, strict=True)]
+    def one_by_one(videos: Tensor, prompts: Sequence[str]) -> list[JudgeAnswers]:
+        return [namespace["judge"](video, prompt) for video, prompt in zip(videos.cpu().numpy(), prompts, strict=True)]
 
     return one_by_one
 
 
-def verdicts(value: object) -> list[bool]:
+def to_booleans(value: object) -> list[bool]:
     """The truth values of an answer, whatever type they have; what cannot be iterated is one."""
     try:
         return [bool(part) for part in value]  # type: ignore[attr-defined]
@@ -47,10 +49,10 @@ def verdicts(value: object) -> list[bool]:
         return [bool(value)]
 
 
-def shares(answers: Sequence[Answers]) -> dict[str, float]:
+def true_shares(answers: Sequence[JudgeAnswers]) -> dict[str, float]:
     """Share of True per key over all videos; a key that a video leaves out is not counted there."""
     counts: dict[str, list[bool]] = {}
-    for one in answers:
-        for key, value in one.items():
-            counts.setdefault(key, []).extend(verdicts(value))
+    for answer in answers:
+        for key, value in answer.items():
+            counts.setdefault(key, []).extend(to_booleans(value))
     return {key: sum(values) / len(values) for key, values in counts.items() if values}

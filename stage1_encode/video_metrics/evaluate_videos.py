@@ -27,12 +27,12 @@ from stage1_encode.media.video_writer import write_video
 from stage1_encode.models import vae
 from stage1_encode.video_metrics import clip_score, custom_judge, frame_metrics, i3d_features
 
-PIXELS, FEATURES, VIDEOS = "pixels.json", "i3d.safetensors", "videos"
-WIDEST = 480  # pixels of a video in the report
+PIXELS_FILE, FEATURES_FILE, VIDEOS_FOLDER = "pixels.json", "i3d.safetensors", "videos"
+MAX_REPORT_WIDTH = 480  # pixels of a video in the report
 
 
 @dataclass(frozen=True)
-class Looks:
+class VideoEvalConfig:
     """What is to be measured, and with what."""
 
     out: str  # folder of the evaluation
@@ -48,18 +48,18 @@ class Looks:
 
 
 @dataclass(frozen=True)
-class Tools:
+class EvaluationTools:
     """Everything loaded."""
 
-    vae: vae.Vae
+    vae: vae.WanVae
     data: DataSet
     judge: custom_judge.Judge | None
     i3d: torch.jit.ScriptModule | None
-    clip: clip_score.Clip | None
+    clip: clip_score.ClipScorer | None
 
 
 @dataclass(frozen=True)
-class Look:
+class VideoMetrics:
     """One video's figures; None = does not apply or was not asked for."""
 
     psnr: float | None  # of frame 0 to the given first frame as the VAE shows it
@@ -70,122 +70,139 @@ class Look:
     clip: float | None
 
 
-def measure(looks: Looks) -> Path:
+def measure_videos(config: VideoEvalConfig) -> Path:
     """Look at the first videos of every set; the file of figures."""
-    out = Path(looks.out)
-    contest = read_comparison(out)
-    tools = open_tools(looks)
-    found: dict[str, list[Look]] = defaultdict(list)
-    answers: dict[str, list[custom_judge.Answers]] = defaultdict(list)
-    seen: dict[str, list[Tensor]] = defaultdict(list)
-    count = min(looks.videos, contest.count)
-    given = first_frames(tools, count, looks.batch_size)
-    names = wanted_sets(contest, references=looks.i3d is not None)
+    out = Path(config.out)
+    comparison = read_comparison(out)
+    tools = load_tools(config)
+    metrics: dict[str, list[VideoMetrics]] = defaultdict(list)
+    answers: dict[str, list[custom_judge.JudgeAnswers]] = defaultdict(list)
+    features: dict[str, list[Tensor]] = defaultdict(list)
+    count = min(config.videos, comparison.count)
+    first_frame_pixels = decode_first_frames(tools, count, config.batch_size)
+    names = sets_to_measure(comparison, references=config.i3d is not None)
     with ProgressBar(count * len(names), label="look at videos") as progress:
         for name in names:
             group = latent_store.describe_group(out / LATENTS_STORE, name)
-            for start in range(0, count, looks.batch_size):
-                rows = range(start, min(start + looks.batch_size, count))
+            for start in range(0, count, config.batch_size):
+                rows = range(start, min(start + config.batch_size, count))
                 prompts = [group.prompts[row] for row in rows]
-                videos = read_videos(tools.vae, out / LATENTS_STORE, name, rows)
-                found[name] += look(tools, videos, given[rows.start : rows.stop], prompts)
+                videos = decode_rows(tools.vae, out / LATENTS_STORE, name, rows)
+                metrics[name] += measure_frames(tools, videos, first_frame_pixels[rows.start : rows.stop], prompts)
                 if tools.judge:
                     answers[name] += tools.judge(videos, prompts)
                 if tools.i3d:
-                    seen[name] += [
-                        i3d_features.features(tools.i3d, one.cpu().numpy(), tools.vae.device) for one in videos
+                    features[name] += [
+                        i3d_features.extract_i3d_features(tools.i3d, video.cpu().numpy(), tools.vae.device)
+                        for video in videos
                     ]
-                for row in rows if name in first_sets(contest) else ():
-                    if row < looks.shown:
-                        show = videos[row - start].cpu().numpy()
-                        write_shown(out / VIDEOS / name / f"{row:03d}.mp4", show, fps=group.spec.fps)
+                for row in rows if name in first_seed_sets(comparison) else ():
+                    if row < config.shown:
+                        pixels = videos[row - start].cpu().numpy()
+                        write_report_video(out / VIDEOS_FOLDER / name / f"{row:03d}.mp4", pixels, fps=group.spec.fps)
                 progress.advance(count=len(rows))
-    if seen:
-        write_file(out / FEATURES, save({name: torch.stack(parts) for name, parts in seen.items()}))
-    sums = {name: summary(found[name]) | {"answers": custom_judge.shares(answers[name])} for name in names}
-    facts = {"videos": count, "shown": min(looks.shown, count), "i3d": bool(seen), "sets": sums}
-    write_file(out / PIXELS, (json.dumps(facts, indent=1) + "\n").encode())
-    return out / PIXELS
+    if features:
+        write_file(out / FEATURES_FILE, save({name: torch.stack(parts) for name, parts in features.items()}))
+    summaries = {
+        name: summarize_metrics(metrics[name]) | {"answers": custom_judge.true_shares(answers[name])} for name in names
+    }
+    facts = {"videos": count, "shown": min(config.shown, count), "i3d": bool(features), "sets": summaries}
+    write_file(out / PIXELS_FILE, (json.dumps(facts, indent=1) + "\n").encode())
+    return out / PIXELS_FILE
 
 
-def open_tools(looks: Looks) -> Tools:
+def load_tools(config: VideoEvalConfig) -> EvaluationTools:
     """Load the VAE and what else was asked for; the user's mistakes come out before any work."""
-    device = pick_device(looks.device)
-    return Tools(
-        vae.load(locate_model(looks.model, ("vae",)), dtype=torch.float32, device=device),
-        open_data_set(looks.shards),
-        custom_judge.load(looks.analyser) if looks.analyser else None,
-        i3d_features.load(looks.i3d, device) if looks.i3d else None,
-        clip_score.load(looks.clip, device) if looks.clip else None,
+    device = pick_device(config.device)
+    return EvaluationTools(
+        vae.load_vae(locate_model(config.model, ("vae",)), dtype=torch.float32, device=device),
+        open_data_set(config.shards),
+        custom_judge.load_judge(config.analyser) if config.analyser else None,
+        i3d_features.load_i3d(config.i3d, device) if config.i3d else None,
+        clip_score.load_clip(config.clip, device) if config.clip else None,
     )
 
 
-def first_sets(contest: Comparison) -> list[str]:
+def first_seed_sets(comparison: Comparison) -> list[str]:
     """Each contestant's set of the first seed: the videos that are shown."""
-    return [latent_set_name(contestant, contest.seeds[0]) for contestant in contest.contestants]
+    return [latent_set_name(candidate, comparison.seeds[0]) for candidate in comparison.contestants]
 
 
-def wanted_sets(contest: Comparison, *, references: bool) -> list[str]:
+def sets_to_measure(comparison: Comparison, *, references: bool) -> list[str]:
     """The sets to look at; the teacher's further references only where a distance needs them."""
-    names = [latent_set_name(contestant, seed) for contestant in contest.contestants for seed in contest.seeds]
-    further = [latent_set_name(contest.teacher, seed) for seed in contest.references] if references else []
-    return list(dict.fromkeys([*names, *further]))
-
-
-def read_videos(model: vae.Vae, store: Path, name: str, rows: range) -> Tensor:
-    """Decode rows of a set (B F X Y 3) uint8 on the VAE's device; ValueError where its latents are damaged."""
-    read = latent_store.read_latent_rows(store, name, rows.start, rows.stop)
-    if not torch.isfinite(read).all():
-        raise ValueError(f"latents={store}: {name}, one of the rows {rows.start} to {rows.stop - 1} is not finite")
-    return decode(model, read)
-
-
-def decode(model: vae.Vae, read: Tensor) -> Tensor:
-    """Pixels (B F X Y 3) of latents (B C T H W): one large video by the decoder made for those, or all at once."""
-    return vae.decode_videos(model, read) if len(read) > 1 else vae.decode_video(model, read[0])[None].to(model.device)
-
-
-def first_frames(tools: Tools, count: int, batch: int) -> list[Tensor | None]:
-    """The given first frames (X Y 3) uint8 as the VAE shows them; None where there is none."""
-    given = [tools.data.record(row).first_frame for row in range(count)]
-    there = [frame for frame in given if frame is not None]
-    parts = [decode(tools.vae, torch.stack(there[i : i + batch])) for i in range(0, len(there), batch)]
-    pictures = (picture for part in parts for picture in part[:, 0])
-    return [None if frame is None else next(pictures) for frame in given]
-
-
-def look(tools: Tools, videos: Tensor, given: list[Tensor | None], prompts: list[str]) -> list[Look]:
-    """Measure videos (B F X Y 3) uint8, of which `given` are the first frames."""
-    starts = videos[:, 0]
-    pictures = torch.stack([start if one is None else one for start, one in zip(starts, given, strict=True)])
-    found = (
-        frame_metrics.psnr(starts, pictures),
-        frame_metrics.perceptual(starts, pictures),
-        frame_metrics.motion(videos),
-        frame_metrics.saturation(videos),
-        frame_metrics.contrast(videos),
+    names = [latent_set_name(candidate, seed) for candidate in comparison.contestants for seed in comparison.seeds]
+    reference_names = (
+        [latent_set_name(comparison.teacher, seed) for seed in comparison.references] if references else []
     )
-    looks = []
-    for place, (psnr, perceptual, *rest) in enumerate(zip(*(one.tolist() for one in found), strict=True)):
-        score = clip_score.score(tools.clip, videos[place].cpu().numpy(), prompts[place]) if tools.clip else None
-        known = given[place] is not None
-        motion, saturation, contrast = rest
-        same = (psnr, perceptual) if known else (None, None)
-        looks.append(Look(same[0], same[1], motion, saturation, contrast, score))
-    return looks
+    return list(dict.fromkeys([*names, *reference_names]))
 
 
-def summary(found: list[Look]) -> dict[str, object]:
+def decode_rows(model: vae.WanVae, store: Path, name: str, rows: range) -> Tensor:
+    """Decode rows of a set (B F X Y 3) uint8 on the VAE's device; ValueError where its latents are damaged."""
+    latent_rows = latent_store.read_latent_rows(store, name, rows.start, rows.stop)
+    if not torch.isfinite(latent_rows).all():
+        raise ValueError(f"latents={store}: {name}, one of the rows {rows.start} to {rows.stop - 1} is not finite")
+    return decode_latents(model, latent_rows)
+
+
+def decode_latents(model: vae.WanVae, latent_rows: Tensor) -> Tensor:
+    """Pixels (B F X Y 3) of latents (B C T H W): one large video by the decoder made for those, or all at once."""
+    return (
+        vae.decode_video_batch(model, latent_rows)
+        if len(latent_rows) > 1
+        else vae.decode_video(model, latent_rows[0])[None].to(model.device)
+    )
+
+
+def decode_first_frames(tools: EvaluationTools, count: int, batch: int) -> list[Tensor | None]:
+    """The given first frames (X Y 3) uint8 as the VAE shows them; None where there is none."""
+    first_frame_latents = [tools.data.record(row).first_frame for row in range(count)]
+    present = [frame for frame in first_frame_latents if frame is not None]
+    parts = [decode_latents(tools.vae, torch.stack(present[i : i + batch])) for i in range(0, len(present), batch)]
+    pictures = (picture for part in parts for picture in part[:, 0])
+    return [None if frame is None else next(pictures) for frame in first_frame_latents]
+
+
+def measure_frames(
+    tools: EvaluationTools, videos: Tensor, first_frame_pixels: list[Tensor | None], prompts: list[str]
+) -> list[VideoMetrics]:
+    """Measure videos (B F X Y 3) uint8, of which `given` are the first frames."""
+    frames = videos[:, 0]
+    pictures = torch.stack(
+        [start if column is None else column for start, column in zip(frames, first_frame_pixels, strict=True)]
+    )
+    columns = (
+        frame_metrics.psnr(frames, pictures),
+        frame_metrics.perceptual_distance(frames, pictures),
+        frame_metrics.frame_motion(videos),
+        frame_metrics.colour_saturation(videos),
+        frame_metrics.frame_contrast(videos),
+    )
+    metrics = []
+    for index, (psnr, perceptual, *pixel_metrics) in enumerate(
+        zip(*(column.tolist() for column in columns), strict=True)
+    ):
+        score = clip_score.clip_score(tools.clip, videos[index].cpu().numpy(), prompts[index]) if tools.clip else None
+        has_first_frame = first_frame_pixels[index] is not None
+        motion, saturation, contrast = pixel_metrics
+        fidelity = (psnr, perceptual) if has_first_frame else (None, None)
+        metrics.append(VideoMetrics(fidelity[0], fidelity[1], motion, saturation, contrast, score))
+    return metrics
+
+
+def summarize_metrics(metrics: list[VideoMetrics]) -> dict[str, object]:
     """Means over the videos of a set; None where no video has the figure."""
-    columns = {name: [vars(one)[name] for one in found if vars(one)[name] is not None] for name in vars(found[0])}
+    columns = {
+        name: [vars(metric)[name] for metric in metrics if vars(metric)[name] is not None] for name in vars(metrics[0])
+    }
     return {name: fmean(values) if values else None for name, values in columns.items()}
 
 
-def write_shown(path: Path, video: numpy.ndarray, *, fps: int) -> None:
+def write_report_video(path: Path, video: numpy.ndarray, *, fps: int) -> None:
     """Write a video, made smaller where it is wide."""
     height, width = video.shape[1:3]
-    if width > WIDEST:
-        size = (WIDEST, round(height * WIDEST / width / 2) * 2)
+    if width > MAX_REPORT_WIDTH:
+        size = (MAX_REPORT_WIDTH, round(height * MAX_REPORT_WIDTH / width / 2) * 2)
         video = numpy.stack([numpy.asarray(Image.fromarray(frame).resize(size)) for frame in video])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_video(path, video, fps=fps)

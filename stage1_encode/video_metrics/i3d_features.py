@@ -11,10 +11,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-SIZE = 224
+INPUT_SIZE = 224
 
 
-def load(path: str, device: torch.device) -> torch.jit.ScriptModule:
+def load_i3d(path: str, device: torch.device) -> torch.jit.ScriptModule:
     """Read a TorchScript file, as `i3d_torchscript.pt` of StyleGAN-V; ValueError where it is none."""
     if not Path(path).is_file():
         raise ValueError(f"i3d={path}: no such file")
@@ -25,9 +25,9 @@ def load(path: str, device: torch.device) -> torch.jit.ScriptModule:
 
 
 @torch.no_grad()
-def features(net: torch.jit.ScriptModule, video: numpy.ndarray, device: torch.device) -> Tensor:
+def extract_i3d_features(net: torch.jit.ScriptModule, video: numpy.ndarray, device: torch.device) -> Tensor:
     """Features (D) of a video (F X Y 3) uint8, stretched to 224x224 in [-1, 1]."""
     frames = rearrange(torch.from_numpy(video).to(device).float(), "f x y c -> f c x y") / 127.5 - 1
-    small = functional.interpolate(frames, size=(SIZE, SIZE), mode="bilinear", antialias=True)
-    found = net(rearrange(small, "f c x y -> 1 c f x y"), rescale=False, resize=False, return_features=True)
-    return found[0].float().cpu()
+    resized = functional.interpolate(frames, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True)
+    output = net(rearrange(resized, "f c x y -> 1 c f x y"), rescale=False, resize=False, return_features=True)
+    return output[0].float().cpu()

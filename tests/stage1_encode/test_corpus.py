@@ -13,8 +13,8 @@ import pytest
 
 from common.video import VideoSpec
 from stage1_encode.encode import encode
-from stage1_encode.media.first_frame import Frame, UnreadableError
-from stage1_encode.media.reader_pool import Readers
+from stage1_encode.media.first_frame import FirstFrame, UnreadableError
+from stage1_encode.media.reader_pool import ReaderPool
 from tests import tiny_models
 from tests.stage1_encode.corpus import BROKEN, HEIGHT, PICTURES, QUARTERS, VIDEOS, Kind, luminance
 from tests.stage1_encode.test_encode import configure, failures, records
@@ -56,13 +56,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def readers() -> Iterator[Readers]:
-    children = Readers(1, SPEC, 20.0)
+def readers() -> Iterator[ReaderPool]:
+    children = ReaderPool(1, SPEC, 20.0)
     yield children
     children.close()
 
 
-def shows_the_quarters(frame: Frame, kind: Kind) -> bool:
+def shows_the_quarters(frame: FirstFrame, kind: Kind) -> bool:
     height, width = frame.pixels.shape[:2]
     off = []
     for (y, x), colour in QUARTERS.items():
@@ -77,32 +77,32 @@ def test_there_are_at_least_thirty_kinds() -> None:
 
 
 @pytest.mark.parametrize("kind", VIDEOS + PICTURES, ids=lambda kind: kind.name)
-def test_a_readable_file_shows_what_is_in_it(kind: Kind, corpus: Path, readers: Readers) -> None:
+def test_a_readable_file_shows_what_is_in_it(kind: Kind, corpus: Path, readers: ReaderPool) -> None:
     frame = readers.submit(str(corpus / kind.name)).result()
     assert frame.pixels.shape == (SPEC.height, SPEC.width, 3)
     assert shows_the_quarters(frame, kind)
 
 
 @pytest.mark.parametrize("kind", BROKEN, ids=lambda kind: kind.name)
-def test_a_broken_file_is_named_with_its_reason(kind: Kind, corpus: Path, readers: Readers) -> None:
+def test_a_broken_file_is_named_with_its_reason(kind: Kind, corpus: Path, readers: ReaderPool) -> None:
     with pytest.raises(UnreadableError, match=kind.reason):
         readers.submit(str(corpus / kind.name)).result()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_named(tmp_path: Path, readers: Readers) -> None:
+def test_a_file_without_permission_is_named(tmp_path: Path, readers: ReaderPool) -> None:
     tiny_models.make_clip(tmp_path / "secret.mp4", seed=0).chmod(0)
     with pytest.raises(UnreadableError, match="Permission denied"):
         readers.submit(str(tmp_path / "secret.mp4")).result()
 
 
-def test_a_pipe_does_not_hang(tmp_path: Path, readers: Readers) -> None:
+def test_a_pipe_does_not_hang(tmp_path: Path, readers: ReaderPool) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(UnreadableError, match="no ordinary file"):
         readers.submit(str(tmp_path / "pipe.mp4")).result()
 
 
-def test_a_file_on_the_web_is_read(corpus: Path, readers: Readers) -> None:
+def test_a_file_on_the_web_is_read(corpus: Path, readers: ReaderPool) -> None:
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
@@ -126,7 +126,7 @@ def test_a_crashing_or_hanging_decoder_costs_one_file(tmp_path: Path, monkeypatc
     names = ["good", "segfault", "hang", "exit", "greedy", "good-after"]
     for name in names:
         tiny_models.make_clip(tmp_path / f"{name}.mp4", seed=0)
-    children = Readers(1, VideoSpec(9, 64, 96), 2.0)
+    children = ReaderPool(1, VideoSpec(9, 64, 96), 2.0)
     began = time.monotonic()
     found = [children.submit(str(tmp_path / f"{name}.mp4")) for name in names]
     said = [str(future.exception()) for future in found]
@@ -140,7 +140,7 @@ def test_a_crashing_or_hanging_decoder_costs_one_file(tmp_path: Path, monkeypatc
 
 
 def test_a_child_ends_with_its_parent_gone() -> None:
-    children = Readers(1, SPEC, 20.0)
+    children = ReaderPool(1, SPEC, 20.0)
     child = children.children.get()
     child._wait_until_ready()
     child.connection.close()  # what the system does when the parent is killed

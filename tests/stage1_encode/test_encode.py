@@ -18,7 +18,7 @@ from shards.manifest import read_manifest, read_negative_embedding
 from shards.record import Record, from_members, pad_text
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import TooManyFailuresError, encode
-from stage1_encode.media.first_frame import first_frame
+from stage1_encode.media.first_frame import read_first_frame
 from tests import tiny_models
 
 
@@ -63,7 +63,7 @@ def test_latents_are_the_normalised_mode_of_diffusers(dataset: Path, clips: Path
     vae = AutoencoderKLWan.from_pretrained(model / "vae")
     mean, std = (torch.tensor(v).view(1, 48, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     for index, record in enumerate(records(dataset)):
-        frame = first_frame(str(clips / f"clip-{index}.mp4"), height=64, width=96)
+        frame = read_first_frame(str(clips / f"clip-{index}.mp4"), height=64, width=96)
         pixels = torch.from_numpy(frame.pixels.copy()).permute(2, 0, 1)[None, :, None] / 127.5 - 1
         with torch.no_grad():
             wanted = (vae.encode(pixels).latent_dist.mode() - mean) / std

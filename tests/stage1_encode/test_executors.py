@@ -15,9 +15,9 @@ import pytest
 
 from shards.manifest import read_manifest
 from shards.verification.verify import verify_data_set
-from stage1_encode.dataset_folder import hold_shards, opened_lock
+from stage1_encode.dataset_folder import lock_shards, open_lock_file
 from stage1_encode.encode import TooManyFailuresError, encode
-from stage1_encode.executors import ENGINES, tasks
+from stage1_encode.executors import EXECUTORS, read_tasks
 from tests import tiny_models
 from tests.stage1_encode.test_encode import configure, hashes
 
@@ -69,7 +69,7 @@ def test_a_job_array_makes_its_ranges(
     assert "shards=3:9: the CSV gives shards 0:3 only; nothing to do" in caplog.messages
     with pytest.raises(ValueError, match="two whole numbers A:B"):
         configure(clips / "clips.csv", model, tmp_path / "out", shards="3:1")
-    assert [task.number for task in tasks(config, [0, 2])] == [0, 2]
+    assert [task.number for task in read_tasks(config, [0, 2])] == [0, 2]
 
 
 def test_the_example_of_a_job_array_asks_for_ranges_that_meet(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_the_example_of_a_job_array_asks_for_ranges_that_meet(tmp_path: Path) ->
         environment = os.environ | {"PATH": path, "SLURM_ARRAY_TASK_ID": str(job), "PER_JOB": "7"}
         said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         assert said.startswith("encode --data my clips.csv --model MODEL --out DATA --shards ")
-        asked.append(configure(Path("a"), Path("b"), Path("c"), shards=said.split()[-2]).shard_range)
+        asked.append(configure(Path("a"), Path("b"), Path("c"), shards=said.split()[-2]).shard_bounds)
     assert asked == [(0, 7), (7, 14), (14, 21)]
 
 
@@ -91,8 +91,8 @@ def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_pa
     ready, ready_to = os.pipe()
     child = os.fork()
     if not child:
-        with opened_lock(tmp_path / "out") as lock:
-            hold_shards(lock, tmp_path / "out", range(1, 2))
+        with open_lock_file(tmp_path / "out") as lock:
+            lock_shards(lock, tmp_path / "out", range(1, 2))
             os.write(ready_to, b"x")
             time.sleep(60)
         os._exit(0)
@@ -152,16 +152,16 @@ def test_an_input_that_vanishes_is_one_line_and_leaves_whole_shards(
     tiny_models.write_csv(table, rows)
     config = configure(table, model, tmp_path / "out", shard_size=2)
     encode(configure(table, model, tmp_path / "out", shard_size=2, shards="0:1"))
-    engine = ENGINES["local"]
+    engine = EXECUTORS["local"]
 
     def vanish(*given: object, **named: object) -> None:
         table.unlink()
         engine(*given, **named)
 
-    monkeypatch.setitem(ENGINES, "local", vanish)
+    monkeypatch.setitem(EXECUTORS, "local", vanish)
     with pytest.raises(ValueError, match="^data=.*: No such file or directory$"):
         encode(config)
-    monkeypatch.setitem(ENGINES, "local", engine)
+    monkeypatch.setitem(EXECUTORS, "local", engine)
     tiny_models.write_csv(table, rows)
     assert encode(config).records == 6 and verify_data_set(tmp_path / "out").problems == ()
 
@@ -199,7 +199,7 @@ def test_a_csv_that_changes_while_it_is_read(
     rows = [(clips / f"clip-{i}.mp4", tiny_models.PROMPTS[i]) for i in range(6)]
     table = tiny_models.write_csv(tmp_path / "rows.csv", rows[:3])
     config = configure(table, model, tmp_path / "out", shard_size=2)
-    engine = ENGINES["local"]
+    engine = EXECUTORS["local"]
 
     def change_rows(*given: object, **named: object) -> None:
         tiny_models.write_csv(table, rows[: 3 + change])
@@ -208,7 +208,7 @@ def test_a_csv_that_changes_while_it_is_read(
     def wait(seconds: float) -> None:
         raise AssertionError("waits for itself")
 
-    monkeypatch.setitem(ENGINES, "local", change_rows)
+    monkeypatch.setitem(EXECUTORS, "local", change_rows)
     monkeypatch.setattr("stage1_encode.encode.time", SimpleNamespace(sleep=wait))
     if change < 0:
         with pytest.raises(ValueError, match=r"^data=.*: lost rows while encode read it; run the same command again$"):

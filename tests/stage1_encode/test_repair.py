@@ -11,7 +11,14 @@ from shards.dataset import open_data_set
 from shards.verification.verify import verify_data_set
 from stage1_encode.config import VerifyConfig
 from stage1_encode.encode import encode
-from stage1_encode.repair import CELL, COLUMNS, LABEL, command_of, draw_sheet, mend
+from stage1_encode.repair import (
+    CELL_WIDTH,
+    LABEL_HEIGHT,
+    PICTURES_PER_ROW,
+    draw_contact_sheet,
+    original_config,
+    repair_data_set,
+)
 from tests import tiny_models
 from tests.stage1_encode.test_encode import configure, hashes
 
@@ -50,7 +57,7 @@ def test_only_what_is_broken_is_made_again(name: str, made_again: set[str], whol
     report = verify_data_set(folder)
     assert {problem.file for problem in report.problems} == {name}
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
-    mend(report, CPU)
+    repair_data_set(report, CPU)
     assert hashes(folder) == hashes(whole) and verify_data_set(folder).problems == ()
     assert {path for path in before if (folder / path).stat().st_mtime_ns != before[path]} == made_again
 
@@ -58,11 +65,11 @@ def test_only_what_is_broken_is_made_again(name: str, made_again: set[str], whol
 def test_a_repair_computes_in_the_batches_of_the_command(clips: Path, model: Path, tmp_path: Path) -> None:
     made = configure(clips / "clips.csv", model, tmp_path / "set", batch_size=3, text_tokens=50)
     encode(made)
-    asked = command_of(tmp_path / "set", CPU)
+    asked = original_config(tmp_path / "set", CPU)
     assert (asked.batch_size, asked.text_tokens) == (3, 50)
     before = hashes(tmp_path / "set")
     flip(tmp_path / "set" / "shard-000001.tar", 3000)
-    mend(verify_data_set(tmp_path / "set"), CPU)
+    repair_data_set(verify_data_set(tmp_path / "set"), CPU)
     assert hashes(tmp_path / "set") == before
 
 
@@ -71,19 +78,19 @@ def test_nothing_is_deleted_where_the_command_cannot_run(whole: Path, clips: Pat
     flip(folder / "shard-000001.tar", 3000)
     report, before = verify_data_set(folder), hashes(folder)
     with pytest.raises(ValueError, match="no such folder"):
-        mend(report, VerifyConfig(model=str(tmp_path / "none"), device="cpu"))
+        repair_data_set(report, VerifyConfig(model=str(tmp_path / "none"), device="cpu"))
     other = tiny_models.make_model(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"was begun with other settings: encoder\.vae"):
-        mend(report, VerifyConfig(model=str(other), device="cpu"))
+        repair_data_set(report, VerifyConfig(model=str(other), device="cpu"))
     settings = (folder / "encode.yaml").read_text()
     table = tiny_models.write_csv(tmp_path / "rows.csv", [(clips / "clip-0.mp4", "another prompt")] * 6)
     (folder / "encode.yaml").write_text("\n".join([f"data: {table}", *settings.splitlines()[1:]]))
     with pytest.raises(ValueError, match="changed since"):
-        mend(report, CPU)
+        repair_data_set(report, CPU)
     assert hashes(folder) == before
     (folder / "encode.yaml").unlink()
     with pytest.raises(ValueError, match=r"holds no encode\.yaml"):
-        mend(report, CPU)
+        repair_data_set(report, CPU)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +111,7 @@ def test_nothing_is_deleted_where_a_sidecar_is_damaged_and_the_csv_does_not_fit(
     report, before = verify_data_set(folder), hashes(folder)
     assert {problem.file for problem in report.problems} == broken
     with pytest.raises(ValueError, match=said):
-        mend(report, CPU)
+        repair_data_set(report, CPU)
     assert hashes(folder) == before
 
 
@@ -119,18 +126,20 @@ def test_relative_paths_are_mended_from_another_folder(
     before = hashes(tmp_path / "set")
     monkeypatch.chdir(tmp_path / "elsewhere")
     flip(tmp_path / "set" / "shard-000001.json", 300)
-    mend(verify_data_set(tmp_path / "set"), CPU)
+    repair_data_set(verify_data_set(tmp_path / "set"), CPU)
     assert hashes(tmp_path / "set") == before
-    assert configure(Path("x"), Path("OWNER/NAME"), Path("y")).anywhere.model == "OWNER/NAME"
+    assert configure(Path("x"), Path("OWNER/NAME"), Path("y")).with_absolute_paths.model == "OWNER/NAME"
 
 
 def test_the_picture_shows_each_record(whole: Path, model: Path, tmp_path: Path) -> None:
     report = verify_data_set(whole)
-    path = draw_sheet(report, VerifyConfig(model=str(model), sheet=str(tmp_path / "a" / "sheet.png"), device="cpu"))
+    path = draw_contact_sheet(
+        report, VerifyConfig(model=str(model), sheet=str(tmp_path / "a" / "sheet.png"), device="cpu")
+    )
     sheet = numpy.asarray(Image.open(path))
-    height = CELL * 64 // 96
-    assert sheet.shape == (height + LABEL, COLUMNS * CELL, 3)
-    cells = [sheet[:height, i * CELL : (i + 1) * CELL].astype(float) for i in range(COLUMNS)]
+    height = CELL_WIDTH * 64 // 96
+    assert sheet.shape == (height + LABEL_HEIGHT, PICTURES_PER_ROW * CELL_WIDTH, 3)
+    cells = [sheet[:height, i * CELL_WIDTH : (i + 1) * CELL_WIDTH].astype(float) for i in range(PICTURES_PER_ROW)]
     assert open_data_set(whole).records == 5
     assert all(cell.std() > 1 for cell in cells[:5]), "pictures"
     assert all((cell == 255).all() for cell in cells[5:]), "the rest is empty"
@@ -141,13 +150,20 @@ def test_a_broken_record_is_left_out_of_the_picture(whole: Path, model: Path, tm
     folder = shutil.copytree(whole, tmp_path / "set")
     (folder / "shard-000000.tar").unlink()
     config = VerifyConfig(model=str(model), sheet=str(tmp_path / "sheet.png"), device="cpu")
-    sheet = numpy.asarray(Image.open(draw_sheet(verify_data_set(folder), config)))
-    assert [(sheet[:, i * CELL : (i + 1) * CELL] != 255).any() for i in range(4)] == [True, True, True, False]
+    sheet = numpy.asarray(Image.open(draw_contact_sheet(verify_data_set(folder), config)))
+    assert [(sheet[:, i * CELL_WIDTH : (i + 1) * CELL_WIDTH] != 255).any() for i in range(4)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_another_vae_draws_nothing(whole: Path, tmp_path: Path) -> None:
     other = tiny_models.make_model(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match="its VAE is not the one"):
-        draw_sheet(verify_data_set(whole), VerifyConfig(model=str(other), sheet=str(tmp_path / "s.png"), device="cpu"))
+        draw_contact_sheet(
+            verify_data_set(whole), VerifyConfig(model=str(other), sheet=str(tmp_path / "s.png"), device="cpu")
+        )
     with pytest.raises(ValueError, match=r"must end in \.png or \.jpg"):
         VerifyConfig(sheet="sheet")

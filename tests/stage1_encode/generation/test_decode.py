@@ -12,8 +12,8 @@ from PIL import Image
 from common.video import VideoSpec
 from shards import latent_store
 from stage1_encode.config import DecodeConfig
-from stage1_encode.generation.decode import decode, thumbnails, write_sheet
-from stage1_encode.media.video_writer import Film, write_video
+from stage1_encode.generation.decode import decode, make_thumbnails, write_contact_sheet
+from stage1_encode.media.video_writer import VideoWriter, write_video
 from stage1_encode.models import vae
 from tests import tiny_models
 
@@ -56,7 +56,7 @@ def test_videos_and_contact_sheet(model: Path, tmp_path: Path) -> None:
 
 def test_pixels_are_those_of_diffusers(model: Path) -> None:
     draw = torch.randn(SPEC.latent_shape, generator=torch.Generator().manual_seed(0))
-    own = vae.load(model, dtype=torch.float32, device=torch.device("cpu"))
+    own = vae.load_vae(model, dtype=torch.float32, device=torch.device("cpu"))
     theirs = AutoencoderKLWan.from_pretrained(model / "vae")
     mean, std = (torch.tensor(v).view(48, 1, 1, 1) for v in (theirs.config.latents_mean, theirs.config.latents_std))
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_pixels_are_those_of_diffusers(model: Path) -> None:
     found = vae.decode_video(own, draw)
     assert found.shape == (9, 64, 96, 3) and found.dtype == torch.uint8
     assert ((wanted + 1) * 127.5 - found).abs().max() <= 0.51
-    together = vae.decode_videos(own, torch.stack([torch.zeros_like(draw), draw]))
+    together = vae.decode_video_batch(own, torch.stack([torch.zeros_like(draw), draw]))
     assert together.shape == (2, 9, 64, 96, 3)
     assert ((wanted + 1) * 127.5 - together[1]).abs().max() <= 0.51
     assert (together[0] != together[1]).any()
@@ -88,7 +88,7 @@ def test_equal_pixels_give_equal_bytes(tmp_path: Path) -> None:
 
 def test_the_contact_sheet_shows_first_and_last_frame() -> None:
     clip = moving()
-    sheet = thumbnails(clip, columns=3)
+    sheet = make_thumbnails(clip, columns=3)
     assert numpy.array_equal(sheet[:, :96], clip[0])
     assert numpy.array_equal(sheet[:, 96:192], clip[4])
     assert numpy.array_equal(sheet[:, 192:], clip[8])
@@ -119,7 +119,7 @@ def test_a_contact_sheet_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_sheet(tmp_path / "contact.png", [moving()[0], moving()[1]])
+        write_contact_sheet(tmp_path / "contact.png", [moving()[0], moving()[1]])
     assert not (tmp_path / "contact.png").exists()
     assert Image.open(tmp_path / "contact.png.partial").size == (96, 128)
 
@@ -140,7 +140,7 @@ def test_mistakes_are_named(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_film_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"), Film(tmp_path / "x.mp4", fps=12) as film:
+    with pytest.raises(RuntimeError, match="stop"), VideoWriter(tmp_path / "x.mp4", fps=12) as film:
         film.add(torch.from_numpy(moving()))
         raise RuntimeError("stop")
     assert list(tmp_path.iterdir()) == []
@@ -148,7 +148,7 @@ def test_a_film_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_frames_given_in_pieces_make_the_same_file(tmp_path: Path) -> None:
     clip = torch.from_numpy(moving())
-    with Film(tmp_path / "a.mp4", fps=12) as film:
+    with VideoWriter(tmp_path / "a.mp4", fps=12) as film:
         for piece in clip.split([1, 2, 6]):
             film.add(piece)
     assert (tmp_path / "a.mp4").read_bytes() == write_video(tmp_path / "b.mp4", moving(), fps=12).read_bytes()

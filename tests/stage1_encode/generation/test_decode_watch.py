@@ -43,12 +43,12 @@ def test_new_steps_are_decoded_as_they_appear(model: Path, tmp_path: Path, monke
             latent_store.mark_store_complete(store, True)
 
     monkeypatch.setattr(time, "sleep", next_sleep)
-    made = decode.follow(config)
+    made = decode.decode_as_written(config)
     assert next(made) == out / "step-000000" / "contact.png"
     assert not (out / "step-000002").exists(), "it is still being written"
     assert list(made) == [out / "step-000002" / "contact.png"]
     assert {path.name for path in (out / "step-000002").iterdir()} == {"a.mp4", "b.mp4", "contact.png"}
     assert len(slept) == 4
     before = (out / "step-000000" / "a.mp4").stat().st_mtime_ns
-    assert list(decode.follow(config)) == [], "the same command has nothing left to do"
+    assert list(decode.decode_as_written(config)) == [], "the same command has nothing left to do"
     assert (out / "step-000000" / "a.mp4").stat().st_mtime_ns == before

@@ -21,14 +21,20 @@ from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import encode
 from stage1_encode.generation import generate
 from stage1_encode.generation.condition_encoder import (
-    Conditioner,
-    encode_frame,
-    load_conditioner,
-    make_records,
-    read_picture,
+    ConditionEncoder,
+    encode_conditions,
+    encode_picture,
+    load_condition_encoder,
+    read_row_picture,
 )
-from stage1_encode.generation.generate import PLACINGS, Order, Placing, make_videos, place
-from stage1_encode.media.rows import Row, read_shards
+from stage1_encode.generation.generate import (
+    MEMORY_PLANS,
+    GenerationRequest,
+    MemoryPlan,
+    choose_memory_plan,
+    generate_videos,
+)
+from stage1_encode.media.rows import Row, read_shard_rows
 from stage1_encode.models import vae
 from tests import tiny_models
 
@@ -57,17 +63,17 @@ class Noise:
 
 
 @pytest.fixture(scope="module")
-def models(model: Path) -> Conditioner:
-    return load_conditioner(str(model), precision="auto", device=CPU)
+def models(model: Path) -> ConditionEncoder:
+    return load_condition_encoder(str(model), precision="auto", device=CPU)
 
 
 @pytest.fixture
-def order(tmp_path: Path) -> Order:
+def order(tmp_path: Path) -> GenerationRequest:
     Image.fromarray(tiny_models.picture(90, 160, seed=3)).save(tmp_path / "first.png")
     rows = [("a &amp; b", "first.png", 1), ("c", "", 2)]
     table = tiny_models.write_csv(tmp_path / "p.csv", rows, ("prompt", "image", "seed"))
     (tmp_path / "out").mkdir()
-    return Order(table, tmp_path / "out", tmp_path / "x.zarr", SPEC, 0)
+    return GenerationRequest(table, tmp_path / "out", tmp_path / "x.zarr", SPEC, 0)
 
 
 def frames(path: Path) -> int:
@@ -75,9 +81,11 @@ def frames(path: Path) -> int:
         return len(list(file.decode(video=0)))
 
 
-def test_records_are_those_of_encode(order: Order, model: Path, models: Conditioner, tmp_path: Path) -> None:
-    (rows,) = read_shards(order.table, shard_size=9, text_only=True)
-    found = make_records(models, rows, order.table, SPEC, stay=True)
+def test_records_are_those_of_encode(
+    order: GenerationRequest, model: Path, models: ConditionEncoder, tmp_path: Path
+) -> None:
+    (rows,) = read_shard_rows(order.table, shard_size=9, text_only=True)
+    found = encode_conditions(models, rows, order.table, SPEC, keep_text_on_device=True)
     encode(
         EncodeConfig(
             str(order.table), str(model), str(tmp_path / "data"), 9, 64, 96, 12,
@@ -103,7 +111,7 @@ def test_pictures_of_any_mode_become_first_frames(tmp_path: Path, mode: str) -> 
     deep = Image.fromarray(pixels[..., 0].astype("uint16") * 257)
     name = "x.tif" if mode == "CMYK" else "x.png"
     (deep if mode == "I;16" else Image.fromarray(pixels).convert(mode)).save(tmp_path / name)
-    found = read_picture(Row(0, 2, name, "a", None, ""), "a", tmp_path / "p.csv", SPEC)
+    found = read_row_picture(Row(0, 2, name, "a", None, ""), "a", tmp_path / "p.csv", SPEC)
     assert isinstance(found, Tensor), found
     assert found.shape == (64, 96, 3)
     assert 5 < found.float().std() < 120
@@ -118,31 +126,33 @@ def test_pictures_are_turned_upright(tmp_path: Path, orientation: int, turn: int
     exif[0x0112] = orientation
     upright.rotate(turn, expand=True).save(tmp_path / "turned.png", exif=exif)
     rows = [Row(0, 2, name, "a", None, "") for name in ("turned.png", "upright.png")]
-    found, wanted = (read_picture(row, "a", tmp_path / "p.csv", SPEC) for row in rows)
+    found, wanted = (read_row_picture(row, "a", tmp_path / "p.csv", SPEC) for row in rows)
     assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3000, 20), (20, 3000)])
 def test_pictures_of_any_size_become_first_frames(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.new("RGB", size, (10, 200, 90)).save(tmp_path / "x.png")
-    found = read_picture(Row(0, 2, "x.png", "a", None, ""), "a", tmp_path / "p.csv", SPEC)
+    found = read_row_picture(Row(0, 2, "x.png", "a", None, ""), "a", tmp_path / "p.csv", SPEC)
     assert isinstance(found, Tensor), found
     assert (found == torch.tensor([10, 200, 90])).all()
 
 
-def test_segments_go_on_from_the_last_frame(order: Order, models: Conditioner) -> None:
-    longer = Order(order.table, order.out, order.store, SPEC, 0, segments=2, batch_size=2)
-    made = make_videos(longer, models, Noise(), Placing())
+def test_segments_go_on_from_the_last_frame(order: GenerationRequest, models: ConditionEncoder) -> None:
+    longer = GenerationRequest(order.table, order.out, order.store, SPEC, 0, segments=2, batch_size=2)
+    made = generate_videos(longer, models, Noise(), MemoryPlan())
     assert [path.name for path in made] == ["000000000.mp4", "000000001.mp4", "contact.png"]
     assert [frames(path) for path in made[:2]] == [1 + 2 * 8] * 2
     assert describe_group(order.store, "sample").keys[:3] == ("000000000-0", "000000000-1", "000000001-0")
     for row in (0, 2):
         last = vae.decode_video(models.vae, read_latents(order.store, "sample", row))[-1]
-        assert torch.equal(read_latents(order.store, "sample", row + 1)[:, :1], encode_frame(models, last).float())
+        assert torch.equal(read_latents(order.store, "sample", row + 1)[:, :1], encode_picture(models, last).float())
     assert not torch.equal(read_latents(order.store, "sample", 0)[:, 1:], read_latents(order.store, "sample", 1)[:, 1:])
 
 
-def test_memory_does_not_grow_with_segments(order: Order, models: Conditioner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_segments(
+    order: GenerationRequest, models: ConditionEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When latents are asked for, those before the last ones are gone, on a slow disk too."""
     alive: list[int] = []
     write = latent_store.write_latents
@@ -164,34 +174,34 @@ def test_memory_does_not_grow_with_segments(order: Order, models: Conditioner, m
             self.made.append(weakref.ref(x0))
             return x0
 
-    make_videos(replace(order, segments=6), models, Watched(), Placing())
+    generate_videos(replace(order, segments=6), models, Watched(), MemoryPlan())
     assert len(alive) == 12
     assert max(alive) <= 1
 
 
 def test_only_what_the_contact_sheet_shows_is_kept(
-    order: Order, models: Conditioner, monkeypatch: pytest.MonkeyPatch
+    order: GenerationRequest, models: ConditionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    takes: list[generate.Take] = []
-    remember = generate.Take.__init__
+    takes: list[generate.VideoJob] = []
+    remember = generate.VideoJob.__init__
 
-    def init(self: generate.Take, *given: object, **options: object) -> None:
+    def init(self: generate.VideoJob, *given: object, **options: object) -> None:
         remember(self, *given, **options)
         takes.append(self)
 
-    monkeypatch.setattr(generate.Take, "__init__", init)
-    monkeypatch.setattr(generate, "MOST_ROWS", 1)
-    made = make_videos(order, models, Noise(), Placing())
+    monkeypatch.setattr(generate.VideoJob, "__init__", init)
+    monkeypatch.setattr(generate, "MAX_SHEET_ROWS", 1)
+    made = generate_videos(order, models, Noise(), MemoryPlan())
     assert Image.open(made[-1]).height == 64
-    assert [len(take.shown) for take in takes] == [generate.COLUMNS, 0]
+    assert [len(take.shown) for take in takes] == [generate.SHEET_COLUMNS, 0]
     assert all(frame.untyped_storage().nbytes() == frame.nbytes for frame in takes[0].shown), "no view of a video"
 
 
-def test_memory_modes_give_the_same_files(order: Order, models: Conditioner) -> None:
+def test_memory_modes_give_the_same_files(order: GenerationRequest, models: ConditionEncoder) -> None:
     made = {}
-    for name, placing in PLACINGS.items():
+    for name, placing in MEMORY_PLANS.items():
         sampler = Noise()
-        paths = make_videos(order, models, sampler, placing)
+        paths = generate_videos(order, models, sampler, placing)
         made[name] = [path.read_bytes() for path in paths]
     assert made["full"] == made["24gb"] == made["16gb"]
     assert sampler.moves == ["cpu"] * 5  # away for the texts, then there and away for each of two batches
@@ -204,50 +214,50 @@ def test_memory_modes_give_the_same_files(order: Order, models: Conditioner) -> 
 def test_the_card_chooses(monkeypatch: pytest.MonkeyPatch, gib: float, asked: str, found: str) -> None:
     card = SimpleNamespace(total_memory=int(gib * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    assert place(asked, torch.device("cuda", 0)) == PLACINGS[found]
+    assert choose_memory_plan(asked, torch.device("cuda", 0)) == MEMORY_PLANS[found]
 
 
 def test_too_small_a_card_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(total_memory=int(23.6 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     with pytest.raises(ValueError, match=r"memory=full: full needs 33 GiB and the card has 24; --memory 24gb fits"):
-        place("full", torch.device("cuda", 0))
+        choose_memory_plan("full", torch.device("cuda", 0))
     card.total_memory = 8 * 2**30
     with pytest.raises(ValueError, match="nothing fits"):
-        place("auto", torch.device("cuda", 0))
+        choose_memory_plan("auto", torch.device("cuda", 0))
 
 
-def test_latents_that_are_not_finite_leave_no_video(order: Order, models: Conditioner) -> None:
+def test_latents_that_are_not_finite_leave_no_video(order: GenerationRequest, models: ConditionEncoder) -> None:
     class Broken(Noise):
         def __call__(self, records: list[Record], seeds: list[int], segment: int) -> Tensor:
             return super().__call__(records, seeds, segment) / 0
 
     with pytest.raises(ValueError, match="not finite"):
-        make_videos(order, models, Broken(), Placing())
+        generate_videos(order, models, Broken(), MemoryPlan())
     assert not list(order.out.glob("*.partial"))
 
 
-def test_ranks_share_the_rows(order: Order, models: Conditioner, tmp_path: Path) -> None:
+def test_ranks_share_the_rows(order: GenerationRequest, models: ConditionEncoder, tmp_path: Path) -> None:
     """Two processes make what one makes, file by file."""
-    whole = {path.name: path.read_bytes() for path in make_videos(order, models, Noise(), Placing())[:2]}
+    whole = {path.name: path.read_bytes() for path in generate_videos(order, models, Noise(), MemoryPlan())[:2]}
     (tmp_path / "share").mkdir()
     for rank in (0, 1):
         part = replace(order, out=tmp_path / "share", store=tmp_path / f"{rank}.zarr", rank=rank, world=2)
-        assert [path.name for path in make_videos(part, models, Noise(), Placing())] == [
+        assert [path.name for path in generate_videos(part, models, Noise(), MemoryPlan())] == [
             f"00000000{rank}.mp4",
             f"contact-{rank}.png",
         ]
         assert torch.equal(read_latents(part.store, "sample", 0), read_latents(order.store, "sample", rank))
     assert {path.name: path.read_bytes() for path in (tmp_path / "share").glob("*.mp4")} == whole
-    assert make_videos(replace(order, rank=2, world=3), models, Noise(), Placing()) == []
+    assert generate_videos(replace(order, rank=2, world=3), models, Noise(), MemoryPlan()) == []
 
 
-def test_too_little_memory_says_what_would_fit(order: Order, models: Conditioner) -> None:
+def test_too_little_memory_says_what_would_fit(order: GenerationRequest, models: ConditionEncoder) -> None:
     class Large(Noise):
         def __call__(self, records: list[Record], seeds: list[int], segment: int) -> Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     for name, way in (("full", "give --memory 16gb"), ("16gb", "give a smaller --batch-size, --height or --width")):
         with pytest.raises(ValueError, match=f"too small for 9 x 64 x 96, batch size 1: {way}"):
-            make_videos(order, models, Large(), PLACINGS[name])
+            generate_videos(order, models, Large(), MEMORY_PLANS[name])
     assert not list(order.out.glob("*.mp4*"))

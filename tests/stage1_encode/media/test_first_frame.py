@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from stage1_encode.media import first_frame as frames
-from stage1_encode.media.first_frame import UnreadableError, first_frame, fit
+from stage1_encode.media.first_frame import UnreadableError, read_first_frame, resize_and_crop
 from tests import tiny_models
 
 RED, GREEN, BLUE = (220, 20, 20), (20, 200, 20), (20, 20, 220)
@@ -45,28 +45,28 @@ def video(path: Path, image: numpy.ndarray, *, rotation: int = 0, aspect: int = 
 
 
 def test_a_wide_frame_is_cropped_left_and_right() -> None:
-    wide = fit(Image.fromarray(stripes(64, 288)), height=64, width=96)
+    wide = resize_and_crop(Image.fromarray(stripes(64, 288)), height=64, width=96)
     assert wide.shape == (64, 96, 3)
     assert close(wide[:, 4:92].reshape(-1, 3).mean(0), GREEN, 1)
 
 
 def test_a_tall_frame_is_cropped_above_and_below() -> None:
-    tall = fit(Image.fromarray(stripes(288, 96).transpose(1, 0, 2)[:288]), height=32, width=32)
+    tall = resize_and_crop(Image.fromarray(stripes(288, 96).transpose(1, 0, 2)[:288]), height=32, width=32)
     assert tall.shape == (32, 32, 3)
-    turned = fit(Image.fromarray(numpy.rot90(stripes(96, 288)).copy()), height=96, width=96)
+    turned = resize_and_crop(Image.fromarray(numpy.rot90(stripes(96, 288)).copy()), height=96, width=96)
     assert close(turned[48, 48], GREEN, 1)
 
 
 def test_resizing_is_antialiased() -> None:
     board = (numpy.indices((256, 256)).sum(0) % 2 * 255).astype(numpy.uint8)
-    small = fit(Image.fromarray(board).convert("RGB"), height=32, width=32)
+    small = resize_and_crop(Image.fromarray(board).convert("RGB"), height=32, width=32)
     assert abs(small[4:-4, 4:-4].astype(int) - 127).max() <= 2  # nearest neighbours would give 0 or 255
 
 
 def test_the_aspect_is_kept() -> None:
     y, x = numpy.mgrid[:200, :400]
     disc = (((y - 100) ** 2 + (x - 200) ** 2 < 60**2) * 255).astype(numpy.uint8)
-    small = fit(Image.fromarray(disc).convert("RGB"), height=96, width=64)[..., 0] > 127
+    small = resize_and_crop(Image.fromarray(disc).convert("RGB"), height=96, width=64)[..., 0] > 127
     assert abs(int(small.any(0).sum()) - int(small.any(1).sum())) <= 1
 
 
@@ -82,14 +82,14 @@ def test_both_readers_turn_a_video_upright_and_agree(rotation: int, tmp_path: Pa
     for y, x in ((8, 8), (8, -8), (-8, 8), (-8, -8)):
         assert close(by_decord[y, x], tuple(wanted[y, x]))
     height, width = wanted.shape[:2]
-    assert first_frame(path, height=64, width=64).size == (height, width)
+    assert read_first_frame(path, height=64, width=64).size == (height, width)
 
 
 def test_decord_reads_an_ordinary_video_and_no_other(tmp_path: Path) -> None:
     found = {}
     for name, rotation in (("a.mp4", 0), ("a.mov", 0), ("turned.mp4", 90), ("a.mkv", 0)):
         with av.open(path := video(tmp_path / name, stripes(64, 96), rotation=rotation)) as file:
-            found[name] = frames._suits_decord(path, file)
+            found[name] = frames._is_decord_safe(path, file)
     assert found == {"a.mp4": True, "a.mov": True, "turned.mp4": False, "a.mkv": False}
 
 
@@ -102,7 +102,7 @@ def test_the_reader_does_not_decide_how_a_video_is_turned(
     path = video(tmp_path / f"turned{suffix}", numpy.rot90(upright, -1).copy(), rotation=90)
     if not decord:
         monkeypatch.setattr(frames, "decord", None)
-    assert abs(first_frame(path, height=64, width=96).pixels.astype(int) - upright).mean() < 4
+    assert abs(read_first_frame(path, height=64, width=96).pixels.astype(int) - upright).mean() < 4
 
 
 @pytest.mark.parametrize("turn", [(x, 0, 0, y) for x in (1, -1) for y in (1, -1)])
@@ -113,7 +113,7 @@ def test_a_mirrored_video_is_mirrored_back(turn: tuple[int, ...], swapped: bool,
     if swapped:
         stored, turn = stored.transpose(1, 0, 2), (0, turn[3], turn[0], 0)
     path = video(tmp_path / "mirrored.mp4", numpy.ascontiguousarray(stored), turn=turn)
-    found = first_frame(path, height=64, width=96)
+    found = read_first_frame(path, height=64, width=96)
     assert found.size == (64, 96)
     assert abs(found.pixels.astype(int) - upright).mean() < 4
 
@@ -128,13 +128,13 @@ def test_of_several_videos_the_main_one_is_read(tmp_path: Path) -> None:
             image = numpy.full((64, 96, 3), colour, numpy.uint8)
             file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             file.mux(stream.encode())
-    assert close(first_frame(str(tmp_path / "two.mp4"), height=64, width=64).pixels[32, 32], BLUE)
+    assert close(read_first_frame(str(tmp_path / "two.mp4"), height=64, width=64).pixels[32, 32], BLUE)
 
 
 @pytest.mark.parametrize(("rotation", "size"), [(0, (64, 96)), (90, (96, 64))])
 def test_wide_pixels_are_shown_wide(rotation: int, size: tuple[int, int], tmp_path: Path) -> None:
     path = video(tmp_path / "anamorphic.mp4", stripes(64, 96), aspect=2, rotation=rotation)
-    frame = first_frame(path, height=64, width=64)
+    frame = read_first_frame(path, height=64, width=64)
     assert frame.size == size
     assert close(frame.pixels[4:-4, 4:-4].reshape(-1, 3).mean(0), GREEN, 6)  # 192 wide as shown: 64 of it is green
 
@@ -156,7 +156,7 @@ def test_a_picture_is_turned_by_its_orientation(orientation: int, tmp_path: Path
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "photo.jpg", quality=100, subsampling=0, exif=exif)
-    found = first_frame(str(tmp_path / "photo.jpg"), height=64, width=96)
+    found = read_first_frame(str(tmp_path / "photo.jpg"), height=64, width=96)
     assert found.size == (64, 96)
     assert abs(found.pixels.astype(int) - upright).mean() < 3
 
@@ -165,17 +165,17 @@ def test_transparency_lies_on_white(tmp_path: Path) -> None:
     image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     image.paste((0, 0, 255, 255), (0, 0, 32, 64))
     image.save(tmp_path / "picture.png")
-    pixels = first_frame(str(tmp_path / "picture.png"), height=64, width=64).pixels
+    pixels = read_first_frame(str(tmp_path / "picture.png"), height=64, width=64).pixels
     assert close(pixels[32, 8], (0, 0, 255), 1) and close(pixels[32, 56], (255, 255, 255), 1)
 
 
 def test_a_sixteen_bit_grey_keeps_its_brightness(tmp_path: Path) -> None:
     Image.fromarray(numpy.full((64, 64), 128 * 257, numpy.uint16)).save(tmp_path / "grey.png")
-    pixels = first_frame(str(tmp_path / "grey.png"), height=32, width=32).pixels
+    pixels = read_first_frame(str(tmp_path / "grey.png"), height=32, width=32).pixels
     assert (pixels == 128).all()
 
 
 def test_a_program_is_never_started_for_a_picture(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
     with pytest.raises(UnreadableError, match="no readable video"):
-        first_frame(str(tmp_path / "picture.png"), height=32, width=32)
+        read_first_frame(str(tmp_path / "picture.png"), height=32, width=32)

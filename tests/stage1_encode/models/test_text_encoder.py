@@ -21,7 +21,7 @@ def test_the_text_encoder_is_the_one_of_transformers_in_fewer_passes(model: Path
             weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(index))
         ids = torch.randint(3, 200, (3, 20), generator=torch.Generator().manual_seed(0))
         expected = theirs(ids).last_hidden_state
-        ours = text_encoder.fused(theirs)
+        ours = text_encoder.fuse_layers(theirs)
         kinds = {type(module).__name__ for module in ours.modules()}
         assert {"RMSNorm", "GELU"} <= kinds and not {"UMT5LayerNorm", "NewGELUActivation"} & kinds
         torch.testing.assert_close(ours(ids).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
@@ -29,10 +29,10 @@ def test_the_text_encoder_is_the_one_of_transformers_in_fewer_passes(model: Path
 
 def test_prompts_are_padded_within_their_batch_only() -> None:
     tokens = [[1] * length for length in (9, 2, 30, 3, 2, 29)]
-    groups = text_encoder.group(tokens, 60)
+    groups = text_encoder.group_by_length(tokens, 60)
     assert groups == [[1, 4, 3, 0], [5, 2]]
     assert all(len(group) * max(len(tokens[place]) for place in group) <= 60 for group in groups)
-    assert text_encoder.group([[1] * 100], 60) == [[0]]
+    assert text_encoder.group_by_length([[1] * 100], 60) == [[0]]
 
 
 def test_a_text_encoder_without_a_weight_is_refused(model: Path, tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_text_encoder_without_a_weight_is_refused(model: Path, tmp_path: Path)
     tiny_models.lose_weight(folder / "text_encoder", "encoder.block.0.layer.0.SelfAttention.q.weight")
     said = r"^model=.*/text_encoder: lacks weights \(encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight\); .*$"
     with pytest.raises(ValueError, match=said):
-        text_encoder.load(folder, dtype=torch.float32, device=CPU)
+        text_encoder.load_text_encoder(folder, dtype=torch.float32, device=CPU)
 
 
 def test_the_embedding_may_have_either_name(model: Path, tmp_path: Path) -> None:
@@ -49,7 +49,9 @@ def test_the_embedding_may_have_either_name(model: Path, tmp_path: Path) -> None
     weights = load_file(path)
     weights["encoder.embed_tokens.weight"] = weights.pop("shared.weight")
     save_file(weights, path, metadata={"format": "pt"})
-    found, whole = (text_encoder.load(place, dtype=torch.float32, device=CPU).model for place in (folder, model))
+    found, whole = (
+        text_encoder.load_text_encoder(place, dtype=torch.float32, device=CPU).model for place in (folder, model)
+    )
     assert torch.equal(found.encoder.embed_tokens.weight, whole.encoder.embed_tokens.weight)
 
 
@@ -58,4 +60,4 @@ def test_broken_weights_are_one_line_with_their_folder(content: bytes, model: Pa
     folder = shutil.copytree(model, tmp_path / "model")
     next((folder / "text_encoder").glob("*.safetensors")).write_bytes(content)
     with pytest.raises(ValueError, match=r"^model=.*/text_encoder: cannot be read: [^\n]*header[^\n]*$"):
-        text_encoder.load(folder, dtype=torch.float32, device=CPU)
+        text_encoder.load_text_encoder(folder, dtype=torch.float32, device=CPU)

@@ -4,11 +4,15 @@ import pytest
 import torch
 
 from stage1_encode.models import vae_ops
-from stage1_encode.models.vae_ops import Plan, by_library, fold, normalise, ours_is_faster
+from stage1_encode.models.vae_ops import ConvSpec, convolve_torch, fold_weight, is_kernel_faster, norm_silu_torch
 
 GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
-PLANS = [Plan(256, 256), Plan(256, 256, side=1, time=2), Plan(512, 256, depth=1, side=2, space=2, repeats=2)]
+PLANS = [
+    ConvSpec(256, 256),
+    ConvSpec(256, 256, side=1, time=2),
+    ConvSpec(512, 256, depth=1, side=2, space=2, repeats=2),
+]
 
 
 def off(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -21,7 +25,7 @@ def test_norm_in_one_pass(channels: int) -> None:
     x, gamma = torch.randn(2, 5, 7, channels, device="cuda"), torch.randn(channels, device="cuda")
     x[0, 0, 0] = 0
     exact, found, half = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x, dtype=torch.bfloat16)
-    normalise(x, gamma, exact)
+    norm_silu_torch(x, gamma, exact)
     vae_ops.norm_kernel.normalise(x, gamma, found)
     vae_ops.norm_kernel.normalise(x.bfloat16(), gamma.bfloat16(), half)
     assert off(found, exact) < 1e-6
@@ -30,17 +34,19 @@ def test_norm_in_one_pass(channels: int) -> None:
 
 @pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
 @pytest.mark.parametrize("plan", PLANS)
-def test_convolutions_on_a_picture_that_no_tile_divides(plan: Plan) -> None:
-    assert ours_is_faster(plan)
+def test_convolutions_on_a_picture_that_no_tile_divides(plan: ConvSpec) -> None:
+    assert is_kernel_faster(plan)
     draw = {"device": "cuda", "dtype": torch.bfloat16}
     x = torch.randn(3 + plan.depth - 1, 21, 37, plan.channels, **draw)
     side = 3 if plan.space == 2 else plan.side
-    weight = fold(torch.randn(plan.outputs * plan.time, plan.channels, plan.depth, side, side, **draw) / 64, plan)
+    weight = fold_weight(
+        torch.randn(plan.outputs * plan.time, plan.channels, plan.depth, side, side, **draw) / 64, plan
+    )
     bias = torch.randn(plan.outputs * plan.time, **draw)
     residual = torch.randn_like(x) if plan.repeats else None
     found = vae_ops.conv_kernel.convolve(x, weight, bias, plan, residual=residual)
     exact = None if residual is None else residual.float()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        wanted = by_library(x.float(), weight.float(), bias.float(), plan, residual=exact)
+        wanted = convolve_torch(x.float(), weight.float(), bias.float(), plan, residual=exact)
     assert off(found, wanted) < 5e-3
     assert torch.equal(found, vae_ops.conv_kernel.convolve(x, weight, bias, plan, residual=residual))

@@ -34,7 +34,7 @@ def test_perceptual_distance_orders_damage() -> None:
         numpy.random.default_rng(0).integers(0, 255, picture.shape),
     )
     others = torch.from_numpy(numpy.stack([picture, moved, noise.astype(numpy.uint8)]))
-    same, near, far = frame_metrics.perceptual(others[:1].expand(3, -1, -1, -1), others).tolist()
+    same, near, far = frame_metrics.perceptual_distance(others[:1].expand(3, -1, -1, -1), others).tolist()
     assert same == 0 < near < far
 
 
@@ -43,43 +43,49 @@ def test_motion_saturation_contrast() -> None:
     coloured = video.copy()
     coloured[..., 0] = 255  # the others are 100, 151, 100
     both = torch.from_numpy(numpy.stack([video, coloured]))
-    assert frame_metrics.motion(both).tolist() == pytest.approx([0.2, 0.2 * 2 / 3])
-    assert frame_metrics.motion(both[:, :1]).tolist() == [0, 0]
-    assert frame_metrics.saturation(both).tolist() == pytest.approx([0, (155 + 104 + 155) / 3 / 255])
+    assert frame_metrics.frame_motion(both).tolist() == pytest.approx([0.2, 0.2 * 2 / 3])
+    assert frame_metrics.frame_motion(both[:, :1]).tolist() == [0, 0]
+    assert frame_metrics.colour_saturation(both).tolist() == pytest.approx([0, (155 + 104 + 155) / 3 / 255])
     half = numpy.zeros((2, 1, 4, 4, 3), numpy.uint8)
     half[1, :, :2] = 255
-    assert frame_metrics.contrast(torch.from_numpy(half)).tolist() == pytest.approx([0, 0.5])
+    assert frame_metrics.frame_contrast(torch.from_numpy(half)).tolist() == pytest.approx([0, 0.5])
 
 
 def test_a_judge_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "judge.py").write_text("def judge(video, prompt):\n    return {'red': bool(video[0, 0, 0, 0] > 128)}\n")
-    judge = custom_judge.load(str(tmp_path / "judge.py"))
+    judge = custom_judge.load_judge(str(tmp_path / "judge.py"))
     assert judge(torch.from_numpy(GREY[None, None]), ["a"]) == [{"red": False}]
     (tmp_path / "all.py").write_text(
         "def judge(v, p):\n    pass\ndef judge_all(v, p):\n    return [{'n': len(v) == 2}] * 2\n"
     )
-    assert custom_judge.load(str(tmp_path / "all.py"))(torch.zeros(2, 1), ["a", "b"]) == [{"n": True}, {"n": True}]
-    found = custom_judge.shares([{"a": True, "b": [True, False]}, {"a": False}, {"a": True, "b": [False, False]}])
+    assert custom_judge.load_judge(str(tmp_path / "all.py"))(torch.zeros(2, 1), ["a", "b"]) == [
+        {"n": True},
+        {"n": True},
+    ]
+    found = custom_judge.true_shares([{"a": True, "b": [True, False]}, {"a": False}, {"a": True, "b": [False, False]}])
     assert found == {"a": pytest.approx(2 / 3), "b": 0.25}
     (tmp_path / "only.py").write_text("def judge_all(v, p):\n    return [{'n': len(v) == 2}] * 2\n")
-    assert custom_judge.load(str(tmp_path / "only.py"))(torch.zeros(2, 1), ["a", "b"]) == [{"n": True}, {"n": True}]
+    assert custom_judge.load_judge(str(tmp_path / "only.py"))(torch.zeros(2, 1), ["a", "b"]) == [
+        {"n": True},
+        {"n": True},
+    ]
     values = [numpy.bool_(True), torch.tensor(False), 1, numpy.array([True, False]), (True, torch.tensor(True)), []]
-    assert custom_judge.shares([{"a": value} for value in values]) == {"a": pytest.approx(5 / 7)}
+    assert custom_judge.true_shares([{"a": value} for value in values]) == {"a": pytest.approx(5 / 7)}
     (tmp_path / "none.py").write_text("x = 1\n")
     for name in ("none.py", "gone.py"):
         with pytest.raises(ValueError, match=f"analyser=.*{name}"):
-            custom_judge.load(str(tmp_path / name))
+            custom_judge.load_judge(str(tmp_path / name))
 
 
 def test_i3d_stand_in(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     torch.jit.script(StandIn()).save(str(tmp_path / "i3d.pt"))
     video = numpy.stack([GREY] * 5)
-    found = i3d_features.features(i3d_features.load(str(tmp_path / "i3d.pt"), cpu), video, cpu)
+    found = i3d_features.extract_i3d_features(i3d_features.load_i3d(str(tmp_path / "i3d.pt"), cpu), video, cpu)
     assert found.tolist() == pytest.approx([100 / 127.5 - 1, 5])
     (tmp_path / "bad.pt").write_text("no")
     with pytest.raises(ValueError, match="bad.pt"):
-        i3d_features.load(str(tmp_path / "bad.pt"), cpu)
+        i3d_features.load_i3d(str(tmp_path / "bad.pt"), cpu)
 
 
 def test_clip_stand_in(tmp_path: Path) -> None:
@@ -91,21 +97,21 @@ def test_clip_stand_in(tmp_path: Path) -> None:
     )
     torch.manual_seed(0)
     CLIPModel(config).save_pretrained(tmp_path)
-    model = clip_score.load(str(tmp_path), torch.device("cpu"))
+    model = clip_score.load_clip(str(tmp_path), torch.device("cpu"))
     video = numpy.stack([tiny_models.picture(40, 64, seed=2)] * 3)
-    score = clip_score.score(model, video, "moves right")
+    score = clip_score.clip_score(model, video, "moves right")
     assert -100 <= score <= 100
-    assert score == pytest.approx(clip_score.score(model, video[:1], "moves right"), abs=1e-3), (
+    assert score == pytest.approx(clip_score.clip_score(model, video[:1], "moves right"), abs=1e-3), (
         "a mean over equal frames"
     )
-    assert score != pytest.approx(clip_score.score(model, video, "the left left left"), abs=1e-3)
+    assert score != pytest.approx(clip_score.clip_score(model, video, "the left left left"), abs=1e-3)
     with pytest.raises(ValueError, match="config.json"):
-        clip_score.load(str(tmp_path / "none"), torch.device("cpu"))
+        clip_score.load_clip(str(tmp_path / "none"), torch.device("cpu"))
     weights = load_file(tmp_path / "model.safetensors")
     del weights["logit_scale"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"clip=.*: lacks weights of a CLIP model: logit_scale"):
-        clip_score.load(str(tmp_path), torch.device("cpu"))
+        clip_score.load_clip(str(tmp_path), torch.device("cpu"))
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"clip=.*: holds no \.safetensors weights"):
-        clip_score.load(str(tmp_path), torch.device("cpu"))
+        clip_score.load_clip(str(tmp_path), torch.device("cpu"))
