@@ -19,7 +19,7 @@ from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.sampling.config import SampleConfig
-from stage2_distill.turbo_config import understood
+from stage2_distill.turbo_config import translated_options
 
 
 @click.group(context_settings={"show_default": True, "max_content_width": 110})
@@ -53,7 +53,7 @@ def distill_command(**options: object) -> None:
     """Distil the model on shards; the same command again goes on."""
     from stage2_distill.train import distill
 
-    options, notes = understood(options)
+    options, notes = translated_options(options)
     if notes and os.environ.get("RANK", "0") == "0":
         click.echo("\n".join(notes), err=True)
     click.echo(f"checkpoint: {distill(resolve_config(DistillConfig, options))}")
@@ -89,9 +89,9 @@ def decode_command(**options: object) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 def plot_command(run: Path) -> None:
     """Draw the curves of a run into RUN/curves.png."""
-    from stage2_distill.monitoring.plot import plot
+    from stage2_distill.monitoring.plot import plot_curves
 
-    click.echo(str(plot(run)))
+    click.echo(str(plot_curves(run)))
 
 
 @cli.command("demo")
@@ -163,7 +163,7 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     from stage1_encode.executors import rank_and_world
     from stage1_encode.generation.condition_encoder import load_condition_encoder
     from stage1_encode.generation.generate import GenerationRequest, choose_memory_plan, generate_videos
-    from stage2_distill.sampling.multi_gpu import Leader, follow
+    from stage2_distill.sampling.multi_gpu import LeaderSampler, run_sampling_worker
     from stage2_distill.sampling.student_sampler import open_student
 
     out, is_single = Path(config.out), config.prompt is not None
@@ -171,7 +171,7 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     student, (rank, world) = open_student(config), rank_and_world()
     shared_video = is_single and world > 1
     if shared_video and rank:
-        follow(student)
+        run_sampling_worker(student)
         return []
     models = load_condition_encoder(
         config.model,
@@ -190,14 +190,14 @@ def sample_videos(config: SampleConfig) -> list[Path]:
         request = GenerationRequest(
             table, out, store, student.spec, config.seed, config.segments, config.batch_size, rank, world
         )
-        with Leader(student) if shared_video else nullcontext(student) as sampler:
+        with LeaderSampler(student) if shared_video else nullcontext(student) as sampler:
             return generate_videos(request, models, sampler, memory_plan)
 
 
 def evaluate_students(config: EvaluateConfig) -> Path:
     """Sample all contestants (stage two), look at their videos (stage one), report (stage two); the page."""
     from stage1_encode.video_metrics.evaluate_videos import VideoEvalConfig, load_tools, measure_videos
-    from stage2_distill.evaluation.compare import sample_contest
+    from stage2_distill.evaluation.compare import sample_comparison
     from stage2_distill.evaluation.report import write_report
 
     eval_config = VideoEvalConfig(
@@ -206,7 +206,7 @@ def evaluate_students(config: EvaluateConfig) -> Path:
     )  # fmt: skip
     if config.videos:
         load_tools(eval_config)  # a mistake there comes out before hours of sampling
-    sample_contest(config)
+    sample_comparison(config)
     if config.videos:
         measure_videos(eval_config)
     return write_report(config)

@@ -17,7 +17,7 @@ from cli import cli
 from common.condition import Condition, Denoiser
 from common.flow import timestep_sigmas
 from stage2_distill import trainer
-from stage2_distill.checkpointing.format import STUDENT
+from stage2_distill.checkpointing.format import STUDENT_FILE
 from stage2_distill.dmd import losses
 from stage2_distill.model import wan
 
@@ -39,11 +39,11 @@ def unpinned(x: Tensor, condition: Condition) -> Tensor:
 def unwarp(checkpoint: Path, out: Path) -> None:
     """Copy a checkpoint and write a ladder into it whose sigmas are its indices / 1000, as if never shifted."""
     shutil.copytree(checkpoint, out)
-    facts = json.loads((out / STUDENT).read_bytes())
+    facts = json.loads((out / STUDENT_FILE).read_bytes())
     s = facts["shift"]
     facts["ladder"] = [1000 * u / (s - (s - 1) * u) for u in (index / 1000 for index in facts["ladder"])]
     print(f"sigmas {timestep_sigmas(facts['ladder'], s=s)}")
-    (out / STUDENT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (out / STUDENT_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from common.video import VideoSpec
-from stage2_distill.checkpointing.format import StudentFacts, checkpoints, damage, load
-from stage2_distill.checkpointing.writer import Saver
+from stage2_distill.checkpointing.format import StudentFacts, checkpoint_damage, list_checkpoints, load_checkpoint
+from stage2_distill.checkpointing.writer import CheckpointWriter
 from stage2_distill.config import DistillConfig
-from stage2_distill.distributed.process_group import Ranks, start
+from stage2_distill.distributed.process_group import RankContext, start_process_group
 
 TENSOR = 64 << 20  # bytes
 
@@ -37,7 +37,7 @@ def matmuls(device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def measure(gib: float, ranks: Ranks, folder: Path) -> Iterator[tuple[str, float, str]]:
+def measure(gib: float, ranks: RankContext, folder: Path) -> Iterator[tuple[str, float, str]]:
     """Name, figure and unit of everything, each as soon as it is known."""
     tensors = state(gib, ranks.device)
     size = sum(value.nbytes for value in tensors.values()) / 1e9
@@ -46,15 +46,15 @@ def measure(gib: float, ranks: Ranks, folder: Path) -> Iterator[tuple[str, float
     matmuls(ranks.device)
     alone = matmuls(ranks.device)
     yield "state", size, "GB"
-    with Saver(folder, config, ranks) as saver:
+    with CheckpointWriter(folder, config, ranks) as saver:
         began = time.perf_counter()
-        saver.prepare(tensors)
+        saver.prepare_buffers(tensors)
         saver.make_rooms(tensors)
         room = time.perf_counter() - began
         yield "room for copies, once in a run, beside training", room, f"s ({size / room:.1f} GB/s)"
         began = time.perf_counter()
         saver.save(tensors, facts)
-        saver.copied()
+        saver.wait_for_copies()
         pause = time.perf_counter() - began
         yield "training waits", pause, f"s ({size / pause:.1f} GB/s)"
         beside = matmuls(ranks.device)
@@ -63,11 +63,11 @@ def measure(gib: float, ranks: Ranks, folder: Path) -> Iterator[tuple[str, float
         whole = time.perf_counter() - began
     yield "until it has its name", whole, f"s ({size / whole:.2f} GB/s written, read back, hashed)"
     began = time.perf_counter()
-    assert damage(checkpoints(folder)[0]) is None
+    assert checkpoint_damage(list_checkpoints(folder)[0]) is None
     checked = time.perf_counter() - began
     yield "check before resuming", checked, f"s ({size / checked:.2f} GB/s)"
     began = time.perf_counter()
-    load(checkpoints(folder)[0], tensors)
+    load_checkpoint(list_checkpoints(folder)[0], tensors)
     loaded = time.perf_counter() - began
     yield "load", loaded, f"s ({size / loaded:.2f} GB/s)"
     began = time.perf_counter()
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--folder", default=None, help="On the disk to be measured; without it a temporary folder.")
     given = parser.parse_args()
-    ranks = start(given.device)
+    ranks = start_process_group(given.device)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         for name, figure, unit in measure(given.gib, ranks, Path(folder)):
             print(f"{name:32}{figure:10.3f} {unit}", flush=True)

@@ -21,10 +21,10 @@ from torch import nn
 from benchmarks.device import Case, case, randomise, synchronize
 from benchmarks.report import append
 from benchmarks.trainer import make_config, random_network
-from stage2_distill.build import Opened, open_roles
+from stage2_distill.build import BuiltRoles, build_roles
 from stage2_distill.config import DistillConfig
-from stage2_distill.distributed.process_group import Ranks, start
-from stage2_distill.model.layers import Plan
+from stage2_distill.distributed.process_group import RankContext, start_process_group
+from stage2_distill.model.layers import ExecutionPlan
 
 FILE = 2 << 30  # bytes
 
@@ -32,7 +32,7 @@ FILE = 2 << 30  # bytes
 def write_model(folder: Path, tiny: bool) -> None:
     """A transformer folder of random bf16 weights, in files of some 2 GiB as the hub's, made on the device."""
     chosen = case(tiny, half=True)
-    net = random_network(chosen, Plan(), torch.bfloat16)
+    net = random_network(chosen, ExecutionPlan(), torch.bfloat16)
     (folder / "transformer").mkdir(parents=True)
     net.save_config(folder / "transformer")
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
@@ -65,10 +65,12 @@ def host_peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def load(chosen: Case, ranks: Ranks, config: DistillConfig, folder: Path) -> tuple[Opened, list[tuple[str, str]]]:
+def load(
+    chosen: Case, ranks: RankContext, config: DistillConfig, folder: Path
+) -> tuple[BuiltRoles, list[tuple[str, str]]]:
     """Open the three roles and say what it took."""
     before, began = host_peak(), time.perf_counter()
-    opened = open_roles(config, ranks, folder)
+    opened = build_roles(config, ranks, folder)
     synchronize(chosen)
     spent = time.perf_counter() - began
     size = sum(p.numel() for p in opened.roles.teacher.parameters()) * 2 / 2**30
@@ -92,7 +94,7 @@ def main() -> None:
         if given.write:
             return
         chosen = case(given.tiny, half=True)
-        ranks = start(chosen.device.type)
+        ranks = start_process_group(chosen.device.type)
         _, rows = load(chosen, ranks, make_config(chosen, ranks, memory=given.memory), folder)
     print("\n".join(": ".join(row) for row in rows), flush=True)
     if not given.tiny:

@@ -28,9 +28,9 @@ from benchmarks.report import append
 from benchmarks.train_step import MEASURES, mean_iteration, show
 from benchmarks.trainer import make_config, one_batch, random_condition, random_roles, report_memory, trainer_of
 from common.condition import Condition
-from stage2_distill.distributed.process_group import Ranks, of_all_ranks, start
-from stage2_distill.dmd.schedule import CRITIC, STUDENT, Part, exit_index
-from stage2_distill.monitoring.metrics_log import Update
+from stage2_distill.distributed.process_group import RankContext, gather_from_ranks, start_process_group
+from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, draw_exit_index
+from stage2_distill.monitoring.metrics_log import UpdateResult
 from stage2_distill.trainer import Trainer, update_critic, update_student
 
 Row = tuple[str, str]
@@ -51,9 +51,9 @@ def measure(mode: str, chosen: Case, given: argparse.Namespace, known: dict[str,
     """Figures of one mode; `compact` opens the model folder, the others make their weights."""
     world = dist.get_world_size()
     replicate = world if mode == "hsdp" else 1
-    ranks = start(chosen.device.type, replicate=replicate)
+    ranks = start_process_group(chosen.device.type, replicate=replicate)
     if mode == "alone":
-        ranks = Ranks(0, 1, ranks.device, ranks.mesh)
+        ranks = RankContext(0, 1, ranks.device, ranks.mesh)
     config = make_config(chosen, ranks, replicate=replicate, compile=not given.tiny, **MODES[mode])
     began = time.perf_counter()
     if mode == "compact" and given.folder is not None and given.folder.exists():
@@ -78,16 +78,16 @@ def measure(mode: str, chosen: Case, given: argparse.Namespace, known: dict[str,
 
 def leaving(trainer: Trainer, role: str, step: int) -> int:
     """The first iteration in which a role's update leaves the rollout at a step."""
-    return next(n for n in range(10_000) if exit_index(n, role, trainer.config) == step)
+    return next(n for n in range(10_000) if draw_exit_index(n, role, trainer.config) == step)
 
 
-def two_batches(chosen: Case, ranks: Ranks) -> Iterator[tuple[Part, Condition]]:
+def two_batches(chosen: Case, ranks: RankContext) -> Iterator[tuple[MicroBatch, Condition]]:
     """Both micro-batches of a critic's update."""
     for last in (False, True):
-        yield Part(0, CRITIC, (ranks.rank,), (ranks.rank,), 0.5, last), random_condition(chosen)
+        yield MicroBatch(0, CRITIC, (ranks.rank,), (ranks.rank,), 0.5, last), random_condition(chosen)
 
 
-def update(chosen: Case, trainer: Trainer, role: str, leaves: int) -> Callable[[], Update]:
+def update(chosen: Case, trainer: Trainer, role: str, leaves: int) -> Callable[[], UpdateResult]:
     """An update of a role that leaves the rollout at a step."""
     number = leaving(trainer, role, leaves)
     return lambda: UPDATES[role](trainer, number, one_batch(chosen, trainer.ranks, role, number))
@@ -112,9 +112,9 @@ def iteration(chosen: Case, trainer: Trainer, known: dict[str, float], mode: str
         yield "rate of a GPU against one that trains alone", f"{known['alone'] / spent:.3f}"
 
 
-def host_peaks(ranks: Ranks) -> list[float]:
+def host_peaks(ranks: RankContext) -> list[float]:
     """GiB of every rank."""
-    return [row[0] for row in of_all_ranks(torch.tensor([host_peak()], device=ranks.device)).tolist()]
+    return [row[0] for row in gather_from_ranks(torch.tensor([host_peak()], device=ranks.device)).tolist()]
 
 
 def age() -> float:
@@ -142,7 +142,7 @@ def main() -> None:
     chosen = case(given.tiny, half=True)
     if given.layers:
         chosen = replace(chosen, network=chosen.network | {"num_layers": given.layers})
-    ranks = start(chosen.device.type)
+    ranks = start_process_group(chosen.device.type)
     known = {"ceiling": ceiling_of(chosen)}
     rows = [("ranks", str(ranks.world)), ("first product after", f"{age():.1f} s")]
     rows.append(("matrix product", f"{known['ceiling']:.0f} TFLOP/s"))

@@ -18,9 +18,9 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from benchmarks.device import Case, a_time_a_token, case, inputs, kernels, peak_gib, random_network, seconds
-from stage2_distill.model.attention import attend, flash_is_3, repeatable
-from stage2_distill.model.layers import Plan
-from stage2_distill.model.transformer import adopt
+from stage2_distill.model.attention import dot_product_attention, enable_determinism, uses_flash_3
+from stage2_distill.model.layers import ExecutionPlan
+from stage2_distill.model.transformer import convert_transformer
 
 Row = tuple[str, str]
 Run = Callable[[], object]
@@ -76,7 +76,7 @@ def line(name: str, run: Run, chosen: Case, base: float | None = None) -> tuple[
     return row, steady
 
 
-def compare(chosen: Case, make: Callable[..., Run], plans: dict[str, Plan], *, eager: bool) -> Iterator[Row]:
+def compare(chosen: Case, make: Callable[..., Run], plans: dict[str, ExecutionPlan], *, eager: bool) -> Iterator[Row]:
     """Diffusers eager (if asked) and compiled, then our plans."""
     given = inputs(chosen)
     wide = a_time_a_token(given, chosen)
@@ -86,32 +86,32 @@ def compare(chosen: Case, make: Callable[..., Run], plans: dict[str, Plan], *, e
     yield row
     net = random_network(chosen)
     for name, plan in plans.items():
-        yield line(name, make(adopt(net, plan), given), chosen, base)[0]
+        yield line(name, make(convert_transformer(net, plan), given), chosen, base)[0]
 
 
-def by_kernel(name: str, plan: Plan) -> dict[str, Plan]:
+def by_kernel(name: str, plan: ExecutionPlan) -> dict[str, ExecutionPlan]:
     """A plan, and where `auto` is FlashAttention-3, the same on cuDNN."""
-    return {name: plan} | ({f"{name}, cudnn": replace(plan, kernel="cudnn")} if flash_is_3() else {})
+    return {name: plan} | ({f"{name}, cudnn": replace(plan, kernel="cudnn")} if uses_flash_3() else {})
 
 
 def forward(chosen: Case) -> Iterator[Row]:
     """Forward passes."""
-    yield from compare(chosen, forward_of, by_kernel("ours", Plan(compiled=not chosen.tiny)), eager=True)
+    yield from compare(chosen, forward_of, by_kernel("ours", ExecutionPlan(compiled=not chosen.tiny)), eager=True)
 
 
 def backward(chosen: Case) -> Iterator[Row]:
     """Forward and backward passes with checkpointing; then as in training, where sums have an order."""
-    plan = Plan(keep="attention", compiled=not chosen.tiny)
+    plan = ExecutionPlan(keep="attention", compiled=not chosen.tiny)
     yield from compare(chosen, backward_of, by_kernel("ours, keep attention", plan), eager=False)
     with in_order(plan.kernel, chosen):
-        run = backward_of(adopt(random_network(chosen), plan), inputs(chosen))
+        run = backward_of(convert_transformer(random_network(chosen), plan), inputs(chosen))
         yield line("ours, keep attention, in order", run, chosen)[0]
 
 
 @contextmanager
 def in_order(kernel: str, chosen: Case) -> Iterator[str]:
     """`repeatable`, for a while; the kernel."""
-    repeatable(kernel, chosen.dtype, chosen.device)
+    enable_determinism(kernel, chosen.dtype, chosen.device)
     try:
         yield kernel
     finally:
@@ -136,7 +136,7 @@ def attentions(chosen: Case) -> Iterator[Row]:
     tokens = inputs(chosen)["hidden_states"][0, 0].numel() // 4
     shape, flop = (1, heads, tokens, size), 2 * tokens**2 * heads * size
     for kernel in ("cudnn", "flash", "efficient", "flex") if chosen.device.type == "cuda" else ("torch", "math"):
-        name = "attention flash 3" if kernel == "flash" and flash_is_3() else f"attention {kernel}"
+        name = "attention flash 3" if kernel == "flash" and uses_flash_3() else f"attention {kernel}"
         yield rate(name, attention_of(kernel, shape, where, False), 2 * flop, chosen)
         run = attention_of(kernel, shape, where, True)
         for order in (nullcontext(), in_order(kernel, chosen)):
@@ -174,7 +174,7 @@ def attention_of(
     counts = tokens, keys or tokens, keys or tokens
     q, k, v = (torch.randn(batch, count, heads, size, **where, requires_grad=grad) for count in counts)
 
-    call = flex_attend if kernel == "flex" else partial(attend, kernel=kernel)
+    call = flex_attend if kernel == "flex" else partial(dot_product_attention, kernel=kernel)
 
     def run() -> tuple[Tensor, ...]:
         out = call(q, k, v)
@@ -193,7 +193,10 @@ def rate(name: str, run: Run, flop: int, chosen: Case) -> Row:
 
 def write_profiles(chosen: Case, out: Path) -> Iterator[Row]:
     """Kernels by time of our compiled forward and forward + backward, as text files."""
-    net, given = adopt(random_network(chosen), Plan(keep="attention", compiled=not chosen.tiny)), inputs(chosen)
+    net, given = (
+        convert_transformer(random_network(chosen), ExecutionPlan(keep="attention", compiled=not chosen.tiny)),
+        inputs(chosen),
+    )
     for name, run in (("forward", forward_of(net, given)), ("backward", backward_of(net, given))):
         run()
         run()

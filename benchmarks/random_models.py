@@ -17,9 +17,9 @@ from common.flow import timestep_sigmas, x0_from_velocity
 from common.video import LATENT_CHANNELS, VideoSpec, tokens_per_frame
 from stage1_encode.generation.condition_encoder import ConditionEncoder
 from stage1_encode.models import text_encoder, vae
-from stage2_distill.model.layers import Plan
-from stage2_distill.model.wan import materialise, skeleton
-from stage2_distill.sampling.student_sampler import Student
+from stage2_distill.model.layers import ExecutionPlan
+from stage2_distill.model.wan import build_meta_transformer, materialize_transformer
+from stage2_distill.sampling.student_sampler import StudentSampler
 from tests import tiny_models
 
 WORDS = 10_000  # of the stand-in tokenizer: one token a word
@@ -115,7 +115,7 @@ def fresh(model: AutoencoderKLWan) -> AutoencoderKLWan:
     return other.eval().requires_grad_(False)
 
 
-def make_student(spec: VideoSpec, folder: Path, small: bool, device: torch.device) -> Student:
+def make_student(spec: VideoSpec, folder: Path, small: bool, device: torch.device) -> StudentSampler:
     """A random network with the true sizes, its blocks compiled."""
     facts = {"_class_name": "WanTransformer3DModel", "in_channels": 48, "out_channels": 48, "num_layers": 30,
              "num_attention_heads": 24, "attention_head_dim": 128, "ffn_dim": 14336, "freq_dim": 256, "text_dim": 4096,
@@ -125,11 +125,13 @@ def make_student(spec: VideoSpec, folder: Path, small: bool, device: torch.devic
     (folder / "transformer").mkdir()
     (folder / "transformer" / "config.json").write_text(json.dumps(facts))
     dtype = torch.float32 if small else torch.bfloat16
-    net = materialise(skeleton(folder, dtype, Plan(compiled=not small)), device).requires_grad_(False)
+    net = materialize_transformer(
+        build_meta_transformer(folder, dtype, ExecutionPlan(compiled=not small)), device
+    ).requires_grad_(False)
     draws = torch.Generator(device).manual_seed(0)
     for name, weight in net.named_parameters():
         randomise(name, weight, draws)
-    return Student(net, spec, timestep_sigmas((1000, 750, 500, 250), s=5.0), dtype)
+    return StudentSampler(net, spec, timestep_sigmas((1000, 750, 500, 250), s=5.0), dtype)
 
 
 def plain_denoise(net: WanTransformer3DModel, x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:

@@ -28,11 +28,11 @@ from common.video import VideoSpec
 from shards.manifest import EncoderInfo, Manifest, write_manifest
 from shards.record import Record, RecordSource
 from shards.writer import shard_file_name, write_shard
-from stage2_distill.checkpointing.format import load, newest
+from stage2_distill.checkpointing.format import load_checkpoint, newest_checkpoint
 from stage2_distill.config import DistillConfig
-from stage2_distill.model.wan import materialise, skeleton
+from stage2_distill.model.wan import build_meta_transformer, materialize_transformer
 from stage2_distill.model.weight_loading import read_weights
-from stage2_distill.monitoring.metrics_log import METRICS
+from stage2_distill.monitoring.metrics_log import METRICS_FILE
 
 ROOT = Path(__file__).parent.parent
 MODEL, SPEC, TEXT_DIM = ROOT / "examples/nano/model", VideoSpec(17, 64, 96, 12), 64
@@ -120,14 +120,14 @@ def seen(out: Path) -> set[str]:
 
 def losses(out: Path) -> torch.Tensor:
     """Of all iterations and roles."""
-    lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / METRICS_FILE).read_text().splitlines()]
     return torch.tensor([line[key] for line in lines for key in sorted(line) if key.endswith("loss")])
 
 
 def moved(out: Path, start: dict[str, torch.Tensor]) -> torch.Tensor:
     """How the student's average moved from where it began, in one vector."""
     average = {f"ema.{name}": torch.empty_like(value) for name, value in start.items()}
-    load(newest(out), average)
+    load_checkpoint(newest_checkpoint(out), average)
     return torch.cat([(average[f"ema.{name}"] - value).flatten() for name, value in start.items()])
 
 
@@ -147,7 +147,7 @@ def compare(name: str, spent: float, out: Path, base: Path, start: dict[str, tor
 
 def first_weights() -> dict[str, torch.Tensor]:
     """The weights of the model folder, float32."""
-    net = materialise(skeleton(MODEL, torch.float32), torch.device("cpu"))
+    net = materialize_transformer(build_meta_transformer(MODEL, torch.float32), torch.device("cpu"))
     start = {name: value.detach() for name, value in net.named_parameters()}
     read_weights(MODEL / "transformer", start)
     return start

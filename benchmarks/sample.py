@@ -40,7 +40,7 @@ from stage1_encode.generation.generate import (
 from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import vae, vae_decoder
 from stage2_distill.dmd.rollout import rollout
-from stage2_distill.model.layers import Plan
+from stage2_distill.model.layers import ExecutionPlan
 
 Row = tuple[str, str]
 
@@ -69,7 +69,7 @@ class Bench:
     def compile_nothing(self) -> None:
         """What `sample` does without --compile."""
         for block in self.student.net.blocks:
-            block.plan = Plan()
+            block.plan = ExecutionPlan()
         self.models = replace(self.models, vae=replace(self.models.vae, compiled=False))
 
     def note(self, what: str, figure: str) -> None:
@@ -134,7 +134,7 @@ class Bench:
         def denoise(*given: object) -> Tensor:
             return plain_denoise(self.student.net, *given)
 
-        return rollout(denoise, noise, condition, ladder=self.student.sigmas, generators=draws)
+        return rollout(denoise, noise, condition, sigmas=self.student.sigmas, generators=draws)
 
     def stock(self) -> None:
         """diffusers' pipeline with 4 steps, and 50 guided ones projected from its own step."""

@@ -13,7 +13,7 @@ from benchmarks.clock import sync, times
 from common.video import VideoSpec
 from stage1_encode.generation.condition_encoder import ConditionEncoder
 from stage1_encode.media.video_writer import write_video
-from stage2_distill.model.transformer import Network
+from stage2_distill.model.transformer import WanTransformer
 
 PROMPT = "A red circle moves to the right, slowly, in front of a grey wall, and then it turns and comes back again."
 
@@ -29,7 +29,7 @@ class Stock:
     video: Tensor  # (1 3 F X Y)
 
 
-def run_stock(net: Network, models: ConditionEncoder, spec: VideoSpec, folder: Path, repeats: int) -> Stock:
+def run_stock(net: WanTransformer, models: ConditionEncoder, spec: VideoSpec, folder: Path, repeats: int) -> Stock:
     """Medians of `repeats` videos after a first one; the picture is first.png in the folder."""
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     pipe = WanImageToVideoPipeline(

@@ -17,16 +17,16 @@ from benchmarks.random_models import make_student
 from benchmarks.report import append
 from benchmarks.sample import Bench
 from common.video import VideoSpec
-from stage2_distill.distributed.process_group import Ranks, start
-from stage2_distill.model.layers import Plan
-from stage2_distill.sampling.multi_gpu import Leader, follow
-from stage2_distill.sampling.student_sampler import Student
+from stage2_distill.distributed.process_group import RankContext, start_process_group
+from stage2_distill.model.layers import ExecutionPlan
+from stage2_distill.sampling.multi_gpu import LeaderSampler, run_sampling_worker
+from stage2_distill.sampling.student_sampler import StudentSampler
 
 
-def share(student: Student, ranks: int, *, compiled: bool) -> None:
+def share(student: StudentSampler, ranks: int, *, compiled: bool) -> None:
     """Let so many ranks have a part each of every video."""
     for block in student.net.blocks:
-        block.plan = Plan(compiled=compiled, ranks=ranks)
+        block.plan = ExecutionPlan(compiled=compiled, ranks=ranks)
 
 
 def videos(bench: Bench, how: str) -> tuple[float, Tensor]:
@@ -35,10 +35,10 @@ def videos(bench: Bench, how: str) -> tuple[float, Tensor]:
     return bench.single, bench.latents()
 
 
-def lead(bench: Bench, ranks: Ranks, *, compiled: bool) -> None:
+def lead(bench: Bench, ranks: RankContext, *, compiled: bool) -> None:
     """Both ways on the first rank; the others end with the first way."""
     share(bench.student, ranks.world, compiled=compiled)
-    with Leader(bench.student) as bench.sampler:
+    with LeaderSampler(bench.student) as bench.sampler:
         both, x0 = videos(bench, f"{ranks.world} GPUs")
     bench.sampler = bench.student
     share(bench.student, 1, compiled=compiled)
@@ -53,13 +53,13 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
-    ranks = start("cpu" if asked.tiny else "auto")
+    ranks = start_process_group("cpu" if asked.tiny else "auto")
     with tempfile.TemporaryDirectory() as work:
         if ranks.rank:
             spec = VideoSpec(9, 64, 96) if asked.tiny else VideoSpec()
             student = make_student(spec, Path(work), asked.tiny, ranks.device)
             share(student, ranks.world, compiled=not asked.tiny)
-            follow(student)
+            run_sampling_worker(student)
             return
         bench = Bench(Path(work), asked.tiny, asked.repeats, 1)
         lead(bench, ranks, compiled=not asked.tiny)

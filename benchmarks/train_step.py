@@ -33,12 +33,12 @@ from benchmarks.trainer import (
     report_memory,
     trainer_of,
 )  # fmt: skip
-from stage2_distill.checkpointing.staging import Rooms, Snapshot, host_mesh, make_rooms
-from stage2_distill.distributed.process_group import start
-from stage2_distill.dmd.rollout_reuse import Reuse
-from stage2_distill.dmd.schedule import CRITIC, STUDENT, exit_index, parts
-from stage2_distill.monitoring.metrics_log import Step, Update
-from stage2_distill.resume import state
+from stage2_distill.checkpointing.staging import HostBuffers, StagedState, allocate_host_buffers, build_cpu_mesh
+from stage2_distill.distributed.process_group import start_process_group
+from stage2_distill.dmd.rollout_reuse import RolloutReuse
+from stage2_distill.dmd.schedule import CRITIC, STUDENT, draw_exit_index, micro_batches
+from stage2_distill.monitoring.metrics_log import StepResult, UpdateResult
+from stage2_distill.resume import training_state
 from stage2_distill.trainer import Trainer, train_step, update_critic, update_student
 
 Row = tuple[str, str]
@@ -48,10 +48,10 @@ USEFUL = {CRITIC: 2.5 + 3, STUDENT: 1.5 + 3 + 3}  # forwards: rollout, a gradien
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 
 
-def turn(chosen: Case, trainer: Trainer, iteration: int) -> Step:
+def turn(chosen: Case, trainer: Trainer, iteration: int) -> StepResult:
     """One iteration of the trainer on random data."""
     ranks = trainer.ranks
-    todo = parts(trainer.config, start=iteration, rank=ranks.rank, world=ranks.world)
+    todo = micro_batches(trainer.config, start=iteration, rank=ranks.rank, world=ranks.world)
     return train_step(trainer, iteration, ((part, random_condition(chosen)) for part in todo))
 
 
@@ -82,7 +82,7 @@ def iteration(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterat
     yield "losses finite", f"{finite(losses)}, {len(losses)} updates"
 
 
-def told(step: Step, spent: float) -> str:
+def told(step: StepResult, spent: float) -> str:
     """An iteration in few words."""
     student = "" if step.student is None else f"student {step.student.exit_index}, "
     return f"{spent:.2f} ({student}critic {step.critic.exit_index})"
@@ -101,7 +101,7 @@ def mean_iteration(chosen: Case, trainer: Trainer, known: dict[str, float], spen
 def reuse(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
     """The same where one rollout serves the critic's updates between two of the student."""
     config = replace(trainer.config, rollout_reuse=True)
-    reusing = replace(trainer, config=config, reuse=Reuse(config, trainer.ranks.world))
+    reusing = replace(trainer, config=config, rollout_reuse=RolloutReuse(config, trainer.ranks.world))
     for name, value in iteration(chosen, reusing, known):
         yield f"rollout reuse, {name}", value
 
@@ -111,8 +111,8 @@ def updates(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator
     found = {}
     for role, update in ((CRITIC, update_critic), (STUDENT, update_student)):
 
-        def run(exit_at: int, role: str = role, update: Callable[..., Update] = update) -> float:
-            number = next(n for n in range(10_000) if exit_index(n, role, trainer.config) == exit_at)
+        def run(exit_at: int, role: str = role, update: Callable[..., UpdateResult] = update) -> float:
+            number = next(n for n in range(10_000) if draw_exit_index(n, role, trainer.config) == exit_at)
             data = one_batch(chosen, trainer.ranks, role, number)
             return seconds(lambda: update(trainer, number, data), chosen, warm=0, repeat=1)
 
@@ -131,7 +131,7 @@ def updates(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator
 def exposed(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
     """How much of the two updates of an iteration is communication that nothing hides."""
     for role, update in ((CRITIC, update_critic), (STUDENT, update_student)):
-        number = next(n for n in range(10_000) if exit_index(n, role, trainer.config) == 0)
+        number = next(n for n in range(10_000) if draw_exit_index(n, role, trainer.config) == 0)
         run = partial(update, trainer, number, one_batch(chosen, trainer.ranks, role, number))
         yield from communication(run, chosen, f"{role} update")
 
@@ -157,16 +157,16 @@ def passes(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator
 def pause(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
     """How much longer a checkpoint makes the shortest iteration, and how long the copy to host memory takes."""
     config = trainer.config
-    short = next(n for n in range(10_000) if n % config.student_every and exit_index(n, CRITIC, config) == 0)
-    began, rooms = perf_counter(), Rooms()
-    make_rooms(state(trainer), rooms)
+    short = next(n for n in range(10_000) if n % config.student_every and draw_exit_index(n, CRITIC, config) == 0)
+    began, rooms = perf_counter(), HostBuffers()
+    allocate_host_buffers(training_state(trainer), rooms)
     yield "room for it in host memory, once in a run, beside training", f"{perf_counter() - began:.1f} s"
     alone = seconds(lambda: turn(chosen, trainer, short), chosen, warm=1, repeat=1)
     began = perf_counter()
-    live = state(trainer)
-    snapshot = Snapshot(live, host_mesh(trainer.ranks), rooms, first=CRITIC)
+    live = training_state(trainer)
+    snapshot = StagedState(live, build_cpu_mesh(trainer.ranks), rooms, first=CRITIC)
     issued = perf_counter() - began
-    hook = trainer.critic_optimizer.register_step_pre_hook(lambda *_: snapshot.hold(CRITIC))
+    hook = trainer.critic_optimizer.register_step_pre_hook(lambda *_: snapshot.wait_for_role(CRITIC))
     turn(chosen, trainer, short)
     synchronize(chosen)
     beside = perf_counter() - began
@@ -174,7 +174,7 @@ def pause(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[
     size = sum(value.nbytes for value in live.values()) / 2**30
     yield "pause of a checkpoint", f"{beside - alone:.2f} s beside an iteration of {alone:.2f} s, {size:.1f} GiB"
     began = perf_counter()
-    Snapshot(live, host_mesh(trainer.ranks), rooms, first=CRITIC).result()
+    StagedState(live, build_cpu_mesh(trainer.ranks), rooms, first=CRITIC).result()
     yield "the copy by itself", f"{perf_counter() - began:.2f} s, begun in {issued:.2f} s"
 
 
@@ -211,7 +211,7 @@ def main() -> None:
     """Measure, print and append to the results."""
     given = arguments()
     chosen = case(given.tiny, half=given.memory == "compact" or given.lora > 0)
-    ranks = start(chosen.device.type, replicate=given.replicate)
+    ranks = start_process_group(chosen.device.type, replicate=given.replicate)
     knobs = {"memory": given.memory, "keep_activations": given.keep, "replicate": given.replicate}
     knobs |= {"compile": not (given.tiny or given.eager), "offload": given.offload, "attention": given.attention}
     config = make_config(chosen, ranks, lora_rank=given.lora, **knobs)

@@ -11,23 +11,23 @@ from torch import Tensor
 from benchmarks.device import Case, randomise
 from common.condition import Condition
 from common.timer import PhaseTimer
-from stage2_distill.build import Opened
+from stage2_distill.build import BuiltRoles
 from stage2_distill.config import STANDARD, DistillConfig
-from stage2_distill.distributed.dtensor import local
-from stage2_distill.distributed.fsdp import shard
-from stage2_distill.distributed.process_group import Ranks, of_all_ranks
-from stage2_distill.dmd.rollout_reuse import Reuse
-from stage2_distill.dmd.schedule import CRITIC, STUDENT, Part, exit_index, student_turn
-from stage2_distill.model.attention import repeatable
-from stage2_distill.model.layers import Plan
-from stage2_distill.model.lora import Role, add_adapters, lora_of
-from stage2_distill.model.transformer import Network, adopt
-from stage2_distill.model.wan import cast_parameters, materialise
-from stage2_distill.optim.optimizers import open_ema, open_optimizer
-from stage2_distill.trainer import Roles, Trainer
+from stage2_distill.distributed.dtensor import local_tensor
+from stage2_distill.distributed.fsdp import apply_fsdp
+from stage2_distill.distributed.process_group import RankContext, gather_from_ranks
+from stage2_distill.dmd.rollout_reuse import RolloutReuse
+from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, draw_exit_index, student_turn
+from stage2_distill.model.attention import enable_determinism
+from stage2_distill.model.layers import ExecutionPlan
+from stage2_distill.model.lora import AdapterView, add_adapters, lora_settings
+from stage2_distill.model.transformer import WanTransformer, convert_transformer
+from stage2_distill.model.wan import cast_parameters, materialize_transformer
+from stage2_distill.optim.optimizers import build_ema, build_optimizer
+from stage2_distill.trainer import RoleNetworks, Trainer
 
 
-def make_config(chosen: Case, ranks: Ranks, **changes: object) -> DistillConfig:
+def make_config(chosen: Case, ranks: RankContext, **changes: object) -> DistillConfig:
     """The published recipe at one clip a GPU."""
     spec = chosen.spec
     plain = DistillConfig(
@@ -39,53 +39,53 @@ def make_config(chosen: Case, ranks: Ranks, **changes: object) -> DistillConfig:
     return replace(plain, **changes)
 
 
-def random_network(chosen: Case, plan: Plan, dtype: torch.dtype) -> Network:
+def random_network(chosen: Case, plan: ExecutionPlan, dtype: torch.dtype) -> WanTransformer:
     """A transformer in `dtype` without memory."""
     with torch.device("meta"):
         net = WanTransformer3DModel(
             patch_size=(1, 2, 2), in_channels=48, out_channels=48, cross_attn_norm=True,
             qk_norm="rms_norm_across_heads", **chosen.network,
         )  # fmt: skip
-    return cast_parameters(adopt(net, plan), dtype).eval()
+    return cast_parameters(convert_transformer(net, plan), dtype).eval()
 
 
-def random_role(chosen: Case, ranks: Ranks, net: Network, *, casts: bool = False) -> Network:
+def random_role(chosen: Case, ranks: RankContext, net: WanTransformer, *, casts: bool = False) -> WanTransformer:
     """Shard a network that computes in the case's dtype, with random weights."""
-    materialise(shard(net, ranks, chosen.dtype, casts=casts), ranks.device)
+    materialize_transformer(apply_fsdp(net, ranks, chosen.dtype, net_casts=casts), ranks.device)
     draws = torch.Generator(chosen.device).manual_seed(0)
     for name, parameter in net.named_parameters():
-        randomise(name, local(parameter), draws)
+        randomise(name, local_tensor(parameter), draws)
     return net
 
 
-def random_roles(chosen: Case, ranks: Ranks, config: DistillConfig) -> Opened:
+def random_roles(chosen: Case, ranks: RankContext, config: DistillConfig) -> BuiltRoles:
     """Three roles of the same random weights, with optimizers and average, in the memory mode of `config`."""
-    plan = Plan(config.attention, config.keep_activations, config.compile)
-    lora = lora_of(vars(config))
+    plan = ExecutionPlan(config.attention, config.keep_activations, config.compile)
+    lora = lora_settings(vars(config))
     if lora is not None:
         net = random_network(chosen, plan, chosen.dtype)
         layers = add_adapters(net, (STUDENT, CRITIC), lora)
         random_role(chosen, ranks, net, casts=True)
-        roles = Roles(*(Role(net, layers, adapter) for adapter in (STUDENT, None, CRITIC)))
+        roles = RoleNetworks(*(AdapterView(net, layers, adapter) for adapter in (STUDENT, None, CRITIC)))
     else:
         dtype = torch.float32 if config.memory == STANDARD else chosen.dtype
         kinds = (dtype, chosen.dtype, dtype)
-        roles = Roles(*(random_role(chosen, ranks, random_network(chosen, plan, kind)) for kind in kinds))
+        roles = RoleNetworks(*(random_role(chosen, ranks, random_network(chosen, plan, kind)) for kind in kinds))
         roles.teacher.requires_grad_(False)
     student, critic = roles.student, roles.critic
-    student_optimizer = open_optimizer(student, STUDENT, config, ranks, config.memory)
-    critic_optimizer = open_optimizer(critic, CRITIC, config, ranks, config.memory)
-    ema = open_ema(student, student_optimizer, config, ranks)
-    return Opened(roles, student_optimizer, critic_optimizer, ema)
+    student_optimizer = build_optimizer(student, STUDENT, config, ranks, config.memory)
+    critic_optimizer = build_optimizer(critic, CRITIC, config, ranks, config.memory)
+    ema = build_ema(student, student_optimizer, config, ranks)
+    return BuiltRoles(roles, student_optimizer, critic_optimizer, ema)
 
 
-def trainer_of(chosen: Case, ranks: Ranks, config: DistillConfig, opened: Opened) -> Trainer:
+def trainer_of(chosen: Case, ranks: RankContext, config: DistillConfig, opened: BuiltRoles) -> Trainer:
     """A trainer of opened roles, its kernels in order as those of a run."""
-    repeatable(config.attention, chosen.dtype, ranks.device)
+    enable_determinism(config.attention, chosen.dtype, ranks.device)
     negative = torch.randn(512, chosen.network["text_dim"], device=chosen.device)
     return Trainer(
         config, ranks, opened.roles, opened.student_optimizer, opened.critic_optimizer, opened.ema,
-        negative, PhaseTimer(ranks.device), Reuse(config, ranks.world),
+        negative, PhaseTimer(ranks.device), RolloutReuse(config, ranks.world),
     )  # fmt: skip
 
 
@@ -95,15 +95,15 @@ def random_condition(chosen: Case, batch: int = 1) -> Condition:
     return Condition(frames, torch.randn(batch, 512, chosen.network["text_dim"], device=chosen.device))
 
 
-def one_batch(chosen: Case, ranks: Ranks, role: str, iteration: int) -> Iterator[tuple[Part, Condition]]:
+def one_batch(chosen: Case, ranks: RankContext, role: str, iteration: int) -> Iterator[tuple[MicroBatch, Condition]]:
     """The only micro-batch of one update."""
-    yield Part(iteration, role, (ranks.rank,), (ranks.rank,), 1.0, True), random_condition(chosen)
+    yield MicroBatch(iteration, role, (ranks.rank,), (ranks.rank,), 1.0, True), random_condition(chosen)
 
 
 def exits(config: DistillConfig, role: str, start: int, count: int) -> list[int]:
     """Where a role's updates in `count` iterations leave the rollout."""
     turns = [n for n in range(start, start + count) if role == CRITIC or student_turn(n, config)]
-    return [exit_index(n, role, config) for n in turns]
+    return [draw_exit_index(n, role, config) for n in turns]
 
 
 def balanced(config: DistillConfig, count: int) -> int:
@@ -121,7 +121,7 @@ def report_memory(chosen: Case) -> str:
     if chosen.device.type != "cuda":
         return "not measured"
     here = torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], device=chosen.device)
-    used, reserved = (of_all_ranks(here).amax(0) / 2**30).tolist()
+    used, reserved = (gather_from_ranks(here).amax(0) / 2**30).tolist()
     return f"{used:.1f} GiB, reserved {reserved:.1f}"
 
 

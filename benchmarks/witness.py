@@ -19,8 +19,8 @@ from common.condition import Condition
 from common.options import resolve_config
 from stage2_distill import train, trainer
 from stage2_distill.config import DistillConfig
-from stage2_distill.dmd.schedule import Part
-from stage2_distill.monitoring.metrics_log import Step
+from stage2_distill.dmd.schedule import MicroBatch
+from stage2_distill.monitoring.metrics_log import StepResult
 from stage2_distill.trainer import Trainer
 
 
@@ -38,16 +38,16 @@ def main() -> None:
     parser.add_argument("--die", type=int, default=-1)
     given = parser.parse_args()
     config = resolve_config(DistillConfig, {"config": given.config})
-    out, simulate, step = Path(config.out), trainer.simulate, train.train_step
+    out, simulate, step = Path(config.out), trainer.simulate_rollout, train.train_step
     begun: list[int] = []
 
-    def noting(trainer: Trainer, part: Part, condition: Condition, exit_at: int) -> tuple[Tensor, Condition, int]:
+    def noting(trainer: Trainer, part: MicroBatch, condition: Condition, exit_at: int) -> tuple[Tensor, Condition, int]:
         with (out / f"seen-{trainer.ranks.rank}.txt").open("a") as file:
             for place, sample in enumerate(part.samples):
                 file.write(f"{part.iteration} {part.role} {sample} {digest(condition, place)}\n")
         return simulate(trainer, part, condition, exit_at)
 
-    def dying(trainer: Trainer, iteration: int, data: Iterator[tuple[Part, Condition]]) -> Step:
+    def dying(trainer: Trainer, iteration: int, data: Iterator[tuple[MicroBatch, Condition]]) -> StepResult:
         killed = out / "killed"
         if not begun and trainer.ranks.rank == 0:
             with (out / "starts.txt").open("a") as file:
@@ -58,7 +58,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(trainer, iteration, data)
 
-    trainer.simulate, train.train_step = noting, dying
+    trainer.simulate_rollout, train.train_step = noting, dying
     train.distill(config)
     dist.destroy_process_group()
 

@@ -8,12 +8,12 @@ from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
 AUTO, STANDARD, COMPACT = "auto", "standard", "compact"
-MEMORIES, MOMENTS = (AUTO, STANDARD, COMPACT), ("8bit", "bfloat16", "float32")
-KEEPS = ("none", "host", "attention", "results", "all")
-OFFLOADS = ("none", "average", "all")
-ATTENTIONS = ("auto", "torch", "cudnn", "flash", "efficient", "math")
+OPTIMIZER_FORMS, MOMENT_FORMATS = (AUTO, STANDARD, COMPACT), ("8bit", "bfloat16", "float32")
+ACTIVATION_CHECKPOINTING = ("none", "host", "attention", "results", "all")
+OFFLOAD_CHOICES = ("none", "average", "all")
+ATTENTION_KERNELS = ("auto", "torch", "cudnn", "flash", "efficient", "math")
 CRITIC_LOSSES = ("x0", "flow", "noise")
-WANDB = ("off", "online", "offline")
+WANDB_MODES = ("off", "online", "offline")
 EXIT_SCHEDULES = ("random", "stratified")
 
 
@@ -74,25 +74,29 @@ class DistillConfig:
     lora_alpha: float | None = option(None, "Adapters count alpha / rank; without it alpha is the rank.", above=0)
     seed: int = option(0, "Seed of data order, noise and exits.")
     dtype: str = option("bfloat16", "Precision of the networks; master weights are float32.", choices=DTYPES)
-    memory: str = option(AUTO, "Float32 masters, or the compact form; auto: standard where it fits.", choices=MEMORIES)
-    second_moment: str = option("8bit", "Of the compact form.", choices=MOMENTS)
+    memory: str = option(
+        AUTO, "Float32 masters, or the compact form; auto: standard where it fits.", choices=OPTIMIZER_FORMS
+    )
+    second_moment: str = option("8bit", "Of the compact form.", choices=MOMENT_FORMATS)
     offload: str = option(
         "average",
         "Compact form, a whole copy a GPU: what waits in host memory; all, or average and gradients accumulate: "
         "the student's optimizer's state too.",
-        choices=OFFLOADS,
+        choices=OFFLOAD_CHOICES,
     )  # fmt: skip
     keep_activations: str = option(
         "attention", "What a block keeps for its backward pass; the rest is computed again. host: its input, in host "
-        "memory; results: attention's and the feed-forward's.", choices=KEEPS,
+        "memory; results: attention's and the feed-forward's.", choices=ACTIVATION_CHECKPOINTING,
     )  # fmt: skip
     text_rows: int = max_text_tokens_option()
-    attention: str = option("auto", "Kernel of attention; auto: FlashAttention-3 or cuDNN in bf16.", choices=ATTENTIONS)
+    attention: str = option(
+        "auto", "Kernel of attention; auto: FlashAttention-3 or cuDNN in bf16.", choices=ATTENTION_KERNELS
+    )
     compile: bool = option(False, "Compile the blocks first: a minute at the start, then a quarter faster on a GPU.")
     preview_every: int = option(0, "Iterations from one preview to the next; 0 = none.", minimum=0)
     preview_count: int = option(4, "Conditions of a preview: the first of the preview's data set.", minimum=0)
     preview_data: str | None = option(None, "Data set of the previews' conditions; without it, that of the training.")
-    wandb: str = option("off", "Curves on Weights & Biases too (needs the extra wandb).", choices=WANDB)
+    wandb: str = option("off", "Curves on Weights & Biases too (needs the extra wandb).", choices=WANDB_MODES)
     device: str = device_option()
 
     def __post_init__(self) -> None:

@@ -9,13 +9,18 @@ from dataclasses import dataclass, field
 from common.options import read_yaml
 from common.video import SPACE_STRIDE, TIME_STRIDE
 
-MARKS = {"denoising_step_list", "real_name", "dfake_gen_update_ratio", "distribution_loss"}  # no option of ours
+TURBO_ONLY_KEYS = {
+    "denoising_step_list",
+    "real_name",
+    "dfake_gen_update_ratio",
+    "distribution_loss",
+}  # no option of ours
 MODEL = "Wan2.2-TI2V-5B"
 Values = Mapping[str, object]
 
 
 @dataclass
-class Translation:
+class TranslatedConfig:
     """What became of each key."""
 
     options: dict[str, object] = field(default_factory=dict)
@@ -23,7 +28,7 @@ class Translation:
     refused: list[str] = field(default_factory=list)
 
 
-RENAMED = {
+RENAMED_KEYS = {
     "timestep_shift": "shift",
     "lr": "student_lr",
     "lr_critic": "critic_lr",
@@ -43,7 +48,7 @@ RENAMED = {
     "h": "height",
     "w": "width",
 }
-ONLY: dict[str, tuple[tuple[object, ...], str]] = {
+ALLOWED_VALUES: dict[str, tuple[tuple[object, ...], str]] = {
     "real_name": ((MODEL,), "only Wan2.2-TI2V models are distilled here"),
     "fake_name": ((MODEL,), "the critic starts from the teacher's weights"),
     "generator_name": ((MODEL,), "the student starts from the teacher's weights"),
@@ -59,24 +64,24 @@ ONLY: dict[str, tuple[tuple[object, ...], str]] = {
     "context_noise": ((0, 0.0), "it belongs to causal students"),
     "generator_ckpt": ((None, ""), "it is a pickle; convert it to a diffusers folder and give --init-from FOLDER"),
 }
-SETTLED = "FSDP2 shards every transformer block"
-ELSEWHERE = "it belongs to its sampling script"
-CAUSAL = "it belongs to causal students"
+SHARDING_REASON = "FSDP2 shards every transformer block"
+SAMPLING_REASON = "it belongs to its sampling script"
+CAUSAL_REASON = "it belongs to causal students"
 WITHOUT_EFFECT = {
-    "generator_fsdp_wrap_strategy": SETTLED,
-    "real_score_fsdp_wrap_strategy": SETTLED,
-    "fake_score_fsdp_wrap_strategy": SETTLED,
+    "generator_fsdp_wrap_strategy": SHARDING_REASON,
+    "real_score_fsdp_wrap_strategy": SHARDING_REASON,
+    "fake_score_fsdp_wrap_strategy": SHARDING_REASON,
     "text_encoder_fsdp_wrap_strategy": "no text encoder is loaded",
     "image_encoder_fsdp_wrap_strategy": "no image encoder is loaded",
     "text_encoder_cpu_offload": "no text encoder is loaded",
-    "sharding_strategy": SETTLED,
+    "sharding_strategy": SHARDING_REASON,
     "negative_prompt": "encode has embedded it into the data set (--negative-prompt)",
     "load_raw_video": "encode has read the videos",
     "data_path": "encode its videos and give --shards",
     "data_type": "encode its videos and give --shards",
-    "num_frame_per_block": CAUSAL,
-    "same_step_across_blocks": CAUSAL,
-    "causal": ELSEWHERE,
+    "num_frame_per_block": CAUSAL_REASON,
+    "same_step_across_blocks": CAUSAL_REASON,
+    "causal": SAMPLING_REASON,
     "wandb_host": "W&B takes it from its own environment",
     "wandb_key": "W&B takes it from its own environment; a key does not belong into a file",
     "wandb_entity": "W&B takes it from its own environment",
@@ -87,127 +92,129 @@ WITHOUT_EFFECT = {
     "sid_alpha": "it belongs to another loss",
     "logdir": "give --out",
     "config_name": "give --out",
-    "ckpt_step": ELSEWHERE,
-    "prompt_name": ELSEWHERE,
-    "prompt_path": ELSEWHERE,
-    "eval_first_n": ELSEWHERE,
-    "num_samples": ELSEWHERE,
-    "height": ELSEWHERE,
-    "width": ELSEWHERE,
+    "ckpt_step": SAMPLING_REASON,
+    "prompt_name": SAMPLING_REASON,
+    "prompt_path": SAMPLING_REASON,
+    "eval_first_n": SAMPLING_REASON,
+    "num_samples": SAMPLING_REASON,
+    "height": SAMPLING_REASON,
+    "width": SAMPLING_REASON,
 }
 
 
-def understood(given: Values) -> tuple[dict[str, object], list[str]]:
+def translated_options(options: Values) -> tuple[dict[str, object], list[str]]:
     """Options as `resolve` takes them, a foreign file of `config` replaced by its translation; notes on its keys.
 
     Raises ValueError that names every key that cannot be followed.
     """
-    path = given.get("config")
+    path = options.get("config")
     values = read_yaml(str(path)) if path else {}
-    if not MARKS & set(values):
-        return dict(given), []
-    found = translate(values)
-    if found.refused:
-        raise ValueError(f"config={path}: {'; '.join(found.refused)}")
-    own = {key: value for key, value in given.items() if value is not None and value != ()}
-    return found.options | own | {"config": None}, [f"{path}: {note}" for note in found.notes]
+    if not TURBO_ONLY_KEYS & set(values):
+        return dict(options), []
+    translation = translate_config(values)
+    if translation.refused:
+        raise ValueError(f"config={path}: {'; '.join(translation.refused)}")
+    given_options = {key: value for key, value in options.items() if value is not None and value != ()}
+    return translation.options | given_options | {"config": None}, [f"{path}: {note}" for note in translation.notes]
 
 
-def translate(values: Values) -> Translation:
+def translate_config(values: Values) -> TranslatedConfig:
     """Every key of a foreign file in our words."""
-    found = Translation()
+    translation = TranslatedConfig()
     for key, value in values.items():
-        if key in RENAMED:
-            found.options[RENAMED[key]] = value
-            found.notes.append(f"{key} -> {RENAMED[key]}={value}")
-        elif key in ONLY:
-            allowed, reason = ONLY[key]
+        if key in RENAMED_KEYS:
+            translation.options[RENAMED_KEYS[key]] = value
+            translation.notes.append(f"{key} -> {RENAMED_KEYS[key]}={value}")
+        elif key in ALLOWED_VALUES:
+            allowed, reason = ALLOWED_VALUES[key]
             if value in allowed:
-                found.notes.append(f"{key}: as it is here")
+                translation.notes.append(f"{key}: as it is here")
             else:
-                found.refused.append(f"{key}={value}: {reason}")
+                translation.refused.append(f"{key}={value}: {reason}")
         elif key in WITHOUT_EFFECT:
-            found.notes.append(f"{key}: without effect, {WITHOUT_EFFECT[key]}")
-        elif key not in TOGETHER:
-            found.refused.append(f"{key}={value}: unknown here and in the reference project")
-    for rule in dict.fromkeys(TOGETHER.values()):
-        rule(values, found)
-    return found
+            translation.notes.append(f"{key}: without effect, {WITHOUT_EFFECT[key]}")
+        elif key not in JOINT_RULES:
+            translation.refused.append(f"{key}={value}: unknown here and in the reference project")
+    for rule in dict.fromkeys(JOINT_RULES.values()):
+        rule(values, translation)
+    return translation
 
 
-def set_option(found: Translation, key: str, name: str, value: object) -> None:
+def set_option(translation: TranslatedConfig, key: str, name: str, value: object) -> None:
     """Note a translation that changes the value."""
-    found.options[name] = value
-    found.notes.append(f"{key} -> {name}={value}")
+    translation.options[name] = value
+    translation.notes.append(f"{key} -> {name}={value}")
 
 
-def steps(values: Values, found: Translation) -> None:
+def translate_steps(values: Values, translation: TranslatedConfig) -> None:
     """Its list is ours where it is warped; where it is not, its times already carry the shift. A last 0 is no step."""
     listed = values.get("denoising_step_list")
     if not isinstance(listed, list) or not all(isinstance(item, int | float) for item in listed):
-        found.refused.append(f"denoising_step_list={listed}: needs a list of numbers")
+        translation.refused.append(f"denoising_step_list={listed}: needs a list of numbers")
         return
     times = tuple(float(item) for item in listed if item)
     shift = float(str(values.get("timestep_shift", 1)))
     if not values.get("warp_denoising_step", False):
         times = tuple(time / (shift - (shift - 1) * time / 1000) for time in times)
-    set_option(found, "denoising_step_list", "ladder", times)
+    set_option(translation, "denoising_step_list", "ladder", times)
 
 
-def shifts(values: Values, found: Translation) -> None:
+def translate_shift(values: Values, translation: TranslatedConfig) -> None:
     """Noise and conversion have one shift here; in the reference the scores' may be left at 1."""
-    found.options.setdefault("shift", 1.0)
+    translation.options.setdefault("shift", 1.0)
     inner = values.get("model_kwargs") or {}
     assert isinstance(inner, dict), f"model_kwargs={inner}"
     for key, value in inner.items():
-        if key == "timestep_shift" and value != found.options["shift"]:
-            found.refused.append(f"model_kwargs.timestep_shift={value}: differs from the other; there is one shift")
+        if key == "timestep_shift" and value != translation.options["shift"]:
+            translation.refused.append(
+                f"model_kwargs.timestep_shift={value}: differs from the other; there is one shift"
+            )
         elif key != "timestep_shift":
-            found.notes.append(f"model_kwargs.{key}: without effect, the model's folder says it")
+            translation.notes.append(f"model_kwargs.{key}: without effect, the model's folder says it")
 
 
-def guidance(values: Values, found: Translation) -> None:
+def translate_guidance(values: Values, translation: TranslatedConfig) -> None:
     """Its cond + g (cond - uncond) is uncond + (g + 1)(cond - uncond)."""
     key = "real_guidance_scale" if "real_guidance_scale" in values else "guidance_scale"
     if key in values:
-        set_option(found, key, "guidance_scale", float(str(values[key])) + 1)
+        set_option(translation, key, "guidance_scale", float(str(values[key])) + 1)
 
 
-def loss(values: Values, found: Translation) -> None:
+def translate_loss(values: Values, translation: TranslatedConfig) -> None:
     """Its `v` and `flow` are the same error."""
     kinds = {"x0": "x0", "flow": "flow", "v": "flow", "noise": "noise"}
     kind = str(values.get("denoising_loss_type", "x0"))
     if kind in kinds:
-        set_option(found, "denoising_loss_type", "critic_loss", kinds[kind])
+        set_option(translation, "denoising_loss_type", "critic_loss", kinds[kind])
     else:
-        found.refused.append(f"denoising_loss_type={kind}: choose one of {', '.join(kinds)}")
+        translation.refused.append(f"denoising_loss_type={kind}: choose one of {', '.join(kinds)}")
 
 
-def critic_optimizer(values: Values, found: Translation) -> None:
+def translate_critic_optimizer(values: Values, translation: TranslatedConfig) -> None:
     """One pair of betas serves both roles here; its critic takes the student's rate where it has none."""
     for name in ("beta1", "beta2"):
         other = values.get(f"{name}_critic", values.get(name))
         if other != values.get(name):
-            found.refused.append(f"{name}_critic={other}: differs from {name}; both roles share one")
+            translation.refused.append(f"{name}_critic={other}: differs from {name}; both roles share one")
     if "lr_critic" not in values and "lr" in values:
-        set_option(found, "lr", "critic_lr", values["lr"])
+        set_option(translation, "lr", "critic_lr", values["lr"])
 
 
-def defaults(values: Values, found: Translation) -> None:
+def translate_defaults(values: Values, translation: TranslatedConfig) -> None:
     """What the reference does where its file is silent, and where its words mean something else."""
-    found.options.setdefault("ts_schedule", True)
+    translation.options.setdefault("ts_schedule", True)
     if "mixed_precision" in values:
-        set_option(found, "mixed_precision", "dtype", "bfloat16" if values["mixed_precision"] else "float32")
+        set_option(translation, "mixed_precision", "dtype", "bfloat16" if values["mixed_precision"] else "float32")
     if "gradient_checkpointing" in values:
-        kept = "attention" if values["gradient_checkpointing"] else "all"
-        set_option(found, "gradient_checkpointing", "keep_activations", kept)
+        checkpointing = "attention" if values["gradient_checkpointing"] else "all"
+        set_option(translation, "gradient_checkpointing", "keep_activations", checkpointing)
     if values.get("seed") == 0:
-        found.notes.append("seed: 0 is a seed like any other here, in the reference a drawn one")
+        translation.notes.append("seed: 0 is a seed like any other here, in the reference a drawn one")
     if float(str(values.get("ema_weight", -1))) <= 0:
-        set_option(found, "ema_weight", "ema_decay", 0.0)
+        set_option(translation, "ema_weight", "ema_decay", 0.0)
 
 
-def shape(values: Values, found: Translation) -> None:
+def translate_shape(values: Values, translation: TranslatedConfig) -> None:
     """`image_or_video_shape` is (B F C H W) in latents; pixels follow from it, or must agree with it."""
     listed = values.get("image_or_video_shape")
     if isinstance(listed, list) and len(listed) == 5:
@@ -218,26 +225,28 @@ def shape(values: Values, found: Translation) -> None:
             "width": width * SPACE_STRIDE,
         }
         for name, size in sizes.items():
-            if found.options.setdefault(name, size) != size:
-                found.refused.append(f"image_or_video_shape={listed}: {name} {size}, elsewhere {found.options[name]}")
-    latent = (int(str(found.options.get("num_frames", 121))) - 1) // TIME_STRIDE + 1
-    trained = values.get("num_training_frames", latent)
-    if trained != latent:
-        found.refused.append(f"num_training_frames={trained}: the video has {latent} latent frames")
+            if translation.options.setdefault(name, size) != size:
+                translation.refused.append(
+                    f"image_or_video_shape={listed}: {name} {size}, elsewhere {translation.options[name]}"
+                )
+    latent = (int(str(translation.options.get("num_frames", 121))) - 1) // TIME_STRIDE + 1
+    stated_frames = values.get("num_training_frames", latent)
+    if stated_frames != latent:
+        translation.refused.append(f"num_training_frames={stated_frames}: the video has {latent} latent frames")
 
 
-Rule = Callable[[Values, Translation], None]
-TOGETHER: dict[str, Rule] = {  # keys that are read beside others
-    "denoising_step_list": steps,
-    "warp_denoising_step": steps,
-    "model_kwargs": shifts,
-    "guidance_scale": guidance,
-    "real_guidance_scale": guidance,
-    "denoising_loss_type": loss,
-    "beta1_critic": critic_optimizer,
-    "beta2_critic": critic_optimizer,
-    "mixed_precision": defaults,
-    "gradient_checkpointing": defaults,
-    "image_or_video_shape": shape,
-    "num_training_frames": shape,
+Rule = Callable[[Values, TranslatedConfig], None]
+JOINT_RULES: dict[str, Rule] = {  # keys that are read beside others
+    "denoising_step_list": translate_steps,
+    "warp_denoising_step": translate_steps,
+    "model_kwargs": translate_shift,
+    "guidance_scale": translate_guidance,
+    "real_guidance_scale": translate_guidance,
+    "denoising_loss_type": translate_loss,
+    "beta1_critic": translate_critic_optimizer,
+    "beta2_critic": translate_critic_optimizer,
+    "mixed_precision": translate_defaults,
+    "gradient_checkpointing": translate_defaults,
+    "image_or_video_shape": translate_shape,
+    "num_training_frames": translate_shape,
 }

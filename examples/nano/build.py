@@ -23,7 +23,7 @@ from examples.nano.show import sheet
 from examples.nano.text import embed, train_text
 from examples.nano.vae import channels_last, encode, train_vae
 from examples.nano.world import draw_scenes
-from stage2_distill.model.transformer import adopt
+from stage2_distill.model.transformer import convert_transformer
 
 SEED = 1
 GATE = (
@@ -138,7 +138,7 @@ def gate(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     texts = Texts(args.out, device)
     vae = AutoencoderKLWan.from_pretrained(args.out / "vae").float().to(device)
     net = WanTransformer3DModel.from_pretrained(args.out / "transformer").float().to(device).eval()
-    adopt(net)
+    convert_transformer(net)
     conditions = make_conditions(vae, texts, texts([NEGATIVE_PROMPT]), args.conditions, 256)
     common = {"steps": args.steps, "batch": 1024}
     real = {scale: distances(net, conditions, seed=0, scale=scale, **common)["real"] for scale in args.scales}

@@ -14,8 +14,8 @@ from torch import Tensor
 from common.flow import add_noise, per_sample, shift
 from examples.nano.graph import captured, optimizer, train
 from examples.nano.text import WIDTH
-from stage2_distill.model.layers import Plan
-from stage2_distill.model.transformer import adopt
+from stage2_distill.model.layers import ExecutionPlan
+from stage2_distill.model.transformer import convert_transformer
 
 SHIFT = 5.0
 DROPOUT, TEXT_ONLY = 0.10, 0.15  # shares of prompts replaced by the negative prompt, of samples without a first frame
@@ -89,7 +89,7 @@ def train_dit(
     more = (folder / "transformer").exists()
     if more:
         net.load_state_dict(WanTransformer3DModel.from_pretrained(folder / "transformer").float().state_dict())
-    adopt(net, Plan(compiled=device.type == "cuda"))
+    convert_transformer(net, ExecutionPlan(compiled=device.type == "cuda"))
     parameters = list(net.parameters())
     average = [p.detach().clone() for p in parameters]
     generator = torch.Generator(device).manual_seed(seed + 1 + 1000 * more)  # other draws than before

@@ -14,7 +14,7 @@ from examples.nano.render import render, to_network, to_pixels
 from examples.nano.sample import LADDER, euler, euler_grid, network, renoise
 from examples.nano.vae import decode, encode
 from examples.nano.world import draw_scenes
-from stage2_distill.evaluation.latent_metrics import features, frechet
+from stage2_distill.evaluation.latent_metrics import frechet_distance, latent_features
 
 CONDITIONS_SEED = 4242
 KINDS = ("teacher 50", "teacher 50 again", "teacher 4", "undistilled 4")
@@ -82,11 +82,14 @@ def distances(
     net: WanTransformer3DModel, c: Conditions, *, seed: int, scale: float, steps: int, batch: int
 ) -> dict[str, float]:
     """The floor and the distances to it of the true clips and both 4-step baselines, for one seed."""
-    sets = {kind: features(generate(net, c, kind, seed=seed, scale=scale, steps=steps, batch=batch)) for kind in KINDS}
+    sets = {
+        kind: latent_features(generate(net, c, kind, seed=seed, scale=scale, steps=steps, batch=batch))
+        for kind in KINDS
+    }
     teacher = sets["teacher 50"]
-    floor = frechet(teacher, sets["teacher 50 again"])
-    rest = {"real": features(c.real), "teacher 4": sets["teacher 4"], "undistilled 4": sets["undistilled 4"]}
-    return {"floor": floor} | {name: frechet(teacher, values) for name, values in rest.items()}
+    floor = frechet_distance(teacher, sets["teacher 50 again"])
+    rest = {"real": latent_features(c.real), "teacher 4": sets["teacher 4"], "undistilled 4": sets["undistilled 4"]}
+    return {"floor": floor} | {name: frechet_distance(teacher, values) for name, values in rest.items()}
 
 
 def answers(

@@ -14,81 +14,83 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from stage2_distill.distributed.dtensor import local
-from stage2_distill.distributed.process_group import Ranks
+from stage2_distill.distributed.dtensor import local_tensor
+from stage2_distill.distributed.process_group import RankContext
 from stage2_distill.dmd.schedule import CRITIC, STUDENT
-from stage2_distill.offload.pinned_memory import SLAB, Host, space
+from stage2_distill.offload.pinned_memory import SLAB_BYTES, PinnedPool, aligned_bytes
 
-COPIERS = 8  # threads, for what lives in host memory
-Rooms = dict[str, Tensor]  # bytes in host memory, by the name of what is copied there
+COPY_THREADS = 8  # threads, for what lives in host memory
+HostBuffers = dict[str, Tensor]  # bytes in host memory, by the name of what is copied there
 
 
-def host_mesh(ranks: Ranks) -> DeviceMesh:
+def build_cpu_mesh(ranks: RankContext) -> DeviceMesh:
     """The ranks' mesh in host memory."""
     names = ranks.mesh.mesh_dim_names
     return ranks.mesh if ranks.device.type == "cpu" else init_device_mesh("cpu", ranks.mesh.shape, mesh_dim_names=names)
 
 
-def role_of(name: str) -> str:
+def role_of_tensor(name: str) -> str:
     """Whose optimizer step is the first that may change this tensor of the state."""
     return CRITIC if name.startswith(CRITIC) else STUDENT
 
 
-def make_rooms(tensors: Mapping[str, Tensor], rooms: Rooms) -> None:
+def allocate_host_buffers(tensors: Mapping[str, Tensor], buffers: HostBuffers) -> None:
     """Memory for copies of `tensors`, touched and pinned."""
-    new = {name: local(value) for name, value in tensors.items() if name not in rooms}
-    host = Host(offload=True, slab=min(SLAB, sum(map(space, new.values()))))
-    rooms |= {name: host.room(value.nbytes) for name, value in new.items()}
+    new = {name: local_tensor(value) for name, value in tensors.items() if name not in buffers}
+    pool = PinnedPool(offload=True, slab=min(SLAB_BYTES, sum(map(aligned_bytes, new.values()))))
+    buffers |= {name: pool.room(value.nbytes) for name, value in new.items()}
 
 
-class Snapshot:
+class StagedState:
     """The state as it is now, once the device has caught up; sharded as the tensors are, in `rooms`.
 
     The tensors of the role that is updated `first` are copied first.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], host: DeviceMesh, rooms: Rooms, *, first: str) -> None:
-        self.tensors, self.host, self.rooms = tensors, host, rooms
-        self.names = sorted(tensors, key=lambda name: role_of(name) != first)
+    def __init__(
+        self, tensors: Mapping[str, Tensor], cpu_mesh: DeviceMesh, host_buffers: HostBuffers, *, first: str
+    ) -> None:
+        self.tensors, self.host, self.rooms = tensors, cpu_mesh, host_buffers
+        self.names = sorted(tensors, key=lambda name: role_of_tensor(name) != first)
         self.arrived: dict[str, torch.cuda.Event] = {}  # by role
-        if any(local(value).is_cuda for value in tensors.values()):
-            self.download()
-        pool = ThreadPoolExecutor(COPIERS)
-        here = [name for name in self.names if not local(tensors[name]).is_cuda]
-        self.copies: dict[str, Future[None]] = {name: pool.submit(self.copy, name) for name in here}
-        pool.shutdown(wait=False)
+        if any(local_tensor(value).is_cuda for value in tensors.values()):
+            self.copy_from_gpu()
+        executor = ThreadPoolExecutor(COPY_THREADS)
+        on_host = [name for name in self.names if not local_tensor(tensors[name]).is_cuda]
+        self.copies: dict[str, Future[None]] = {name: executor.submit(self.copy, name) for name in on_host}
+        executor.shutdown(wait=False)
 
-    def download(self) -> None:
+    def copy_from_gpu(self) -> None:
         """Start copying what lives on a GPU, beside its arithmetic."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        copy_stream = torch.cuda.Stream()
+        copy_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(copy_stream):
             for name in self.names:
-                part = local(self.tensors[name]).detach()
+                part = local_tensor(self.tensors[name]).detach()
                 if part.is_cuda:
                     self.home(name).copy_(part, non_blocking=True)
-                    self.arrived[role_of(name)] = aside.record_event()
+                    self.arrived[role_of_tensor(name)] = copy_stream.record_event()
 
     def copy(self, name: str) -> None:
         """Copy one tensor that lives in host memory."""
-        home, value = self.home(name), local(self.tensors[name]).detach()
-        home.view(-1).view(torch.uint8).numpy()[:] = value.contiguous().view(-1).view(torch.uint8).numpy()
+        buffer, value = self.home(name), local_tensor(self.tensors[name]).detach()
+        buffer.view(-1).view(torch.uint8).numpy()[:] = value.contiguous().view(-1).view(torch.uint8).numpy()
 
     def home(self, name: str) -> Tensor:
         """Where the copy of a tensor is, or this rank's part of it."""
-        part = local(self.tensors[name])
+        part = local_tensor(self.tensors[name])
         return self.rooms[name].view(part.dtype).view(part.shape)
 
-    def missing(self, role: str) -> bool:
+    def is_pending(self, role: str) -> bool:
         """Whether copies of what the role's next step changes are still being made."""
         arrived = self.arrived.get(role)
         return bool(self.waiting(role)) or (arrived is not None and not arrived.query())
 
     def waiting(self, role: str) -> list[Future[None]]:
         """Copies from host memory that have not been made."""
-        return [copy for name, copy in self.copies.items() if role_of(name) == role and not copy.done()]
+        return [copy for name, copy in self.copies.items() if role_of_tensor(name) == role and not copy.done()]
 
-    def hold(self, role: str) -> None:
+    def wait_for_role(self, role: str) -> None:
         """Let what the device does next wait for the role's copies; this thread for those from host memory alone."""
         wait(self.waiting(role))
         if role in self.arrived:
@@ -100,11 +102,11 @@ class Snapshot:
             arrived.synchronize()
         for copy in self.copies.values():
             copy.result()
-        return {name: self.sharded(name) for name in self.tensors}
+        return {name: self.sharded_copy(name) for name in self.tensors}
 
-    def sharded(self, name: str) -> Tensor:
+    def sharded_copy(self, name: str) -> Tensor:
         """The copy of a tensor, sharded as it is."""
-        home, value = self.home(name), self.tensors[name]
+        buffer, value = self.home(name), self.tensors[name]
         if not isinstance(value, DTensor):
-            return home
-        return DTensor.from_local(home, self.host, value.placements, shape=value.shape, stride=value.stride())
+            return buffer
+        return DTensor.from_local(buffer, self.host, value.placements, shape=value.shape, stride=value.stride())

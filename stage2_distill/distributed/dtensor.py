@@ -7,29 +7,29 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-def local(value: Tensor) -> Tensor:
+def local_tensor(value: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, or the tensor itself."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def like(parameter: Tensor, part: Tensor) -> Tensor:
+def sharded_like(parameter: Tensor, local_part: Tensor) -> Tensor:
     """This rank's part of a tensor that is sharded as the parameter is."""
     if not isinstance(parameter, DTensor):
-        return part
+        return local_part
     mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+    return DTensor.from_local(local_part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
 
 
-def first_element(parameter: Tensor) -> Tensor:
+def first_element_index(parameter: Tensor) -> Tensor:
     """Number of this rank's first element within the whole parameter, int64."""
     start = 0
     if isinstance(parameter, DTensor):
         _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
         start = offset[0] * parameter.shape[1:].numel()
-    return torch.tensor(start, device=local(parameter).device)
+    return torch.tensor(start, device=local_tensor(parameter).device)
 
 
-def global_norm(grads: list[Tensor], parameter: Tensor) -> Tensor:
+def global_grad_norm(grads: list[Tensor], parameter: Tensor) -> Tensor:
     """Norm of all gradients together, over the shards of `parameter`, summed in float32 without float32 copies."""
     squares = torch.stack(torch._foreach_norm(grads, 2, torch.float32)).square().sum()
     if isinstance(parameter, DTensor):

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from common.condition import Condition, free_mean
 
-LOOKS = ("saturation", "temporal_variance", "first_frame_distance")
+LATENT_STATS = ("saturation", "temporal_variance", "first_frame_distance")
 
 
 @torch.no_grad()
-def look(x0: Tensor, condition: Condition) -> Tensor:
+def latent_stats(x0: Tensor, condition: Condition) -> Tensor:
     """How videos x0 (B C T H W) look in latents, as LOOKS: means over the samples (3).
 
     saturation: root mean square of the free frames, 1 for videos of the usual contrast (latents are normalised).

@@ -18,7 +18,7 @@ def rollout(
     noise: Tensor,
     condition: Condition,
     *,
-    ladder: Sequence[float],
+    sigmas: Sequence[float],
     generators: Sequence[torch.Generator],
     exit_index: int | None = None,
 ) -> Tensor:
@@ -27,14 +27,14 @@ def rollout(
     Only the last step can carry a gradient (backward simulation, DMD2 section 4.5). Fresh noise between the steps
     comes from `generators`, one a sample.
     """
-    last = len(ladder) - 1 if exit_index is None else exit_index
-    sigmas = [noise.new_full((noise.shape[0],), sigma) for sigma in ladder]
+    last = len(sigmas) - 1 if exit_index is None else exit_index
+    sigma_batches = [noise.new_full((noise.shape[0],), sigma) for sigma in sigmas]
     x_t = noise
     with torch.no_grad():
         for step in range(last):
-            x0 = denoiser(x_t, sigmas[step], condition)
-            x_t = add_noise(x0, draw_normal(x0.shape[1:], generators), sigmas[step + 1])
-    return denoiser(x_t, sigmas[last], condition)
+            x0 = denoiser(x_t, sigma_batches[step], condition)
+            x_t = add_noise(x0, draw_normal(x0.shape[1:], generators), sigma_batches[step + 1])
+    return denoiser(x_t, sigma_batches[last], condition)
 
 
 @torch.no_grad()
@@ -43,25 +43,25 @@ def trajectory(
     noise: Tensor,
     condition: Condition,
     *,
-    ladder: Sequence[float],
+    sigmas: Sequence[float],
     generators: Sequence[torch.Generator],
 ) -> Iterator[Tensor]:
     """x0 (B C T H W) of each step down the ladder, computed when asked for: what `rollout` gives at that exit."""
     x_t = noise
-    for step, sigma in enumerate(ladder):
+    for step, sigma in enumerate(sigmas):
         x0 = denoiser(x_t, noise.new_full((noise.shape[0],), sigma), condition)
         yield x0
-        if step + 1 < len(ladder):
+        if step + 1 < len(sigmas):
             x_t = add_noise(
-                x0, draw_normal(x0.shape[1:], generators), noise.new_full((noise.shape[0],), ladder[step + 1])
+                x0, draw_normal(x0.shape[1:], generators), noise.new_full((noise.shape[0],), sigmas[step + 1])
             )
 
 
 @torch.no_grad()
-def euler(denoiser: Denoiser, noise: Tensor, condition: Condition, *, sigmas: Sequence[float]) -> Tensor:
+def sample_euler(denoiser: Denoiser, noise: Tensor, condition: Condition, *, sigmas: Sequence[float]) -> Tensor:
     """x0 (B C T H W) after Euler steps of the flow from `noise` along `sigmas` and at last to 0."""
     x_t = noise
-    for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+    for sigma, next_sigma in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         x0 = denoiser(x_t, noise.new_full((noise.shape[0],), sigma), condition)
-        x_t = x0 + (following / sigma) * (x_t - x0)
+        x_t = x0 + (next_sigma / sigma) * (x_t - x0)
     return x_t

@@ -16,11 +16,11 @@ from common.condition import Condition, Denoiser
 from common.seed import draw_normal, make_generator
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.rollout import trajectory
-from stage2_distill.dmd.schedule import Part, accumulation
+from stage2_distill.dmd.schedule import MicroBatch, accumulation_steps
 
 
 @dataclass(frozen=True)
-class Slot:
+class RolloutSlot:
     """The place of one micro-batch of the critic."""
 
     group: int  # number of the trajectory since the student's update
@@ -28,57 +28,62 @@ class Slot:
     first: bool  # of its group
 
 
-def slot_of(part: Part, config: DistillConfig, world: int) -> Slot:
+def assign_slot(micro_batch: MicroBatch, config: DistillConfig, world: int) -> RolloutSlot:
     """The slot of a critic's micro-batch; the same on all ranks."""
-    count = accumulation(config, world)
-    cycle, into = divmod(part.iteration, config.student_every)
-    place = into * count + part.samples[0] // (world * config.batch_size)
-    slots, steps = config.student_every * count, len(config.ladder)
-    groups = max(1, slots // steps)
-    small, larger = divmod(slots, groups)  # sizes: `larger` groups of small + 1, then groups of small
-    cut = larger * (small + 1)
-    in_larger = place < cut
-    size = small + 1 if in_larger else small
-    group, member = divmod(place, size) if in_larger else divmod(place - cut, size)
-    group += 0 if in_larger else larger
+    count = accumulation_steps(config, world)
+    cycle, iteration_in_cycle = divmod(micro_batch.iteration, config.student_every)
+    index = iteration_in_cycle * count + micro_batch.samples[0] // (world * config.batch_size)
+    slot_count, step_count = config.student_every * count, len(config.ladder)
+    groups = max(1, slot_count // step_count)
+    small_size, large_groups = divmod(slot_count, groups)  # sizes: `larger` groups of small + 1, then groups of small
+    large_slots = large_groups * (small_size + 1)
+    in_larger = index < large_slots
+    size = small_size + 1 if in_larger else small_size
+    group, member = divmod(index, size) if in_larger else divmod(index - large_slots, size)
+    group += 0 if in_larger else large_groups
     draw = make_generator(config.seed, cycle, group, "critic exits")
-    return Slot(group, exits(size, steps, draw)[member], member == 0)
+    return RolloutSlot(group, draw_group_exits(size, step_count, draw)[member], member == 0)
 
 
-def exits(size: int, steps: int, draw: torch.Generator) -> list[int]:
+def draw_group_exits(size: int, step_count: int, rng: torch.Generator) -> list[int]:
     """Ladder steps of a group's members: each step once, in order, then some again; or some of them, in order."""
-    if size < steps:
-        return sorted(torch.randperm(steps, generator=draw)[:size].tolist())
-    again = [int(step) for _ in range(size // steps) for step in torch.randperm(steps, generator=draw)]
-    return [*range(steps), *again[: size - steps]]
+    if size < step_count:
+        return sorted(torch.randperm(step_count, generator=rng)[:size].tolist())
+    repeats = [int(step) for _ in range(size // step_count) for step in torch.randperm(step_count, generator=rng)]
+    return [*range(step_count), *repeats[: size - step_count]]
 
 
 @dataclass
-class Reuse:
+class RolloutReuse:
     """The present trajectory. Its state is remade by taking the micro-batches since the student's update again."""
 
     config: DistillConfig
     world: int
     condition: Condition | None = None
-    coming: Iterator[Tensor] = field(default_factory=lambda: iter(()))
+    remaining_steps: Iterator[Tensor] = field(default_factory=lambda: iter(()))
     seen: list[Tensor] = field(default_factory=list)  # x0 (B C T H W) of the ladder's steps so far
-    taken: set[int] = field(default_factory=set)  # ladder steps of an update's samples; whoever reads it clears it
+    exits_taken: set[int] = field(
+        default_factory=set
+    )  # ladder steps of an update's samples; whoever reads it clears it
 
-    def sample(self, student: Denoiser, part: Part, condition: Condition) -> tuple[Tensor, Condition, int]:
+    def sample(self, student: Denoiser, micro_batch: MicroBatch, condition: Condition) -> tuple[Tensor, Condition, int]:
         """x0 (B C T H W) for a critic's micro-batch, what it was made from, and its ladder step."""
-        slot = slot_of(part, self.config, self.world)
+        slot = assign_slot(micro_batch, self.config, self.world)
         if slot.first or self.condition is None:
-            self.begin(student, part, condition)
+            self.begin(student, micro_batch, condition)
         while len(self.seen) <= slot.exit_index:
-            self.seen.append(next(self.coming))
+            self.seen.append(next(self.remaining_steps))
         assert self.condition is not None
-        self.taken.add(slot.exit_index)
+        self.exits_taken.add(slot.exit_index)
         return self.seen[slot.exit_index], self.condition, slot.exit_index
 
-    def begin(self, student: Denoiser, part: Part, condition: Condition) -> None:
+    def begin(self, student: Denoiser, micro_batch: MicroBatch, condition: Condition) -> None:
         """Start a trajectory from the noise of its first micro-batch."""
         device = condition.text.device
-        draws = [make_generator(self.config.seed, part.iteration, s, "critic rollout", device) for s in part.samples]
-        noise = draw_normal(self.config.spec.latent_shape, draws)
+        generators = [
+            make_generator(self.config.seed, micro_batch.iteration, s, "critic rollout", device)
+            for s in micro_batch.samples
+        ]
+        noise = draw_normal(self.config.spec.latent_shape, generators)
         self.condition, self.seen = condition, []
-        self.coming = trajectory(student, noise, condition, ladder=self.config.sigmas, generators=draws)
+        self.remaining_steps = trajectory(student, noise, condition, sigmas=self.config.sigmas, generators=generators)

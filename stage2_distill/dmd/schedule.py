@@ -12,7 +12,7 @@ STUDENT, CRITIC = "student", "critic"
 
 
 @dataclass(frozen=True)
-class Part:
+class MicroBatch:
     """One rank's micro-batch of one update."""
 
     iteration: int
@@ -36,10 +36,10 @@ def first_role(iteration: int, config: DistillConfig) -> str:
 def updates_of(role: str, iteration: int, config: DistillConfig) -> int:
     """Number of updates of a role in iterations 0..iteration-1."""
 
-    def turns(end: int) -> int:
+    def student_turns(end: int) -> int:
         return -(-end // config.student_every)
 
-    return iteration if role == CRITIC else max(0, turns(iteration) - turns(config.critic_warmup))
+    return iteration if role == CRITIC else max(0, student_turns(iteration) - student_turns(config.critic_warmup))
 
 
 def updates_before(iteration: int, config: DistillConfig) -> int:
@@ -55,55 +55,55 @@ def learning_rate(iteration: int, role: str, config: DistillConfig) -> float:
     return full * min(1.0, rise, fall)
 
 
-def position(iteration: int, config: DistillConfig) -> int:
+def stream_position(iteration: int, config: DistillConfig) -> int:
     """Place in the endless stream of records at which an iteration begins."""
     return updates_before(iteration, config) * config.global_batch
 
 
-def accumulation(config: DistillConfig, world: int) -> int:
+def accumulation_steps(config: DistillConfig, world: int) -> int:
     """Micro-batches a rank takes for one update; ValueError where `global_batch` cannot be reached."""
-    together = config.batch_size * world
-    if config.global_batch % together:
-        low = max(1, config.global_batch // together) * together
+    step_size = config.batch_size * world
+    if config.global_batch % step_size:
+        low = max(1, config.global_batch // step_size) * step_size
         raise ValueError(
             f"global_batch={config.global_batch}: not a multiple of batch_size {config.batch_size} x {world} ranks; "
-            f"nearest are {low} and {low + together}"
+            f"nearest are {low} and {low + step_size}"
         )
-    return config.global_batch // together
+    return config.global_batch // step_size
 
 
-def parts(config: DistillConfig, *, start: int, rank: int, world: int) -> Iterator[Part]:
+def micro_batches(config: DistillConfig, *, start: int, rank: int, world: int) -> Iterator[MicroBatch]:
     """All micro-batches of one rank from iteration `start` to the end, in order."""
-    count = accumulation(config, world)
+    count = accumulation_steps(config, world)
     for iteration in range(start, config.iterations):
         update = updates_before(iteration, config)
         roles = (STUDENT, CRITIC) if student_turn(iteration, config) else (CRITIC,)
-        for place, role in enumerate(roles):
+        for role_index, role in enumerate(roles):
             for step in range(count):
                 first = (step * world + rank) * config.batch_size
                 samples = tuple(range(first, first + config.batch_size))
-                offset = (update + place) * config.global_batch
+                offset = (update + role_index) * config.global_batch
                 positions = tuple(offset + sample for sample in samples)
-                yield Part(iteration, role, samples, positions, 1 / count, step == count - 1)
+                yield MicroBatch(iteration, role, samples, positions, 1 / count, step == count - 1)
 
 
-def exit_index(iteration: int, role: str, config: DistillConfig) -> int:
+def draw_exit_index(iteration: int, role: str, config: DistillConfig) -> int:
     """The ladder step at which this update leaves the rollout, uniform (DMD2 section 4.5).
 
     Stratified: of every len(ladder) updates of the role each takes another step, in an order drawn anew.
     """
     steps = len(config.ladder)
     if config.exit_schedule == "stratified":
-        window, place = divmod(updates_of(role, iteration, config), steps)
+        window, offset = divmod(updates_of(role, iteration, config), steps)
         draw = make_generator(config.seed, window, 0, f"{role} exits")
-        return int(torch.randperm(steps, generator=draw)[place])
+        return int(torch.randperm(steps, generator=draw)[offset])
     draw = make_generator(config.seed, iteration, 0, f"{role} exit")
     return int(torch.randint(steps, (1,), generator=draw))
 
 
-def score_bounds(exit_at: int, config: DistillConfig) -> tuple[float, float]:
-    """Bounds of u, the score time before the shift, for a rollout that left at step `exit_at`."""
-    following = config.ladder[exit_at + 1] if exit_at + 1 < len(config.ladder) else 0.0
-    low = following / 1000 if config.ts_schedule else 0.0
-    high = config.ladder[exit_at] / 1000 if config.ts_schedule_max else 1.0
+def score_bounds(exit_index: int, config: DistillConfig) -> tuple[float, float]:
+    """Bounds of u, the score time before the shift, for a rollout that left at step `exit_index`."""
+    next_timestep = config.ladder[exit_index + 1] if exit_index + 1 < len(config.ladder) else 0.0
+    low = next_timestep / 1000 if config.ts_schedule else 0.0
+    high = config.ladder[exit_index] / 1000 if config.ts_schedule_max else 1.0
     return low, high

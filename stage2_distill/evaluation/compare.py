@@ -28,20 +28,27 @@ from shards.comparison import LATENTS_STORE, Candidate, Comparison, latent_set_n
 from shards.dataset import open_data_set
 from shards.manifest import check_manifest
 from shards.record import Record, collate_records, group_by_first_frame, pad_text
-from stage2_distill.checkpointing.format import StudentFacts, checkpoints, chosen, newest, read_facts, write_best
-from stage2_distill.dmd.rollout import euler, rollout
+from stage2_distill.checkpointing.format import (
+    StudentFacts,
+    list_checkpoints,
+    newest_checkpoint,
+    read_facts,
+    resolve_checkpoint,
+    write_best,
+)
+from stage2_distill.dmd.rollout import rollout, sample_euler
 from stage2_distill.evaluation.config import EvaluateConfig
-from stage2_distill.evaluation.latent_metrics import Spread, references, score, spread
-from stage2_distill.model.wan import denoiser, guided
-from stage2_distill.model.wan import load as load_network
+from stage2_distill.evaluation.latent_metrics import SeedStatistics, reference_seeds, score_candidates, seed_statistics
+from stage2_distill.model.wan import guided, make_denoiser
+from stage2_distill.model.wan import load_transformer as load_network
 from stage2_distill.sampling.student_sampler import check_model, load_student
 
-CONFIG, SELECTION = "evaluate.yaml", "selection.json"
-CHUNK = 4 << 20  # bytes of latents that share a chunk of the store
+EVALUATION_CONFIG_FILE, SELECTION_FILE = "evaluate.yaml", "selection.json"
+CHUNK_BYTES = 4 << 20  # bytes of latents that share a chunk of the store
 
 
 @dataclass(frozen=True)
-class Setting:
+class EvaluationSetup:
     """What all contestants share."""
 
     config: EvaluateConfig
@@ -58,39 +65,42 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Sampler:
+class CandidateSampler:
     """How one contestant makes its videos."""
 
-    contestant: Candidate
+    candidate: Candidate
     checkpoint: Path | None  # None: the teacher's weights
     sigmas: tuple[float, ...]
     scale: float  # 1 = no guidance
     renoise: bool  # fresh noise between the steps, as a student; otherwise Euler
 
 
-def sample_contest(config: EvaluateConfig) -> Comparison:
+def sample_comparison(config: EvaluateConfig) -> Comparison:
     """Write the latents of every contestant and seed into OUT/latents.zarr, and OUT/contest.json.
 
     Sets that are there already, made in the same way from the same weights, are kept.
     """
-    setting = open_setting(config)
+    setting = open_evaluation(config)
     if config.select:
-        select(setting)
-    samplers = [*teachers(setting), *students(setting, [chosen(Path(name)) for name in config.checkpoint])]
-    contest = sample_sets(setting, samplers)
-    write_comparison(Path(config.out), contest)
-    return contest
+        select_best(setting)
+    samplers = [
+        *teacher_samplers(setting),
+        *student_samplers(setting, [resolve_checkpoint(Path(name)) for name in config.checkpoint]),
+    ]
+    comparison = sample_sets(setting, samplers)
+    write_comparison(Path(config.out), comparison)
+    return comparison
 
 
-def open_setting(config: EvaluateConfig) -> Setting:
+def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     """Read the conditions and check that they, the model and the checkpoints belong together."""
-    first, *others = config.checkpoint
-    facts = read_facts(checkpoints_of(Path(first))[-1])
+    first, *other_runs = config.checkpoint
+    facts = read_facts(run_checkpoints(Path(first))[-1])
     if facts.spec.latent_shape[1] < 3:
         raise ValueError(f"checkpoint={first}: {facts.spec.num_frames} frames; a distance needs 9 or more")
     check_model(config.model, facts, ("vae", "transformer"))
-    for name in others:
-        if read_facts(checkpoints_of(Path(name))[-1]).transformer != facts.transformer:
+    for name in other_runs:
+        if read_facts(run_checkpoints(Path(name))[-1]).transformer != facts.transformer:
             raise ValueError(f"checkpoint={name}: distilled from another model than {first}")
     data = open_data_set(config.shards)
     encoders: dict[str, object] = {"vae": facts.vae, "text_encoder": facts.text_encoder}
@@ -98,80 +108,82 @@ def open_setting(config: EvaluateConfig) -> Setting:
     count = min(config.count, data.records)
     if count < 2:
         raise ValueError(f"shards={config.shards}: holds {count} records; a distance between sets needs 2 or more")
-    made = hashlib.sha256(repr((data.manifest.shards, data.manifest.negative_sha256)).encode()).hexdigest()
+    data_digest = hashlib.sha256(repr((data.manifest.shards, data.manifest.negative_sha256)).encode()).hexdigest()
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    write_config(Path(config.out) / CONFIG, config)
-    return Setting(
+    write_config(Path(config.out) / EVALUATION_CONFIG_FILE, config)
+    return EvaluationSetup(
         config,
         facts,
         tuple(data.record(index) for index in range(count)),
         pad_text(data.negative, config.text_rows),
-        f"{count} of {made}",
+        f"{count} of {data_digest}",
         float(str(facts.config["guidance_scale"] if config.guidance_scale is None else config.guidance_scale)),
     )
 
 
-def checkpoints_of(folder: Path) -> list[Path]:
+def run_checkpoints(folder: Path) -> list[Path]:
     """All checkpoints of a run, oldest first, or the one that `folder` is; ValueError where there is none."""
-    last = newest(folder)
-    return [last] if last == folder else checkpoints(folder)
+    last = newest_checkpoint(folder)
+    return [last] if last == folder else list_checkpoints(folder)
 
 
-def teachers(setting: Setting) -> list[Sampler]:
+def teacher_samplers(setting: EvaluationSetup) -> list[CandidateSampler]:
     """The teacher at its many steps and on the student's ladder, and the student as it was before distillation."""
     facts, scale, steps = setting.facts, setting.scale, setting.config.teacher_steps
-    many = tuple(shift(1 - step / steps, facts.shift) for step in range(steps))
-    few, how = len(facts.sigmas), "guided steps" if scale != 1 else "steps"
-    each = 1 if scale == 1 else 2
+    teacher_sigmas = tuple(shift(1 - step / steps, facts.shift) for step in range(steps))
+    student_steps, step_label = len(facts.sigmas), "guided steps" if scale != 1 else "steps"
+    evaluations_per_step = 1 if scale == 1 else 2
     return [
-        Sampler(Candidate("teacher", f"teacher, {steps} {how}", each * steps, "teacher"), None, many, scale, False),
-        Sampler(
-            Candidate("teacher-few", f"teacher, {few} {how}", each * few, "teacher-few"),
+        CandidateSampler(Candidate("teacher", f"teacher, {steps} {step_label}", evaluations_per_step * steps, "teacher"), None, teacher_sigmas, scale, False),
+        CandidateSampler(
+            Candidate("teacher-few", f"teacher, {student_steps} {step_label}", evaluations_per_step * student_steps, "teacher-few"),
             None, facts.sigmas, scale, False,
         ),
-        Sampler(
-            Candidate("undistilled", f"undistilled student, {few} steps", few, "undistilled"),
+        CandidateSampler(
+            Candidate("undistilled", f"undistilled student, {student_steps} steps", student_steps, "undistilled"),
             None, facts.sigmas, 1.0, True,
         ),
     ]  # fmt: skip
 
 
-def students(setting: Setting, folders: Sequence[Path]) -> list[Sampler]:
+def student_samplers(setting: EvaluationSetup, folders: Sequence[Path]) -> list[CandidateSampler]:
     """Checkpoints, each on its own ladder; the first is named `student`."""
-    made: list[Sampler] = []
+    samplers: list[CandidateSampler] = []
     for folder in folders:
         facts = read_facts(folder)
         if facts.spec != setting.facts.spec:
             raise ValueError(f"checkpoint={folder}: makes videos of {facts.spec}, the first of {setting.facts.spec}")
-        where = folder.resolve()
-        short = f"{where.parent.name}-{where.name}"
-        label = f"{short}, {len(facts.sigmas)} steps" if made else f"student, {len(facts.sigmas)} steps"
-        name = f"{short}-{fingerprint_folder(folder)[:6]}"
-        contestant = Candidate(name if made else "student", label, len(facts.sigmas), name)
-        if contestant.sets not in [sampler.contestant.sets for sampler in made]:
-            made.append(Sampler(contestant, folder, facts.sigmas, 1.0, True))
-    return made
+        resolved = folder.resolve()
+        short_name = f"{resolved.parent.name}-{resolved.name}"
+        label = f"{short_name}, {len(facts.sigmas)} steps" if samplers else f"student, {len(facts.sigmas)} steps"
+        name = f"{short_name}-{fingerprint_folder(folder)[:6]}"
+        candidate = Candidate(name if samplers else "student", label, len(facts.sigmas), name)
+        if candidate.sets not in [sampler.candidate.sets for sampler in samplers]:
+            samplers.append(CandidateSampler(candidate, folder, facts.sigmas, 1.0, True))
+    return samplers
 
 
-def sample_sets(setting: Setting, samplers: Sequence[Sampler]) -> Comparison:
+def sample_sets(setting: EvaluationSetup, samplers: Sequence[CandidateSampler]) -> Comparison:
     """Make the sets that are missing, network by network; the first sampler is the teacher."""
     seeds = setting.config.seeds
-    contestants = tuple(sampler.contestant for sampler in samplers)
-    contest = Comparison(contestants, seeds, references(seeds), len(setting.records), setting.scale)
+    candidates = tuple(sampler.candidate for sampler in samplers)
+    comparison = Comparison(candidates, seeds, reference_seeds(seeds), len(setting.records), setting.scale)
     for checkpoint in dict.fromkeys(sampler.checkpoint for sampler in samplers):
-        todo = []
+        missing = []
         for sampler in samplers:
-            wanted = {*seeds, *contest.references} if sampler.contestant == contest.teacher else seeds
+            needed_seeds = {*seeds, *comparison.references} if sampler.candidate == comparison.teacher else seeds
             if sampler.checkpoint == checkpoint:
-                todo += [(sampler, seed) for seed in sorted(wanted) if not is_made(setting, sampler, seed)]
-        if todo:
-            plain = open_network(setting, checkpoint)
-            for sampler, seed in todo:
-                sample_set(setting, sampler, plain, seed)
-    return contest
+                missing += [
+                    (sampler, seed) for seed in sorted(needed_seeds) if not is_current_set(setting, sampler, seed)
+                ]
+        if missing:
+            denoiser = open_denoiser(setting, checkpoint)
+            for sampler, seed in missing:
+                sample_set(setting, sampler, denoiser, seed)
+    return comparison
 
 
-def open_network(setting: Setting, checkpoint: Path | None) -> Denoiser:
+def open_denoiser(setting: EvaluationSetup, checkpoint: Path | None) -> Denoiser:
     """The teacher's or a checkpoint's weights as a function to x0."""
     config, dtype = setting.config, getattr(torch, setting.config.dtype)
     if checkpoint is not None:
@@ -186,73 +198,79 @@ def open_network(setting: Setting, checkpoint: Path | None) -> Denoiser:
         )
     else:
         net = load_network(locate_model(config.model, ("transformer",)), dtype)
-    return denoiser(net.to(pick_device(config.device)).requires_grad_(False), dtype)
+    return make_denoiser(net.to(pick_device(config.device)).requires_grad_(False), dtype)
 
 
-def digest(setting: Setting, sampler: Sampler, seed: int) -> str:
+def set_digest(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -> str:
     """A digest of all that decides a set's latents."""
     weights = setting.facts.transformer
     if sampler.checkpoint is not None:
         weights = fingerprint_folder(sampler.checkpoint) + setting.config.weights
-    how = (sampler.sigmas, sampler.scale, sampler.renoise, setting.config.dtype)
-    return hashlib.sha256(repr((weights, how, setting.conditions, seed)).encode()).hexdigest()
+    settings = (sampler.sigmas, sampler.scale, sampler.renoise, setting.config.dtype)
+    return hashlib.sha256(repr((weights, settings, setting.conditions, seed)).encode()).hexdigest()
 
 
-def is_made(setting: Setting, sampler: Sampler, seed: int) -> bool:
+def is_current_set(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -> bool:
     """Whether a set is complete and is what would be made now."""
-    there = latent_store.read_group_facts(setting.store, latent_set_name(sampler.contestant, seed))
-    return there.get("digest") == digest(setting, sampler, seed)
+    stored = latent_store.read_group_facts(setting.store, latent_set_name(sampler.candidate, seed))
+    return stored.get("digest") == set_digest(setting, sampler, seed)
 
 
-def sample_set(setting: Setting, sampler: Sampler, plain: Denoiser, seed: int) -> None:
+def sample_set(setting: EvaluationSetup, sampler: CandidateSampler, denoiser: Denoiser, seed: int) -> None:
     """Sample all conditions with one contestant and seed into the store."""
-    records, store, name = setting.records, setting.store, latent_set_name(sampler.contestant, seed)
+    records, store, name = setting.records, setting.store, latent_set_name(sampler.candidate, seed)
     keys, prompts = tuple(r.key for r in records), tuple(r.source.prompt for r in records)
     spec = setting.facts.spec
-    together = max(1, CHUNK // (4 * math.prod(spec.latent_shape)))
+    rows_per_chunk = max(1, CHUNK_BYTES // (4 * math.prod(spec.latent_shape)))
     latent_store.create_group(
-        store, latent_store.LatentGroup(name, spec, keys, prompts, (seed,) * len(records)), videos_per_chunk=together
+        store,
+        latent_store.LatentGroup(name, spec, keys, prompts, (seed,) * len(records)),
+        videos_per_chunk=rows_per_chunk,
     )
-    took = []
+    seconds = []
     with ProgressBar(len(records), label=f"sample {name}") as progress:
         for rows in group_by_first_frame(records, setting.config.batch_size):
-            began = time.perf_counter()
-            x0 = sample_rows(setting, sampler, plain, rows, seed).cpu()
-            took.append((time.perf_counter() - began) / len(rows))
+            start_time = time.perf_counter()
+            x0 = sample_rows(setting, sampler, denoiser, rows, seed).cpu()
+            seconds.append((time.perf_counter() - start_time) / len(rows))
             if not torch.isfinite(x0).all():
                 raise ValueError(f"{sampler.checkpoint or setting.config.model}: makes latents that are not finite")
             latent_store.write_latents(store, name, rows, x0)
             progress.advance(count=len(rows))
-    latent_store.finish_group(store, name, facts={"digest": digest(setting, sampler, seed), "seconds": median(took)})
+    latent_store.finish_group(
+        store, name, facts={"digest": set_digest(setting, sampler, seed), "seconds": median(seconds)}
+    )
 
 
 @torch.no_grad()
-def sample_rows(setting: Setting, sampler: Sampler, plain: Denoiser, rows: Sequence[int], seed: int) -> Tensor:
+def sample_rows(
+    setting: EvaluationSetup, sampler: CandidateSampler, denoiser: Denoiser, rows: Sequence[int], seed: int
+) -> Tensor:
     """Latents (B C T H W) of some conditions; the noise depends on the seed and the row alone."""
     device = pick_device(setting.config.device)
     records = [setting.records[row] for row in rows]
     condition: Condition = collate_records(records, text_rows=setting.config.text_rows).condition.to(device)
-    draws = [make_generator(seed, 0, row, "evaluate", device) for row in rows]
-    noise = draw_normal(setting.facts.spec.latent_shape, draws)
-    denoise = guided(plain, negative_text=setting.negative_text.to(device), scale=sampler.scale)
+    generators = [make_generator(seed, 0, row, "evaluate", device) for row in rows]
+    noise = draw_normal(setting.facts.spec.latent_shape, generators)
+    guided_denoiser = guided(denoiser, negative_text=setting.negative_text.to(device), scale=sampler.scale)
     if sampler.renoise:
-        return rollout(denoise, noise, condition, ladder=sampler.sigmas, generators=draws)
-    return euler(denoise, noise, condition, sigmas=sampler.sigmas)
+        return rollout(guided_denoiser, noise, condition, sigmas=sampler.sigmas, generators=generators)
+    return sample_euler(guided_denoiser, noise, condition, sigmas=sampler.sigmas)
 
 
-def select(setting: Setting) -> Path:
+def select_best(setting: EvaluationSetup) -> Path:
     """Score every checkpoint of the first run by its distance to the teacher; name the best in RUN/best."""
     run = Path(setting.config.checkpoint[0])
-    folders = checkpoints_of(run)
+    folders = run_checkpoints(run)
     if folders == [run]:
         raise ValueError(f"checkpoint={run}: is one checkpoint; --select chooses among those of a run")
-    samplers = students(setting, folders)
-    contest = sample_sets(setting, [teachers(setting)[0], *samplers])
-    found = score(setting.store, contest)
-    distances: dict[str, Spread] = {}
+    samplers = student_samplers(setting, folders)
+    comparison = sample_sets(setting, [teacher_samplers(setting)[0], *samplers])
+    scores = score_candidates(setting.store, comparison)
+    distances: dict[str, SeedStatistics] = {}
     for folder, sampler in zip(folders, samplers, strict=True):
-        distances[folder.name] = spread(found[sampler.contestant.name].frechet)
+        distances[folder.name] = seed_statistics(scores[sampler.candidate.name].frechet)
     best = min(distances, key=lambda name: distances[name].mean)
     rows = [{"checkpoint": name, **vars(distance)} for name, distance in distances.items()]
-    write_file(Path(setting.config.out) / SELECTION, (json.dumps(rows, indent=1) + "\n").encode())
+    write_file(Path(setting.config.out) / SELECTION_FILE, (json.dumps(rows, indent=1) + "\n").encode())
     return write_best(run, best, distance=distances[best].mean, iteration=int(best.removeprefix("step-")))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from common.options import check_fields, device_option, max_text_tokens_option, option
-from stage2_distill.sampling.config import DTYPES, WEIGHTS
+from stage2_distill.sampling.config import DTYPES, WEIGHT_SETS
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class EvaluateConfig:
     seeds: tuple[int, ...] = option((0, 1, 2), "Seeds of the noise.")
     teacher_steps: int = option(50, "Steps of the teacher.", minimum=1)
     guidance_scale: float | None = option(None, "Of the teacher; without it, what the checkpoint was distilled at.")
-    weights: str = option("ema", "Weights of the checkpoints.", choices=WEIGHTS)
+    weights: str = option("ema", "Weights of the checkpoints.", choices=WEIGHT_SETS)
     select: bool = option(False, "First score every checkpoint of the run and write the name of the best to RUN/best.")
     videos: int = option(256, "Videos a set that are decoded and looked at; 0 = latents only.", minimum=0)
     shown: int = option(4, "Conditions whose videos are in the report.", minimum=0)

@@ -17,45 +17,45 @@ from common.progress import ProgressBar
 from shards import latent_store
 from shards.comparison import Comparison, latent_set_name
 
-SEED, HIDDEN, WIDTH = 20261123, 128, 64
+RANDOM_FEATURE_SEED, HIDDEN_WIDTH, FEATURE_WIDTH = 20261123, 128, 64
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 % points, 1..10 degrees
-AT_ONCE = 2**28  # bytes of latents in memory
+BATCH_BYTES = 2**28  # bytes of latents in memory
 
 
-def random_weight(out: int, shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
+def random_weight(out_channels: int, shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
     """A Gaussian convolution weight (out, *shape) that keeps the variance of unit inputs."""
-    return torch.randn((out, *shape), generator=generator) / math.sqrt(math.prod(shape))
+    return torch.randn((out_channels, *shape), generator=generator) / math.sqrt(math.prod(shape))
 
 
-def features(latents: Tensor) -> Tensor:
+def latent_features(latents: Tensor) -> Tensor:
     """Features (N D) of normalised latents (N C T H W): two random convolutions of the free frames, averaged.
 
     The weights are drawn from a fixed seed on the CPU, so every machine has the same map; float32 throughout.
     """
-    generator = torch.Generator().manual_seed(SEED)
-    first = random_weight(HIDDEN, (latents.shape[1], 1, 2, 2), generator).to(latents.device)
-    second = random_weight(WIDTH, (HIDDEN, 2, 1, 1), generator).to(latents.device)
+    generator = torch.Generator().manual_seed(RANDOM_FEATURE_SEED)
+    first = random_weight(HIDDEN_WIDTH, (latents.shape[1], 1, 2, 2), generator).to(latents.device)
+    second = random_weight(FEATURE_WIDTH, (HIDDEN_WIDTH, 2, 1, 1), generator).to(latents.device)
     hidden = functional.relu(functional.conv3d(latents[:, :, 1:].float(), first))
     return functional.relu(functional.conv3d(hidden, second)).mean(dim=(2, 3, 4))
 
 
-def square_root(matrix: Tensor) -> Tensor:
+def matrix_square_root(matrix: Tensor) -> Tensor:
     """Symmetric square root (D D) of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def frechet(a: Tensor, b: Tensor) -> float:
+def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared Frechet distance of Gaussians fitted to a (N D) and b (M D), in float64 (Dowson & Landau 1982)."""
     a, b = a.double().cpu(), b.double().cpu()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    root = square_root(cov_a)
+    root = matrix_square_root(cov_a)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
 @dataclass(frozen=True)
-class Spread:
+class SeedStatistics:
     """One figure a seed, summed up."""
 
     mean: float
@@ -65,29 +65,29 @@ class Spread:
     values: tuple[float, ...]
 
 
-def spread(values: Sequence[float]) -> Spread:
+def seed_statistics(values: Sequence[float]) -> SeedStatistics:
     """Mean, standard deviation and 95 % interval (Student's t) of one figure a seed."""
     mean, count = statistics.fmean(values), len(values)
     if count < 2:
-        return Spread(mean, None, None, None, tuple(values))
+        return SeedStatistics(mean, None, None, None, tuple(values))
     deviation = statistics.stdev(values)
     half = (STUDENT_T[count - 2] if count - 2 < len(STUDENT_T) else 2.2) * deviation / math.sqrt(count)
-    return Spread(mean, deviation, mean - half, mean + half, tuple(values))
+    return SeedStatistics(mean, deviation, mean - half, mean + half, tuple(values))
 
 
-def distance(a: Tensor, b: Tensor) -> Tensor:
+def rms_distance(a: Tensor, b: Tensor) -> Tensor:
     """Root mean squared difference (B) of the free frames 1..T-1 of latents a and b (B C T H W)."""
     return (a[:, :, 1:].float() - b[:, :, 1:].float()).square().mean(dim=(1, 2, 3, 4)).sqrt()
 
 
-def diversity(sets: Sequence[Tensor]) -> Tensor:
+def seed_diversity(sets: Sequence[Tensor]) -> Tensor:
     """Mean distance (B) between the pairs of two or more sets (B C T H W): how much the seed decides."""
-    pairs = [distance(a, b) for place, a in enumerate(sets) for b in sets[:place]]
+    pairs = [rms_distance(a, b) for index, a in enumerate(sets) for b in sets[:index]]
     return torch.stack(pairs).mean(dim=0)
 
 
 @dataclass(frozen=True)
-class Scores:
+class CandidateScores:
     """Figures of one contestant, one a seed."""
 
     frechet: tuple[float, ...]  # to the teacher's set of another seed; for the teacher itself this is the floor
@@ -97,7 +97,7 @@ class Scores:
 
 
 @dataclass
-class Sums:
+class ScoreSums:
     """What one pass over the store collects, by the name of a set or of a contestant."""
 
     features: dict[str, list[Tensor]]
@@ -105,58 +105,62 @@ class Sums:
     diversity: dict[str, float]
 
 
-def references(seeds: Sequence[int]) -> tuple[int, ...]:
+def reference_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     """For each seed the one whose teacher set it is measured against: the next, with a further one if there are few."""
     return (*seeds[1:], seeds[0] if len(seeds) > 2 else max(seeds) + 1)
 
 
-def score(store: Path, contest: Comparison) -> dict[str, Scores]:
+def score_candidates(store: Path, comparison: Comparison) -> dict[str, CandidateScores]:
     """Scores by the contestants' names, of all N videos."""
-    sums = collect(store, contest)
+    sums = collect_sums(store, comparison)
     sets = {name: torch.cat(parts) for name, parts in sums.features.items()}
-    found = {}
-    for contestant in contest.contestants:
-        names = [latent_set_name(contestant, seed) for seed in contest.seeds]
-        against = [latent_set_name(contest.teacher, seed) for seed in contest.references]
+    scores = {}
+    for candidate in comparison.contestants:
+        names = [latent_set_name(candidate, seed) for seed in comparison.seeds]
+        reference_sets = [latent_set_name(comparison.teacher, seed) for seed in comparison.references]
         seconds = [float(latent_store.read_group_facts(store, name)["seconds"]) for name in names]
-        found[contestant.name] = Scores(
-            tuple(frechet(sets[mine], sets[other]) for mine, other in zip(names, against, strict=True)),
-            tuple(sums.to_teacher[name] / contest.count for name in names),
-            sums.diversity[contestant.name] / contest.count if len(names) > 1 else None,
+        scores[candidate.name] = CandidateScores(
+            tuple(frechet_distance(sets[mine], sets[other]) for mine, other in zip(names, reference_sets, strict=True)),
+            tuple(sums.to_teacher[name] / comparison.count for name in names),
+            sums.diversity[candidate.name] / comparison.count if len(names) > 1 else None,
             sum(seconds) / len(seconds),
         )
-    return found
+    return scores
 
 
-def set_names(contest: Comparison) -> list[str]:
+def set_names(comparison: Comparison) -> list[str]:
     """Every set of a contest, the teacher's references included."""
-    further = [latent_set_name(contest.teacher, seed) for seed in contest.references]
-    own = [latent_set_name(contestant, seed) for contestant in contest.contestants for seed in contest.seeds]
-    return list(dict.fromkeys([*own, *further]))
+    teacher_sets = [latent_set_name(comparison.teacher, seed) for seed in comparison.references]
+    own = [latent_set_name(candidate, seed) for candidate in comparison.contestants for seed in comparison.seeds]
+    return list(dict.fromkeys([*own, *teacher_sets]))
 
 
-def collect(store: Path, contest: Comparison) -> Sums:
+def collect_sums(store: Path, comparison: Comparison) -> ScoreSums:
     """Read every set once, some rows of all of them at a time."""
-    names = set_names(contest)
-    sums = Sums({name: [] for name in names}, dict.fromkeys(names, 0.0), {c.name: 0.0 for c in contest.contestants})
+    names = set_names(comparison)
+    sums = ScoreSums(
+        {name: [] for name in names}, dict.fromkeys(names, 0.0), {c.name: 0.0 for c in comparison.contestants}
+    )
     video = latent_store.read_latents(store, names[0], 0)
-    step = max(1, AT_ONCE // (len(names) * video.nbytes))
-    with ProgressBar(contest.count, label="compare latents") as progress:
-        for start in range(0, contest.count, step):
-            stop = min(start + step, contest.count)
-            add_rows(sums, contest, {name: latent_store.read_latent_rows(store, name, start, stop) for name in names})
+    step = max(1, BATCH_BYTES // (len(names) * video.nbytes))
+    with ProgressBar(comparison.count, label="compare latents") as progress:
+        for start in range(0, comparison.count, step):
+            stop = min(start + step, comparison.count)
+            add_rows(
+                sums, comparison, {name: latent_store.read_latent_rows(store, name, start, stop) for name in names}
+            )
             progress.advance(count=stop - start)
     return sums
 
 
-def add_rows(sums: Sums, contest: Comparison, rows: dict[str, Tensor]) -> None:
+def add_rows(sums: ScoreSums, comparison: Comparison, rows: dict[str, Tensor]) -> None:
     """Add some rows (B C T H W) of every set."""
     for name, videos in rows.items():
-        sums.features[name].append(features(videos))
-    for contestant in contest.contestants:
-        sets = [rows[latent_set_name(contestant, seed)] for seed in contest.seeds]
-        for videos, seed in zip(sets, contest.seeds, strict=True):
-            same_noise = rows[latent_set_name(contest.teacher, seed)]
-            sums.to_teacher[latent_set_name(contestant, seed)] += float(distance(videos, same_noise).sum())
+        sums.features[name].append(latent_features(videos))
+    for candidate in comparison.contestants:
+        sets = [rows[latent_set_name(candidate, seed)] for seed in comparison.seeds]
+        for videos, seed in zip(sets, comparison.seeds, strict=True):
+            teacher_videos = rows[latent_set_name(comparison.teacher, seed)]
+            sums.to_teacher[latent_set_name(candidate, seed)] += float(rms_distance(videos, teacher_videos).sum())
         if len(sets) > 1:
-            sums.diversity[contestant.name] += float(diversity(sets).sum())
+            sums.diversity[candidate.name] += float(seed_diversity(sets).sum())

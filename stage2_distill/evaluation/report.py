@@ -16,15 +16,20 @@ from safetensors.torch import load as load_tensors
 from common.files import write_file
 from shards import latent_store
 from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
-from stage2_distill.evaluation.compare import SELECTION
+from stage2_distill.evaluation.compare import SELECTION_FILE
 from stage2_distill.evaluation.config import EvaluateConfig
-from stage2_distill.evaluation.latent_metrics import Scores, frechet, score, spread
-from stage2_distill.monitoring.metrics_log import METRICS, whole_lines
+from stage2_distill.evaluation.latent_metrics import (
+    CandidateScores,
+    frechet_distance,
+    score_candidates,
+    seed_statistics,
+)
+from stage2_distill.monitoring.metrics_log import METRICS_FILE, complete_lines
 
-REPORT, PAGE = "report.json", "report.html"
-RATIOS = ("motion", "saturation", "contrast")  # stated relative to the teacher's
-PLAIN = ("psnr", "perceptual", "clip")
-ENOUGH = 2048  # conditions; 192 could not tell 4 steps of a teacher from 50
+REPORT_FILE, PAGE_FILE = "report.json", "report.html"
+RATIO_METRICS = ("motion", "saturation", "contrast")  # stated relative to the teacher's
+ABSOLUTE_METRICS = ("psnr", "perceptual", "clip")
+MIN_CONDITIONS = 2048  # conditions; 192 could not tell 4 steps of a teacher from 50
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--paper:#fff;--soft:#6a737d;--line:#d8dee4;--mark:#0b6bcb}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e8eb;--paper:#14171a;--soft:#9aa4ae;--line:#343b42;--mark:#6db3ff}}
@@ -46,30 +51,30 @@ POINTS = 300
 def write_report(config: EvaluateConfig) -> Path:
     """Write OUT/report.json and OUT/report.html; the latter's path."""
     out = Path(config.out)
-    contest = read_comparison(out)
-    scores = score(out / LATENTS_STORE, contest)
+    comparison = read_comparison(out)
+    scores = score_candidates(out / LATENTS_STORE, comparison)
     pixels = read_json(out / "pixels.json") if config.videos else None
-    floor = spread(scores["teacher"].frechet)
+    floor = seed_statistics(scores["teacher"].frechet)
     rows: dict[str, Any] = {}
-    for contestant in contest.contestants:
-        figures = latent_figures(scores[contestant.name], scores["teacher"], floor.mean)
-        rows[contestant.name] = {"label": contestant.label, "evaluations": contestant.evaluations, **figures}
+    for candidate in comparison.contestants:
+        figures = latent_summary(scores[candidate.name], scores["teacher"], floor.mean)
+        rows[candidate.name] = {"label": candidate.label, "evaluations": candidate.evaluations, **figures}
         if pixels:
-            rows[contestant.name] |= pixel_figures(contest, pixels["sets"], contestant.sets)
+            rows[candidate.name] |= pixel_summary(comparison, pixels["sets"], candidate.sets)
         if pixels and pixels["i3d"]:
-            rows[contestant.name]["fvd"] = vars(video_distance(out, contest, contestant.sets))
+            rows[candidate.name]["fvd"] = vars(frechet_video_distance(out, comparison, candidate.sets))
     report: dict[str, Any] = {
-        "count": contest.count,
-        "seeds": list(contest.seeds),
-        "guidance_scale": contest.guidance_scale,
+        "count": comparison.count,
+        "seeds": list(comparison.seeds),
+        "guidance_scale": comparison.guidance_scale,
         "videos": pixels["videos"] if pixels else 0,
         "floor": vars(floor),
         "contestants": rows,
-        "selection": read_json(out / SELECTION) if config.select else None,
+        "selection": read_json(out / SELECTION_FILE) if config.select else None,
     }
-    write_file(out / REPORT, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
-    write_file(out / PAGE, render(config, contest, report, pixels["shown"] if pixels else 0).encode())
-    return out / PAGE
+    write_file(out / REPORT_FILE, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    write_file(out / PAGE_FILE, render_page(config, comparison, report, pixels["shown"] if pixels else 0).encode())
+    return out / PAGE_FILE
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401
@@ -77,46 +82,49 @@ def read_json(path: Path) -> Any:  # noqa: ANN401
     return json.loads(path.read_bytes())
 
 
-def latent_figures(own: Scores, teacher: Scores, floor: float) -> dict[str, Any]:
+def latent_summary(own: CandidateScores, teacher: CandidateScores, floor: float) -> dict[str, Any]:
     """What the latents of one contestant say."""
     shares = None if own.diversity is None else own.diversity / max(teacher.diversity or 0.0, 1e-12)
     return {
         "seconds": own.seconds,
-        "frechet": vars(spread(own.frechet)),
+        "frechet": vars(seed_statistics(own.frechet)),
         "times_floor": sum(own.frechet) / len(own.frechet) / max(floor, 1e-12),
-        "to_teacher": vars(spread(own.to_teacher)),
+        "to_teacher": vars(seed_statistics(own.to_teacher)),
         "diversity": own.diversity,
         "diversity_of_teacher": shares,
     }
 
 
-def pixel_figures(contest: Comparison, found: dict[str, Any], sets: str) -> dict[str, Any]:
+def pixel_summary(comparison: Comparison, set_metrics: dict[str, Any], sets: str) -> dict[str, Any]:
     """Means over the seeds of one contestant's pixel figures; some are relative to the teacher's."""
-    mine = [found[f"{sets}-seed-{seed}"] for seed in contest.seeds]
-    theirs = [found[latent_set_name(contest.teacher, seed)] for seed in contest.seeds]
+    own = [set_metrics[f"{sets}-seed-{seed}"] for seed in comparison.seeds]
+    teacher = [set_metrics[latent_set_name(comparison.teacher, seed)] for seed in comparison.seeds]
     rows: dict[str, Any] = {}
-    for key in PLAIN:
-        rows[key] = vars(spread([one[key] for one in mine])) if mine[0][key] is not None else None
-    for key in RATIOS:
-        ratios = [one[key] / max(other[key], 1e-12) for one, other in zip(mine, theirs, strict=True)]
-        rows[key] = vars(spread(ratios))
-    keys = sorted({key for one in mine for key in one["answers"]})
+    for key in ABSOLUTE_METRICS:
+        rows[key] = vars(seed_statistics([one[key] for one in own])) if own[0][key] is not None else None
+    for key in RATIO_METRICS:
+        ratios = [one[key] / max(other[key], 1e-12) for one, other in zip(own, teacher, strict=True)]
+        rows[key] = vars(seed_statistics(ratios))
+    keys = sorted({key for one in own for key in one["answers"]})
     rows["answers"] = {
-        key: vars(spread([one["answers"][key] for one in mine if key in one["answers"]])) for key in keys
+        key: vars(seed_statistics([one["answers"][key] for one in own if key in one["answers"]])) for key in keys
     }
     return rows
 
 
-def video_distance(out: Path, contest: Comparison, sets: str) -> Any:  # noqa: ANN401
+def frechet_video_distance(out: Path, comparison: Comparison, sets: str) -> Any:  # noqa: ANN401
     """Frechet distance of I3D features to the teacher's set of another seed."""
     features = load_tensors((out / "i3d.safetensors").read_bytes())
-    pairs = zip(contest.seeds, contest.references, strict=True)
-    return spread(
-        [frechet(features[f"{sets}-seed-{a}"], features[latent_set_name(contest.teacher, b)]) for a, b in pairs]
+    pairs = zip(comparison.seeds, comparison.references, strict=True)
+    return seed_statistics(
+        [
+            frechet_distance(features[f"{sets}-seed-{a}"], features[latent_set_name(comparison.teacher, b)])
+            for a, b in pairs
+        ]
     )
 
 
-def shown(figure: Any) -> str:  # noqa: ANN401
+def format_metric(figure: Any) -> str:  # noqa: ANN401
     """A number, or a mean with its standard deviation, in a few digits."""
     if figure is None:
         return "-"
@@ -126,68 +134,80 @@ def shown(figure: Any) -> str:  # noqa: ANN401
     return f"{figure:.4g}"
 
 
-def render(config: EvaluateConfig, contest: Comparison, report: dict[str, Any], rows: int) -> str:
+def render_page(config: EvaluateConfig, comparison: Comparison, report: dict[str, Any], rows: int) -> str:
     """The page."""
-    few = len(contest.seeds) < 2
-    said = (
-        f"<p>{contest.count} conditions, seeds {', '.join(map(str, contest.seeds))}, guidance scale "
-        f"{contest.guidance_scale:g}. Figures are the mean{'' if few else ' ± standard deviation'} over the seeds. "
+    single_seed = len(comparison.seeds) < 2
+    summary = (
+        f"<p>{comparison.count} conditions, seeds {', '.join(map(str, comparison.seeds))}, guidance scale "
+        f"{comparison.guidance_scale:g}. Figures are the mean{'' if single_seed else ' ± standard deviation'} over the seeds. "
         f"Distance: Frechet distance of latents, by fixed random features, to the teacher's videos of another seed; "
-        f"between two sets of the teacher itself it is {shown(report['floor'])}, the floor.</p>"
+        f"between two sets of the teacher itself it is {format_metric(report['floor'])}, the floor.</p>"
     )
-    if contest.count < ENOUGH:
-        said += f"<p><b>Under {ENOUGH} conditions the distance cannot tell a good sampler from the floor.</b></p>"
-    sections = [("Distance to the teacher", said + distances(report))]
+    if comparison.count < MIN_CONDITIONS:
+        summary += (
+            f"<p><b>Under {MIN_CONDITIONS} conditions the distance cannot tell a good sampler from the floor.</b></p>"
+        )
+    sections = [("Distance to the teacher", summary + distance_table(report))]
     if report["videos"]:
-        sections += [("Videos", videos(config, contest, rows)), ("In pixels", pixel_table(report))]
+        sections += [("Videos", video_section(config, comparison, rows)), ("In pixels", pixel_table(report))]
     if report["selection"]:
-        lines = [(one["checkpoint"], shown(one)) for one in report["selection"]]
-        sections.append(("Checkpoints", table(("checkpoint", "distance"), lines)))
+        lines = [(one["checkpoint"], format_metric(one)) for one in report["selection"]]
+        sections.append(("Checkpoints", html_table(("checkpoint", "distance"), lines)))
     drawn = curves(Path(config.checkpoint[0]))
-    return page("Student against teacher", [*sections, *([("Training", drawn)] if drawn else [])])
+    return html_page("Student against teacher", [*sections, *([("Training", drawn)] if drawn else [])])
 
 
-def distances(report: dict[str, Any]) -> str:
+def distance_table(report: dict[str, Any]) -> str:
     """The table of latent figures."""
     head = ("", "distance", "times the floor", "to teacher, same noise", "diversity", "evaluations", "s a video")
     keys = ("frechet", "times_floor", "to_teacher", "diversity", "evaluations", "seconds")
-    return table(head, [(one["label"], *(shown(one[key]) for key in keys)) for one in report["contestants"].values()])
+    return html_table(
+        head, [(one["label"], *(format_metric(one[key]) for key in keys)) for one in report["contestants"].values()]
+    )
 
 
 def pixel_table(report: dict[str, Any]) -> str:
     """The table of pixel figures."""
     rows = report["contestants"].values()
-    kinds = [key for key in ("fvd", *PLAIN, *RATIOS) if any(one.get(key) is not None for one in rows)]
-    asked = sorted({key for one in rows for key in one["answers"]})
+    kinds = [key for key in ("fvd", *ABSOLUTE_METRICS, *RATIO_METRICS) if any(one.get(key) is not None for one in rows)]
+    questions = sorted({key for one in rows for key in one["answers"]})
     lines = [
-        (one["label"], *(shown(one[key]) for key in kinds), *(shown(one["answers"].get(key)) for key in asked))
+        (
+            one["label"],
+            *(format_metric(one[key]) for key in kinds),
+            *(format_metric(one["answers"].get(key)) for key in questions),
+        )
         for one in rows
     ]
-    names = [f"{kind} / teacher's" if kind in RATIOS else kind for kind in kinds]
+    names = [f"{kind} / teacher's" if kind in RATIO_METRICS else kind for kind in kinds]
     note = (
         f'<p class="soft">Of {report["videos"]} videos a set. psnr and perceptual compare frame 0 with the given one '
     )
     return (
-        note + "as the VAE shows it; perceptual is LPIPS with random features.</p>" + table(("", *names, *asked), lines)
+        note
+        + "as the VAE shows it; perceptual is LPIPS with random features.</p>"
+        + html_table(("", *names, *questions), lines)
     )
 
 
-def videos(config: EvaluateConfig, contest: Comparison, rows: int) -> str:
+def video_section(config: EvaluateConfig, comparison: Comparison, rows: int) -> str:
     """The same conditions and noise, contestant beside contestant."""
     out = Path(config.out)
-    names = [(latent_set_name(one, contest.seeds[0]), one.label) for one in contest.contestants]
+    names = [(latent_set_name(one, comparison.seeds[0]), one.label) for one in comparison.contestants]
     prompts = latent_store.describe_group(out / LATENTS_STORE, names[0][0]).prompts
     parts = []
     for row in range(rows):
-        figures = "".join(video(out / "videos" / name / f"{row:03d}.mp4", label) for name, label in names)
+        figures = "".join(html_video(out / "videos" / name / f"{row:03d}.mp4", label) for name, label in names)
         parts.append(f'<p>{html.escape(prompts[row])}</p><div class="row">{figures}</div>')
     return "".join(parts)
 
 
 def curves(folder: Path) -> str:
     """Training losses and gradient norms from the run's metrics.jsonl, where it is there."""
-    path = next((p / METRICS for p in (folder, folder.parent) if (p / METRICS).is_file()), folder / METRICS)
-    lines = [line for _, line in whole_lines(path)]
+    path = next(
+        (p / METRICS_FILE for p in (folder, folder.parent) if (p / METRICS_FILE).is_file()), folder / METRICS_FILE
+    )
+    lines = [line for _, line in complete_lines(path)]
     drawn = []
     for role in ("student", "critic"):
         for key in (f"{role}_loss", f"{role}_grad_norm"):
@@ -196,14 +216,14 @@ def curves(folder: Path) -> str:
     return f'<div class="row">{"".join(drawn)}</div>' if drawn else ""
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; the first column names the rows."""
     lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
     titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     return f'<div class="wide"><table><tr>{titles}</tr>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
 
-def video(path: Path, label: str) -> str:
+def html_video(path: Path, label: str) -> str:
     """A playing video with its label."""
     data = base64.b64encode(path.read_bytes()).decode()
     source = f'src="data:video/mp4;base64,{data}"'
@@ -235,7 +255,7 @@ def curve(title: str, points: Sequence[tuple[float, float]]) -> str:
     return f"<figure>{drawn}<figcaption>{html.escape(title)}</figcaption></figure>"
 
 
-def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
+def html_page(title: str, sections: Sequence[tuple[str, str]]) -> str:
     """The whole file from (heading, HTML) sections."""
     body = "".join(f"<section><h2>{html.escape(heading)}</h2>{inner}</section>" for heading, inner in sections)
     head = (

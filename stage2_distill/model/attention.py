@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-WORKSPACE, ORDERED = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
-os.environ.setdefault(WORKSPACE, ORDERED[0])  # products in one order; read once, before a process's first one
-FLASH_3 = "flash_attn_interface"  # the module of the package flash-attn-3
-KERNELS = {
+CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+os.environ.setdefault(
+    CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES[0]
+)  # products in one order; read once, before a process's first one
+FLASH_3_MODULE = "flash_attn_interface"  # the module of the package flash-attn-3
+SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -32,37 +34,37 @@ ATTENTION_OPS = [
 
 
 @torch.compiler.assume_constant_result
-def flash_is_3() -> bool:
-    """`make_flash_3`; torch.compile takes its word, where it would trace into a cached function."""
-    return make_flash_3()
+def uses_flash_3() -> bool:
+    """`activate_flash_3`; torch.compile takes its word, where it would trace into a cached function."""
+    return activate_flash_3()
 
 
 @cache
-def make_flash_3() -> bool:
+def activate_flash_3() -> bool:
     """Whether torch's flash kernel is FlashAttention-3 from here on: on a Hopper GPU, its package being installed."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    if not hopper or torch.__version__ < "2.11" or find_spec(FLASH_3) is None:
+    if not hopper or torch.__version__ < "2.11" or find_spec(FLASH_3_MODULE) is None:
         return False
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch's own gives way
             nn.attention.activate_flash_attention_impl("FA3")
     except (ImportError, OSError, RuntimeError) as error:
-        logging.warning("%s is installed but cannot be used (%s); attention runs on cuDNN", FLASH_3, error)
+        logging.warning("%s is installed but cannot be used (%s); attention runs on cuDNN", FLASH_3_MODULE, error)
         return False
     return True
 
 
-def choose(kernel: str, *, half_on_gpu: bool) -> str:
-    """The kernel that a name stands for; FlashAttention-3 is flash once `flash_is_3`."""
-    if half_on_gpu and kernel in ("auto", "flash") and flash_is_3():
+def choose_kernel(kernel: str, *, half_on_gpu: bool) -> str:
+    """The kernel that a name stands for; FlashAttention-3 is flash once `uses_flash_3`."""
+    if half_on_gpu and kernel in ("auto", "flash") and uses_flash_3():
         return "flash"
     if kernel == "auto":
         return "cudnn" if half_on_gpu else "torch"
     return kernel
 
 
-def repeatable(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:
+def enable_determinism(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Make a GPU's sums have one order, so that a resumed run has the bits of an unbroken one; whether they have.
 
     On cuDNN attention's have none (torch 2.11, also where it is asked), so torch may not insist. ValueError where the
@@ -70,41 +72,43 @@ def repeatable(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:
     """
     if device.type != "cuda":
         return True
-    if os.environ[WORKSPACE] not in ORDERED:
-        raise ValueError(f"{WORKSPACE}={os.environ[WORKSPACE]}: products have no order so; unset it, or {ORDERED[0]}")
-    ordered = choose(kernel, half_on_gpu=dtype.itemsize == 2) != "cudnn"
+    if os.environ[CUBLAS_WORKSPACE] not in DETERMINISTIC_WORKSPACES:
+        raise ValueError(
+            f"{CUBLAS_WORKSPACE}={os.environ[CUBLAS_WORKSPACE]}: products have no order so; unset it, or {DETERMINISTIC_WORKSPACES[0]}"
+        )
+    deterministic = choose_kernel(kernel, half_on_gpu=dtype.itemsize == 2) != "cudnn"
     warnings.filterwarnings("ignore", "cuDNN Attention defaults to a non-deterministic algorithm")  # it has no other
-    torch.use_deterministic_algorithms(True, warn_only=not ordered)
+    torch.use_deterministic_algorithms(True, warn_only=not deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return ordered
+    return deterministic
 
 
-def check_kernel(kernel: str, size: int, dtype: torch.dtype, device: torch.device) -> None:
+def check_kernel(kernel: str, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
     """ValueError where a kernel cannot attend, backward pass included, with heads of `size` on a device."""
-    x = torch.zeros(1, 128, 1, size, dtype=dtype, device=device, requires_grad=True)
+    x = torch.zeros(1, 128, 1, head_size, dtype=dtype, device=device, requires_grad=True)
     try:
-        attend(x, x, x, kernel).sum().backward()
+        dot_product_attention(x, x, x, kernel).sum().backward()
     except RuntimeError as error:
-        heads, why = f"heads of {size} in {str(dtype).removeprefix('torch.')}", str(error).partition(".")[0]
-        raise ValueError(f"attention={kernel}: no kernel for {heads} on {device.type} ({why}); use torch") from error
+        heads, cause = f"heads of {head_size} in {str(dtype).removeprefix('torch.')}", str(error).partition(".")[0]
+        raise ValueError(f"attention={kernel}: no kernel for {heads} on {device.type} ({cause}); use torch") from error
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, kernel: str, *, stands_for: int = 1) -> Tensor:
+def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, kernel: str, *, last_key_count: int = 1) -> Tensor:
     """Softmax attention of query (B N H d) over key and value (B M H d): (B N H*d), in the inputs' dtype.
 
-    The last of the M counts as `stands_for` equal ones: log(count) on its logit, for which only torch has a kernel.
+    The last of the M counts as `last_key_count` equal ones: log(count) on its logit, for which only torch has a kernel.
     `auto` is, in bf16 on a GPU, FlashAttention-3 where it is installed, else cuDNN; elsewhere torch's own choice.
     """
-    chosen = choose(kernel, half_on_gpu=query.is_cuda and query.element_size() == 2)
+    backend = choose_kernel(kernel, half_on_gpu=query.is_cuda and query.element_size() == 2)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if stands_for > 1:
+    if last_key_count > 1:
         bias = query.new_zeros(key.shape[2])
-        bias[-1:].fill_(math.log(stands_for))
+        bias[-1:].fill_(math.log(last_key_count))
         bias = bias.expand(query.shape[2], -1).contiguous()
         out = scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    elif chosen == "torch":
+    elif backend == "torch":
         out = scaled_dot_product_attention(query, key, value)
     else:
-        with sdpa_kernel(KERNELS[chosen]):
+        with sdpa_kernel(SDPA_BACKENDS[backend]):
             out = scaled_dot_product_attention(query, key, value)
     return out.transpose(1, 2).flatten(2)

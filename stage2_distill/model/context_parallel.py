@@ -10,11 +10,11 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-from stage2_distill.model.attention import attend
+from stage2_distill.model.attention import dot_product_attention
 
 
 @torch.library.custom_op("ti2v::exchange", mutates_args=())
-def exchange(x: Tensor) -> Tensor:
+def all_to_all(x: Tensor) -> Tensor:
     """x (W ...): part w goes to rank w; what comes back is everyone's part for this rank, in order (W ...)."""
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -22,42 +22,42 @@ def exchange(x: Tensor) -> Tensor:
     return out
 
 
-@exchange.register_fake
+@all_to_all.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def attend_together(query: Tensor, key: Tensor, value: Tensor, kernel: str, ranks: int) -> Tensor:
+def ulysses_attention(query: Tensor, key: Tensor, value: Tensor, kernel: str, ranks: int) -> Tensor:
     """Attention of this rank's query (B n H d) over everyone's key and value, of which it gives its own (B n H d).
 
     (B n H*d), as `attend` gives.
     """
     parts = rearrange(torch.stack([query, key, value]), "q b n (w h) d -> w q b n h d", w=ranks)
-    query, key, value = rearrange(exchange(parts), "w q b n h d -> q b (w n) h d")
-    out = attend(query, key, value, kernel)
+    query, key, value = rearrange(all_to_all(parts), "w q b n h d -> q b (w n) h d")
+    out = dot_product_attention(query, key, value, kernel)
     parts = rearrange(out, "b (w n) hd -> w b n hd", w=ranks)
-    return rearrange(exchange(parts), "w b n hd -> b n (w hd)")
+    return rearrange(all_to_all(parts), "w b n hd -> b n (w hd)")
 
 
-def own_part(tokens: int, ranks: int) -> slice:
+def local_token_slice(tokens: int, ranks: int) -> slice:
     """Which of the tokens are this rank's."""
     assert not torch.is_grad_enabled() and dist.get_world_size() == ranks and tokens % ranks == 0, (tokens, ranks)
     size = tokens // ranks
     return slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
 
 
-def all_parts(x: Tensor, ranks: int) -> Tensor:
+def gather_tokens(x: Tensor, ranks: int) -> Tensor:
     """All tokens (B N D) from each rank's own x (B n D)."""
     out = x.new_empty((ranks * len(x), *x.shape[1:]))
     dist.all_gather_into_tensor(out, x.contiguous())
     return rearrange(out, "(w b) n d -> b (w n) d", w=ranks)
 
 
-def check_ranks(ranks: int, *, tokens: int, heads: int) -> None:
+def check_context_parallel(ranks: int, *, tokens: int, heads: int) -> None:
     """ValueError where so many ranks cannot share a video."""
     if tokens % ranks or heads % ranks:
-        fits = [n for n in range(1, ranks + 1) if tokens % n == 0 and heads % n == 0]
+        divisors = [n for n in range(1, ranks + 1) if tokens % n == 0 and heads % n == 0]
         raise ValueError(
             f"{ranks} processes cannot share one video: its {tokens} tokens and the network's {heads} heads must "
-            f"divide evenly; give torchrun {' or '.join(map(str, fits[-2:]))}"
+            f"divide evenly; give torchrun {' or '.join(map(str, divisors[-2:]))}"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _norm_rotate(  # type: ignore[no-untyped-def]
+def _rms_norm_rope_kernel(  # type: ignore[no-untyped-def]
     x_at, weight_at, cos_at, sin_at, out_at, tokens, eps, WIDTH: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
@@ -28,19 +28,19 @@ def _norm_rotate(  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("ti2v::norm_rotate", mutates_args=())
-def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """RMS norm over all heads and rotation of the pairs of x (B N D), by angles (1 N 1 d/2): (B N D)."""
     x = x.contiguous()
     batch, tokens, width = x.shape
     out = torch.empty_like(x)
     block = triton.next_power_of_2(width)
-    _norm_rotate[(batch * tokens,)](
+    _rms_norm_rope_kernel[(batch * tokens,)](
         x, weight, cos, sin, out, tokens, eps, WIDTH=width, PAIRS=cos.shape[-1], BLOCK=block, num_warps=8
     )
     return out
 
 
-@norm_rotate.register_fake
+@rms_norm_rope.register_fake
 def _(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

@@ -17,58 +17,60 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from common.video import TEXT_LENGTH
-from stage2_distill.model.attention import attend
-from stage2_distill.model.context_parallel import attend_together
+from stage2_distill.model.attention import dot_product_attention
+from stage2_distill.model.context_parallel import ulysses_attention
 
 if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
-    from stage2_distill.model.fused_kernels import linear_gelu, norm_rotate
+    from stage2_distill.model.fused_kernels import linear_gelu, rms_norm_rope
 
 
-Rope: TypeAlias = tuple[Tensor, Tensor]  # cos and sin (1 N 1 d/2) float32
+RotaryEmbedding: TypeAlias = tuple[Tensor, Tensor]  # cos and sin (1 N 1 d/2) float32
 KEEP_NONE, KEEP_HOST, KEEP_RESULTS, KEEP_ALL = "none", "host", "results", "all"  # and attention
 
 
-def per_time(rows: Tensor, tokens: int, given: int | Tensor) -> Tensor:
+def modulation_per_token(rows: Tensor, tokens: int, first_frame_tokens: int | Tensor) -> Tensor:
     """The row of each token, (B N D) or (B 1 D), from rows (B K D): the first for `given` tokens, the last after."""
     if rows.shape[1] == 1:
         return rows
-    first = torch.arange(tokens, device=rows.device)[:, None] < given
+    first = torch.arange(tokens, device=rows.device)[:, None] < first_frame_tokens
     return torch.where(first, rows[:, :1], rows[:, 1:])
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, given: int | Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, first_frame_tokens: int | Tensor) -> Tensor:
     """x (B N D) * (1 + scale) + shift, with rows (B K D)."""
-    return x * (1 + per_time(scale, x.shape[1], given)) + per_time(shift, x.shape[1], given)
+    return x * (1 + modulation_per_token(scale, x.shape[1], first_frame_tokens)) + modulation_per_token(
+        shift, x.shape[1], first_frame_tokens
+    )
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
+def apply_rotary_emb(x: Tensor, rope: RotaryEmbedding) -> Tensor:
     """Turn the pairs of x (B N H d) by their place's angles, in float32 (RoFormer, arXiv 2104.09864)."""
     cos, sin = rope
     first, second = rearrange(x, "b n h (p two) -> two b n h p", two=2)
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x)
 
 
-def embed(patches: nn.Conv3d, latents: Tensor) -> Tensor:
+def embed_patches(patches: nn.Conv3d, latents: Tensor) -> Tensor:
     """Tokens (B N D) of latents (B C T H W): one product, where a convolution would lay its result out anew."""
     pt, ph, pw = patches.kernel_size
     rows = rearrange(latents, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
     return linear(rows, patches.weight.flatten(1), patches.bias)
 
 
-def finish(norm: nn.Module, x: Tensor, rows: Tensor, given: int) -> Tensor:
+def final_norm(norm: nn.Module, x: Tensor, rows: Tensor, first_frame_tokens: int) -> Tensor:
     """x (B N D) normalised and modulated in float32 by rows (B K 2 D): shift and scale."""
     shift, scale = rows.unbind(2)
-    return modulate(norm(x.float()), shift, scale, given).type_as(x)
+    return modulate(norm(x.float()), shift, scale, first_frame_tokens).type_as(x)
 
 
 @cache
-def finisher(compiled: bool) -> Callable[..., Tensor]:
+def final_norm_function(compiled: bool) -> Callable[..., Tensor]:
     """`finish` as it is or compiled."""
-    return torch.compile(finish, dynamic=False, fullgraph=True) if compiled else finish
+    return torch.compile(final_norm, dynamic=False, fullgraph=True) if compiled else final_norm
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExecutionPlan:
     """How blocks are run; no field changes the numbers beyond rounding."""
 
     kernel: str = "auto"  # of attention
@@ -77,28 +79,30 @@ class Plan:
     ranks: int = 1  # processes that share the tokens of a video; without gradient only
 
 
-def placed(norm: nn.RMSNorm, x: Tensor, heads: int, rope: Rope | None) -> Tensor:
+def norm_and_rope(norm: nn.RMSNorm, x: Tensor, heads: int, rope: RotaryEmbedding | None) -> Tensor:
     """Queries or keys x (B N D), normalised over all heads and turned by their place: (B N H d)."""
-    split = partial(rearrange, pattern="b n (h d) -> b n h d", h=heads)
+    split_heads = partial(rearrange, pattern="b n (h d) -> b n h d", h=heads)
     if rope is None:
-        return split(norm(x))
+        return split_heads(norm(x))
     if x.is_cuda and not torch.is_grad_enabled():
-        return split(norm_rotate(x, norm.weight, *rope, norm.eps))
-    return rotate(split(norm(x)), rope)
+        return split_heads(rms_norm_rope(x, norm.weight, *rope, norm.eps))
+    return apply_rotary_emb(split_heads(norm(x)), rope)
 
 
-def attention(module: WanAttention, x: Tensor, source: Tensor, rope: Rope | None, plan: Plan) -> Tensor:
+def attention_layer(
+    module: WanAttention, x: Tensor, source: Tensor, rope: RotaryEmbedding | None, plan: ExecutionPlan
+) -> Tensor:
     """Attention of x (B N D) over `source` (B M D).
 
     Without rope the source is text: of fewer than 512 rows the last one stands for all the zero rows left out.
     """
-    query = placed(module.norm_q, module.to_q(x), module.heads, rope)
-    key = placed(module.norm_k, module.to_k(source), module.heads, rope)
+    query = norm_and_rope(module.norm_q, module.to_q(x), module.heads, rope)
+    key = norm_and_rope(module.norm_k, module.to_k(source), module.heads, rope)
     value = rearrange(module.to_v(source), "b n (h d) -> b n h d", h=module.heads)
     if rope is not None and plan.ranks > 1:
-        return module.to_out[0](attend_together(query, key, value, plan.kernel, plan.ranks))
-    stands_for = 1 if rope is not None else TEXT_LENGTH - source.shape[1] + 1
-    return module.to_out[0](attend(query, key, value, plan.kernel, stands_for=stands_for))
+        return module.to_out[0](ulysses_attention(query, key, value, plan.kernel, plan.ranks))
+    last_key_count = 1 if rope is not None else TEXT_LENGTH - source.shape[1] + 1
+    return module.to_out[0](dot_product_attention(query, key, value, plan.kernel, last_key_count=last_key_count))
 
 
 def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
@@ -109,33 +113,45 @@ def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
     return ffn(x)
 
 
-def rows_of(block: WanTransformerBlock, temb: Tensor) -> tuple[Tensor, ...]:
+def block_modulation(block: WanTransformerBlock, temb: Tensor) -> tuple[Tensor, ...]:
     """Shift, scale and gate of self-attention and of the feed-forward, six of (B K D) float32; temb: (B K 6 D)."""
     return (block.scale_shift_table[:, None] + temb.float()).unbind(2)
 
 
 def attention_part(
-    block: WanTransformerBlock, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int, plan: Plan
+    block: WanTransformerBlock,
+    x: Tensor,
+    text: Tensor,
+    temb: Tensor,
+    rope: RotaryEmbedding,
+    first_frame_tokens: int,
+    plan: ExecutionPlan,
 ) -> Tensor:
     """A block's attention to the video and to the text: x (B N D), text (B L D) -> (B N D)."""
-    shift, scale, gate, *_ = rows_of(block, temb)
-    y = modulate(block.norm1(x.float()), shift, scale, given).type_as(x)
-    y = attention(block.attn1, y, y, rope, plan)
-    x = (x.float() + y * per_time(gate, x.shape[1], given)).type_as(x)
+    shift, scale, gate, *_ = block_modulation(block, temb)
+    y = modulate(block.norm1(x.float()), shift, scale, first_frame_tokens).type_as(x)
+    y = attention_layer(block.attn1, y, y, rope, plan)
+    x = (x.float() + y * modulation_per_token(gate, x.shape[1], first_frame_tokens)).type_as(x)
     y = block.norm2(x.float()).type_as(x)
-    return x + attention(block.attn2, y, text, None, plan)
+    return x + attention_layer(block.attn2, y, text, None, plan)
 
 
-def feed_forward_part(block: WanTransformerBlock, x: Tensor, temb: Tensor, given: int | Tensor) -> Tensor:
+def feed_forward_part(block: WanTransformerBlock, x: Tensor, temb: Tensor, first_frame_tokens: int | Tensor) -> Tensor:
     """A block's feed-forward: x (B N D) -> (B N D)."""
-    *_, shift, scale, gate = rows_of(block, temb)
-    y = feed_forward(block.ffn, modulate(block.norm3(x.float()), shift, scale, given).type_as(x))
-    return (x.float() + y.float() * per_time(gate, x.shape[1], given)).type_as(x)
+    *_, shift, scale, gate = block_modulation(block, temb)
+    y = feed_forward(block.ffn, modulate(block.norm3(x.float()), shift, scale, first_frame_tokens).type_as(x))
+    return (x.float() + y.float() * modulation_per_token(gate, x.shape[1], first_frame_tokens)).type_as(x)
 
 
 def block_forward(
-    block: WanTransformerBlock, x: Tensor, text: Tensor, temb: Tensor, rope: Rope, given: int, plan: Plan
+    block: WanTransformerBlock,
+    x: Tensor,
+    text: Tensor,
+    temb: Tensor,
+    rope: RotaryEmbedding,
+    first_frame_tokens: int,
+    plan: ExecutionPlan,
 ) -> Tensor:
     """One block: x (B N D), text (B L D), temb (B K 6 D) -> (B N D). Norms and modulation are float32."""
-    x = attention_part(block, x, text, temb, rope, given, plan)
-    return feed_forward_part(block, x, temb, given)
+    x = attention_part(block, x, text, temb, rope, first_frame_tokens, plan)
+    return feed_forward_part(block, x, temb, first_frame_tokens)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from common.condition import Condition, Denoiser, concat_conditions, frame_sigma, pin
 from common.flow import x0_from_velocity
 from common.video import LATENT_CHANNELS
-from stage2_distill.model.layers import Plan
-from stage2_distill.model.transformer import Network, adopt
+from stage2_distill.model.layers import ExecutionPlan
+from stage2_distill.model.transformer import WanTransformer, convert_transformer
 from stage2_distill.model.weight_loading import read_weights
 
 TIME_SCALE = 1000  # the network's time is 1000 sigma
 
 
-def skeleton(folder: Path, dtype: torch.dtype, plan: Plan | None = None) -> Network:
+def build_meta_transformer(folder: Path, dtype: torch.dtype, plan: ExecutionPlan | None = None) -> WanTransformer:
     """The transformer of a model folder without memory: parameters in `dtype` on the meta device, no weights read.
 
     Raises ValueError where it is not a Wan2.2 TI2V transformer.
@@ -36,10 +36,10 @@ def skeleton(folder: Path, dtype: torch.dtype, plan: Plan | None = None) -> Netw
         raise ValueError(
             f"model={folder}: transformer has {net.config.in_channels} channels, TI2V needs {LATENT_CHANNELS}"
         )
-    return cast_parameters(adopt(net, plan), dtype).eval()
+    return cast_parameters(convert_transformer(net, plan), dtype).eval()
 
 
-def materialise(net: Network, device: torch.device) -> Network:
+def materialize_transformer(net: WanTransformer, device: torch.device) -> WanTransformer:
     """Give a skeleton, sharded or not, its memory on `device`; the rope tables, which no file holds, are made anew."""
     net.to_empty(device=device)
     rope = net.rope
@@ -47,14 +47,14 @@ def materialise(net: Network, device: torch.device) -> Network:
     return net
 
 
-def load(folder: Path, dtype: torch.dtype, plan: Plan | None = None) -> Network:
+def load_transformer(folder: Path, dtype: torch.dtype, plan: ExecutionPlan | None = None) -> WanTransformer:
     """Read the whole transformer of a model folder, all parameters in `dtype`, the rope tables in float32."""
-    net = materialise(skeleton(folder, dtype, plan), torch.device("cpu"))
+    net = materialize_transformer(build_meta_transformer(folder, dtype, plan), torch.device("cpu"))
     read_weights(folder / "transformer", dict(net.named_parameters()))
     return net
 
 
-def cast_parameters(net: Network, dtype: torch.dtype) -> Network:
+def cast_parameters(net: WanTransformer, dtype: torch.dtype) -> WanTransformer:
     """Cast parameters in place and leave buffers alone: `.to(dtype)` would round the rope tables."""
     for parameter in net.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -74,23 +74,23 @@ def denoise(net: nn.Module, x_t: Tensor, sigma: Tensor, condition: Condition, *,
     return pin(x0_from_velocity(x_t, velocity.float(), sigma.float()), condition)
 
 
-def denoiser(net: nn.Module, dtype: torch.dtype) -> Denoiser:
+def make_denoiser(net: nn.Module, dtype: torch.dtype) -> Denoiser:
     """The network as a function to x0."""
     return partial(denoise, net, dtype=dtype)
 
 
-def guided(plain: Denoiser, *, negative_text: Tensor, scale: float) -> Denoiser:
+def guided(denoiser: Denoiser, *, negative_text: Tensor, scale: float) -> Denoiser:
     """Classifier-free guidance, uncond + scale (cond - uncond), both branches in one batch.
 
     negative_text: (L D), padded like the batch's text. Scale 1 needs no second branch (arXiv 2207.12598).
     """
     if scale == 1:
-        return plain
+        return denoiser
 
     def denoise_guided(x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         negative = negative_text.to(condition.text).expand_as(condition.text)
         both = concat_conditions([condition, replace(condition, text=negative)])
-        cond, uncond = plain(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).chunk(2)
+        cond, uncond = denoiser(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).chunk(2)
         return uncond + scale * (cond - uncond)
 
     return denoise_guided

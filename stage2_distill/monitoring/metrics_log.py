@@ -9,41 +9,41 @@ from pathlib import Path
 
 from common.files import write_file
 
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
-class Update:
+class UpdateResult:
     """What one update of one role gives, read from the device."""
 
     loss: float
     grad_norm: float
     exit_index: int | None  # None: its micro-batches left the rollout at several steps
-    looks: tuple[float, ...]  # of the rollout, as latent_stats.LOOKS
+    latent_stats: tuple[float, ...]  # of the rollout, as latent_stats.LOOKS
 
 
 @dataclass(frozen=True)
-class Step:
+class StepResult:
     """What one iteration gives."""
 
-    student: Update | None
-    critic: Update
+    student: UpdateResult | None
+    critic: UpdateResult
     seconds: dict[str, float]  # by phase
 
 
-def whole_lines(path: Path) -> list[tuple[bytes, dict[str, float]]]:
+def complete_lines(path: Path) -> list[tuple[bytes, dict[str, float]]]:
     """The lines of a `metrics.jsonl`, raw and read; one that a kill cut short is left out."""
     written = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [(raw, json.loads(raw)) for raw in written if raw.endswith(b"\n")]
 
 
-class Journal:
+class MetricsLog:
     """Appends to `metrics.jsonl`; opening it drops the lines of iterations that will run again, and keeps `lines`."""
 
     def __init__(self, path: Path, *, start: int) -> None:
-        kept = [(raw, line) for raw, line in whole_lines(path) if line["iteration"] < start]
-        write_file(path, b"".join(raw for raw, _ in kept))
-        self.lines: list[dict[str, float]] = [line for _, line in kept]
+        kept_lines = [(raw, line) for raw, line in complete_lines(path) if line["iteration"] < start]
+        write_file(path, b"".join(raw for raw, _ in kept_lines))
+        self.lines: list[dict[str, float]] = [line for _, line in kept_lines]
         self.path, self.file, self.waiting = path, path.open("ab", buffering=0), b""
 
     def write(self, line: Mapping[str, float]) -> None:

@@ -12,27 +12,27 @@ import torch
 
 from common.progress import ProgressBar
 from stage2_distill.config import DistillConfig
-from stage2_distill.distributed.process_group import Ranks
-from stage2_distill.dmd.latent_stats import LOOKS
-from stage2_distill.monitoring.alerts import Alarms
-from stage2_distill.monitoring.metrics_log import METRICS, Journal, Step, Update
-from stage2_distill.monitoring.trackers import Boards
+from stage2_distill.distributed.process_group import RankContext
+from stage2_distill.dmd.latent_stats import LATENT_STATS
+from stage2_distill.monitoring.alerts import MetricAlerts
+from stage2_distill.monitoring.metrics_log import METRICS_FILE, MetricsLog, StepResult, UpdateResult
+from stage2_distill.monitoring.trackers import ExperimentTrackers
 
 
-def as_line(iteration: int, step: Step, *, seconds: float, memory: float) -> dict[str, float]:
+def metrics_line(iteration: int, step: StepResult, *, seconds: float, memory: float) -> dict[str, float]:
     """What is written of one iteration; a name's first word is its group on a board."""
     line: dict[str, float] = {"iteration": iteration, "seconds": round(seconds, 4), "memory_gib": round(memory, 3)}
     line |= {f"seconds_{phase}": round(value, 4) for phase, value in step.seconds.items()}
-    line |= {f"latent_{name}": value for name, value in zip(LOOKS, step.critic.looks, strict=True)}
-    line |= update_line("critic", step.critic)
+    line |= {f"latent_{name}": value for name, value in zip(LATENT_STATS, step.critic.latent_stats, strict=True)}
+    line |= update_metrics("critic", step.critic)
     if step.student is not None:
-        line |= update_line("student", step.student)
+        line |= update_metrics("student", step.student)
         # the loss is half the mean square of (fake - real) / mean|x0 - real|
         line["critic_teacher_gap"] = math.sqrt(2 * step.student.loss)
     return line
 
 
-def update_line(role: str, update: Update) -> dict[str, float]:
+def update_metrics(role: str, update: UpdateResult) -> dict[str, float]:
     """What is written of one update."""
     line = {f"{role}_loss": update.loss, f"{role}_grad_norm": update.grad_norm}
     if update.exit_index is not None:
@@ -40,43 +40,46 @@ def update_line(role: str, update: Update) -> dict[str, float]:
     return line
 
 
-def peak_memory(device: torch.device) -> float:
+def peak_memory_gib(device: torch.device) -> float:
     """Most memory so far, GiB: the GPU's, or this process's where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class Watch:
+class TrainingMonitor:
     """Writes each iteration of a run that goes on from iteration `start`; all ranks but the first are silent."""
 
-    def __init__(self, out: Path, config: DistillConfig, ranks: Ranks, *, start: int) -> None:
-        self.device, self.speaks = ranks.device, ranks.rank == 0
-        self.progress = ProgressBar(config.iterations, initial=start, label="distill", quiet=not self.speaks)
-        self.alarms = Alarms()
-        if self.speaks:
-            self.journal, self.boards = Journal(out / METRICS, start=start), Boards(out, config, start=start)
-            for line in self.journal.lines:
-                self.alarms.feed(line)
+    def __init__(self, out: Path, config: DistillConfig, ranks: RankContext, *, start: int) -> None:
+        self.device, self.is_main_rank = ranks.device, ranks.rank == 0
+        self.progress = ProgressBar(config.iterations, initial=start, label="distill", quiet=not self.is_main_rank)
+        self.alerts = MetricAlerts()
+        if self.is_main_rank:
+            self.metrics_log, self.trackers = (
+                MetricsLog(out / METRICS_FILE, start=start),
+                ExperimentTrackers(out, config, start=start),
+            )
+            for line in self.metrics_log.lines:
+                self.alerts.check_line(line)
         self.began = time.perf_counter()
 
-    def write(self, iteration: int, step: Step) -> None:
+    def write(self, iteration: int, step: StepResult) -> None:
         """One iteration is done; its seconds are those since the one before."""
         now = time.perf_counter()
         seconds, self.began = now - self.began, now
-        if not self.speaks:
+        if not self.is_main_rank:
             return
-        line = as_line(iteration, step, seconds=seconds, memory=peak_memory(self.device))
-        self.journal.write(line)
-        self.boards.write(line)
-        self.progress.advance(note(line))
-        for warning in self.alarms.feed(line):
+        line = metrics_line(iteration, step, seconds=seconds, memory=peak_memory_gib(self.device))
+        self.metrics_log.write(line)
+        self.trackers.write(line)
+        self.progress.advance(progress_note(line))
+        for warning in self.alerts.check_line(line):
             logging.warning(warning)
 
     def sync(self) -> None:
         """Put the metrics on the disk, before a checkpoint of them."""
-        if self.speaks:
-            self.journal.sync()
+        if self.is_main_rank:
+            self.metrics_log.sync()
 
     def __enter__(self) -> Self:
         return self
@@ -85,13 +88,13 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.bar.close()
-        if self.speaks:
-            self.journal.close()
-            self.boards.close()
+        if self.is_main_rank:
+            self.metrics_log.close()
+            self.trackers.close()
 
 
-def note(line: dict[str, float]) -> str:
+def progress_note(line: dict[str, float]) -> str:
     """The progress line behind iteration, rate and time left."""
     losses = [f"{role} {line[f'{role}_loss']:.4f}" for role in ("student", "critic") if f"{role}_loss" in line]
-    waited = line.get("seconds_data", 0.0)
-    return f"{' '.join(losses)}, {line['seconds']:.2f} s, data {waited:.2f} s, {line['memory_gib']:.1f} GiB"
+    data_seconds = line.get("seconds_data", 0.0)
+    return f"{' '.join(losses)}, {line['seconds']:.2f} s, data {data_seconds:.2f} s, {line['memory_gib']:.1f} GiB"

@@ -6,12 +6,12 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stage2_distill.monitoring.alerts import BOUNDS
-from stage2_distill.monitoring.metrics_log import METRICS, whole_lines
+from stage2_distill.monitoring.alerts import METRIC_BOUNDS
+from stage2_distill.monitoring.metrics_log import METRICS_FILE, complete_lines
 
-PICTURE = "curves.png"
-POINTS = 150  # of a curve: longer runs are averaged over windows
-Lines = Sequence[Mapping[str, float]]
+PICTURE_FILE = "curves.png"
+MAX_POINTS = 150  # of a curve: longer runs are averaged over windows
+MetricLines = Sequence[Mapping[str, float]]
 PANELS = {
     "Student loss by exit": ("student_loss_exit",),
     "Critic loss by exit": ("critic_loss_exit",),
@@ -22,54 +22,54 @@ PANELS = {
     "Distance to the first frame": ("latent_first_frame_distance",),
     "Seconds by phase": ("seconds",),
 }
-LOGARITHMIC = ("Student loss by exit", "Critic loss by exit", "Gradient norms", "Latent temporal variance")
+LOG_SCALE_PANELS = ("Student loss by exit", "Critic loss by exit", "Gradient norms", "Latent temporal variance")
 
 
-def plot(run: Path) -> Path:
+def plot_curves(run: Path) -> Path:
     """Draw the curves of a run; ValueError where it has none."""
-    if not (run / METRICS).is_file():
-        raise ValueError(f"run={run}: holds no {METRICS}; name the folder of a run of distill")
-    lines = [line for _, line in whole_lines(run / METRICS)]
+    if not (run / METRICS_FILE).is_file():
+        raise ValueError(f"run={run}: holds no {METRICS_FILE}; name the folder of a run of distill")
+    lines = [line for _, line in complete_lines(run / METRICS_FILE)]
     if not lines:
-        raise ValueError(f"run={run}: {METRICS} is empty; wait for the first iteration")
+        raise ValueError(f"run={run}: {METRICS_FILE} is empty; wait for the first iteration")
     figure = Figure(figsize=(13, 4 * (len(PANELS) // 2)), layout="constrained")
-    for place, (title, names) in enumerate(PANELS.items()):
-        draw(figure.add_subplot(len(PANELS) // 2, 2, place + 1), title, curves(lines, names))
+    for index, (title, names) in enumerate(PANELS.items()):
+        draw_panel(figure.add_subplot(len(PANELS) // 2, 2, index + 1), title, collect_curves(lines, names))
     figure.suptitle(f"{run.name}: {len(lines)} iterations")
-    figure.savefig(run / PICTURE, dpi=100)
-    return run / PICTURE
+    figure.savefig(run / PICTURE_FILE, dpi=100)
+    return run / PICTURE_FILE
 
 
-def curves(lines: Lines, prefixes: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:
+def collect_curves(lines: MetricLines, prefixes: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:
     """Iterations and values of every figure whose name begins with one of `prefixes`."""
     names = sorted({name for line in lines for name in line if name.startswith(tuple(prefixes))})
-    found = {}
+    collected = {}
     for name in names:
         points = [(line["iteration"], line[name]) for line in lines if name in line]
-        found[name] = thin([x for x, _ in points]), thin([y for _, y in points])
-    return found
+        collected[name] = average_windows([x for x, _ in points]), average_windows([y for _, y in points])
+    return collected
 
 
-def thin(values: Sequence[float]) -> list[float]:
+def average_windows(values: Sequence[float]) -> list[float]:
     """At most POINTS means of neighbours, all of equal width but the last."""
-    width = -(-len(values) // POINTS)
+    width = -(-len(values) // MAX_POINTS)
     windows = [values[start : start + width] for start in range(0, len(values), width)]
     return [sum(window) / len(window) for window in windows]
 
 
-def draw(axes: Axes, title: str, found: Mapping[str, tuple[list[float], list[float]]]) -> None:
+def draw_panel(axes: Axes, title: str, panel_curves: Mapping[str, tuple[list[float], list[float]]]) -> None:
     """One panel; dashed lines are the bounds at which a run warns, where they are near."""
-    for name, (x, y) in found.items():
+    for name, (x, y) in panel_curves.items():
         axes.plot(x, y, linewidth=1, marker="." if len(x) < 30 else "", label=name)
-    values = [value for _, y in found.values() for value in y]
-    for bounds in (bounds for bounds in BOUNDS if bounds.figure in found):
+    values = [value for _, y in panel_curves.values() for value in y]
+    for bounds in (bounds for bounds in METRIC_BOUNDS if bounds.metric in panel_curves):
         for limit in (bounds.low, bounds.high):
             if values and min(values) / 3 <= limit <= 3 * max(values):
                 axes.axhline(limit, color="tab:red", linestyle="--", linewidth=1)
-    if title in LOGARITHMIC and values and min(values) > 0:
+    if title in LOG_SCALE_PANELS and values and min(values) > 0:
         axes.set_yscale("log")
     axes.set_title(title)
     axes.set_xlabel("iteration")
     axes.grid(alpha=0.3)
-    if found:
+    if panel_curves:
         axes.legend(fontsize=8)

@@ -19,11 +19,11 @@ from shards.manifest import check_manifest
 from shards.mixture import DataSetMixture
 from shards.record import Record, collate_records
 from stage2_distill.config import DistillConfig
-from stage2_distill.distributed.process_group import Ranks
+from stage2_distill.distributed.process_group import RankContext
 from stage2_distill.dmd.rollout import rollout
-from stage2_distill.optim.ema import Ema
+from stage2_distill.optim.ema import EmaWeights
 
-STORE = "previews.zarr"
+PREVIEW_STORE = "previews.zarr"
 
 
 @dataclass(frozen=True)
@@ -31,31 +31,31 @@ class PreviewStudent:
     """The student, its average, and what sampling it needs."""
 
     config: DistillConfig
-    ranks: Ranks
+    ranks: RankContext
     net: nn.Module
     denoiser: Denoiser  # of `net`
-    ema: Ema
+    ema: EmaWeights
     clock: PhaseTimer
 
 
 @dataclass(frozen=True)
-class Previews:
+class PreviewWriter:
     """Where previews go and what they are made from."""
 
     store: Path
     records: tuple[Record, ...]
-    every: int  # iterations; 0 = never
+    interval: int  # iterations; 0 = never
 
-    def due(self, done: int) -> bool:
+    def is_due(self, iteration: int) -> bool:
         """Whether a preview belongs behind iteration `done`; one shows the student before the first iteration."""
-        return self.every > 0 and done % self.every == 0
+        return self.interval > 0 and iteration % self.interval == 0
 
-    def make(self, student: PreviewStudent, done: int) -> None:
+    def make(self, student: PreviewStudent, iteration: int) -> None:
         """Sample and store the step of iteration `done`; all ranks call it together."""
-        step, first = f"step-{done:06d}", student.ranks.rank == 0
-        there = (self.store / "zarr.json").is_file() and step in latent_store.complete_groups(self.store)
+        step, first = f"step-{iteration:06d}", student.ranks.rank == 0
+        exists = (self.store / "zarr.json").is_file() and step in latent_store.complete_groups(self.store)
         dist.barrier()  # every rank has looked before the first one writes
-        if there:
+        if exists:
             return
         if first:
             keys, prompts = [r.key for r in self.records], [r.source.prompt for r in self.records]
@@ -63,49 +63,49 @@ class Previews:
             group = latent_store.LatentGroup(step, student.config.spec, tuple(keys), tuple(prompts), seeds)
             latent_store.create_group(self.store, group)
         dist.barrier()
-        with student.clock("preview"), student.ema.in_place_of(student.net):
-            for rows in rows_of_rank(len(self.records), student):
+        with student.clock("preview"), student.ema.swapped_into(student.net):
+            for rows in rank_batches(len(self.records), student):
                 self._write(student, step, rows)
         dist.barrier()
         if first:
             latent_store.finish_group(self.store, step)
 
-    def close(self, *, done: bool) -> None:
+    def close(self, *, complete: bool) -> None:
         """Say on rank 0 whether more steps will come."""
-        if self.every > 0:
-            latent_store.mark_store_complete(self.store, done)
+        if self.interval > 0:
+            latent_store.mark_store_complete(self.store, complete)
 
     def _write(self, student: PreviewStudent, step: str, rows: list[int]) -> None:
         """Sample some rows; rows beyond the last only keep the ranks in step and are not stored."""
         config, device = student.config, student.ranks.device
-        true = [row for row in rows if row < len(self.records)]
+        real_rows = [row for row in rows if row < len(self.records)]
         records = [self.records[row % len(self.records)] for row in rows]
         condition: Condition = collate_records(records, text_rows=config.text_rows).condition.to(device)
-        draws = [make_generator(config.seed, 0, row, "preview", device) for row in rows]
-        noise = draw_normal(config.spec.latent_shape, draws)
+        generators = [make_generator(config.seed, 0, row, "preview", device) for row in rows]
+        noise = draw_normal(config.spec.latent_shape, generators)
         with torch.no_grad():
-            x0 = rollout(student.denoiser, noise, condition, ladder=config.sigmas, generators=draws)
-        if true:  # the last ranks may have padding alone
-            latent_store.write_latents(self.store, step, true, x0[: len(true)])
+            x0 = rollout(student.denoiser, noise, condition, sigmas=config.sigmas, generators=generators)
+        if real_rows:  # the last ranks may have padding alone
+            latent_store.write_latents(self.store, step, real_rows, x0[: len(real_rows)])
 
 
-def rows_of_rank(count: int, student: PreviewStudent) -> list[list[int]]:
+def rank_batches(count: int, student: PreviewStudent) -> list[list[int]]:
     """This rank's batches of rows; every rank has the same number of batches of the same size, the last are padding."""
     rank, world = student.ranks.rank, student.ranks.world
     size = min(student.config.batch_size, -(-count // world))
-    together = size * world
-    return [list(range(start + rank * size, start + rank * size + size)) for start in range(0, count, together)]
+    rows_per_round = size * world
+    return [list(range(start + rank * size, start + rank * size + size)) for start in range(0, count, rows_per_round)]
 
 
-def open_previews(out: Path, config: DistillConfig, data: DataSet | DataSetMixture) -> Previews:
+def open_previews(out: Path, config: DistillConfig, data: DataSet | DataSetMixture) -> PreviewWriter:
     """The first records of the previews' data set, or of the training's; ValueError where it does not belong to it."""
     if not config.preview_every:
-        return Previews(out / STORE, (), 0)
-    shown = data
+        return PreviewWriter(out / PREVIEW_STORE, (), 0)
+    preview_set = data
     if config.preview_data is not None:
-        shown = open_data_set(config.preview_data)
-        made_by = data.manifest.encoder
-        encoder: dict[str, object] = {"vae": made_by.vae, "text_encoder": made_by.text_encoder}
-        check_manifest(Path(config.preview_data), shown.manifest, spec=config.spec, encoder=encoder)
-    records = tuple(shown.record(index) for index in range(min(config.preview_count, shown.records)))
-    return Previews(out / STORE, records, config.preview_every)
+        preview_set = open_data_set(config.preview_data)
+        encoder_facts = data.manifest.encoder
+        encoder: dict[str, object] = {"vae": encoder_facts.vae, "text_encoder": encoder_facts.text_encoder}
+        check_manifest(Path(config.preview_data), preview_set.manifest, spec=config.spec, encoder=encoder)
+    records = tuple(preview_set.record(index) for index in range(min(config.preview_count, preview_set.records)))
+    return PreviewWriter(out / PREVIEW_STORE, records, config.preview_every)

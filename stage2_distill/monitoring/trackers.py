@@ -14,7 +14,7 @@ try:
 except ImportError:  # a bare machine trains all the same
     SummaryWriter = None  # type: ignore[assignment, misc]
 
-FOLDER, PROJECT = "tensorboard", "ti2v-distill"
+TENSORBOARD_FOLDER, WANDB_PROJECT = "tensorboard", "ti2v-distill"
 
 
 class WandbRun(Protocol):
@@ -27,11 +27,13 @@ class WandbRun(Protocol):
         """Send what is left."""
 
 
-class Boards:
+class ExperimentTrackers:
     """Writes lines of metrics; a run that goes on from iteration `start` hides what was written after it."""
 
     def __init__(self, out: Path, config: DistillConfig, *, start: int) -> None:
-        self.tensorboard = None if SummaryWriter is None else SummaryWriter(str(out / FOLDER), purge_step=start)
+        self.tensorboard = (
+            None if SummaryWriter is None else SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=start)
+        )
         if self.tensorboard is None:
             logging.warning("tensorboard is not installed: the curves are in metrics.jsonl alone")
         self.wandb = None if config.wandb == "off" else open_wandb(out, config)
@@ -67,7 +69,13 @@ def open_wandb(out: Path, config: DistillConfig) -> WandbRun:
     name = hashlib.blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()
     try:
         run: WandbRun = wandb.init(
-            project=PROJECT, id=name, name=out.name, dir=str(out), mode=mode, resume="allow", config=asdict(config)
+            project=WANDB_PROJECT,
+            id=name,
+            name=out.name,
+            dir=str(out),
+            mode=mode,
+            resume="allow",
+            config=asdict(config),
         )
     except wandb.Error as error:
         raise ValueError(

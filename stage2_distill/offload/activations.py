@@ -13,93 +13,97 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage2_distill.offload.prefetch import streams
+from stage2_distill.offload.prefetch import copy_streams
 
 
 @dataclass(eq=False)
-class Lifted:
+class OffloadedActivation:
     """One tensor in pinned host memory."""
 
     home: Tensor
     device: torch.device
-    landed: bool = False
+    restored: bool = False
     here: Tensor | None = None
     arrived: torch.cuda.Event | None = None
 
-    def fetch(self) -> None:
+    def start_fetch(self) -> None:
         """Start copying it to the device, unless that has been done."""
         if self.here is None:
-            inward, outward = streams(self.device)
+            load_stream, store_stream = copy_streams(self.device)
             self.here = torch.empty(self.home.shape, dtype=self.home.dtype, device=self.device)
-            inward.wait_stream(torch.cuda.current_stream(self.device))
-            inward.wait_stream(outward)
-            with torch.cuda.stream(inward):
+            load_stream.wait_stream(torch.cuda.current_stream(self.device))
+            load_stream.wait_stream(store_stream)
+            with torch.cuda.stream(load_stream):
                 self.here.copy_(self.home, non_blocking=True)
-                self.arrived = inward.record_event()
+                self.arrived = load_stream.record_event()
 
 
-AHEAD = 2  # tensors that are fetched before they are asked for
-LEAVING: list[tuple[Tensor, torch.cuda.Event]] = []  # the last one lifted
-WAITING: list["weakref.ref[Lifted]"] = []  # the last one comes back first; those of a dropped graph are gone
+PREFETCH_COUNT = 2  # tensors that are fetched before they are asked for
+PENDING_OFFLOADS: list[tuple[Tensor, torch.cuda.Event]] = []  # the last one lifted
+OFFLOADED_ACTIVATIONS: list[
+    "weakref.ref[OffloadedActivation]"
+] = []  # the last one comes back first; those of a dropped graph are gone
 
 
-def let_go(main: torch.cuda.Stream) -> None:
+def release_finished(main: torch.cuda.Stream) -> None:
     """Give up the memory of what has left."""
-    while LEAVING:
-        _, left = LEAVING.pop()
-        main.wait_event(left)
+    while PENDING_OFFLOADS:
+        _, copied = PENDING_OFFLOADS.pop()
+        main.wait_event(copied)
 
 
-def lift(value: Tensor) -> Lifted:
+def offload_tensor(value: Tensor) -> OffloadedActivation:
     """Start copying a tensor to host memory, from where `land` brings it back."""
     main = torch.cuda.current_stream(value.device)
-    _, outward = streams(value.device)
-    let_go(main)
-    lifted = Lifted(torch.empty(value.shape, dtype=value.dtype, pin_memory=True), value.device)
-    outward.wait_stream(main)
-    with torch.cuda.stream(outward):
-        lifted.home.copy_(value, non_blocking=True)
-        LEAVING.append((value, outward.record_event()))
-    WAITING.append(weakref.ref(lifted))
-    return lifted
+    _, store_stream = copy_streams(value.device)
+    release_finished(main)
+    offloaded = OffloadedActivation(torch.empty(value.shape, dtype=value.dtype, pin_memory=True), value.device)
+    store_stream.wait_stream(main)
+    with torch.cuda.stream(store_stream):
+        offloaded.home.copy_(value, non_blocking=True)
+        PENDING_OFFLOADS.append((value, store_stream.record_event()))
+    OFFLOADED_ACTIVATIONS.append(weakref.ref(offloaded))
+    return offloaded
 
 
-def land(lifted: Lifted) -> Tensor:
+def restore_tensor(offloaded: OffloadedActivation) -> Tensor:
     """The tensor on its device again; those that were lifted before it are fetched ahead."""
-    main = torch.cuda.current_stream(lifted.device)
-    let_go(main)
-    lifted.fetch()
-    lifted.landed = True
-    while WAITING and gone(WAITING[-1]()):
-        WAITING.pop()
-    for waiting in reversed(WAITING[-AHEAD:]):
-        below = waiting()
-        if below is not None:
-            below.fetch()
-    assert lifted.here is not None
-    assert lifted.arrived is not None
-    main.wait_event(lifted.arrived)
-    return lifted.here
+    main = torch.cuda.current_stream(offloaded.device)
+    release_finished(main)
+    offloaded.start_fetch()
+    offloaded.restored = True
+    while OFFLOADED_ACTIVATIONS and is_restored(OFFLOADED_ACTIVATIONS[-1]()):
+        OFFLOADED_ACTIVATIONS.pop()
+    for waiting in reversed(OFFLOADED_ACTIVATIONS[-PREFETCH_COUNT:]):
+        earlier = waiting()
+        if earlier is not None:
+            earlier.start_fetch()
+    assert offloaded.here is not None
+    assert offloaded.arrived is not None
+    main.wait_event(offloaded.arrived)
+    return offloaded.here
 
 
-def gone(lifted: Lifted | None) -> bool:
+def is_restored(offloaded: OffloadedActivation | None) -> bool:
     """Whether nobody waits for it any longer."""
-    return lifted is None or lifted.landed
+    return offloaded is None or offloaded.restored
 
 
 @contextmanager
-def at_home(like: Tensor) -> Iterator[None]:
+def offload_activations(reference: Tensor) -> Iterator[None]:
     """Tensors of tokens that the autograd graph saves meanwhile wait in host memory; on a CPU they stay.
 
     like: all tokens (B N D); half as many are lifted too.
     """
 
-    def pack(value: Tensor) -> Tensor | Lifted:
-        tokens = value.dim() == like.dim() and value.shape[-1] == like.shape[-1] and value.dtype == like.dtype
-        return lift(value) if value.is_cuda and tokens and 2 * value.numel() >= like.numel() else value
+    def pack(value: Tensor) -> Tensor | OffloadedActivation:
+        tokens = (
+            value.dim() == reference.dim() and value.shape[-1] == reference.shape[-1] and value.dtype == reference.dtype
+        )
+        return offload_tensor(value) if value.is_cuda and tokens and 2 * value.numel() >= reference.numel() else value
 
-    def unpack(kept: Tensor | Lifted) -> Tensor:
-        return land(kept) if isinstance(kept, Lifted) else kept
+    def unpack(kept: Tensor | OffloadedActivation) -> Tensor:
+        return restore_tensor(kept) if isinstance(kept, OffloadedActivation) else kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

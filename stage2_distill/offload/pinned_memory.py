@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-SLAB, PIECE, ALIGNED = 1 << 30, 32 << 20, 512  # bytes
-TOUCHERS = 16  # threads
+SLAB_BYTES, TOUCH_BYTES, ALIGNMENT = 1 << 30, 32 << 20, 512  # bytes
+TOUCH_THREADS = 16  # threads
 
 
-class Host:
+class PinnedPool:
     """Where tensors are to live: in pinned host memory, if they are offloaded from a GPU, else where they are.
 
     Of a sharded tensor this rank's part lives there, as a plain one: only for ranks that each hold the whole.
     They share slabs: torch would round each request up to a power of two, for weights half as much again.
     """
 
-    def __init__(self, *, offload: bool, slab: int = SLAB) -> None:
+    def __init__(self, *, offload: bool, slab: int = SLAB_BYTES) -> None:
         self.offload, self.size = offload, slab
         self.slab = torch.empty(0, dtype=torch.uint8)
         self.used = 0
@@ -29,33 +29,33 @@ class Host:
         """The tensor itself, or its copy in host memory."""
         if not (self.offload and value.is_cuda):
             return value
-        return self.carve(value.to_local() if isinstance(value, DTensor) else value)
+        return self.copy_into_slab(value.to_local() if isinstance(value, DTensor) else value)
 
-    def carve(self, value: Tensor) -> Tensor:
+    def copy_into_slab(self, value: Tensor) -> Tensor:
         """A copy of a tensor in a slab."""
         return self.room(value.nbytes).view(value.dtype).view(value.shape).copy_(value)
 
     def room(self, size: int) -> Tensor:
         """Some bytes of a slab."""
         if self.used + size > self.slab.numel():
-            self.slab, self.used = pinned(max(self.size, size)), 0
-        part = self.slab[self.used : self.used + size]
-        self.used += -(-size // ALIGNED) * ALIGNED
-        return part
+            self.slab, self.used = allocate_pinned(max(self.size, size)), 0
+        view = self.slab[self.used : self.used + size]
+        self.used += -(-size // ALIGNMENT) * ALIGNMENT
+        return view
 
 
-def pinned(size: int) -> Tensor:
+def allocate_pinned(size: int) -> Tensor:
     """Some bytes of pinned host memory.
 
     Torch's come at 1 GB/s, because one thread touches them first; here many do.
     """
     memory = numpy.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), numpy.uint8)
 
-    def touch(start: int) -> None:
-        memory[start : start + PIECE] = 0  # other threads run meanwhile
+    def touch_pages(start: int) -> None:
+        memory[start : start + TOUCH_BYTES] = 0  # other threads run meanwhile
 
-    with ThreadPoolExecutor(TOUCHERS) as pool:
-        list(pool.map(touch, range(0, size, PIECE)))
+    with ThreadPoolExecutor(TOUCH_THREADS) as pool:
+        list(pool.map(touch_pages, range(0, size, TOUCH_BYTES)))
     if torch.cuda.is_available():
         runtime, address = torch.cuda.cudart(), memory.ctypes.data
         code = int(runtime.cudaHostRegister(address, size, 0))
@@ -65,6 +65,6 @@ def pinned(size: int) -> Tensor:
     return torch.from_numpy(memory)
 
 
-def space(value: Tensor) -> int:
+def aligned_bytes(value: Tensor) -> int:
     """Bytes of a tensor with what alignment adds."""
-    return -(-value.nbytes // ALIGNED) * ALIGNED
+    return -(-value.nbytes // ALIGNMENT) * ALIGNMENT

@@ -9,47 +9,49 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from stage2_distill.offload.pinned_memory import space
+from stage2_distill.offload.pinned_memory import aligned_bytes
 
-BERTHS = 3  # one group arrives, one is there, one leaves
-Parts: TypeAlias = dict[str, Tensor]
+STAGING_BUFFERS = 3  # one group arrives, one is there, one leaves
+TensorGroup: TypeAlias = dict[str, Tensor]
 
 
 @dataclass
-class Berth:
+class StagingBuffer:
     """Device memory that one group after another takes: with memory of its own each would hold much at a time, because
     the host is far ahead of the device.
     """
 
     room: Tensor  # bytes
-    left: torch.cuda.Event | None = None  # the last group has
+    copy_event: torch.cuda.Event | None = None  # the last group has
 
-    def take(self, group: Parts, device: torch.device) -> Parts:
+    def take(self, group: TensorGroup, device: torch.device) -> TensorGroup:
         """Room for a group; what lives on the device is given as it is."""
-        size = sum(space(value) for value in group.values() if not value.is_cuda)
+        size = sum(aligned_bytes(value) for value in group.values() if not value.is_cuda)
         if size > self.room.numel():
-            self.room, self.left = torch.empty(size, dtype=torch.uint8, device=device), None
-        here, used = {}, 0
+            self.room, self.copy_event = torch.empty(size, dtype=torch.uint8, device=device), None
+        views, used = {}, 0
         for name, value in group.items():
-            here[name] = value
+            views[name] = value
             if not value.is_cuda:
-                part = self.room[used : used + value.numel() * value.element_size()]
-                here[name] = part.view(value.dtype).view(value.shape)
-                used += space(value)
-        return here
+                view = self.room[used : used + value.numel() * value.element_size()]
+                views[name] = view.view(value.dtype).view(value.shape)
+                used += aligned_bytes(value)
+        return views
 
 
 @dataclass(frozen=True)
-class Visit:
+class Transfer:
     """A group on the device."""
 
-    home: Parts
-    here: Parts
-    berth: Berth
+    home: TensorGroup
+    here: TensorGroup
+    staging_buffer: StagingBuffer
     arrived: torch.cuda.Event | None  # None where all lives on the device
 
 
-def carried(groups: Iterable[Parts], device: torch.device, *, back: bool = True) -> Iterator[Parts]:
+def prefetched_groups(
+    groups: Iterable[TensorGroup], device: torch.device, *, write_back: bool = True
+) -> Iterator[TensorGroup]:
     """Each group of tensors on `device` until the next is asked for, copied there one group ahead.
 
     After its turn it is copied `back` to where it lives; it is there once the device has caught up. What lives on the
@@ -59,61 +61,67 @@ def carried(groups: Iterable[Parts], device: torch.device, *, back: bool = True)
         yield from groups
         return
     main = torch.cuda.current_stream(device)
-    inward, outward = streams(device)
-    inward.wait_stream(main)
-    held: list[Tensor] = []  # until `main` has waited for the copies
-    berths = cycle(Berth(torch.empty(0, dtype=torch.uint8, device=device)) for _ in range(BERTHS))
-    for visit in one_ahead(fetch(group, device, next(berths), held) for group in groups):
-        if visit.arrived is None:
-            yield visit.here
+    load_stream, store_stream = copy_streams(device)
+    load_stream.wait_stream(main)
+    keep_alive: list[Tensor] = []  # until `main` has waited for the copies
+    staging_buffers = cycle(
+        StagingBuffer(torch.empty(0, dtype=torch.uint8, device=device)) for _ in range(STAGING_BUFFERS)
+    )
+    for transfer in with_lookahead(
+        copy_to_device(group, device, next(staging_buffers), keep_alive) for group in groups
+    ):
+        if transfer.arrived is None:
+            yield transfer.here
             continue
-        main.wait_event(visit.arrived)
-        yield visit.here
-        last = send_home(visit, outward, main) if back else main
-        visit.berth.left = last.record_event()
-    main.wait_stream(outward)
+        main.wait_event(transfer.arrived)
+        yield transfer.here
+        last = copy_to_host(transfer, store_stream, main) if write_back else main
+        transfer.staging_buffer.copy_event = last.record_event()
+    main.wait_stream(store_stream)
 
 
 @cache
-def streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+def copy_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     """The streams of all copies in and out."""
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
-def one_ahead(items: Iterable[Visit]) -> Iterator[Visit]:
+def with_lookahead(items: Iterable[Transfer]) -> Iterator[Transfer]:
     """The same items, each given when the next one has been made."""
-    waiting = None
+    previous = None
     for item in items:
-        if waiting is not None:
-            yield waiting
-        waiting = item
-    if waiting is not None:
-        yield waiting
+        if previous is not None:
+            yield previous
+        previous = item
+    if previous is not None:
+        yield previous
 
 
-def fetch(group: Parts, device: torch.device, berth: Berth, held: list[Tensor]) -> Visit:
+def copy_to_device(
+    group: TensorGroup, device: torch.device, staging_buffer: StagingBuffer, keep_alive: list[Tensor]
+) -> Transfer:
     """Start copying a group to a berth."""
     if all(value.is_cuda for value in group.values()):
-        return Visit(group, group, berth, None)
-    inward, _ = streams(device)
-    here = berth.take(group, device)
-    held.append(berth.room)
-    if berth.left is None:
-        inward.wait_stream(torch.cuda.current_stream(device))  # which used the memory before
+        return Transfer(group, group, staging_buffer, None)
+    load_stream, _ = copy_streams(device)
+    views = staging_buffer.take(group, device)
+    keep_alive.append(staging_buffer.room)
+    if staging_buffer.copy_event is None:
+        load_stream.wait_stream(torch.cuda.current_stream(device))  # which used the memory before
     else:
-        inward.wait_event(berth.left)
-    with torch.cuda.stream(inward):
-        for name, value in here.items():
+        load_stream.wait_event(staging_buffer.copy_event)
+    with torch.cuda.stream(load_stream):
+        for name, value in views.items():
             if value is not group[name]:
                 value.copy_(group[name], non_blocking=True)
-        return Visit(group, here, berth, inward.record_event())
+        return Transfer(group, views, staging_buffer, load_stream.record_event())
 
 
-def send_home(visit: Visit, outward: torch.cuda.Stream, main: torch.cuda.Stream) -> torch.cuda.Stream:
+def copy_to_host(transfer: Transfer, store_stream: torch.cuda.Stream, main: torch.cuda.Stream) -> torch.cuda.Stream:
     """Start copying a group to where it lives; the stream on which it leaves."""
-    outward.wait_stream(main)
-    with torch.cuda.stream(outward):
-        for name, value in visit.here.items():
-            if value is not visit.home[name]:
-                visit.home[name].copy_(value, non_blocking=True)
-    return outward
+    store_stream.wait_stream(main)
+    with torch.cuda.stream(store_stream):
+        for name, value in transfer.here.items():
+            if value is not transfer.home[name]:
+                transfer.home[name].copy_(value, non_blocking=True)
+    return store_stream

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from stage2_distill.distributed.dtensor import local
+from stage2_distill.distributed.dtensor import local_tensor
 
-TOGETHER = 16  # parameters updated by one call: few launches, and little memory for what is between
+CHUNK_PARAMETERS = 16  # parameters updated by one call: few launches, and little memory for what is between
 
 
 class PlainAdamW(torch.optim.Optimizer):
@@ -27,29 +27,29 @@ class PlainAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        given = [p for p in self.param_groups[0]["params"] if p.grad is not None]
-        for parameter in given:
+        with_grad = [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        for parameter in with_grad:
             self.state[parameter]["step"] += 1
-        for some in portions(given):
-            self.advance(some)
+        for chunk in parameter_chunks(with_grad):
+            self.advance(chunk)
 
     def advance(self, parameters: list[Tensor]) -> None:
         """Update some parameters; the order of operations is torch's."""
         group = self.param_groups[0]
-        weights = [local(p) for p in parameters]
-        moments = [local(self.state[p]["exp_avg_sq"]) for p in parameters]
-        grads = [local(p.grad) for p in parameters if p.grad is not None]
+        weights = [local_tensor(p) for p in parameters]
+        moments = [local_tensor(self.state[p]["exp_avg_sq"]) for p in parameters]
+        grads = [local_tensor(p.grad) for p in parameters if p.grad is not None]
         steps = [int(self.state[p]["step"]) for p in parameters]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_mul_(moments, group["beta2"])
         torch._foreach_addcmul_(moments, grads, grads, 1 - group["beta2"])
-        below = torch._foreach_sqrt(moments)
-        torch._foreach_div_(below, [(1 - group["beta2"] ** step) ** 0.5 for step in steps])
-        torch._foreach_add_(below, group["eps"])
-        torch._foreach_addcdiv_(weights, grads, below, -group["lr"])
+        denominators = torch._foreach_sqrt(moments)
+        torch._foreach_div_(denominators, [(1 - group["beta2"] ** step) ** 0.5 for step in steps])
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(weights, grads, denominators, -group["lr"])
 
 
-def portions(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+def parameter_chunks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     """A few at a time."""
-    for start in range(0, len(parameters), TOGETHER):
-        yield parameters[start : start + TOGETHER]
+    for start in range(0, len(parameters), CHUNK_PARAMETERS):
+        yield parameters[start : start + CHUNK_PARAMETERS]

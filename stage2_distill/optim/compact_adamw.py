@@ -13,66 +13,77 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as sharded_zeros
 
-from stage2_distill.distributed.dtensor import first_element, global_norm, like, local
-from stage2_distill.model.split_float32 import join, split
-from stage2_distill.offload.pinned_memory import Host
-from stage2_distill.offload.prefetch import carried
-from stage2_distill.optim.quantized_moment import BLOCK, chance, decode, encode, in_blocks, to_bf16
+from stage2_distill.distributed.dtensor import first_element_index, global_grad_norm, local_tensor, sharded_like
+from stage2_distill.model.split_float32 import join_master, split_master
+from stage2_distill.offload.pinned_memory import PinnedPool
+from stage2_distill.offload.prefetch import prefetched_groups
+from stage2_distill.optim.quantized_moment import (
+    BLOCK_SIZE,
+    dequantize_blocks,
+    hashed_uniform,
+    is_quantizable,
+    quantize_blocks,
+    to_bf16,
+)
 
 if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
-    from stage2_distill.optim.compact_adamw_kernel import advance_fused
+    from stage2_distill.optim.compact_adamw_kernel import update_parameter_fused
 
 
-MOMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
+MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
 
 
-class Advance(Protocol):
+class UpdateFunction(Protocol):
     """The type of `advance`."""
 
-    def __call__(self, weight: Tensor, state: dict[str, Tensor], grad: Tensor, rates: Tensor, place: Tensor) -> None:
+    def __call__(
+        self, weight: Tensor, state: dict[str, Tensor], grad: Tensor, coefficients: Tensor, step_offset: Tensor
+    ) -> None:
         """Do the update."""
 
 
-def advance(weight: Tensor, state: dict[str, Tensor], grad: Tensor, rates: Tensor, place: Tensor) -> None:
+def update_parameter(
+    weight: Tensor, state: dict[str, Tensor], grad: Tensor, coefficients: Tensor, step_offset: Tensor
+) -> None:
     """One AdamW update of all elements (N) of one parameter, in place; the order of operations is torch's.
 
     rates: float32 (8): 1 - lr decay, -lr, beta2, 1 - beta2, sqrt(1 - beta2^step), eps, 1 / sqrt(1 - beta2^step), factor
     of the gradient; where that is not a number, nothing changes.
     place: int64 (2): step, number of the first element within the whole parameter.
     """
-    shrink, minus_lr, beta2, rest, correction, eps, _, factor = rates.unbind()
+    decay_factor, minus_lr, beta2, one_minus_beta2, correction, eps, _, factor = coefficients.unbind()
     if factor.isnan():
         return
     grad = grad.float() * factor
-    moment = torch.addcmul(read_moment(state) * beta2, rest * grad, grad)
-    write_moment(state, moment, place)
-    master = join(weight, state["remainder"]) * shrink
+    moment = torch.addcmul(read_second_moment(state) * beta2, one_minus_beta2 * grad, grad)
+    write_second_moment(state, moment, step_offset)
+    master = join_master(weight, state["remainder"]) * decay_factor
     master = master + (minus_lr * grad) / (moment.sqrt() / correction + eps)
-    high, low = split(master)
+    high, low = split_master(master)
     weight.copy_(high)
     state["remainder"].copy_(low)
 
 
-def read_moment(state: dict[str, Tensor]) -> Tensor:
+def read_second_moment(state: dict[str, Tensor]) -> Tensor:
     """The second moment (N) in float32."""
     moment = state["exp_avg_sq"]
     if moment.dtype != torch.uint8:
         return moment.float()
-    return decode(moment.view(-1, BLOCK), state["exp_avg_sq_top"]).view(-1)
+    return dequantize_blocks(moment.view(-1, BLOCK_SIZE), state["exp_avg_sq_top"]).view(-1)
 
 
-def write_moment(state: dict[str, Tensor], moment: Tensor, place: Tensor) -> None:
+def write_second_moment(state: dict[str, Tensor], moment: Tensor, step_offset: Tensor) -> None:
     """Store the second moment (N)."""
-    kept = state["exp_avg_sq"]
-    if kept.dtype == torch.float32:
-        kept.copy_(moment)
+    stored = state["exp_avg_sq"]
+    if stored.dtype == torch.float32:
+        stored.copy_(moment)
         return
-    chances = chance(moment.numel(), start=place[1], step=place[0])
-    if kept.dtype == torch.bfloat16:
-        kept.copy_(to_bf16(moment, chances))
+    uniforms = hashed_uniform(moment.numel(), first_index=step_offset[1], step=step_offset[0])
+    if stored.dtype == torch.bfloat16:
+        stored.copy_(to_bf16(moment, uniforms))
         return
-    codes, tops = encode(moment.view(-1, BLOCK), chances.view(-1, BLOCK))
-    kept.copy_(codes.view(-1))
+    codes, tops = quantize_blocks(moment.view(-1, BLOCK_SIZE), uniforms.view(-1, BLOCK_SIZE))
+    stored.copy_(codes.view(-1))
     state["exp_avg_sq_top"].copy_(tops)
 
 
@@ -93,14 +104,14 @@ class CompactAdamW(torch.optim.Optimizer):
         accumulate: bool = False,
     ) -> None:
         super().__init__([p for p in net.parameters() if p.requires_grad], settings)
-        host = Host(offload=offload)
+        pool = PinnedPool(offload=offload)
         self.factor: Tensor | None = None
         self.sums: dict[Tensor, Tensor] = {}
-        self.starts = {p: first_element(p) for p in self.parameters()}
+        self.starts = {p: first_element_index(p) for p in self.parameters()}
         for parameter in self.parameters():
             assert parameter.dtype == torch.bfloat16, parameter.dtype
-            fresh = fresh_state(parameter, MOMENTS[moment])
-            self.state[parameter] = {name: host.home(value) for name, value in fresh.items()}
+            initial = initial_state(parameter, MOMENT_DTYPES[moment])
+            self.state[parameter] = {name: pool.home(value) for name, value in initial.items()}
             if accumulate:
                 parameter.register_post_accumulate_grad_hook(self.add_gradient)
 
@@ -108,15 +119,15 @@ class CompactAdamW(torch.optim.Optimizer):
         """Add a gradient to its float32 sum: in bf16 a sum over many batches would lose the small ones."""
         assert parameter.grad is not None
         if parameter in self.sums:
-            self.sums[parameter] += local(parameter.grad)
+            self.sums[parameter] += local_tensor(parameter.grad)
         else:
-            self.sums[parameter] = local(parameter.grad).float()
+            self.sums[parameter] = local_tensor(parameter.grad).float()
         parameter.grad = None
 
-    def gradients(self) -> dict[Tensor, Tensor]:
+    def local_gradients(self) -> dict[Tensor, Tensor]:
         """This rank's gradients, of those parameters that have one."""
-        given = {p: local(p.grad) for p in self.parameters() if p.grad is not None}
-        return given | self.sums
+        new_gradients = {p: local_tensor(p.grad) for p in self.parameters() if p.grad is not None}
+        return new_gradients | self.sums
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
@@ -130,64 +141,72 @@ class CompactAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def clip(self, limit: float) -> Tensor:
         """The global gradient norm; the next step scales gradients to one of at most `limit`, in float32."""
-        norm = global_norm(list(self.gradients().values()), self.parameters()[0])
+        norm = global_grad_norm(list(self.local_gradients().values()), self.parameters()[0])
         self.factor = (limit / (norm + 1e-6)).clamp(max=1.0)
         return norm
 
-    def only_if(self, fine: Tensor) -> None:
+    def skip_step_unless(self, finite: Tensor) -> None:
         """Let the next step change nothing unless `fine`, a boolean on the device: nobody waits to look at it."""
-        factor = torch.ones((), device=fine.device) if self.factor is None else self.factor
-        self.factor = torch.where(fine, factor, torch.nan)
+        factor = torch.ones((), device=finite.device) if self.factor is None else self.factor
+        self.factor = torch.where(finite, factor, torch.nan)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        grads = self.gradients()
+        grads = self.local_gradients()
         for parameter in grads:
             self.state[parameter]["step"] += 1
         first = next(iter(grads))
         count = int(self.state[first]["step"])
         device = grads[first].device
-        rates = self.rates(count, device)
+        coefficients = self.step_coefficients(count, device)
         step = torch.tensor(count).to(device, non_blocking=True)
-        call: Advance = advance_fused if device.type == "cuda" else advance
-        states = carried((flat(self.state[p]) for p in grads), device)
+        update: UpdateFunction = update_parameter_fused if device.type == "cuda" else update_parameter
+        states = prefetched_groups((flat_local_state(self.state[p]) for p in grads), device)
         for (parameter, grad), state in zip(grads.items(), states, strict=True):
-            call(local(parameter).view(-1), state, grad.view(-1), rates, torch.stack([step, self.starts[parameter]]))
+            update(
+                local_tensor(parameter).view(-1),
+                state,
+                grad.view(-1),
+                coefficients,
+                torch.stack([step, self.starts[parameter]]),
+            )
         self.factor = None
 
     def masters(self) -> Iterator[Tensor]:
         """The float32 masters of all parameters, one after the other, sharded as they are."""
-        remainders = ({"low": local(self.state[p]["remainder"])} for p in self.parameters())
-        device = local(self.parameters()[0]).device
-        for parameter, parts in zip(self.parameters(), carried(remainders, device, back=False), strict=True):
-            yield like(parameter, join(local(parameter.detach()), parts["low"]))
+        remainders = ({"low": local_tensor(self.state[p]["remainder"])} for p in self.parameters())
+        device = local_tensor(self.parameters()[0]).device
+        for parameter, remainder in zip(
+            self.parameters(), prefetched_groups(remainders, device, write_back=False), strict=True
+        ):
+            yield sharded_like(parameter, join_master(local_tensor(parameter.detach()), remainder["low"]))
 
-    def rates(self, step: int, device: torch.device) -> Tensor:
+    def step_coefficients(self, step: int, device: torch.device) -> Tensor:
         """The numbers of one step (8), float32."""
         group = self.param_groups[0]
         lr, beta2 = group["lr"], group["beta2"]
         correction = (1 - beta2**step) ** 0.5
-        numbers = [1 - lr * group["weight_decay"], -lr, beta2, 1 - beta2, correction, group["eps"], 1 / correction]
+        coefficients = [1 - lr * group["weight_decay"], -lr, beta2, 1 - beta2, correction, group["eps"], 1 / correction]
         factor = torch.ones((), device=device) if self.factor is None else self.factor
-        return torch.cat([torch.tensor(numbers).to(device, non_blocking=True), factor[None]])
+        return torch.cat([torch.tensor(coefficients).to(device, non_blocking=True), factor[None]])
 
 
-def flat(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def flat_local_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """This rank's part of a parameter's state as vectors, without the step."""
-    return {name: local(value).view(-1) for name, value in state.items() if name != "step"}
+    return {name: local_tensor(value).view(-1) for name, value in state.items() if name != "step"}
 
 
-def fresh_state(parameter: Tensor, moment: torch.dtype) -> dict[str, Tensor]:
+def initial_state(parameter: Tensor, moment: torch.dtype) -> dict[str, Tensor]:
     """State before the first step, sharded as the parameter is."""
-    kept = moment if in_blocks(parameter.shape) else torch.float32
+    moment_dtype = moment if is_quantizable(parameter.shape) else torch.float32
     state = {
         "step": torch.zeros((), dtype=torch.float32),
         "remainder": torch.zeros_like(parameter, dtype=torch.int16),
-        "exp_avg_sq": torch.zeros_like(parameter, dtype=kept),
+        "exp_avg_sq": torch.zeros_like(parameter, dtype=moment_dtype),
     }
-    if kept == torch.uint8:
-        shape = (parameter.shape[0], parameter.shape[1:].numel() // BLOCK)
+    if moment_dtype == torch.uint8:
+        shape = (parameter.shape[0], parameter.shape[1:].numel() // BLOCK_SIZE)
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
             state["exp_avg_sq_top"] = sharded_zeros(shape, dtype=torch.int16, device_mesh=mesh, placements=placements)

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from stage2_distill.config import COMPACT, STANDARD, DistillConfig
-from stage2_distill.distributed.fsdp import clip_in_place
-from stage2_distill.distributed.process_group import Ranks
-from stage2_distill.dmd.schedule import STUDENT, accumulation
+from stage2_distill.distributed.fsdp import clip_grad_norm
+from stage2_distill.distributed.process_group import RankContext
+from stage2_distill.dmd.schedule import STUDENT, accumulation_steps
 from stage2_distill.optim.adamw import PlainAdamW
 from stage2_distill.optim.compact_adamw import CompactAdamW
-from stage2_distill.optim.ema import Ema
+from stage2_distill.optim.ema import EmaWeights
 
 
-def open_optimizer(
-    net: nn.Module, role: str, config: DistillConfig, ranks: Ranks, memory: str
+def build_optimizer(
+    net: nn.Module, role: str, config: DistillConfig, ranks: RankContext, form: str
 ) -> torch.optim.Optimizer:
     """The optimizer of a role in a memory mode.
 
@@ -24,65 +24,67 @@ def open_optimizer(
     """
     lr = config.student_lr if role == STUDENT else config.critic_lr
     settings = {"lr": lr, "beta2": config.beta2, "eps": config.eps, "weight_decay": config.weight_decay}
-    if memory == STANDARD:
-        return PlainAdamW(net, settings) if config.beta1 == 0 else adamw(net, lr, config)
-    accumulate = accumulation(config, ranks.world) > 1
-    waits = config.offload == "all" or (config.offload == "average" and accumulate)
+    if form == STANDARD:
+        return PlainAdamW(net, settings) if config.beta1 == 0 else build_torch_adamw(net, lr, config)
+    accumulate = accumulation_steps(config, ranks.world) > 1
+    may_offload = config.offload == "all" or (config.offload == "average" and accumulate)
     return CompactAdamW(
         net,
         settings,
         moment=config.second_moment,
-        offload=role == STUDENT and waits and whole(config, ranks),
+        offload=role == STUDENT and may_offload and is_unsharded(config, ranks),
         accumulate=accumulate,
     )
 
 
-def form_of(optimizer: torch.optim.Optimizer) -> str:
+def optimizer_form(optimizer: torch.optim.Optimizer) -> str:
     """The memory mode in which an optimizer's role is kept."""
     return COMPACT if isinstance(optimizer, CompactAdamW) else STANDARD
 
 
-def open_ema(student: nn.Module, optimizer: torch.optim.Optimizer, config: DistillConfig, ranks: Ranks) -> Ema:
+def build_ema(
+    student: nn.Module, optimizer: torch.optim.Optimizer, config: DistillConfig, ranks: RankContext
+) -> EmaWeights:
     """The student's average, in host memory where it is to wait there."""
     compact = isinstance(optimizer, CompactAdamW)
-    offload = compact and config.offload != "none" and whole(config, ranks)
-    return Ema(lambda: masters(student, optimizer), offload=offload)
+    offload = compact and config.offload != "none" and is_unsharded(config, ranks)
+    return EmaWeights(lambda: master_weights(student, optimizer), offload=offload)
 
 
-def whole(config: DistillConfig, ranks: Ranks) -> bool:
+def is_unsharded(config: DistillConfig, ranks: RankContext) -> bool:
     """Whether each rank holds whole networks, alone or as one of the replicas."""
     return config.replicate == ranks.world
 
 
-def clip(net: nn.Module, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+def clip_gradients(net: nn.Module, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
     """Scale the gradients of all ranks to a global norm of at most `limit`; the norm before that, a scalar."""
-    return optimizer.clip(limit) if isinstance(optimizer, CompactAdamW) else clip_in_place(net, limit)
+    return optimizer.clip(limit) if isinstance(optimizer, CompactAdamW) else clip_grad_norm(net, limit)
 
 
-def step_if(optimizer: torch.optim.Optimizer, fine: Tensor) -> bool:
+def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> bool:
     """Take a step that changes no weight unless `fine`, a boolean on the device; False where the optimizer has none."""
     if isinstance(optimizer, CompactAdamW):
-        optimizer.only_if(fine)
+        optimizer.only_if(finite)
         optimizer.step()
         return True
     return False
 
 
-def masters(net: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+def master_weights(net: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Names and float32 masters of all parameters, one at a time."""
     names = [name for name, _ in net.named_parameters()]
-    found = optimizer.masters() if isinstance(optimizer, CompactAdamW) else (p.detach() for p in net.parameters())
-    yield from zip(names, found, strict=True)
+    tensors = optimizer.masters() if isinstance(optimizer, CompactAdamW) else (p.detach() for p in net.parameters())
+    yield from zip(names, tensors, strict=True)
 
 
-def remainders(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def master_remainders(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What the masters have more than the weights, by name; nothing where the weights are the masters."""
     if not isinstance(optimizer, CompactAdamW):
         return {}
     return {name: optimizer.state[weight]["remainder"] for name, weight in net.named_parameters()}
 
 
-def adamw(net: nn.Module, lr: float, config: DistillConfig) -> torch.optim.AdamW:
+def build_torch_adamw(net: nn.Module, lr: float, config: DistillConfig) -> torch.optim.AdamW:
     """torch's AdamW, for a first moment; its state is made at once so that a checkpoint can fill it."""
     optimizer = torch.optim.AdamW(
         net.parameters(),
@@ -100,7 +102,7 @@ def adamw(net: nn.Module, lr: float, config: DistillConfig) -> torch.optim.AdamW
     return optimizer
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr

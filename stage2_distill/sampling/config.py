@@ -7,9 +7,9 @@ from common.options import check_fields, device_option, max_text_tokens_option, 
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
-WEIGHTS = ("ema", "student")
+WEIGHT_SETS = ("ema", "student")
 VAE_DTYPES = ("auto", "float32", "bfloat16")
-MEMORY = ("auto", "full", "24gb", "16gb")
+VRAM_CHOICES = ("auto", "full", "24gb", "16gb")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SampleConfig:
     data: str | None = option(None, "CSV of many videos, columns prompt, image, seed.")
     seed: int = option(0, "Seed of the noise; a seed in the CSV wins.", minimum=0)
     ladder: tuple[float, ...] | None = option(None, "Sample with other steps than the checkpoint was trained on.")
-    weights: str = option("ema", "Weights to sample from.", choices=WEIGHTS)
+    weights: str = option("ema", "Weights to sample from.", choices=WEIGHT_SETS)
     batch_size: int = option(1, "Videos sampled at once.", minimum=1)
     text_rows: int = max_text_tokens_option()
     dtype: str = option("bfloat16", "Precision of the network.", choices=DTYPES)
@@ -36,7 +36,9 @@ class SampleConfig:
     num_frames: int | None = option(None, "Frames of a segment, 4k+1; without it, as in training.")
     height: int | None = option(None, "Height in pixels, a multiple of 32; without it, as in training.")
     width: int | None = option(None, "Width in pixels, a multiple of 32; without it, as in training.")
-    memory: str = option("auto", "What may stay on the GPU: full needs 40 GB; auto looks at the card.", choices=MEMORY)
+    memory: str = option(
+        "auto", "What may stay on the GPU: full needs 40 GB; auto looks at the card.", choices=VRAM_CHOICES
+    )
     device: str = device_option()
 
     def __post_init__(self) -> None:
@@ -55,8 +57,8 @@ class SampleConfig:
 
     def size(self, spec: VideoSpec) -> VideoSpec:
         """The size to make: the checkpoint's, but for what is given."""
-        given = {"num_frames": self.num_frames, "height": self.height, "width": self.width}
-        return replace(spec, **{name: value for name, value in given.items() if value is not None})
+        requested = {"num_frames": self.num_frames, "height": self.height, "width": self.width}
+        return replace(spec, **{name: value for name, value in requested.items() if value is not None})
 
     def sigmas(self, shift: float) -> tuple[float, ...] | None:
         """Noise levels of an explicit ladder; None = the checkpoint's own."""

@@ -14,59 +14,59 @@ from torch import Tensor
 from common.condition import Condition
 from common.video import LATENT_CHANNELS
 from shards.record import Record
-from stage2_distill.sampling.student_sampler import Student
+from stage2_distill.sampling.student_sampler import StudentSampler
 
-Asked = tuple[Condition, list[int], int]  # conditions, seeds and segment of a call
+DenoiseRequest = tuple[Condition, list[int], int]  # conditions, seeds and segment of a call
 
 
-class Leader:
+class LeaderSampler:
     """The student of the first rank; as a context it tells the others at its end that nothing more comes."""
 
-    def __init__(self, student: Student) -> None:
-        self.student, self.busy = student, False
+    def __init__(self, student: StudentSampler) -> None:
+        self.student, self.in_call = student, False
 
     def __call__(self, records: Sequence[Record], seeds: Sequence[int], segment: int = 0) -> Tensor:
         """What `Student` gives, computed by all ranks."""
         condition = self.student.condition(records)
         assert condition.given is None, "a batch of one kind"
-        self.busy = True  # if this fails, the others wait in vain, and torchrun ends them
-        tell(condition, list(seeds), segment)
+        self.in_call = True  # if this fails, the others wait in vain, and torchrun ends them
+        broadcast_request(condition, list(seeds), segment)
         x0 = self.student.denoise(condition, seeds, segment)
-        self.busy = False
+        self.in_call = False
         return x0
 
     def move(self, device: torch.device) -> None:
         """Bring the network of this rank to a device."""
         self.student.move(device)
 
-    def __enter__(self) -> "Leader":
+    def __enter__(self) -> "LeaderSampler":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.busy:
+        if not self.in_call:
             dist.broadcast(torch.zeros(4, dtype=torch.int64, device=self.student.device), 0)
             dist.destroy_process_group()
 
 
-def tell(condition: Condition, seeds: list[int], segment: int) -> None:
+def broadcast_request(condition: Condition, seeds: list[int], segment: int) -> None:
     """Send what is to be denoised to all other ranks."""
     text, frame = condition.text.contiguous(), condition.first_frame
-    facts = (len(seeds), segment, text.shape[1], int(frame is not None))
-    dist.broadcast(torch.tensor(facts, device=text.device), 0)
+    header = (len(seeds), segment, text.shape[1], int(frame is not None))
+    dist.broadcast(torch.tensor(header, device=text.device), 0)
     dist.broadcast(torch.tensor(seeds, device=text.device), 0)
     dist.broadcast(text, 0)
     if frame is not None:
         dist.broadcast(frame.contiguous(), 0)
 
 
-def hear(student: Student) -> Asked | None:
+def receive_request(student: StudentSampler) -> DenoiseRequest | None:
     """What the first rank tells; None = nothing more."""
     device = student.device
-    facts = torch.zeros(4, dtype=torch.int64, device=device)
-    dist.broadcast(facts, 0)
-    count, segment, rows, with_frame = facts.tolist()
+    header = torch.zeros(4, dtype=torch.int64, device=device)
+    dist.broadcast(header, 0)
+    count, segment, rows, with_frame = header.tolist()
     if not count:
         return None
     seeds = torch.zeros(count, dtype=torch.int64, device=device)
@@ -79,8 +79,8 @@ def hear(student: Student) -> Asked | None:
     return Condition(frame, text), seeds.tolist(), segment
 
 
-def follow(student: Student) -> None:
+def run_sampling_worker(student: StudentSampler) -> None:
     """Compute with the first rank all that it is asked for."""
-    while (asked := hear(student)) is not None:
-        student.denoise(*asked)
+    while (request := receive_request(student)) is not None:
+        student.denoise(*request)
     dist.destroy_process_group()

@@ -15,23 +15,29 @@ from common.model_folder import fingerprint_folder, locate_model
 from common.seed import draw_normal, make_generator
 from common.video import TEXT_LENGTH, VideoSpec
 from shards.record import Record, collate_records
-from stage2_distill.checkpointing.format import SAMPLER, StudentFacts, chosen, load, read_facts
-from stage2_distill.distributed.process_group import start
+from stage2_distill.checkpointing.format import (
+    SAMPLER_KIND,
+    StudentFacts,
+    load_checkpoint,
+    read_facts,
+    resolve_checkpoint,
+)
+from stage2_distill.distributed.process_group import start_process_group
 from stage2_distill.dmd.rollout import rollout
-from stage2_distill.model.context_parallel import check_ranks
-from stage2_distill.model.layers import Plan
-from stage2_distill.model.lora import Lora, Role, add_adapters, lora_of
-from stage2_distill.model.transformer import Network
-from stage2_distill.model.wan import cast_parameters, denoiser, materialise, skeleton
-from stage2_distill.model.wan import load as load_network
+from stage2_distill.model.context_parallel import check_context_parallel
+from stage2_distill.model.layers import ExecutionPlan
+from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters, lora_settings
+from stage2_distill.model.transformer import WanTransformer
+from stage2_distill.model.wan import build_meta_transformer, cast_parameters, make_denoiser, materialize_transformer
+from stage2_distill.model.wan import load_transformer as load_network
 from stage2_distill.sampling.config import SampleConfig
 
 
 @dataclass(frozen=True)
-class Student:
+class StudentSampler:
     """A student, ready to sample."""
 
-    net: Network
+    net: WanTransformer
     spec: VideoSpec
     sigmas: tuple[float, ...]
     dtype: torch.dtype
@@ -62,30 +68,34 @@ class Student:
     @torch.no_grad()
     def denoise(self, condition: Condition, seeds: Sequence[int], segment: int) -> Tensor:
         """Latents (B C T H W) of conditions; the same noise for the same seeds and segment."""
-        draws = [make_generator(seed, 0, segment, "sample", self.device) for seed in seeds]
-        noise = draw_normal(self.spec.latent_shape, draws)
-        return rollout(denoiser(self.net, self.dtype), noise, condition, ladder=self.sigmas, generators=draws)
+        generators = [make_generator(seed, 0, segment, "sample", self.device) for seed in seeds]
+        noise = draw_normal(self.spec.latent_shape, generators)
+        return rollout(make_denoiser(self.net, self.dtype), noise, condition, sigmas=self.sigmas, generators=generators)
 
 
-def open_student(config: SampleConfig) -> Student:
+def open_student(config: SampleConfig) -> StudentSampler:
     """The student of a checkpoint, on its device; ValueError where MODEL is not the one it was distilled from."""
-    checkpoint = chosen(Path(config.checkpoint))
+    checkpoint = resolve_checkpoint(Path(config.checkpoint))
     facts = read_facts(checkpoint)
     check_model(config.model, facts)
     spec = config.size(facts.spec)
-    ranks = start(config.device).world if config.data is None and int(os.environ.get("WORLD_SIZE", "1")) > 1 else 1
+    ranks = (
+        start_process_group(config.device).world
+        if config.data is None and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        else 1
+    )
     net = load_student(
         checkpoint,
         facts,
-        Plan(compiled=config.compile, ranks=ranks),
+        ExecutionPlan(compiled=config.compile, ranks=ranks),
         model=config.model,
         weights=config.weights,
         dtype=getattr(torch, config.dtype),
         device=pick_device(config.device),
     )
-    check_ranks(ranks, tokens=spec.num_tokens, heads=net.config.num_attention_heads)
+    check_context_parallel(ranks, tokens=spec.num_tokens, heads=net.config.num_attention_heads)
     sigmas = config.sigmas(facts.shift) or facts.sigmas
-    return Student(net, spec, sigmas, getattr(torch, config.dtype), config.text_rows)
+    return StudentSampler(net, spec, sigmas, getattr(torch, config.dtype), config.text_rows)
 
 
 def check_model(model: str, facts: StudentFacts, parts: tuple[str, ...] = ("vae", "text_encoder")) -> None:
@@ -98,13 +108,13 @@ def check_model(model: str, facts: StudentFacts, parts: tuple[str, ...] = ("vae"
 def load_student(
     checkpoint: Path,
     facts: StudentFacts,
-    plan: Plan | None = None,
+    plan: ExecutionPlan | None = None,
     *,
     model: str,
     weights: str,
     dtype: torch.dtype,
     device: torch.device,
-) -> Network:
+) -> WanTransformer:
     """The student's network in its precision, read straight onto the device.
 
     ValueError where MODEL is another base than it was distilled from.
@@ -112,22 +122,25 @@ def load_student(
     folder = locate_model(model, ("transformer",))
     if fingerprint_folder(folder / "transformer") != facts.transformer:
         raise ValueError(f"model={model}: not the model that {checkpoint} was distilled from, {facts.base_model}")
-    if facts.sampler != SAMPLER:
+    if facts.sampler != SAMPLER_KIND:
         raise ValueError(f"{checkpoint}: its student is sampled by {facts.sampler}, which this version cannot do")
-    lora = lora_of(facts.config)
-    if lora is None:
-        net = materialise(skeleton(folder, dtype, plan), device).requires_grad_(False)
-        load(checkpoint, {f"{weights}.{name}": weight for name, weight in net.named_parameters()})
+    adapter_settings = lora_settings(facts.config)
+    if adapter_settings is None:
+        net = materialize_transformer(build_meta_transformer(folder, dtype, plan), device).requires_grad_(False)
+        load_checkpoint(checkpoint, {f"{weights}.{name}": weight for name, weight in net.named_parameters()})
         return net
     net = load_network(folder, torch.float32, plan).requires_grad_(False)
-    load_merged(net, checkpoint, weights, lora)
+    load_merged(net, checkpoint, weights, adapter_settings)
     return cast_parameters(net, dtype).to(device)
 
 
-def load_merged(net: Network, checkpoint: Path, weights: str, lora: Lora) -> None:
+def load_merged(net: WanTransformer, checkpoint: Path, weights: str, settings: LoraSettings) -> None:
     """Add the adapter `weights` (student or ema) of a checkpoint to a plain network's own weights."""
-    layers = add_adapters(net, (weights,), lora)
-    load(checkpoint, {f"{weights}.{name}": value.data for name, value in Role(net, layers, weights).named_parameters()})
+    layers = add_adapters(net, (weights,), settings)
+    load_checkpoint(
+        checkpoint,
+        {f"{weights}.{name}": value.data for name, value in AdapterView(net, layers, weights).named_parameters()},
+    )
     for name, layer in [(name, module) for name, module in net.named_modules() if module in layers]:
         layer.merge(False, [weights])
         parent, _, child = name.rpartition(".")

@@ -12,23 +12,23 @@ from pathlib import Path
 import torch.distributed as dist
 
 from common.options import resolve_config
-from stage2_distill.build import open_roles
+from stage2_distill.build import build_roles
 from stage2_distill.config import DistillConfig
-from stage2_distill.distributed.dtensor import local
-from stage2_distill.distributed.process_group import start
+from stage2_distill.distributed.dtensor import local_tensor
+from stage2_distill.distributed.process_group import start_process_group
 
 config = resolve_config(DistillConfig, {"config": sys.argv[1]})
-ranks = start("cpu")
-open_roles(config, ranks, Path(sys.argv[2]))
+ranks = start_process_group("cpu")
+build_roles(config, ranks, Path(sys.argv[2]))
 dist.barrier()
 pages = int(Path("/proc/self/statm").read_text().split()[1])
-opened = open_roles(config, ranks, Path(config.model))
+opened = build_roles(config, ranks, Path(config.model))
 peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 kept = [p for net in (opened.roles.student, opened.roles.teacher, opened.roles.critic) for p in net.parameters()]
 kept += () if opened.ema.offload else opened.ema.weights.values()  # waiting, it is not there yet
 for optimizer in (opened.student_optimizer, opened.critic_optimizer):
     kept += [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
-own = sum(local(value).nbytes for value in kept)
+own = sum(local_tensor(value).nbytes for value in kept)
 figures = {"grown": peak - resource.getpagesize() * pages, "own": own}
 Path(f"{sys.argv[1]}.{ranks.rank}").write_text(json.dumps(figures))
 dist.destroy_process_group()

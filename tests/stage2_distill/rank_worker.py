@@ -41,13 +41,25 @@ class Witness:
         self.seen: list[tuple[int, str, int, str]] = []
         self.passes: list[dict[str, int]] = [{"last": False, "all_reduce": 0, "reduce_scatter": 0}]
         self.part = None
-        self.simulate, self.rollout, self.reduce_gradients = trainer.simulate, trainer.rollout, trainer.reduce_gradients
-        trainer.simulate, trainer.rollout, trainer.reduce_gradients = self.note_part, self.note_noise, self.note_pass
+        self.simulate, self.rollout, self.reduce_gradients = (
+            trainer.simulate_rollout,
+            trainer.rollout,
+            trainer.set_gradient_all_reduce,
+        )
+        trainer.simulate_rollout, trainer.rollout, trainer.set_gradient_all_reduce = (
+            self.note_part,
+            self.note_noise,
+            self.note_pass,
+        )
         self.all_reduce, self.reduce_scatter = dist.all_reduce, dist.reduce_scatter_tensor
         dist.all_reduce, dist.reduce_scatter_tensor = self.note_all_reduce, self.note_reduce_scatter
 
     def leave(self) -> None:
-        trainer.simulate, trainer.rollout, trainer.reduce_gradients = self.simulate, self.rollout, self.reduce_gradients
+        trainer.simulate_rollout, trainer.rollout, trainer.set_gradient_all_reduce = (
+            self.simulate,
+            self.rollout,
+            self.reduce_gradients,
+        )
         dist.all_reduce, dist.reduce_scatter_tensor = self.all_reduce, self.reduce_scatter
 
     def note_part(self, trainer, part, condition: Condition, exit_at: int) -> Tensor:

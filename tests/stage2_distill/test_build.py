@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from stage2_distill.build import choose_memory
-from stage2_distill.checkpointing.format import load, newest
+from stage2_distill.build import choose_optimizer_form
+from stage2_distill.checkpointing.format import load_checkpoint, newest_checkpoint
 from stage2_distill.config import DistillConfig
-from stage2_distill.distributed.process_group import start
-from stage2_distill.model.split_float32 import join
+from stage2_distill.distributed.process_group import start_process_group
+from stage2_distill.model.split_float32 import join_master
 from stage2_distill.offload import pinned_memory
-from stage2_distill.optim.optimizers import open_optimizer
+from stage2_distill.optim.optimizers import build_optimizer
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, run_worker, tensors
 
 HALF = {"dtype": "bfloat16", "grad_clip": 1e6, "global_batch": 2}
@@ -45,7 +45,7 @@ def masters(found: dict[str, torch.Tensor], role: str) -> dict[str, torch.Tensor
     """Float32 masters of a role in a checkpoint of either mode."""
     weights = {name.removeprefix(f"{role}."): value for name, value in found.items() if name.startswith(f"{role}.")}
     rest = {name: found.get(f"{role}_optimizer.{name}.remainder") for name in weights}
-    return {name: value if rest[name] is None else join(value, rest[name]) for name, value in weights.items()}
+    return {name: value if rest[name] is None else join_master(value, rest[name]) for name, value in weights.items()}
 
 
 def both_modes(model: Path, shards: Path, folder: Path, iterations: int) -> tuple[Path, Path]:
@@ -98,7 +98,7 @@ def test_two_ranks_equal_one_and_change_into_each_other(model: Path, shards: Pat
     for run in run_worker([together, elastic], 2, tmp_path):
         assert losses(run) == pytest.approx(losses(alone.parent), rel=2e-2), run.name
         found = {name: torch.zeros_like(value) for name, value in expected.items()}
-        load(newest(run), found)
+        load_checkpoint(newest_checkpoint(run), found)
         for role in ("student", "critic"):
             mine, theirs = masters(found, role), masters(expected, role)
             off = sum((mine[n] - theirs[n]).square().sum() for n in theirs) / sum(
@@ -115,9 +115,11 @@ def test_what_the_compact_form_cannot_do_is_refused(change: dict[str, object], w
 
 def test_auto_is_standard_where_it_fits(model: Path, shards: Path, tmp_path: Path) -> None:
     config = make_config(shards, model, tmp_path / "run", memory="auto", dtype="bfloat16")
-    assert choose_memory(config, start("cpu"), 5_000_000_000) == "standard"
+    assert choose_optimizer_form(config, start_process_group("cpu"), 5_000_000_000) == "standard"
     assert (
-        choose_memory(make_config(shards, model, tmp_path, memory="compact", dtype="bfloat16"), start("cpu"), 1)
+        choose_optimizer_form(
+            make_config(shards, model, tmp_path, memory="compact", dtype="bfloat16"), start_process_group("cpu"), 1
+        )
         == "compact"
     )
 
@@ -130,13 +132,15 @@ def test_the_students_state_makes_room_for_summed_gradients(
 ) -> None:
     """One GPU's 80 GB hold the 5B's float32 sums, 19 GiB, or the student's state beside bf16 gradients, not both."""
     asked: dict[str, bool] = {}
-    monkeypatch.setattr(pinned_memory.Host, "__init__", lambda self, *, offload: asked.update(given=offload))
-    monkeypatch.setattr(pinned_memory.Host, "home", lambda self, value: value)
+    monkeypatch.setattr(pinned_memory.PinnedPool, "__init__", lambda self, *, offload: asked.update(given=offload))
+    monkeypatch.setattr(pinned_memory.PinnedPool, "home", lambda self, value: value)
     config = make_config(tmp_path, model, tmp_path, **HALF | {"memory": "compact", "offload": offload})
     config = replace(config, batch_size=2, global_batch=clips)
     found = {}
     for role in ("student", "critic"):
-        open_optimizer(torch.nn.Linear(64, 2, dtype=torch.bfloat16), role, config, start("cpu"), "compact")
+        build_optimizer(
+            torch.nn.Linear(64, 2, dtype=torch.bfloat16), role, config, start_process_group("cpu"), "compact"
+        )
         found[role] = asked["given"]
     assert found == {"student": waits, "critic": False}
 

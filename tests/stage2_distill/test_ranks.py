@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stage2_distill.build import open_roles
-from stage2_distill.checkpointing.format import checkpoints, load, newest
-from stage2_distill.distributed.process_group import start
-from stage2_distill.model.wan import load as load_network
+from stage2_distill.build import build_roles
+from stage2_distill.checkpointing.format import list_checkpoints, load_checkpoint, newest_checkpoint
+from stage2_distill.distributed.process_group import start_process_group
+from stage2_distill.model.wan import load_transformer as load_network
 from tests.stage2_distill.training_helpers import ROOT, make_config, make_shards, run_jobs, tensors
 
 GOLDEN = ROOT / "tests" / "golden" / "ten_iterations.json"
@@ -88,9 +88,9 @@ def samples(run: Path) -> list[list]:
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_losses_and_weights_equal_one_process(made: Path, alone: Path, name: str) -> None:
     assert losses(made / name) == pytest.approx(losses(alone), rel=1e-6)
-    expected = tensors(newest(alone))
+    expected = tensors(newest_checkpoint(alone))
     found = {name: torch.zeros_like(value) for name, value in expected.items()}
-    load(newest(made / name), found)
+    load_checkpoint(newest_checkpoint(made / name), found)
     for role in ("student.", "critic.", "ema."):
         names = [name for name in expected if name.startswith(role)]
         off = sum((found[name] - expected[name]).square().sum() for name in names)
@@ -115,7 +115,7 @@ def test_replicas_are_averaged_in_the_last_pass_only(made: Path, name: str) -> N
 
 def test_an_elastic_run_changed_its_ranks_where_it_was_told(made: Path) -> None:
     """One signal to one rank stops all of them after the same iteration."""
-    assert [path.name for path in checkpoints(made / "elastic")] == ["step-000005", "step-000008", "step-000010"]
+    assert [path.name for path in list_checkpoints(made / "elastic")] == ["step-000005", "step-000008", "step-000010"]
     seen = {path.name for path in (made / "elastic").glob("rank-*.json")}
     assert seen == {
         f"rank-{first}-{rank}.json" for first, world in ((0, 4), (3, 2), (5, 1), (8, 4)) for rank in range(world)
@@ -123,7 +123,7 @@ def test_an_elastic_run_changed_its_ranks_where_it_was_told(made: Path) -> None:
 
 
 def test_one_rank_without_room_fails_the_checkpoint_of_all_and_nothing_else(made: Path) -> None:
-    assert [path.name for path in checkpoints(made / "full")] == ["step-000004", "step-000006", "step-000010"]
+    assert [path.name for path in list_checkpoints(made / "full")] == ["step-000004", "step-000006", "step-000010"]
     assert not list((made / "full").glob("*.partial"))
 
 
@@ -133,7 +133,7 @@ def test_golden(alone: Path, model: Path) -> None:
     1e-5, for another CPU's kernels differ: ATEN_CPU_CAPABILITY=default moves the losses by up to 3e-6.
     """
     start = dict(load_network(model, torch.float32).named_parameters())
-    found = tensors(newest(alone))
+    found = tensors(newest_checkpoint(alone))
     moved = {
         role: sum((found[f"{role}.{name}"] - value).square().sum() for name, value in start.items()).sqrt().item()
         for role in ("student", "critic", "ema")
@@ -145,7 +145,7 @@ def test_golden(alone: Path, model: Path) -> None:
 
 def test_the_teacher_has_neither_gradients_nor_float32(model: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, model, tmp_path / "out", dtype="bfloat16")
-    roles = open_roles(config, start("cpu"), model).roles
+    roles = build_roles(config, start_process_group("cpu"), model).roles
     assert {parameter.dtype for parameter in roles.teacher.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in roles.teacher.parameters())
     for net in (roles.student, roles.critic):
@@ -154,4 +154,4 @@ def test_the_teacher_has_neither_gradients_nor_float32(model: Path, tmp_path: Pa
 
 def test_replicas_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="replicate=2: does not divide 1 ranks; possible are 1"):
-        start("cpu", replicate=2)
+        start_process_group("cpu", replicate=2)

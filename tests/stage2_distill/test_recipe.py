@@ -12,8 +12,8 @@ from common.flow import add_noise, timestep_sigmas, x0_from_velocity
 from common.video import VideoSpec
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.losses import critic_loss
-from stage2_distill.dmd.schedule import CRITIC, STUDENT, exit_index, learning_rate, student_turn, updates_of
-from stage2_distill.optim.ema import Ema
+from stage2_distill.dmd.schedule import CRITIC, STUDENT, draw_exit_index, learning_rate, student_turn, updates_of
+from stage2_distill.optim.ema import EmaWeights
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
 
 
@@ -55,11 +55,11 @@ def test_stratified_exits_take_each_step_once_a_window() -> None:
         (STUDENT, config(exit_schedule="stratified", student_every=3, critic_warmup=4)),
     ):
         turns = [i for i in range(240) if role == CRITIC or student_turn(i, c)]
-        exits = [exit_index(i, role, c) for i in turns]
+        exits = [draw_exit_index(i, role, c) for i in turns]
         windows = [exits[i : i + 4] for i in range(0, len(exits) // 4 * 4, 4)]
         assert all(sorted(window) == [0, 1, 2, 3] for window in windows), role
         assert len({tuple(window) for window in windows}) > 8, "in an order that changes"
-    assert exits != [exit_index(i, STUDENT, config(exit_schedule="stratified", seed=1)) for i in turns]
+    assert exits != [draw_exit_index(i, STUDENT, config(exit_schedule="stratified", seed=1)) for i in turns]
 
 
 def test_warm_up_rises_over_the_updates_of_each_role() -> None:
@@ -107,10 +107,10 @@ def test_81_frames_are_21_latent_frames() -> None:
 @pytest.mark.parametrize("offload", [False, True], ids=["here", "waiting"])
 def test_average_equals_the_formula(offload: bool) -> None:
     net = nn.Linear(3, 2)
-    ema = Ema(lambda: ((name, weight.detach()) for name, weight in net.named_parameters()), offload=offload)
+    ema = EmaWeights(lambda: ((name, weight.detach()) for name, weight in net.named_parameters()), offload=offload)
     expected = net.weight.detach().clone().double()
     for number, decay in enumerate((0.0, 0.9, 0.99, 0.5)):
-        ema.settle(decay)
+        ema.prepare_update(decay)
         with torch.no_grad():
             net.weight.copy_(torch.randn(2, 3, generator=torch.Generator().manual_seed(number)))
         ema.update(((name, weight.detach()) for name, weight in net.named_parameters()), decay, torch.device("cpu"))

@@ -11,8 +11,8 @@ import pytest
 import torch.distributed as dist
 
 from common.options import write_config
-from stage2_distill.checkpointing.format import checkpoints
-from stage2_distill.distributed.process_group import own_store
+from stage2_distill.checkpointing.format import list_checkpoints
+from stage2_distill.distributed.process_group import restart_store
 from tests.stage2_distill.training_helpers import ROOT, make_config, make_shards, run_here
 
 OPTIONS = {
@@ -44,7 +44,7 @@ def test_a_killed_rank(model: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "killed").exists()
-    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000002", "step-000004", "step-000006"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-000002", "step-000004", "step-000006"]
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
     lines = [line.split() for n in (0, 1) for line in (tmp_path / "run" / f"seen-{n}.txt").read_text().splitlines()]
     times = Counter((int(iteration), int(sample)) for iteration, role, sample, _ in lines if role == "critic")
@@ -57,7 +57,7 @@ def test_each_start_has_a_part_of_the_store(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
     for count in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
-        assert not own_store(store).check(["address"])
-        own_store(store).set("address", count)
+        assert not restart_store(store).check(["address"])
+        restart_store(store).set("address", count)
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    assert own_store(store) is store, "restarts are counted by node"
+    assert restart_store(store) is store, "restarts are counted by node"

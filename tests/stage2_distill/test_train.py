@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.options import write_config
-from stage2_distill.checkpointing.format import checkpoints, newest, read_facts
+from stage2_distill.checkpointing.format import list_checkpoints, newest_checkpoint, read_facts
 from tests.stage2_distill.training_helpers import ROOT, assert_same, make_config, make_shards, run_here, tensors
 
 
@@ -60,8 +60,8 @@ def test_checkpoint_says_what_the_student_is(unbroken: Path, model: Path) -> Non
     facts = read_facts(unbroken)
     assert facts.iteration == 6
     assert facts.sigmas == pytest.approx((1, 0.9375, 0.8333333, 0.625))
-    assert newest(unbroken.parent) == unbroken
-    assert [path.name for path in checkpoints(unbroken.parent)] == ["step-000003", "step-000006"]
+    assert newest_checkpoint(unbroken.parent) == unbroken
+    assert [path.name for path in list_checkpoints(unbroken.parent)] == ["step-000003", "step-000006"]
 
 
 def test_other_options_are_refused_by_name(model: Path, shards: Path, unbroken: Path) -> None:

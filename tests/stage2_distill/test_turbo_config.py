@@ -10,7 +10,14 @@ from click.testing import CliRunner
 from cli import cli
 from common.options import resolve_config
 from stage2_distill.config import DistillConfig
-from stage2_distill.turbo_config import ONLY, RENAMED, TOGETHER, WITHOUT_EFFECT, translate, understood
+from stage2_distill.turbo_config import (
+    ALLOWED_VALUES,
+    JOINT_RULES,
+    RENAMED_KEYS,
+    WITHOUT_EFFECT,
+    translate_config,
+    translated_options,
+)
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {"shards": ("d",), "model": "m", "out": "o"}
@@ -84,7 +91,7 @@ def write(folder: Path, values: dict[str, object]) -> str:
 
 
 def test_the_published_recipe_becomes_the_defaults(tmp_path: Path) -> None:
-    options, notes = understood(NEEDED | {"config": write(tmp_path, PUBLISHED)})
+    options, notes = translated_options(NEEDED | {"config": write(tmp_path, PUBLISHED)})
     assert resolve_config(DistillConfig, options) == DistillConfig(**NEEDED)
     text = "\n".join(notes)
     assert "guidance_scale -> guidance_scale=7.0" in text
@@ -98,7 +105,7 @@ def test_the_published_recipe_becomes_the_defaults(tmp_path: Path) -> None:
 
 def test_the_command_line_wins_over_a_foreign_file(tmp_path: Path) -> None:
     given = NEEDED | {"config": write(tmp_path, PUBLISHED), "student_lr": 1e-6, "seed": None}
-    config = resolve_config(DistillConfig, understood(given)[0])
+    config = resolve_config(DistillConfig, translated_options(given)[0])
     assert (config.student_lr, config.critic_lr, config.seed) == (1e-6, 1e-7, 0)
 
 
@@ -118,21 +125,21 @@ def test_the_command_line_wins_over_a_foreign_file(tmp_path: Path) -> None:
     ],
 )
 def test_values_are_translated(change: dict[str, object], option: str, value: object) -> None:
-    found = translate(PUBLISHED | change)
+    found = translate_config(PUBLISHED | change)
     assert found.refused == []
     assert found.options[option] == value
 
 
 def test_an_unwarped_list_loses_its_shift() -> None:
     """Times 937.5, 625 are the indices 750, 250 after a shift of 5."""
-    found = translate(PUBLISHED | {"denoising_step_list": [1000, 937.5, 625], "warp_denoising_step": False})
+    found = translate_config(PUBLISHED | {"denoising_step_list": [1000, 937.5, 625], "warp_denoising_step": False})
     assert found.options["ladder"] == pytest.approx((1000, 750, 250))
 
 
 def test_what_a_silent_file_means() -> None:
     """The reference's own defaults: score times from the next step upwards, one rate, size from the latents."""
     silent = {"ts_schedule", "lr_critic", "num_frames", "h", "w", "beta1_critic", "ema_weight"}
-    found = translate({key: value for key, value in PUBLISHED.items() if key not in silent})
+    found = translate_config({key: value for key, value in PUBLISHED.items() if key not in silent})
     assert found.refused == []
     wanted = {"ts_schedule": True, "critic_lr": 5e-7, "num_frames": 121, "height": 704, "width": 1280, "ema_decay": 0.0}
     assert {key: found.options[key] for key in wanted} == wanted
@@ -159,19 +166,19 @@ def test_what_cannot_be_followed_is_refused_with_its_reason(
     tmp_path: Path, change: dict[str, object], words: str
 ) -> None:
     with pytest.raises(ValueError, match="foreign.yaml: ") as refusal:
-        understood({"config": write(tmp_path, PUBLISHED | change)})
+        translated_options({"config": write(tmp_path, PUBLISHED | change)})
     assert words in str(refusal.value)
 
 
 def test_no_key_has_two_meanings_and_every_option_named_is_ours() -> None:
-    tables = [set(RENAMED), set(ONLY), set(WITHOUT_EFFECT), set(TOGETHER)]
+    tables = [set(RENAMED_KEYS), set(ALLOWED_VALUES), set(WITHOUT_EFFECT), set(JOINT_RULES)]
     assert sum(map(len, tables)) == len(set().union(*tables))
-    assert set(RENAMED.values()) <= {item.name for item in fields(DistillConfig)}
+    assert set(RENAMED_KEYS.values()) <= {item.name for item in fields(DistillConfig)}
 
 
 def test_our_own_files_pass_through(tmp_path: Path) -> None:
     given = NEEDED | {"config": write(tmp_path, {"seed": 3})}
-    assert understood(given) == (given, [])
+    assert translated_options(given) == (given, [])
 
 
 def test_the_command_says_what_became_of_each_key(tmp_path: Path) -> None:

@@ -15,13 +15,20 @@ import torch
 from common.timer import PhaseTimer
 from stage2_distill.checkpointing import staging
 from stage2_distill.checkpointing import writer as module
-from stage2_distill.checkpointing.format import StudentFacts, checkpoints, load, prune, read_facts, write_best
-from stage2_distill.checkpointing.writer import SaveError, Saver
+from stage2_distill.checkpointing.format import (
+    StudentFacts,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    read_facts,
+    write_best,
+)
+from stage2_distill.checkpointing.writer import CheckpointWriter, SaveError
 from stage2_distill.config import DistillConfig
-from stage2_distill.distributed.process_group import start
+from stage2_distill.distributed.process_group import start_process_group
 from stage2_distill.dmd.schedule import CRITIC, STUDENT
-from stage2_distill.model.wan import load as load_network
-from stage2_distill.optim.ema import Ema
+from stage2_distill.model.wan import load_transformer as load_network
+from stage2_distill.optim.ema import EmaWeights
 from tests.stage2_distill.training_helpers import flip, make_config, make_shards, run_here, tensors
 
 
@@ -49,7 +56,7 @@ def facts(other: Path) -> StudentFacts:
 def test_training_goes_on_and_does_not_change_what_is_written(
     config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed, write = threading.Event(), module.write
+    changed, write = threading.Event(), module.write_checkpoint
 
     def late(*arguments) -> None:
         assert changed.wait(30)
@@ -59,23 +66,23 @@ def test_training_goes_on_and_does_not_change_what_is_written(
         time.sleep(0.2)
         copy(*arguments)
 
-    copy = staging.Snapshot.copy
-    monkeypatch.setattr(module, "write", late)
-    monkeypatch.setattr(staging.Snapshot, "copy", slow)
+    copy = staging.StagedState.copy
+    monkeypatch.setattr(module, "write_checkpoint", late)
+    monkeypatch.setattr(staging.StagedState, "copy", slow)
     live = {"student.weight": torch.arange(6.0).view(2, 3), "student.step": torch.tensor(5.0)}
-    with Saver(tmp_path, config, start("cpu")) as saver:
+    with CheckpointWriter(tmp_path, config, start_process_group("cpu")) as saver:
         saver.save(live, facts)
-        assert not checkpoints(tmp_path)  # save has returned and nothing is written yet
+        assert not list_checkpoints(tmp_path)  # save has returned and nothing is written yet
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
         clock = PhaseTimer(torch.device("cpu"))
-        saver.before_steps_of({STUDENT: optimizer}, clock)
+        saver.register_step_hooks({STUDENT: optimizer}, clock)
         optimizer.step()  # waits until the copies are made
         assert clock.read()["checkpoint"] > 0
         for value in live.values():
             value.zero_()
         changed.set()
         saver.finish()
-    found = tensors(checkpoints(tmp_path)[0])
+    found = tensors(list_checkpoints(tmp_path)[0])
     assert torch.equal(found["student.weight"], torch.arange(6.0).view(2, 3))
     assert found["student.step"] == 5
 
@@ -84,28 +91,28 @@ def test_a_step_waits_for_the_copies_of_its_role_alone(
     config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The role that is updated next is copied first, and its step waits for no other."""
-    may_copy, begun, copy = threading.Event(), [], staging.Snapshot.copy
+    may_copy, begun, copy = threading.Event(), [], staging.StagedState.copy
 
-    def watched(self: staging.Snapshot, name: str) -> None:
+    def watched(self: staging.StagedState, name: str) -> None:
         begun.append(name)
         assert name.startswith("critic") or may_copy.wait(5)
         copy(self, name)
 
-    monkeypatch.setattr(staging, "COPIERS", 1)
-    monkeypatch.setattr(staging.Snapshot, "copy", watched)
+    monkeypatch.setattr(staging, "COPY_THREADS", 1)
+    monkeypatch.setattr(staging.StagedState, "copy", watched)
     names = "student.w", "ema.w", "critic.w", "student_optimizer.w", "critic_optimizer.w"
     clock, optimizers = PhaseTimer(torch.device("cpu")), {}
     for role in (STUDENT, CRITIC):
         optimizers[role] = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    with Saver(tmp_path, replace(config, student_every=5), start("cpu")) as saver:
-        saver.before_steps_of(optimizers, clock)
+    with CheckpointWriter(tmp_path, replace(config, student_every=5), start_process_group("cpu")) as saver:
+        saver.register_step_hooks(optimizers, clock)
         saver.save({name: torch.ones(3) for name in names}, facts)  # after iteration 1: no turn of the student
         optimizers[CRITIC].step()
         assert begun[:2] == ["critic.w", "critic_optimizer.w"]
         assert len(saver.snapshot.waiting(STUDENT)) == 3
         threading.Timer(0.2, may_copy.set).start()
         optimizers[STUDENT].step()
-        assert saver.snapshot is None or not saver.snapshot.missing(STUDENT)
+        assert saver.snapshot is None or not saver.snapshot.is_pending(STUDENT)
         saver.finish()
 
 
@@ -115,24 +122,24 @@ def test_previews_wait_for_the_student_s_copies(
     """A preview puts the average in the student's place: not while the student is being copied for a checkpoint."""
     options = {"iterations": 4, "ema_start": 0, "checkpoint_every": 3, "keep": 2}
     options |= {"preview_every": 4, "preview_count": 1}
-    swapped, ends, copy, in_place_of = threading.Event(), [], staging.Snapshot.copy, Ema.in_place_of
+    swapped, ends, copy, in_place_of = threading.Event(), [], staging.StagedState.copy, EmaWeights.swapped_into
 
-    def late(self: staging.Snapshot, name: str) -> None:
+    def late(self: staging.StagedState, name: str) -> None:
         ends.append(time.monotonic() + 2)
         if name.startswith("student."):
             swapped.wait(max(0, ends[0] - time.monotonic()))
         copy(self, name)
 
     @contextmanager
-    def told(self: Ema, net: torch.nn.Module) -> Iterator[None]:
+    def told(self: EmaWeights, net: torch.nn.Module) -> Iterator[None]:
         with in_place_of(self, net):
             if ends:  # there is a preview before the first iteration too
                 swapped.set()
             yield
 
     quick = run_here(make_config(shards, model, tmp_path / "quick", **options))
-    monkeypatch.setattr(staging.Snapshot, "copy", late)
-    monkeypatch.setattr(Ema, "in_place_of", told)
+    monkeypatch.setattr(staging.StagedState, "copy", late)
+    monkeypatch.setattr(EmaWeights, "swapped_into", told)
     run_here(make_config(shards, model, tmp_path / "late", **options))
     first = quick.with_name("step-000003")
     expected, found = tensors(first), tensors(tmp_path / "late" / first.name)
@@ -150,7 +157,7 @@ def test_what_reads_back_otherwise_gets_no_name_and_prunes_nothing(
         for path in tmp_path.glob("*.partial/*.safetensors"):
             flip(path)
 
-    with Saver(tmp_path, config, start("cpu")) as saver:
+    with CheckpointWriter(tmp_path, config, start_process_group("cpu")) as saver:
         saver.save(live, facts)
         saver.finish()
         monkeypatch.setattr(module.dcp, "save", lossy)
@@ -165,12 +172,12 @@ def test_a_rank_splits_its_part_into_files_of_bounded_size(
 ) -> None:
     monkeypatch.setattr(module, "FILE_BYTES", 1000)
     live = {f"student.{n}": torch.full((100,), float(n)) for n in range(10)}
-    with Saver(tmp_path, config, start("cpu")) as saver:
+    with CheckpointWriter(tmp_path, config, start_process_group("cpu")) as saver:
         saver.save(live, facts)
         saver.finish()
-    files = sorted(checkpoints(tmp_path)[0].glob("*.safetensors"))
+    files = sorted(list_checkpoints(tmp_path)[0].glob("*.safetensors"))
     assert len(files) == 4  # of 400 bytes a tensor, at most three begin within 1000
-    assert tensors(checkpoints(tmp_path)[0])["student.9"][0] == 9
+    assert tensors(list_checkpoints(tmp_path)[0])["student.9"][0] == 9
 
 
 def test_pruning_keeps_the_newest_the_best_and_every_so_many(tmp_path: Path) -> None:
@@ -179,24 +186,24 @@ def test_pruning_keeps_the_newest_the_best_and_every_so_many(tmp_path: Path) -> 
         folder.mkdir()
         (folder / "student.json").write_text("{}")
     write_best(tmp_path, "step-000005", distance=1.0, iteration=5)
-    prune(tmp_path, 2, keep_every=3)
+    prune_checkpoints(tmp_path, 2, keep_every=3)
     assert [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))] == [3, 5, 6, 8, 9]
-    prune(tmp_path, 1)
+    prune_checkpoints(tmp_path, 1)
     assert [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))] == [5, 9]
 
 
 def test_what_a_killed_run_had_no_time_to_prune_goes_at_the_end_of_the_next(
     config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as killed, Saver(tmp_path, config, start("cpu")) as saver:
-        killed.setattr(module, "prune", lambda *_: None)
+    with monkeypatch.context() as killed, CheckpointWriter(tmp_path, config, start_process_group("cpu")) as saver:
+        killed.setattr(module, "prune_checkpoints", lambda *_: None)
         for iteration in (1, 2):
             saver.save({"student.weight": torch.arange(6.0)}, replace(facts, iteration=iteration))
         saver.wait()
-    assert len(checkpoints(tmp_path)) == 2
-    with Saver(tmp_path, config, start("cpu")) as saver:
+    assert len(list_checkpoints(tmp_path)) == 2
+    with CheckpointWriter(tmp_path, config, start_process_group("cpu")) as saver:
         saver.finish()
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000002"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002"]
 
 
 def test_checkpoints_may_be_written_while_training_waits(model: Path, shards: Path, other: Path, tmp_path: Path):
@@ -263,12 +270,12 @@ def test_a_cut_checkpoint_is_named_when_it_is_read(other: Path, tmp_path: Path) 
     path = next(copy.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"{other.name}: does not give what is needed of it"):
-        load(copy, {"student.proj_out.weight": tensors(other)["student.proj_out.weight"]})
+        load_checkpoint(copy, {"student.proj_out.weight": tensors(other)["student.proj_out.weight"]})
 
 
 def test_no_room_for_a_copy_says_what_does_without(
     model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "make_rooms", Mock(side_effect=MemoryError("20 GB")))
+    monkeypatch.setattr(module, "allocate_host_buffers", Mock(side_effect=MemoryError("20 GB")))
     with pytest.raises(SaveError, match=r"no host memory .*20 GB.* --no-checkpoint-beside"):
         run_here(make_config(shards, model, tmp_path / "run", iterations=1))

@@ -18,7 +18,13 @@ import torch
 
 from common.options import write_config
 from stage2_distill import train, trainer
-from stage2_distill.checkpointing.format import INDEX, STUDENT, checkpoints, damage, read_facts
+from stage2_distill.checkpointing.format import (
+    INDEX_FILE,
+    STUDENT_FILE,
+    checkpoint_damage,
+    list_checkpoints,
+    read_facts,
+)
 from stage2_distill.checkpointing.writer import SaveError
 from stage2_distill.distributed import signals as stop_module
 from tests.stage2_distill.training_helpers import ROOT, assert_same, flip, make_config, make_shards, run_here
@@ -100,11 +106,11 @@ def test_a_second_signal_ends_at_once_but_not_the_same_one_passed_on(monkeypatch
     monkeypatch.setattr(stop_module.time, "monotonic", lambda: now[0])
     with pytest.raises(KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        with stop_module.Stop() as stop:
-            assert not stop.wanted()
+        with stop_module.StopSignal() as stop:
+            assert not stop.is_requested()
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGINT)  # torchrun passes on what all have got
-            assert stop.wanted()
+            assert stop.is_requested()
             monkeypatch.setattr(stop_module.signal, "SIG_DFL", signal.default_int_handler)
             now[0] += 6
             signal.raise_signal(signal.SIGINT)
@@ -132,7 +138,7 @@ def test_killed_at_20_moments_nothing_is_lost(model: Path, shards: Path, unbroke
     killed, inside = map(int, done.stdout.split())
     assert killed == 20
     assert inside >= 5
-    assert_same(unbroken, checkpoints(tmp_path / "run")[-1])
+    assert_same(unbroken, list_checkpoints(tmp_path / "run")[-1])
     assert lines(tmp_path / "run") == lines(unbroken.parent)
     assert [path.name for path in sorted((tmp_path / "run").glob("step-*"))] == [
         "step-000004", "step-000006", "step-000008"
@@ -147,19 +153,19 @@ DAMAGES = [
     ("*.safetensors", flip, "other bytes than were written"),
     ("*.safetensors", cut, "bytes, .* were written"),
     ("*.safetensors", Path.unlink, "is missing"),
-    (STUDENT, flip, "other bytes than were written"),
-    (INDEX, cut, "cannot be read"),
-    (INDEX, Path.unlink, "cannot be read"),
+    (STUDENT_FILE, flip, "other bytes than were written"),
+    (INDEX_FILE, cut, "cannot be read"),
+    (INDEX_FILE, Path.unlink, "cannot be read"),
 ]
 
 
 @pytest.mark.parametrize(("pattern", "harm", "words"), DAMAGES)
 def test_every_damage_is_seen_and_named(unbroken: Path, tmp_path: Path, pattern: str, harm, words: str) -> None:
     copy = shutil.copytree(unbroken, tmp_path / unbroken.name)
-    assert damage(copy) is None
+    assert checkpoint_damage(copy) is None
     path = next(copy.glob(pattern))
     harm(path)
-    found = damage(copy)
+    found = checkpoint_damage(copy)
     assert found is not None
     assert found.startswith(path.name)
     assert re.search(words, found)
@@ -199,7 +205,7 @@ def test_a_full_disk_leaves_the_older_ones_and_training_goes_on(
     assert "checkpoint step-000004 could not be written" in caplog.text
     assert "File too large" in caplog.text
     assert_same(unbroken, last)
-    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000006", "step-000008"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-000006", "step-000008"]
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
@@ -219,7 +225,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_prunes_nothing
             run_here(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000002"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-000002"]
     at({})
     assert run_here(config).name == "step-000004"
 

@@ -9,10 +9,10 @@ import torch
 from common.condition import Condition, concat_conditions, frame_sigma, free_mean, pin
 from shards.record import Record, RecordSource, collate_records
 from stage2_distill.config import DistillConfig
-from stage2_distill.dmd.condition_dropout import vary
+from stage2_distill.dmd.condition_dropout import augment_condition
 from stage2_distill.dmd.losses import critic_loss, dmd_loss
-from stage2_distill.dmd.schedule import Part
-from stage2_distill.model.wan import denoiser, guided, load
+from stage2_distill.dmd.schedule import MicroBatch
+from stage2_distill.model.wan import guided, load_transformer, make_denoiser
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
 
 SHAPE = (48, 3, 4, 4)
@@ -22,8 +22,8 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def part(*samples: int, iteration: int = 0) -> Part:
-    return Part(iteration, "student", samples, samples, 1.0, last=True)
+def part(*samples: int, iteration: int = 0) -> MicroBatch:
+    return MicroBatch(iteration, "student", samples, samples, 1.0, last=True)
 
 
 def config(**changes: object) -> DistillConfig:
@@ -36,7 +36,7 @@ def conditions(count: int) -> Condition:
 
 def test_a_mixed_batch_equals_its_samples_one_by_one(model: Path) -> None:
     """Prediction, loss and gradient; the third sample has a first frame with a time of its own."""
-    net = load(model, torch.float32).requires_grad_(False)
+    net = load_transformer(model, torch.float32).requires_grad_(False)
     whole = dataclasses.replace(
         conditions(3), given=torch.tensor([True, False, True]), frame_time=torch.tensor([0.0, 0.3, 0.03])
     )
@@ -47,7 +47,7 @@ def test_a_mixed_batch_equals_its_samples_one_by_one(model: Path) -> None:
         Condition(frame[2:], text[2:], frame_time=torch.tensor([0.03])),
     ]
     x0, eps, sigma = normal(3, *SHAPE, seed=2), normal(3, *SHAPE, seed=3), torch.tensor([0.2, 0.6, 0.9])
-    plain = denoiser(net, torch.float32)
+    plain = make_denoiser(net, torch.float32)
     teacher = guided(plain, negative_text=normal(512, 16, seed=4), scale=3.0)
 
     def values(rows: slice, condition: Condition) -> tuple[torch.Tensor, ...]:
@@ -87,25 +87,25 @@ def test_pin_and_times_follow_each_sample() -> None:
 
 def test_who_loses_the_first_frame_depends_on_the_sample_alone() -> None:
     c = config(text_only_fraction=0.3, first_frame_jitter=0.2, global_batch=4000)
-    whole = vary(conditions(4000), part(*range(4000)), c)
+    whole = augment_condition(conditions(4000), part(*range(4000)), c)
     assert 1 - whole.given.float().mean().item() == pytest.approx(0.3, abs=0.03)
     noisy = whole.frame_time > 0
     assert noisy.float().mean().item() == pytest.approx(0.2, abs=0.03)
     logs = whole.frame_time[noisy].log()
     assert logs.mean().item() == pytest.approx(-3.5, abs=0.08)
     assert logs.std().item() == pytest.approx(0.5, abs=0.05)
-    some = vary(conditions(2), part(17, 3999), c)
+    some = augment_condition(conditions(2), part(17, 3999), c)
     assert some.given.tolist() == whole.given[[17, 3999]].tolist()
     assert torch.equal(some.frame_time, whole.frame_time[[17, 3999]])
-    later = vary(conditions(4000), part(*range(4000), iteration=1), c)
+    later = augment_condition(conditions(4000), part(*range(4000), iteration=1), c)
     assert not torch.equal(later.given, whole.given)
 
 
 def test_without_the_knobs_a_condition_stays_as_it_is() -> None:
     condition = conditions(2)
-    assert vary(condition, part(0, 1), config()) is condition
+    assert augment_condition(condition, part(0, 1), config()) is condition
     text_only = Condition(None, condition.text)
-    assert vary(text_only, part(0, 1), config(text_only_fraction=0.5, first_frame_jitter=1.0)) is text_only
+    assert augment_condition(text_only, part(0, 1), config(text_only_fraction=0.5, first_frame_jitter=1.0)) is text_only
 
 
 def test_records_of_both_kinds_share_a_batch() -> None:

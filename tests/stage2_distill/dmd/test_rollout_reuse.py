@@ -9,9 +9,9 @@ import torch
 from common.condition import Condition
 from common.seed import draw_normal, make_generator
 from stage2_distill.dmd.rollout import rollout
-from stage2_distill.dmd.rollout_reuse import Reuse, exits, slot_of
-from stage2_distill.dmd.schedule import CRITIC, parts
-from stage2_distill.monitoring.metrics_log import METRICS, whole_lines
+from stage2_distill.dmd.rollout_reuse import RolloutReuse, assign_slot, draw_group_exits
+from stage2_distill.dmd.schedule import CRITIC, micro_batches
+from stage2_distill.monitoring.metrics_log import METRICS_FILE, complete_lines
 from tests.stage2_distill.training_helpers import SPEC, make_config, make_shards, run_here, tensors
 
 
@@ -33,9 +33,9 @@ def test_groups_take_every_step(model: Path, global_batch: int, every: int) -> N
     )
     taken: Counter[int] = Counter()
     groups: dict[tuple[int, int], list[int]] = {}
-    for part in parts(config, start=0, rank=0, world=1):
+    for part in micro_batches(config, start=0, rank=0, world=1):
         if part.role == CRITIC:
-            slot = slot_of(part, config, world=1)
+            slot = assign_slot(part, config, world=1)
             members = groups.setdefault((part.iteration // every, slot.group), [])
             assert slot.first == (not members)
             members.append(slot.exit_index)
@@ -57,26 +57,26 @@ def test_a_sample_is_what_a_rollout_gives(model: Path) -> None:
         calls += 1
         return x_t * 0.5 + condition.text.mean() + sigma.mean()
 
-    reuse, first = Reuse(config, 1), None
-    for part in parts(config, start=0, rank=0, world=1):
+    reuse, first = RolloutReuse(config, 1), None
+    for part in micro_batches(config, start=0, rank=0, world=1):
         if part.role != CRITIC:
             continue
         condition = Condition(None, torch.full((2, 1, 1), float(part.iteration)))
-        first = (part, condition) if slot_of(part, config, 1).first else first
+        first = (part, condition) if assign_slot(part, config, 1).first else first
         x0, used, exit_at = reuse.sample(student, part, condition)
         assert used is first[1]
         before = calls
         draws = [make_generator(config.seed, first[0].iteration, s, "critic rollout") for s in first[0].samples]
         noise = draw_normal(SPEC.latent_shape, draws)
         ladder = config.sigmas
-        expected = rollout(student, noise, used, ladder=ladder, generators=draws, exit_index=exit_at)
+        expected = rollout(student, noise, used, sigmas=ladder, generators=draws, exit_index=exit_at)
         assert torch.equal(x0, expected)
         calls = before
     assert calls == 8, "two cycles of five updates, one trajectory of four steps each"
 
 
 def test_exits_of_a_small_group_are_drawn() -> None:
-    drawn = {tuple(exits(2, 4, torch.Generator().manual_seed(seed))) for seed in range(100)}
+    drawn = {tuple(draw_group_exits(2, 4, torch.Generator().manual_seed(seed))) for seed in range(100)}
     assert drawn == {(a, b) for a in range(4) for b in range(a + 1, 4)}
 
 
@@ -90,7 +90,9 @@ def test_stopped_within_a_trajectory_and_resumed_is_the_same_run(model: Path, sh
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name
     assert not torch.equal(whole["critic.proj_out.weight"], plain["critic.proj_out.weight"])
-    exits = [[line["critic_exit"] for _, line in whole_lines(tmp_path / run / METRICS)] for run in ("whole", "half")]
+    exits = [
+        [line["critic_exit"] for _, line in complete_lines(tmp_path / run / METRICS_FILE)] for run in ("whole", "half")
+    ]
     assert exits[0] == exits[1] and len(exits[0]) == 8
 
 
@@ -98,7 +100,7 @@ def test_an_update_of_several_exits_names_none(model: Path, shards: Path, tmp_pa
     """Two micro-batches an update: their losses are those of two steps of the ladder."""
     options = {"rollout_reuse": True, "batch_size": 1, "global_batch": 2, "student_every": 2, "iterations": 4}
     run = run_here(make_config(shards, model, tmp_path / "run", **options)).parent
-    lines = [line for _, line in whole_lines(run / METRICS)]
+    lines = [line for _, line in complete_lines(run / METRICS_FILE)]
     assert len(lines) == 4 and any("critic_exit" not in line for line in lines)
     for line in lines:
         assert ("critic_exit" in line) == any(name.startswith("critic_loss_exit") for name in line)

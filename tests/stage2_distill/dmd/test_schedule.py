@@ -4,7 +4,14 @@ import pytest
 
 from common.flow import timestep_sigmas
 from stage2_distill.config import DistillConfig
-from stage2_distill.dmd.schedule import accumulation, exit_index, parts, score_bounds, student_turn, updates_before
+from stage2_distill.dmd.schedule import (
+    accumulation_steps,
+    draw_exit_index,
+    micro_batches,
+    score_bounds,
+    student_turn,
+    updates_before,
+)
 from stage2_distill.trainer import ema_decay
 
 
@@ -14,7 +21,7 @@ def config(**changes: object) -> DistillConfig:
 
 
 def test_twenty_iterations_are_4_student_and_20_critic_updates_on_24_batches() -> None:
-    todo = list(parts(config(), start=0, rank=0, world=1))
+    todo = list(micro_batches(config(), start=0, rank=0, world=1))
     updates = [(p.iteration, p.role) for p in todo if p.last]
     pattern = [("student", "critic") if i % 5 == 0 else ("critic",) for i in range(20)]
     assert updates == [(i, role) for i, roles in enumerate(pattern) for role in roles]
@@ -27,13 +34,13 @@ def test_twenty_iterations_are_4_student_and_20_critic_updates_on_24_batches() -
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("start", [0, 3, 5])
 def test_ranks_share_the_same_global_batches(world: int, start: int) -> None:
-    alone = list(parts(config(), start=0, rank=0, world=1))
+    alone = list(micro_batches(config(), start=0, rank=0, world=1))
     wanted = {(p.iteration, p.role, pos, s) for p in alone for pos, s in zip(p.positions, p.samples, strict=True)}
     wanted = {item for item in wanted if item[0] >= start}
     found = [
         (p.iteration, p.role, pos, s)
         for rank in range(world)
-        for p in parts(config(), start=start, rank=rank, world=world)
+        for p in micro_batches(config(), start=start, rank=rank, world=world)
         for pos, s in zip(p.positions, p.samples, strict=True)
     ]
     assert len(found) == len(set(found))
@@ -42,14 +49,14 @@ def test_ranks_share_the_same_global_batches(world: int, start: int) -> None:
 
 def test_shares_add_up_to_one_update() -> None:
     for world in (1, 2, 4):
-        todo = [p for p in parts(config(), start=1, rank=world - 1, world=world) if p.iteration == 1]
+        todo = [p for p in micro_batches(config(), start=1, rank=world - 1, world=world) if p.iteration == 1]
         assert sum(part.share for part in todo) == pytest.approx(1)
         assert [part.last for part in todo] == [False] * (len(todo) - 1) + [True]
 
 
 def test_impossible_global_batch_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="nearest are 6 and 12"):
-        accumulation(config(global_batch=8, batch_size=3), 2)
+        accumulation_steps(config(global_batch=8, batch_size=3), 2)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 5, 7])
@@ -61,11 +68,11 @@ def test_updates_before_counts_the_turns(warmup: int) -> None:
 
 
 def test_exits_are_uniform_and_differ_between_roles_and_seeds() -> None:
-    exits = [exit_index(i, "student", config()) for i in range(2000)]
+    exits = [draw_exit_index(i, "student", config()) for i in range(2000)]
     assert all(abs(exits.count(k) - 500) < 90 for k in range(4))
-    assert exits == [exit_index(i, "student", config()) for i in range(2000)]
-    assert exits != [exit_index(i, "critic", config()) for i in range(2000)]
-    assert exits != [exit_index(i, "student", config(seed=1)) for i in range(2000)]
+    assert exits == [draw_exit_index(i, "student", config()) for i in range(2000)]
+    assert exits != [draw_exit_index(i, "critic", config()) for i in range(2000)]
+    assert exits != [draw_exit_index(i, "student", config(seed=1)) for i in range(2000)]
 
 
 def test_score_bounds_follow_the_reference() -> None:

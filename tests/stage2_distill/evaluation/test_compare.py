@@ -13,11 +13,18 @@ from common.condition import Condition
 from shards import latent_store
 from shards.comparison import Comparison, latent_set_name
 from shards.manifest import read_manifest, write_manifest
-from stage2_distill.checkpointing.format import checkpoints, chosen, prune, write_best
-from stage2_distill.dmd.rollout import euler, rollout
-from stage2_distill.evaluation.compare import open_setting, sample_contest
+from stage2_distill.checkpointing.format import list_checkpoints, prune_checkpoints, resolve_checkpoint, write_best
+from stage2_distill.dmd.rollout import rollout, sample_euler
+from stage2_distill.evaluation.compare import open_evaluation, sample_comparison
 from stage2_distill.evaluation.config import EvaluateConfig
-from stage2_distill.evaluation.latent_metrics import distance, diversity, frechet, references, score, spread
+from stage2_distill.evaluation.latent_metrics import (
+    frechet_distance,
+    reference_seeds,
+    rms_distance,
+    score_candidates,
+    seed_diversity,
+    seed_statistics,
+)
 from tests.stage2_distill import training_helpers
 
 
@@ -45,9 +52,9 @@ def rows(out: Path, contest: Comparison, name: str, seed: int) -> torch.Tensor:
 
 def test_frechet_of_known_gaussians() -> None:
     draws = torch.randn((4000, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert frechet(draws, draws) == pytest.approx(0, abs=1e-9)
-    assert frechet(draws, draws + 2) == pytest.approx(12)  # only the means differ: 3 x 2^2
-    assert frechet(draws, 3 * draws) == pytest.approx(  # (3 - 1)^2 of every variance, and the means'
+    assert frechet_distance(draws, draws) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(draws, draws + 2) == pytest.approx(12)  # only the means differ: 3 x 2^2
+    assert frechet_distance(draws, 3 * draws) == pytest.approx(  # (3 - 1)^2 of every variance, and the means'
         4 * float(draws.var(0).sum()) + 4 * float(draws.mean(0).square().sum())
     )
 
@@ -57,15 +64,15 @@ def test_distance_and_diversity_count_the_free_frames() -> None:
     b = a.clone()
     b[:, :, 0] = 100  # given
     b[1, :, 1:] = 3
-    assert distance(a, b).tolist() == [0, 3]
-    assert diversity([a, b, a]).tolist() == pytest.approx([0, 2])  # pairs 3, 3, 0
+    assert rms_distance(a, b).tolist() == [0, 3]
+    assert seed_diversity([a, b, a]).tolist() == pytest.approx([0, 2])  # pairs 3, 3, 0
 
 
 def test_spread_is_students_t() -> None:
-    found = spread((1.0, 2.0, 3.0))
+    found = seed_statistics((1.0, 2.0, 3.0))
     assert (found.mean, found.deviation) == (2, 1)
     assert found.high == pytest.approx(2 + 4.303 / 3**0.5)
-    assert spread((5.0,)).deviation is None
+    assert seed_statistics((5.0,)).deviation is None
 
 
 def test_euler_follows_the_flow_of_a_gaussian() -> None:
@@ -79,7 +86,7 @@ def test_euler_follows_the_flow_of_a_gaussian() -> None:
     noise = torch.randn((1, 2, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     condition = Condition(None, torch.zeros(1, 1, 1))
     errors = [
-        float((euler(denoise, noise, condition, sigmas=[1 - i / n for i in range(n)]) - s * noise).abs().max())
+        float((sample_euler(denoise, noise, condition, sigmas=[1 - i / n for i in range(n)]) - s * noise).abs().max())
         for n in (50, 400)
     ]
     assert errors[0] < 0.1
@@ -87,9 +94,9 @@ def test_euler_follows_the_flow_of_a_gaussian() -> None:
 
 
 def test_contest_starts_from_the_same_noise_and_scores(way: Path, model: Path, tmp_path: Path) -> None:
-    contest = sample_contest(config(way, model, tmp_path))
+    contest = sample_comparison(config(way, model, tmp_path))
     assert [one.evaluations for one in contest.contestants] == [12, 8, 4, 4]
-    found = score(tmp_path / "latents.zarr", contest)
+    found = score_candidates(tmp_path / "latents.zarr", contest)
     assert found["teacher"].to_teacher == (0, 0)
     assert found["teacher-few"].to_teacher[0] < found["undistilled"].to_teacher[0]  # Euler alike, re-noising not
     assert found["student"].frechet != found["undistilled"].frechet
@@ -97,27 +104,27 @@ def test_contest_starts_from_the_same_noise_and_scores(way: Path, model: Path, t
     first, second = rows(tmp_path, contest, "student", 0), rows(tmp_path, contest, "student", 1)
     assert not torch.equal(first[:, :, 1:], second[:, :, 1:])
     sliced = config(way, model, tmp_path / "one", batch_size=3)
-    again = sample_contest(sliced)
+    again = sample_comparison(sliced)
     torch.testing.assert_close(rows(tmp_path / "one", again, "student", 0), first, atol=1e-4, rtol=1e-4)
 
 
 def test_a_repeated_command_makes_only_what_is_missing(
     way: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sample_contest(config(way, model, tmp_path, seeds=(0,)))
+    sample_comparison(config(way, model, tmp_path, seeds=(0,)))
     capfd.readouterr()
-    sample_contest(config(way, model, tmp_path, seeds=(0,)))
+    sample_comparison(config(way, model, tmp_path, seeds=(0,)))
     assert "sample" not in capfd.readouterr().err
-    sample_contest(config(way, model, tmp_path, seeds=(0,), guidance_scale=3.0))
+    sample_comparison(config(way, model, tmp_path, seeds=(0,), guidance_scale=3.0))
     made = capfd.readouterr().err
     assert "teacher-seed-0" in made
     assert "undistilled" not in made  # it knows no guidance
 
 
 def test_references_are_independent_sets() -> None:
-    assert references((0, 1, 2)) == (1, 2, 0)
-    assert references((4,)) == (5,)
-    assert references((0, 7)) == (7, 8)
+    assert reference_seeds((0, 1, 2)) == (1, 2, 0)
+    assert reference_seeds((4,)) == (5,)
+    assert reference_seeds((0, 7)) == (7, 8)
 
 
 def test_select_names_the_nearest_checkpoint_and_sampling_uses_it(
@@ -125,7 +132,7 @@ def test_select_names_the_nearest_checkpoint_and_sampling_uses_it(
 ) -> None:
     run = way / "run"
     try:
-        contest = sample_contest(config(way, model, tmp_path, select=True))
+        contest = sample_comparison(config(way, model, tmp_path, select=True))
         table = json.loads((tmp_path / "selection.json").read_text())
         wanted = min(table, key=lambda row: row["mean"])["checkpoint"]
         assert [row["checkpoint"] for row in table] == ["step-000003", "step-000006"]
@@ -133,14 +140,14 @@ def test_select_names_the_nearest_checkpoint_and_sampling_uses_it(
         assert wanted in next(one for one in contest.contestants if one.name == "student").sets
         write_best(run, "step-000003", distance=1.0, iteration=3)
         with caplog.at_level(logging.INFO):
-            assert chosen(run).name == "step-000003"
+            assert resolve_checkpoint(run).name == "step-000003"
         assert "step-000003, the best" in caplog.text
         write_best(run, "step-000009", distance=1.0, iteration=9)
         with pytest.raises(ValueError, match="step-000009, is gone"):
-            chosen(run)
+            resolve_checkpoint(run)
     finally:
         (run / "best").unlink(missing_ok=True)
-    assert chosen(run).name == "step-000006"
+    assert resolve_checkpoint(run).name == "step-000006"
 
 
 def test_pruning_keeps_the_best(tmp_path: Path) -> None:
@@ -148,27 +155,27 @@ def test_pruning_keeps_the_best(tmp_path: Path) -> None:
         (tmp_path / f"step-{step:06d}").mkdir()
         (tmp_path / f"step-{step:06d}" / "student.json").write_text("{}")
     write_best(tmp_path, "step-000001", distance=1.0, iteration=1)
-    prune(tmp_path, keep=1)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000001", "step-000003"]
+    prune_checkpoints(tmp_path, keep_last=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000001", "step-000003"]
 
 
 def test_mistakes(way: Path, model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no checkpoint"):
-        sample_contest(config(way, model, tmp_path, checkpoint=(str(tmp_path),)))
+        sample_comparison(config(way, model, tmp_path, checkpoint=(str(tmp_path),)))
     with pytest.raises(ValueError, match="--select chooses"):
-        sample_contest(config(way, model, tmp_path, checkpoint=(str(way / "run" / "step-000003"),), select=True))
+        sample_comparison(config(way, model, tmp_path, checkpoint=(str(way / "run" / "step-000003"),), select=True))
     with pytest.raises(ValueError, match="seeds=1,1"):
         config(way, model, tmp_path, seeds=(1, 1))
     short = shutil.copytree(way / "run" / "step-000003", tmp_path / "short")
     text = (short / "student.json").read_text()
     (short / "student.json").write_text(text.replace('"num_frames": 9', '"num_frames": 5'))
     with pytest.raises(ValueError, match=f"checkpoint={short}: 5 frames; a distance needs 9 or more"):
-        sample_contest(config(way, model, tmp_path / "out", checkpoint=(str(short),)))
+        sample_comparison(config(way, model, tmp_path / "out", checkpoint=(str(short),)))
     for part in ("vae", "transformer"):
         mine = shutil.copytree(model, tmp_path / part)
         (mine / part / "config.json").write_text((model / part / "config.json").read_text() + "\n")
         with pytest.raises(ValueError, match=f"model={mine}: its {part} is not the one that the student was distilled"):
-            sample_contest(config(way, mine, tmp_path / "out"))
+            sample_comparison(config(way, mine, tmp_path / "out"))
 
 
 def test_another_negative_prompt_is_another_setting(way: Path, model: Path, tmp_path: Path) -> None:
@@ -176,12 +183,12 @@ def test_another_negative_prompt_is_another_setting(way: Path, model: Path, tmp_
     data = shutil.copytree(asked.shards, tmp_path / "data")
     manifest = read_manifest(data)
     write_manifest(data, manifest, torch.ones(3, training_helpers.TEXT_DIM))
-    assert open_setting(asked).conditions != open_setting(replace(asked, shards=str(data))).conditions
+    assert open_evaluation(asked).conditions != open_evaluation(replace(asked, shards=str(data))).conditions
 
 
 def test_the_undistilled_student_is_the_rollout_of_the_teacher() -> None:
     """One step from the top of the ladder: Euler and the rollout agree there, which ties the two samplers together."""
     condition, noise = Condition(None, torch.zeros(1, 1, 1)), torch.randn(1, 2, 3, 2, 2)
     draws = [torch.Generator().manual_seed(0)]
-    one = rollout(lambda x, s, c: 0.3 * x, noise, condition, ladder=[1.0], generators=draws)
-    torch.testing.assert_close(one, euler(lambda x, s, c: 0.3 * x, noise, condition, sigmas=[1.0]))
+    one = rollout(lambda x, s, c: 0.3 * x, noise, condition, sigmas=[1.0], generators=draws)
+    torch.testing.assert_close(one, sample_euler(lambda x, s, c: 0.3 * x, noise, condition, sigmas=[1.0]))

@@ -10,7 +10,7 @@ import pytest
 
 import cli
 from stage2_distill.evaluation.config import EvaluateConfig
-from stage2_distill.evaluation.report import curve, table
+from stage2_distill.evaluation.report import curve, html_table
 from tests.stage2_distill import training_helpers
 
 BROWSER = next(
@@ -81,7 +81,7 @@ def test_page_holds_all_it_needs(out: Path) -> None:
 
 
 def test_text_is_escaped_and_curves_are_to_scale() -> None:
-    assert "&lt;b&gt;" in table(("", "x"), [("<b>", "1")])
+    assert "&lt;b&gt;" in html_table(("", "x"), [("<b>", "1")])
     drawn = re.search(r'points="([^"]*)"', curve("loss", [(0, 1.0), (5, 3.0), (10, 2.0)]))
     assert drawn
     (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in drawn[1].split())

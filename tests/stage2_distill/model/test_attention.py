@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from stage2_distill import train
-from stage2_distill.model.attention import FLASH_3, attend, check_kernel, choose, make_flash_3, repeatable
+from stage2_distill.model.attention import (
+    FLASH_3_MODULE,
+    activate_flash_3,
+    check_kernel,
+    choose_kernel,
+    dot_product_attention,
+    enable_determinism,
+)
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here
 
 NAMES = ("auto", "torch", "cudnn", "flash", "efficient", "math")
@@ -29,47 +36,47 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.syspath_prepend(tmp_path)
-    make_flash_3.cache_clear()
+    activate_flash_3.cache_clear()
     yield tmp_path
-    make_flash_3.cache_clear()
-    sys.modules.pop(FLASH_3, None)
+    activate_flash_3.cache_clear()
+    sys.modules.pop(FLASH_3_MODULE, None)
     if nn.attention.current_flash_attention_impl() is not None:
         nn.attention.restore_flash_attention_impl()
 
 
 def test_auto_without_the_package(hopper: Path) -> None:
-    assert [choose(name, half_on_gpu=True) for name in NAMES] == ["cudnn", *NAMES[1:]]
-    assert [choose(name, half_on_gpu=False) for name in NAMES] == ["torch", *NAMES[1:]]
+    assert [choose_kernel(name, half_on_gpu=True) for name in NAMES] == ["cudnn", *NAMES[1:]]
+    assert [choose_kernel(name, half_on_gpu=False) for name in NAMES] == ["torch", *NAMES[1:]]
     assert nn.attention.current_flash_attention_impl() is None
 
 
 def test_auto_with_flash_attention_3(hopper: Path) -> None:
-    (hopper / f"{FLASH_3}.py").write_text(PACKAGE)
-    assert choose("auto", half_on_gpu=False) == "torch"
-    assert choose("cudnn", half_on_gpu=True) == "cudnn" and nn.attention.current_flash_attention_impl() is None
-    assert choose("auto", half_on_gpu=True) == "flash" == choose("flash", half_on_gpu=True)
+    (hopper / f"{FLASH_3_MODULE}.py").write_text(PACKAGE)
+    assert choose_kernel("auto", half_on_gpu=False) == "torch"
+    assert choose_kernel("cudnn", half_on_gpu=True) == "cudnn" and nn.attention.current_flash_attention_impl() is None
+    assert choose_kernel("auto", half_on_gpu=True) == "flash" == choose_kernel("flash", half_on_gpu=True)
     assert nn.attention.current_flash_attention_impl() == "FA3"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 4), (10, 0)])
 def test_it_is_for_hopper_alone(hopper: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    (hopper / f"{FLASH_3}.py").write_text(PACKAGE)
+    (hopper / f"{FLASH_3_MODULE}.py").write_text(PACKAGE)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert choose("auto", half_on_gpu=True) == "cudnn"
+    assert choose_kernel("auto", half_on_gpu=True) == "cudnn"
 
 
 @pytest.mark.parametrize("text", ["raise ImportError('libcudart.so.12: cannot open shared object file')", ""])
 def test_a_package_that_cannot_be_used_is_named(hopper: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
-    (hopper / f"{FLASH_3}.py").write_text(text)
-    assert choose("auto", half_on_gpu=True) == "cudnn"
+    (hopper / f"{FLASH_3_MODULE}.py").write_text(text)
+    assert choose_kernel("auto", half_on_gpu=True) == "cudnn"
     (line,) = caplog.messages
-    assert line.startswith(f"{FLASH_3} is installed but cannot be used (") and "cuDNN" in line
+    assert line.startswith(f"{FLASH_3_MODULE} is installed but cannot be used (") and "cuDNN" in line
 
 
 def test_the_choice_can_be_compiled() -> None:
     query = torch.randn(1, 8, 2, 16)
-    compiled = torch.compile(lambda x: attend(x, x, x, "auto"), fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(query), attend(query, query, query, "math"))
+    compiled = torch.compile(lambda x: dot_product_attention(x, x, x, "auto"), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(query), dot_product_attention(query, query, query, "math"))
 
 
 @pytest.mark.parametrize("kernel", NAMES)
@@ -91,10 +98,10 @@ def test_a_kernel_that_cannot_serve_is_refused_before_anything_is_read(
 @pytest.mark.parametrize(("kernel", "ordered"), [("auto", False), ("cudnn", False), ("flash", True), ("torch", True)])
 def test_sums_on_a_gpu_have_an_order(kernel: str, ordered: bool, hopper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    assert repeatable(kernel, torch.bfloat16, torch.device("cpu"))
+    assert enable_determinism(kernel, torch.bfloat16, torch.device("cpu"))
     assert not torch.are_deterministic_algorithms_enabled()
     try:
-        assert repeatable(kernel, torch.bfloat16, torch.device("cuda")) is ordered
+        assert enable_determinism(kernel, torch.bfloat16, torch.device("cuda")) is ordered
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled() is not ordered
         assert not torch.utils.deterministic.fill_uninitialized_memory
@@ -105,13 +112,13 @@ def test_sums_on_a_gpu_have_an_order(kernel: str, ordered: bool, hopper: Path, m
 def test_products_without_an_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     with pytest.raises(ValueError, match=r"^CUBLAS_WORKSPACE_CONFIG=:0:0: .* unset it, or :4096:8$"):
-        repeatable("flash", torch.bfloat16, torch.device("cuda"))
+        enable_determinism("flash", torch.bfloat16, torch.device("cuda"))
 
 
 def test_with_flash_attention_3_they_have(hopper: Path) -> None:
-    (hopper / f"{FLASH_3}.py").write_text(PACKAGE)
+    (hopper / f"{FLASH_3_MODULE}.py").write_text(PACKAGE)
     try:
-        assert repeatable("auto", torch.bfloat16, torch.device("cuda"))
+        assert enable_determinism("auto", torch.bfloat16, torch.device("cuda"))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -121,7 +128,7 @@ def test_training_asks_for_it(
     ordered: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = Mock(return_value=ordered)
-    monkeypatch.setattr(train, "repeatable", asked)
+    monkeypatch.setattr(train, "enable_determinism", asked)
     config = make_config(make_shards(tmp_path / "data", model), model, tmp_path / "run", iterations=1)
     run_here(config)
     asked.assert_called_once_with("auto", torch.float32, torch.device("cpu"))

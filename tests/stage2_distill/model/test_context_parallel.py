@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from shards.latent_store import read_latents
-from stage2_distill.model.context_parallel import check_ranks
+from stage2_distill.model.context_parallel import check_context_parallel
 from stage2_distill.train import distill
 from tests.stage2_distill.training_helpers import make_config, make_shards
 from tests.tiny_models import picture
@@ -45,6 +45,6 @@ def test_two_ranks_make_the_video_of_one(model: Path, tmp_path: Path) -> None:
 
 
 def test_ranks_that_do_not_divide_a_video_are_refused() -> None:
-    check_ranks(8, tokens=27_280, heads=24)
+    check_context_parallel(8, tokens=27_280, heads=24)
     with pytest.raises(ValueError, match=r"5 processes .* 27280 tokens .* 24 heads .* give torchrun 2 or 4"):
-        check_ranks(5, tokens=27_280, heads=24)
+        check_context_parallel(5, tokens=27_280, heads=24)

@@ -11,9 +11,9 @@ import torch
 from benchmarks.ranks import MODEL, make_data
 from common.video import VideoSpec
 from stage2_distill.model import activation_checkpoint
-from stage2_distill.model.attention import attend, choose, repeatable
-from stage2_distill.model.layers import Plan, rotate
-from stage2_distill.model.transformer import adopt
+from stage2_distill.model.attention import choose_kernel, dot_product_attention, enable_determinism
+from stage2_distill.model.layers import ExecutionPlan, apply_rotary_emb
+from stage2_distill.model.transformer import convert_transformer
 from stage2_distill.offload import activations
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
 
@@ -35,14 +35,14 @@ def off(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("width", "heads"), [(3072, 24), (24, 2)])
 def test_norm_and_rotation(width: int, heads: int) -> None:
-    from stage2_distill.model.fused_kernels import norm_rotate
+    from stage2_distill.model.fused_kernels import rms_norm_rope
 
     x, weight = torch.randn(2, 50, width, device="cuda"), torch.randn(width, device="cuda")
     cos, sin = torch.randn(2, 1, 50, 1, width // heads // 2, device="cuda")
     normed = torch.nn.functional.rms_norm(x.double(), (width,), weight.double(), 1e-6)
-    exact = rotate(normed.unflatten(-1, (heads, -1)), (cos.double(), sin.double())).flatten(2)
-    assert off(norm_rotate(x, weight, cos, sin, 1e-6), exact) < 1e-6
-    assert off(norm_rotate(x.bfloat16(), weight, cos, sin, 1e-6), exact) < 4e-3
+    exact = apply_rotary_emb(normed.unflatten(-1, (heads, -1)), (cos.double(), sin.double())).flatten(2)
+    assert off(rms_norm_rope(x, weight, cos, sin, 1e-6), exact) < 1e-6
+    assert off(rms_norm_rope(x.bfloat16(), weight, cos, sin, 1e-6), exact) < 4e-3
 
 
 def test_gelu_in_the_product() -> None:
@@ -61,7 +61,7 @@ def test_attention(kernel: str, keys: int) -> None:
     half = [torch.randn(1, n, 4, 128, device="cuda", dtype=torch.bfloat16) for n in (1500, keys, keys)]
     found = [x.requires_grad_() for x in half]
     exact = [x.detach().double().requires_grad_() for x in half]
-    ours, theirs = attend(*found, kernel), attend(*exact, "math")
+    ours, theirs = dot_product_attention(*found, kernel), dot_product_attention(*exact, "math")
     pull = torch.randn_like(ours)
     grads = zip(torch.autograd.grad(ours, found, pull), torch.autograd.grad(theirs, exact, pull.double()), strict=True)
     assert max(off(ours, theirs), *(off(mine, other) for mine, other in grads)) < 4e-3
@@ -75,9 +75,9 @@ def test_gradients_have_the_same_bits_twice(kernel: str, compiled: bool) -> None
 
     fields = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
     chosen = Case(VideoSpec(33, 512, 512), torch.device("cuda"), torch.bfloat16, fields)
-    net, found = adopt(random_network(chosen), Plan(kernel, "attention", compiled)), []
+    net, found = convert_transformer(random_network(chosen), ExecutionPlan(kernel, "attention", compiled)), []
     run = backward_of(net, inputs(chosen))
-    if not repeatable(kernel, chosen.dtype, chosen.device):
+    if not enable_determinism(kernel, chosen.dtype, chosen.device):
         pytest.skip(UNORDERED)
     for _ in range(4):
         run()
@@ -91,7 +91,7 @@ def test_a_network_without_gradient_is_the_one_with(compiled: bool) -> None:
 
     fields = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
     chosen = Case(VideoSpec(9, 64, 64), torch.device("cuda"), torch.bfloat16, fields)
-    net, given = adopt(random_network(chosen), Plan(compiled=compiled)), inputs(chosen)
+    net, given = convert_transformer(random_network(chosen), ExecutionPlan(compiled=compiled)), inputs(chosen)
     with torch.no_grad():
         (without,) = net(**given, return_dict=False)
     (having,) = net(**given, return_dict=False)
@@ -121,11 +121,11 @@ def test_compact_masters_are_those_of_adamw_on_the_gpu() -> None:
 
 @pytest.mark.parametrize("moment", ["float32", "bfloat16", "8bit"])
 def test_the_fused_update_is_the_plain_one(moment: str) -> None:
-    from stage2_distill.optim.compact_adamw import CompactAdamW, advance, flat
-    from stage2_distill.optim.compact_adamw_kernel import advance_fused
+    from stage2_distill.optim.compact_adamw import CompactAdamW, flat_local_state, update_parameter
+    from stage2_distill.optim.compact_adamw_kernel import update_parameter_fused
 
     found = []
-    for call in (advance, advance_fused):
+    for call in (update_parameter, update_parameter_fused):
         weight = torch.nn.Parameter(torch.randn(100, 192, generator=torch.Generator().manual_seed(0)).bfloat16().cuda())
         settings = {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
         compact = CompactAdamW(torch.nn.ParameterList([weight]), settings, moment=moment)
@@ -133,7 +133,13 @@ def test_the_fused_update_is_the_plain_one(moment: str) -> None:
         for step in range(1, 6):
             grad = torch.randn(19200, generator=torch.Generator().manual_seed(step)).bfloat16().cuda()
             place = torch.tensor([step, 0], device="cuda")
-            call(weight.data.view(-1), flat(compact.state[weight]), grad, compact.rates(step, grad.device), place)
+            call(
+                weight.data.view(-1),
+                flat_local_state(compact.state[weight]),
+                grad,
+                compact.step_coefficients(step, grad.device),
+                place,
+            )
         found.append(next(compact.masters()))
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
     assert (found[0] == found[1]).float().mean() > 0.9
@@ -150,7 +156,7 @@ def test_a_fused_step_that_is_not_fine_changes_nothing(moment: str) -> None:
         for parameter in net.parameters():
             parameter.grad = (1 + count) * torch.randn_like(parameter)
         compact.clip(10.0)
-        compact.only_if(torch.tensor(fine, device="cuda"))
+        compact.skip_step_unless(torch.tensor(fine, device="cuda"))
         compact.step()
         after = [*compact.masters(), *(compact.state[p]["exp_avg_sq"] for p in net.parameters())]
         assert all(torch.equal(a, b) is not fine for a, b in zip(before, after, strict=True))
@@ -182,11 +188,11 @@ def test_activations_in_host_memory_give_the_same_gradients(monkeypatch: pytest.
     fields = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
     chosen = Case(VideoSpec(17, 128, 128), torch.device("cuda"), torch.bfloat16, fields)
     net, given, found = random_network(chosen), inputs(chosen), []
-    backward = backward_of(adopt(net, Plan(kernel="math", keep="host")), given)
-    lifted = mock.Mock(wraps=activations.lift)
-    monkeypatch.setattr(activations, "lift", lifted)
-    for at_home in (activation_checkpoint.at_home, lambda _: nullcontext()):
-        monkeypatch.setattr(activation_checkpoint, "at_home", at_home)
+    backward = backward_of(convert_transformer(net, ExecutionPlan(kernel="math", keep="host")), given)
+    lifted = mock.Mock(wraps=activations.offload_tensor)
+    monkeypatch.setattr(activations, "offload_tensor", lifted)
+    for at_home in (activation_checkpoint.offload_activations, lambda _: nullcontext()):
+        monkeypatch.setattr(activation_checkpoint, "offload_activations", at_home)
         backward()
         found.append([p.grad.clone() for p in net.parameters()])
         net.zero_grad()
@@ -214,7 +220,7 @@ def test_stopped_and_resumed_on_a_gpu_equals_unbroken(model: Path, tmp_path: Pat
     ("kernel", "rows", "compiled"), [("auto", 512, True), ("auto", 32, True), ("flash", 32, False)]
 )
 def test_stopped_and_resumed_with_many_tokens(tmp_path: Path, kernel: str, rows: int, compiled: bool) -> None:
-    if choose(kernel, half_on_gpu=True) == "cudnn":
+    if choose_kernel(kernel, half_on_gpu=True) == "cudnn":
         pytest.skip(UNORDERED)
     spec = VideoSpec(33, 512, 512)  # 2304 tokens: several blocks of keys add to the gradient of a query
     size = {"num_frames": spec.num_frames, "height": spec.height, "width": spec.width, "fps": spec.fps}

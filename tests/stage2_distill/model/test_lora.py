@@ -9,12 +9,11 @@ from safetensors.torch import load_file
 
 from common.condition import Condition
 from stage2_distill import build, train
-from stage2_distill.checkpointing.format import load as load_checkpoint
-from stage2_distill.checkpointing.format import newest, read_facts
-from stage2_distill.model.activation_checkpoint import runner
-from stage2_distill.model.layers import Plan, finisher
-from stage2_distill.model.lora import Lora, Role, add_adapters
-from stage2_distill.model.wan import denoiser, load
+from stage2_distill.checkpointing.format import load_checkpoint, newest_checkpoint, read_facts
+from stage2_distill.model.activation_checkpoint import block_runner
+from stage2_distill.model.layers import ExecutionPlan, final_norm_function
+from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters
+from stage2_distill.model.wan import load_transformer, make_denoiser
 from stage2_distill.sampling.student_sampler import load_merged, load_student
 from stage2_distill.trainer import Trainer
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, run_worker, tensors
@@ -36,14 +35,14 @@ def opened() -> list[Trainer]:
 @pytest.fixture(scope="module")
 def whole(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory, opened: list[Trainer]) -> Path:
     """The last checkpoint of an unbroken run."""
-    real = build.open_trainer
+    real = build.build_trainer
 
     def remember(*given: object) -> Trainer:
         opened.append(real(*given))
         return opened[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "open_trainer", remember)
+        patch.setattr(train, "build_trainer", remember)
         out = tmp_path_factory.mktemp("lora") / "run"
         return run_here(make_config(shards, model, out, checkpoint_every=2, preview_every=4, preview_count=1, **LORA))
 
@@ -87,19 +86,19 @@ def test_only_adapters_are_trained_and_saved(whole: Path) -> None:
 
 
 def test_roles_begin_as_the_base_and_part_from_it(model: Path) -> None:
-    net = load(model, torch.float32)
+    net = load_transformer(model, torch.float32)
     x_t, sigma, condition = inputs(0)
-    before = denoiser(net, torch.float32)(x_t, sigma, condition)
-    layers = add_adapters(net, ("student", "critic"), Lora(3, 6.0))
-    student, critic, teacher = (Role(net, layers, name) for name in ("student", "critic", None))
+    before = make_denoiser(net, torch.float32)(x_t, sigma, condition)
+    layers = add_adapters(net, ("student", "critic"), LoraSettings(3, 6.0))
+    student, critic, teacher = (AdapterView(net, layers, name) for name in ("student", "critic", None))
     for role in (student, critic, teacher):
-        torch.testing.assert_close(denoiser(role, torch.float32)(x_t, sigma, condition), before, rtol=0, atol=1e-6)
+        torch.testing.assert_close(make_denoiser(role, torch.float32)(x_t, sigma, condition), before, rtol=0, atol=1e-6)
     with torch.no_grad():
         for _, weight in student.named_parameters():
             weight.normal_(generator=torch.Generator().manual_seed(1))
-    assert not torch.allclose(denoiser(student, torch.float32)(x_t, sigma, condition), before, atol=1e-2)
+    assert not torch.allclose(make_denoiser(student, torch.float32)(x_t, sigma, condition), before, atol=1e-2)
     for role in (critic, teacher):
-        torch.testing.assert_close(denoiser(role, torch.float32)(x_t, sigma, condition), before, rtol=0, atol=1e-6)
+        torch.testing.assert_close(make_denoiser(role, torch.float32)(x_t, sigma, condition), before, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("keep", ["none", "attention", "host"])
@@ -107,19 +106,19 @@ def test_blocks_are_computed_again_with_the_right_adapter(model: Path, keep: str
     """Between a role's forward and its backward pass the other roles have their turn, as in an update."""
     gradients = {}
     for plan in ("all", keep):
-        net = load(model, torch.float32, Plan(keep=plan))
-        layers = add_adapters(net, ("student", "critic"), Lora(3, 6.0))
-        student, critic, teacher = (Role(net, layers, name) for name in ("student", "critic", None))
+        net = load_transformer(model, torch.float32, ExecutionPlan(keep=plan))
+        layers = add_adapters(net, ("student", "critic"), LoraSettings(3, 6.0))
+        student, critic, teacher = (AdapterView(net, layers, name) for name in ("student", "critic", None))
         with torch.no_grad():
             for role in (student, critic):
                 for number, (_, weight) in enumerate(role.named_parameters()):
                     draws = torch.Generator().manual_seed(number + 100 * (role is critic))
                     weight.copy_(0.3 * torch.randn(weight.shape, generator=draws))
         x_t, sigma, condition = inputs(0)
-        out = denoiser(student, torch.float32)(x_t, sigma, condition)
+        out = make_denoiser(student, torch.float32)(x_t, sigma, condition)
         with torch.no_grad():
-            target = denoiser(critic, torch.float32)(x_t, sigma, condition)
-            target = target - denoiser(teacher, torch.float32)(x_t, sigma, condition)
+            target = make_denoiser(critic, torch.float32)(x_t, sigma, condition)
+            target = target - make_denoiser(teacher, torch.float32)(x_t, sigma, condition)
         ((out - target) ** 2).sum().backward()
         gradients[plan] = {name: weight.grad for name, weight in student.named_parameters()}
         assert all(weight.grad is None for _, weight in critic.named_parameters())
@@ -135,23 +134,23 @@ def test_all_adapters_share_compiled_graphs(model: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the graphs without their kernels
     graphs, found = torch._dynamo.utils.counters["stats"], {}
     for compiled in (False, True):
-        runner.cache_clear()
-        finisher.cache_clear()
+        block_runner.cache_clear()
+        final_norm_function.cache_clear()
         torch._dynamo.reset()
-        net = load(model, torch.float32, Plan(keep="none", compiled=compiled))
-        layers = add_adapters(net, ("student", "critic"), Lora(3, 6.0))
-        roles = [Role(net, layers, name) for name in ("student", "critic", None)]
+        net = load_transformer(model, torch.float32, ExecutionPlan(keep="none", compiled=compiled))
+        layers = add_adapters(net, ("student", "critic"), LoraSettings(3, 6.0))
+        roles = [AdapterView(net, layers, name) for name in ("student", "critic", None)]
         weights = [weight for role in roles for _, weight in role.named_parameters()]
         for number, weight in enumerate(weights):
             torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(number))
         began = graphs["unique_graphs"]
         with torch.no_grad():
-            found[compiled] = [denoiser(role, torch.float32)(*inputs(0)) for role in roles]
+            found[compiled] = [make_denoiser(role, torch.float32)(*inputs(0)) for role in roles]
         for role in roles[:2]:
-            denoiser(role, torch.float32)(*inputs(0)).square().sum().backward()
+            make_denoiser(role, torch.float32)(*inputs(0)).square().sum().backward()
         found[compiled] += [weight.grad for weight in weights]
-    runner.cache_clear()
-    finisher.cache_clear()
+    block_runner.cache_clear()
+    final_norm_function.cache_clear()
     assert graphs["unique_graphs"] - began == 2 + 1 + 1 + 2, "two of what follows the blocks"
     for one, two in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
@@ -184,14 +183,14 @@ def test_merged_weights_are_base_plus_adapter(whole: Path, model: Path) -> None:
             changed += 1
         torch.testing.assert_close(weights[name].detach(), stored, rtol=0, atol=1e-5)
     assert changed == 20
-    beside = load(model, torch.float32)
-    role = Role(beside, add_adapters(beside, ("ema",), Lora(3, 6.0)), "ema")
+    beside = load_transformer(model, torch.float32)
+    role = AdapterView(beside, add_adapters(beside, ("ema",), LoraSettings(3, 6.0)), "ema")
     load_checkpoint(whole, {f"ema.{name}": value.data for name, value in role.named_parameters()})
     x_t, sigma, condition = inputs(3)
     with torch.no_grad():
-        one, two = (denoiser(net, torch.float32)(x_t, sigma, condition) for net in (merged, role))
+        one, two = (make_denoiser(net, torch.float32)(x_t, sigma, condition) for net in (merged, role))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
-    plain = denoiser(load(model, torch.float32), torch.float32)(x_t, sigma, condition)
+    plain = make_denoiser(load_transformer(model, torch.float32), torch.float32)(x_t, sigma, condition)
     assert not torch.allclose(plain, one, atol=1e-4)
 
 
@@ -202,7 +201,7 @@ def test_two_ranks_equal_one_process(model: Path, shards: Path, tmp_path: Path) 
     alone = run_here(make_config(shards, model, tmp_path / "one", **(options | {"batch_size": 4})))
     configs = [make_config(shards, model, tmp_path / "two", **options)]
     configs.append(make_config(shards, model, tmp_path / "half", **(options | {"dtype": "bfloat16"})))
-    many, half = (newest(folder) for folder in run_worker(configs, 2, tmp_path))
+    many, half = (newest_checkpoint(folder) for folder in run_worker(configs, 2, tmp_path))
     expected = tensors(alone)
     found = {name: torch.zeros_like(value) for name, value in expected.items()}
     load_checkpoint(many, found)
@@ -225,8 +224,8 @@ def test_more_ranks_begin_with_the_same_draws(model: Path) -> None:
     """The first factors depend on seed, role and name alone."""
     from stage2_distill.build import initialize_adapters
 
-    nets = [load(model, torch.float32) for _ in range(2)]
-    roles = [Role(net, add_adapters(net, ("student",), Lora(4, 4.0)), "student") for net in nets]
+    nets = [load_transformer(model, torch.float32) for _ in range(2)]
+    roles = [AdapterView(net, add_adapters(net, ("student",), LoraSettings(4, 4.0)), "student") for net in nets]
     for role, seed in zip(roles, (0, 1), strict=True):
         initialize_adapters(role, seed)
     (_, first), (_, other) = (next(iter(role.named_parameters())) for role in roles)
@@ -237,6 +236,6 @@ def test_more_ranks_begin_with_the_same_draws(model: Path) -> None:
 
 
 def test_merging_leaves_no_trace_of_adapters(whole: Path, model: Path) -> None:
-    net = load(model, torch.float32)
-    load_merged(net, whole, "student", Lora(3, 6.0))
+    net = load_transformer(model, torch.float32)
+    load_merged(net, whole, "student", LoraSettings(3, 6.0))
     assert [name for name, _ in net.named_modules() if "lora" in name or "base_layer" in name] == []

@@ -11,21 +11,21 @@ from einops import repeat
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stage2_distill.model.attention import ATTENTION_OPS
-from stage2_distill.model.layers import Plan
-from stage2_distill.model.transformer import Network, adopt
+from stage2_distill.model.layers import ExecutionPlan
+from stage2_distill.model.transformer import WanTransformer, convert_transformer
 from tests.tiny_models import TEXT_DIM
 
 SHAPE = (2, 48, 3, 4, 6)
 TIMES = {True: torch.tensor([[0.0, 937.5], [0.0, 20.0]]), False: torch.tensor([[937.5], [20.0]])}
 PLANS = [
-    Plan(kernel="math", keep="all"),
-    Plan(keep="none"),
-    Plan(keep="results"),
-    Plan(keep="results", compiled=True),
-    Plan(keep="host"),
-    Plan(keep="host", compiled=True),
-    Plan(keep="attention"),
-    Plan(keep="attention", compiled=True),
+    ExecutionPlan(kernel="math", keep="all"),
+    ExecutionPlan(keep="none"),
+    ExecutionPlan(keep="results"),
+    ExecutionPlan(keep="results", compiled=True),
+    ExecutionPlan(keep="host"),
+    ExecutionPlan(keep="host", compiled=True),
+    ExecutionPlan(keep="attention"),
+    ExecutionPlan(keep="attention", compiled=True),
 ]
 logging.disable_progress_bar()
 
@@ -64,16 +64,16 @@ def test_two_times_equal_one_time_a_token(theirs: WanTransformer3DModel, given: 
     if given:
         tokens[:, :6] = 0
     expected = gradients(theirs, tokens)
-    ours = adopt(copy.deepcopy(theirs))
+    ours = convert_transformer(copy.deepcopy(theirs))
     assert_close(gradients(ours, times), expected)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert_close(gradients(ours, tokens), expected)  # diffusers' own path, for its pipelines
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_no_plan_changes_the_numbers(theirs: WanTransformer3DModel, plan: Plan) -> None:
-    expected = gradients(adopt(copy.deepcopy(theirs)), TIMES[True])
-    assert_close(gradients(adopt(copy.deepcopy(theirs), plan), TIMES[True]), expected)
+def test_no_plan_changes_the_numbers(theirs: WanTransformer3DModel, plan: ExecutionPlan) -> None:
+    expected = gradients(convert_transformer(copy.deepcopy(theirs)), TIMES[True])
+    assert_close(gradients(convert_transformer(copy.deepcopy(theirs), plan), TIMES[True]), expected)
 
 
 class Count(TorchDispatchMode):
@@ -92,7 +92,7 @@ def test_keeping_attention_computes_it_once(theirs: WanTransformer3DModel) -> No
     calls, narrowing = {}, {}
     for keep in ("none", "host", "attention", "results", "all"):
         with Count() as count:
-            gradients(adopt(copy.deepcopy(theirs), Plan(keep=keep)), TIMES[True])
+            gradients(convert_transformer(copy.deepcopy(theirs), ExecutionPlan(keep=keep)), TIMES[True])
         calls[keep], narrowing[keep] = count.calls, count.narrowing
     assert calls == {
         "none": 8,
@@ -105,8 +105,8 @@ def test_keeping_attention_computes_it_once(theirs: WanTransformer3DModel) -> No
 
 
 def test_a_saved_network_is_diffusers_own(theirs: WanTransformer3DModel, tmp_path: Path) -> None:
-    net = adopt(copy.deepcopy(theirs))
-    assert isinstance(net, Network)
+    net = convert_transformer(copy.deepcopy(theirs))
+    assert isinstance(net, WanTransformer)
     net.save_pretrained(tmp_path)
     assert '"_class_name": "WanTransformer3DModel"' in (tmp_path / "config.json").read_text()
     assert type(WanTransformer3DModel.from_pretrained(tmp_path)) is WanTransformer3DModel

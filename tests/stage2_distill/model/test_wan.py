@@ -10,7 +10,7 @@ from diffusers.utils import logging
 from common.condition import Condition, frame_sigma, pin
 from common.flow import timestep_sigmas, x0_from_velocity
 from shards.record import pad_text
-from stage2_distill.model.wan import denoise, denoiser, guided, load
+from stage2_distill.model.wan import denoise, guided, load_transformer, make_denoiser
 from tests.tiny_models import TEXT_DIM
 
 SIZE = {"num_frames": 9, "height": 64, "width": 96}
@@ -24,7 +24,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def net(model: Path) -> torch.nn.Module:
-    return load(model, torch.float32).eval()
+    return load_transformer(model, torch.float32).eval()
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_times_reach_the_network_unrounded(net: torch.nn.Module) -> None:
 
 
 def test_guidance_is_the_standard_form(net: torch.nn.Module) -> None:
-    plain = denoiser(net, torch.float32)
+    plain = make_denoiser(net, torch.float32)
     text, negative = normal(2, 512, TEXT_DIM, seed=11), normal(512, TEXT_DIM, seed=12)
     frame, x_t, sigma = normal(2, 48, 1, 4, 6, seed=13), normal(2, *SHAPE[1:], seed=14), torch.tensor([0.8, 0.3])
     with torch.no_grad():
@@ -160,10 +160,10 @@ def test_guidance_is_the_standard_form(net: torch.nn.Module) -> None:
 
 
 def test_half_precision_leaves_rope_and_score_arithmetic_in_float32(model: Path) -> None:
-    half = load(model, torch.bfloat16)
+    half = load_transformer(model, torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half.rope.freqs_cos.dtype in (torch.float32, torch.float64)
-    full = load(model, torch.float32)
+    full = load_transformer(model, torch.float32)
     assert torch.equal(half.rope.freqs_cos, full.rope.freqs_cos)
     x_t, sigma = normal(*SHAPE, seed=15), torch.tensor([0.02])
     with torch.no_grad():

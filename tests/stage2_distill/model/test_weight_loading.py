@@ -10,8 +10,8 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from common.options import write_config
-from stage2_distill.model.wan import load
-from stage2_distill.model.weight_loading import NAME, read_weights
+from stage2_distill.model.wan import load_transformer
+from stage2_distill.model.weight_loading import WEIGHTS_FILE, read_weights
 from tests.stage2_distill.training_helpers import ROOT, make_config, run_ranks
 
 
@@ -23,13 +23,13 @@ def copy(model: Path, tmp_path: Path) -> Path:
 
 
 def test_a_read_network_is_the_stored_one(model: Path) -> None:
-    stored, read = WanTransformer3DModel.from_pretrained(model / "transformer"), load(model, torch.float32)
+    stored, read = WanTransformer3DModel.from_pretrained(model / "transformer"), load_transformer(model, torch.float32)
     for name, value in {**stored.state_dict(), **dict(stored.named_buffers())}.items():
         assert torch.equal(value, {**read.state_dict(), **dict(read.named_buffers())}[name]), name
 
 
 def rewrite(folder: Path, change) -> None:
-    path = folder / "transformer" / NAME
+    path = folder / "transformer" / WEIGHTS_FILE
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
@@ -49,20 +49,20 @@ def rewrite(folder: Path, change) -> None:
 def test_other_weights_than_the_model_has_are_refused(copy: Path, change, words: str) -> None:
     rewrite(copy, change)
     with pytest.raises(ValueError, match=words):
-        load(copy, torch.float32)
+        load_transformer(copy, torch.float32)
 
 
 def test_a_torn_file_is_named(copy: Path) -> None:
-    path = copy / "transformer" / NAME
+    path = copy / "transformer" / WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=f"{NAME}: cannot be read"):
-        load(copy, torch.float32)
+    with pytest.raises(ValueError, match=f"{WEIGHTS_FILE}: cannot be read"):
+        load_transformer(copy, torch.float32)
     path.unlink()
-    with pytest.raises(ValueError, match=f"holds no {NAME}"):
+    with pytest.raises(ValueError, match=f"holds no {WEIGHTS_FILE}"):
         read_weights(copy / "transformer", {})
     (copy / "transformer" / "config.json").unlink()
     with pytest.raises(ValueError, match="no readable transformer/config.json"):
-        load(copy, torch.float32)
+        load_transformer(copy, torch.float32)
 
 
 # bytes a stored byte (float32): 3 roles, an average, 2 moments; or 3 roles in half, 2 x (remainder, 8-bit moment)

@@ -16,12 +16,12 @@ from shards.dataset import RecordStream
 from shards.mixture import open_data_sets
 from shards.record import Record
 from stage2_distill import build, train, trainer
-from stage2_distill.checkpointing.format import newest
+from stage2_distill.checkpointing.format import newest_checkpoint
 from stage2_distill.config import DistillConfig
-from stage2_distill.dmd.latent_stats import look
-from stage2_distill.dmd.schedule import parts
+from stage2_distill.dmd.latent_stats import latent_stats
+from stage2_distill.dmd.schedule import micro_batches
 from stage2_distill.monitoring import alerts
-from stage2_distill.monitoring.alerts import WINDOW, Alarms
+from stage2_distill.monitoring.alerts import WINDOW_ITERATIONS, MetricAlerts
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, run_ranks, tensors
 
 
@@ -34,9 +34,9 @@ def test_looks_in_closed_form() -> None:
     x[:, :, 1], x[:, :, 2] = 3.0, -3.0
     x[1, :, 0] = 1.0
     given = Condition(torch.zeros(2, 48, 1, 4, 4), torch.zeros(2, 1, 1))
-    assert look(x, given).tolist() == pytest.approx([3.0, (6 + 56 / 9) / 2, (3 + 2) / 2], rel=1e-5)
+    assert latent_stats(x, given).tolist() == pytest.approx([3.0, (6 + 56 / 9) / 2, (3 + 2) / 2], rel=1e-5)
     text_only = Condition(None, torch.zeros(2, 1, 1))
-    assert look(x, text_only)[0].item() == pytest.approx((6**0.5 + (19 / 3) ** 0.5) / 2, rel=1e-5)
+    assert latent_stats(x, text_only)[0].item() == pytest.approx((6**0.5 + (19 / 3) ** 0.5) / 2, rel=1e-5)
 
 
 def test_clock_counts_phases_and_starts_anew() -> None:
@@ -88,11 +88,11 @@ def healthy(iteration: int) -> dict[str, float]:
     ],
 )
 def test_a_drift_warns_once_in_plain_words(drift: dict[str, float], words: str) -> None:
-    watcher, said = Alarms(), []
+    watcher, said = MetricAlerts(), []
     for iteration in range(100):
         line = healthy(iteration) | (drift if iteration >= 40 else {})
-        found = watcher.feed(line)
-        assert not found or 40 <= iteration < 40 + WINDOW
+        found = watcher.check_line(line)
+        assert not found or 40 <= iteration < 40 + WINDOW_ITERATIONS
         said += found
     assert len(said) == 1
     assert words in said[0]
@@ -100,8 +100,8 @@ def test_a_drift_warns_once_in_plain_words(drift: dict[str, float], words: str) 
 
 
 def test_one_odd_iteration_is_no_drift() -> None:
-    watcher = Alarms()
-    assert [watcher.feed(healthy(i) | ({"latent_saturation": 9.0} if i == 50 else {})) for i in range(100)] == [
+    watcher = MetricAlerts()
+    assert [watcher.check_line(healthy(i) | ({"latent_saturation": 9.0} if i == 50 else {})) for i in range(100)] == [
         []
     ] * 100
 
@@ -110,9 +110,9 @@ def test_a_resumed_run_does_not_warn_again(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bounds that every run leaves after two iterations; the run stops at 3 and goes on to 6."""
-    never = dataclasses.replace(alerts.BOUNDS[0], low=90.0, high=91.0)
-    monkeypatch.setattr(alerts, "BOUNDS", (never,))
-    monkeypatch.setattr(alerts, "WINDOW", 2)
+    never = dataclasses.replace(alerts.METRIC_BOUNDS[0], low=90.0, high=91.0)
+    monkeypatch.setattr(alerts, "METRIC_BOUNDS", (never,))
+    monkeypatch.setattr(alerts, "WINDOW_ITERATIONS", 2)
     shards = make_shards(tmp_path / "data", model)
     for iterations in (3, 6):
         run_here(make_config(shards, model, tmp_path / "run", iterations=iterations))
@@ -131,7 +131,7 @@ def first_meeting(config: DistillConfig, bad: int, world: int) -> tuple[int, int
     met = [
         (part.iteration, part.role != "student", rank)
         for rank in range(world)
-        for part in parts(config, start=0, rank=rank, world=world)
+        for part in micro_batches(config, start=0, rank=rank, world=world)
         if any(stream.index(position) == bad for position in part.positions)
     ]
     iteration, _, rank = min(met)
@@ -151,7 +151,7 @@ def test_one_bad_rank_stops_all_and_is_named(model: Path, tmp_path: Path) -> Non
     assert "iteration 1: " in done.stderr, done.stderr[-4000:]
     assert "not finite on rank 1." in done.stderr
     assert "Last good checkpoint: step-000001" in done.stderr
-    assert newest(tmp_path / "run").name == "step-000001"
+    assert newest_checkpoint(tmp_path / "run").name == "step-000001"
     assert [line["iteration"] for line in lines(tmp_path / "run")] == [0]
 
 
@@ -160,13 +160,13 @@ def test_a_bad_update_is_not_taken(model: Path, tmp_path: Path, monkeypatch: pyt
     """The loss, or only its gradient, is infinite: neither weights nor optimizer move."""
     shards = make_shards(tmp_path / "data", model)
     opened: list[trainer.Trainer] = []
-    real, good = build.open_trainer, trainer.critic_loss
+    real, good = build.build_trainer, trainer.critic_loss
 
     def remember(*given: object) -> trainer.Trainer:
         opened.append(real(*given))
         return opened[-1]
 
-    monkeypatch.setattr(train, "open_trainer", remember)
+    monkeypatch.setattr(train, "build_trainer", remember)
 
     def bad(x0: torch.Tensor, condition: Condition, **given: object) -> torch.Tensor:
         loss = good(x0, condition, **given)
@@ -177,6 +177,6 @@ def test_a_bad_update_is_not_taken(model: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(trainer, "critic_loss", bad)
     with pytest.raises(trainer.DivergedError, match=r"iteration 1: .*Last good checkpoint: step-000001"):
         run_here(make_config(shards, model, tmp_path / "run", iterations=3, checkpoint_every=1))
-    for name, value in train.state(opened[-1]).items():
+    for name, value in train.training_state(opened[-1]).items():
         if name.startswith("critic"):
             assert torch.equal(value, before[name]), name

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cli import cli
-from stage2_distill.monitoring.plot import POINTS, curves, plot, thin
+from stage2_distill.monitoring.plot import MAX_POINTS, average_windows, collect_curves, plot_curves
 
 
 def write(run: Path, count: int) -> Path:
@@ -28,7 +28,7 @@ def test_the_picture_shows_curves_that_change_with_the_run(tmp_path: Path) -> No
     assert done.output.strip() == str(tmp_path / "a" / "curves.png")
     first = Image.open(tmp_path / "a" / "curves.png")
     assert first.size == (1300, 1600)
-    second = Image.open(plot(write(tmp_path / "b", 51)))
+    second = Image.open(plot_curves(write(tmp_path / "b", 51)))
     different = numpy.asarray(first.convert("L")) != numpy.asarray(second.convert("L"))
     assert 0.001 < different.mean() < 0.2
     colours = {tuple(colour) for colour in numpy.asarray(first.convert("RGB")).reshape(-1, 3)[::7]}
@@ -37,16 +37,16 @@ def test_the_picture_shows_curves_that_change_with_the_run(tmp_path: Path) -> No
 
 def test_curves_are_the_figures_by_name() -> None:
     lines = [{"iteration": i, f"critic_loss_exit{i % 2}": float(i)} for i in range(6)]
-    assert curves(lines, ("critic_loss_exit",)) == {
+    assert collect_curves(lines, ("critic_loss_exit",)) == {
         "critic_loss_exit0": ([0, 2, 4], [0, 2, 4]),
         "critic_loss_exit1": ([1, 3, 5], [1, 3, 5]),
     }
 
 
 def test_long_runs_are_averaged() -> None:
-    assert thin(list(range(POINTS))) == list(range(POINTS))
-    assert thin(list(range(2 * POINTS)))[:3] == [0.5, 2.5, 4.5]
-    assert len(thin(list(range(2 * POINTS + 1)))) <= POINTS
+    assert average_windows(list(range(MAX_POINTS))) == list(range(MAX_POINTS))
+    assert average_windows(list(range(2 * MAX_POINTS)))[:3] == [0.5, 2.5, 4.5]
+    assert len(average_windows(list(range(2 * MAX_POINTS + 1)))) <= MAX_POINTS
 
 
 @pytest.mark.parametrize(("content", "words"), [(None, "holds no metrics.jsonl"), ("", "is empty")])
@@ -54,4 +54,4 @@ def test_no_curves_no_picture(tmp_path: Path, content: str | None, words: str) -
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(ValueError, match=words):
-        plot(tmp_path)
+        plot_curves(tmp_path)

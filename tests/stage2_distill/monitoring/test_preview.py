@@ -12,10 +12,10 @@ from shards import latent_store
 from shards.dataset import open_data_set
 from shards.record import collate_records
 from stage2_distill import train as module
-from stage2_distill.checkpointing.format import load
+from stage2_distill.checkpointing.format import load_checkpoint
 from stage2_distill.dmd.rollout import rollout
-from stage2_distill.model.wan import denoiser
-from stage2_distill.model.wan import load as load_network
+from stage2_distill.model.wan import load_transformer as load_network
+from stage2_distill.model.wan import make_denoiser
 from stage2_distill.monitoring import preview
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, run_worker, tensors
 
@@ -55,11 +55,15 @@ def test_a_preview_is_the_averaged_student(run: Path, model: Path, shards: Path)
         noise = draw_normal((48, 3, 4, 4), draws)
         sigmas = (1.0, 0.9375, 5 / 6, 0.625)
         return rollout(
-            denoiser(net, torch.float32), noise, collate_records(records).condition, ladder=sigmas, generators=draws
+            make_denoiser(net, torch.float32),
+            noise,
+            collate_records(records).condition,
+            sigmas=sigmas,
+            generators=draws,
         )
 
     torch.testing.assert_close(stored(run, "step-000000"), sampled(), rtol=0, atol=1e-5)
-    load(run / "step-000004", {f"ema.{name}": weight for name, weight in net.named_parameters()})
+    load_checkpoint(run / "step-000004", {f"ema.{name}": weight for name, weight in net.named_parameters()})
     torch.testing.assert_close(stored(run, "step-000004"), sampled(), rtol=0, atol=1e-5)
 
 
@@ -125,7 +129,7 @@ def test_a_run_that_begins_anew_with_other_options_makes_its_first_preview_anew(
     model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(shards, model, tmp_path / "run", iterations=1, preview_every=2, preview_count=3)
-    monkeypatch.setattr(module, "conditions", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(module, "load_micro_batches", Mock(side_effect=KeyboardInterrupt))
     shown = []
     for seed in (0, 1):
         with pytest.raises(KeyboardInterrupt):

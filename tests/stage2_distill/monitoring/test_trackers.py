@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stage2_distill.monitoring.trackers import Boards, open_wandb
+from stage2_distill.monitoring.trackers import ExperimentTrackers, open_wandb
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here
 
 
@@ -66,7 +66,7 @@ def test_a_machine_without_tensorboard_says_so_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("stage2_distill.monitoring.trackers.SummaryWriter", None)
-    boards = Boards(tmp_path, make_config(tmp_path, tmp_path, tmp_path), start=0)
+    boards = ExperimentTrackers(tmp_path, make_config(tmp_path, tmp_path, tmp_path), start=0)
     boards.write({"iteration": 0, "critic_loss": 1.0})
     boards.close()
     assert "metrics.jsonl alone" in caplog.text

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from stage2_distill.distributed.dtensor import like, local
-from stage2_distill.distributed.process_group import Ranks, make_mesh, start
+from stage2_distill.distributed.dtensor import local_tensor, sharded_like
+from stage2_distill.distributed.process_group import RankContext, build_mesh, start_process_group
 from stage2_distill.offload import pinned_memory
 from stage2_distill.optim.compact_adamw import CompactAdamW
-from stage2_distill.optim.ema import Ema
+from stage2_distill.optim.ema import EmaWeights
 
 SETTINGS = {"lr": 1e-2, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 SHAPES = ((13, 128), (13,))
@@ -43,7 +43,7 @@ def steps(net: nn.Module, optimizer: CompactAdamW, numbers: range) -> None:
         draws = torch.Generator().manual_seed(number)
         for parameter, shape in zip(net.parameters(), SHAPES, strict=True):
             grad = part_of(torch.randn(shape, generator=draws).bfloat16(), parameter)
-            parameter.grad = like(parameter, grad)
+            parameter.grad = sharded_like(parameter, grad)
         optimizer.clip(1e6)
         optimizer.step()
 
@@ -53,32 +53,35 @@ def kept(optimizer: CompactAdamW) -> list[Tensor]:
     return [*optimizer.masters(), *(value for p in optimizer.parameters() for value in optimizer.state[p].values())]
 
 
-def away(host: pinned_memory.Host, value: Tensor) -> Tensor:
+def away(host: pinned_memory.PinnedPool, value: Tensor) -> Tensor:
     """`Host.home` as it is for a GPU's tensors."""
-    return host.carve(local(value)) if host.offload else value
+    return host.copy_into_slab(local_tensor(value)) if host.offload else value
 
 
-def check_whole_copies(ranks: Ranks) -> None:
+def check_whole_copies(ranks: RankContext) -> None:
     """State that waits in host memory gives the same, where each rank holds a whole copy (HSDP)."""
-    pinned_memory.Host.home, pinned_memory.pinned = away, lambda size: torch.empty(size, dtype=torch.uint8)
+    pinned_memory.PinnedPool.home, pinned_memory.allocate_pinned = (
+        away,
+        lambda size: torch.empty(size, dtype=torch.uint8),
+    )
     optimizers = []
     for offload in (False, True):
         net = layer()
-        fully_shard(net, mesh=make_mesh("cpu", ranks.world, ranks.world))
+        fully_shard(net, mesh=build_mesh("cpu", ranks.world, ranks.world))
         optimizers.append(CompactAdamW(net, SETTINGS, offload=offload))
-        average = Ema(lambda o=optimizers[-1]: zip("wb", o.masters(), strict=True), offload=offload)
-        average.settle(0.5)
+        average = EmaWeights(lambda o=optimizers[-1]: zip("wb", o.masters(), strict=True), offload=offload)
+        average.prepare_update(0.5)
         steps(net, optimizers[-1], range(5))
         average.update(average.masters(), 0.5, ranks.device)
         optimizers[-1].averages = average.weights
     here, home = optimizers
     assert not any(isinstance(value, DTensor) for p in home.parameters() for value in home.state[p].values())
     pairs = [*zip(kept(here), kept(home), strict=True), *((here.averages[n], home.averages[n]) for n in "wb")]
-    assert all(torch.equal(local(one), local(two)) for one, two in pairs)
+    assert all(torch.equal(local_tensor(one), local_tensor(two)) for one, two in pairs)
 
 
 if __name__ == "__main__":
-    ranks = start("cpu")
+    ranks = start_process_group("cpu")
     alone, sharded = layer(), layer()
     mine = CompactAdamW(alone, SETTINGS)
     steps(alone, mine, range(3))
@@ -87,12 +90,12 @@ if __name__ == "__main__":
     for p, q in zip(alone.parameters(), sharded.parameters(), strict=True):
         pairs = [(p.data, q.data), *((mine.state[p][name], together.state[q][name]) for name in mine.state[p])]
         for source, target in pairs:
-            local(target).copy_(part_of(source, target))
+            local_tensor(target).copy_(part_of(source, target))
     steps(alone, mine, range(3, 8))
     steps(sharded, together, range(3, 8))
     for one, two in zip(kept(mine), kept(together), strict=True):
         assert one.dtype == two.dtype
-        assert torch.equal(part_of(one, two), local(two)), (one.dtype, one.shape)
+        assert torch.equal(part_of(one, two), local_tensor(two)), (one.dtype, one.shape)
     assert any(value.dtype == torch.uint8 for value in kept(together))
     check_whole_copies(ranks)
     dist.destroy_process_group()

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stage2_distill.model.split_float32 import join, split
+from stage2_distill.model.split_float32 import join_master, split_master
 from stage2_distill.optim.compact_adamw import CompactAdamW
-from stage2_distill.optim.quantized_moment import chance, decode, encode
+from stage2_distill.optim.quantized_moment import dequantize_blocks, hashed_uniform, quantize_blocks
 from tests.stage2_distill.training_helpers import run_ranks
 
 SETTINGS = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01}
@@ -29,7 +29,7 @@ def pair(moment: str, **changes: float) -> tuple[nn.Linear, CompactAdamW, nn.Lin
     compact = CompactAdamW(half, settings | {"beta2": 0.999}, moment=moment)
     with torch.no_grad():
         for mine, theirs in zip(half.parameters(), full.parameters(), strict=True):
-            weight, remainder = split(theirs.data)
+            weight, remainder = split_master(theirs.data)
             mine.copy_(weight)
             compact.state[mine]["remainder"].copy_(remainder)
     return half, compact, full, torch.optim.AdamW(full.parameters(), betas=(0.0, 0.999), foreach=False, **settings)
@@ -51,8 +51,8 @@ def test_split_and_join_are_exact() -> None:
     halfway = torch.arange(1 << 16, dtype=torch.int32) * 65536 + 32768
     master = torch.cat([bits, halfway]).view(torch.float32)
     master = master[master.abs() < 3e38]
-    weight, remainder = split(master)
-    assert torch.equal(join(weight, remainder).view(torch.int32), master.view(torch.int32))
+    weight, remainder = split_master(master)
+    assert torch.equal(join_master(weight, remainder).view(torch.int32), master.view(torch.int32))
     assert ((weight.double() - master).abs() <= (master.bfloat16().double() - master).abs()).all(), "nearest"
 
 
@@ -101,8 +101,8 @@ def test_a_small_step_is_not_lost() -> None:
 def test_8_bit_codes() -> None:
     value = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-30, 34)[:, None]
     value[0, :7] = 0
-    codes, tops = encode(value, chance(4096, torch.tensor(0), torch.tensor(1)).view(64, 64))
-    found = decode(codes, tops)
+    codes, tops = quantize_blocks(value, hashed_uniform(4096, torch.tensor(0), torch.tensor(1)).view(64, 64))
+    found = dequantize_blocks(codes, tops)
     assert (found[0, :7] == 0).all()
     there = value > value.amax(dim=1, keepdim=True) * 2.0**-15
     assert (found[there] / value[there]).log2().abs().max() < 1 / 16
@@ -119,15 +119,15 @@ def test_rounding_by_chance_keeps_the_mean() -> None:
         net[0].grad = torch.ones_like(net[0])
         optimizer.step()
     state = optimizer.state[net[0]]
-    moment = decode(state["exp_avg_sq"].view(-1, 64), state["exp_avg_sq_top"].view(-1))
+    moment = dequantize_blocks(state["exp_avg_sq"].view(-1, 64), state["exp_avg_sq_top"].view(-1))
     assert moment.numel() == count
     assert moment.mean().item() == pytest.approx(1 - 0.999**200, rel=0.02)
 
 
 def test_chances_depend_on_place_and_step_alone() -> None:
-    whole = chance(1000, torch.tensor(0), torch.tensor(5))
-    assert torch.equal(whole[300:], chance(700, torch.tensor(300), torch.tensor(5)))
-    assert not torch.equal(whole, chance(1000, torch.tensor(0), torch.tensor(6)))
+    whole = hashed_uniform(1000, torch.tensor(0), torch.tensor(5))
+    assert torch.equal(whole[300:], hashed_uniform(700, torch.tensor(300), torch.tensor(5)))
+    assert not torch.equal(whole, hashed_uniform(1000, torch.tensor(0), torch.tensor(6)))
     assert whole.mean().item() == pytest.approx(0.5, abs=0.03)
     assert torch.corrcoef(torch.stack([whole[1:], whole[:-1]]))[0, 1].abs() < 0.1
 
@@ -147,7 +147,7 @@ def test_gradients_of_many_batches_add_up_in_float32() -> None:
     assert compact.clip(1e6).item() == 257
     compact.step()
     compact.zero_grad()
-    assert compact.gradients() == {}
+    assert compact.local_gradients() == {}
 
 
 @pytest.mark.parametrize("moment", ["float32", "8bit"])
@@ -159,7 +159,7 @@ def test_a_step_that_is_not_fine_changes_nothing(moment: str) -> None:
     for fine in (False, True):
         give_gradients(half, full, 1)
         compact.clip(1.0)
-        compact.only_if(torch.tensor(fine))
+        compact.skip_step_unless(torch.tensor(fine))
         compact.step()
         found = [*compact.masters(), *(compact.state[p]["exp_avg_sq"] for p in half.parameters())]
         assert all(torch.equal(a, b) is not fine for a, b in zip(kept, found, strict=True))
