@@ -34,7 +34,7 @@ def encode_command(**options: object) -> None:
     from stage1_encode.encode import encode
 
     report = encode(resolve_config(EncodeConfig, options))
-    state = "" if report.done else " so far"
+    state = "" if report.is_complete else " so far"
     summary = f"{report.records} records in {report.shards} shards, {report.failures} failed rows{state}"
     click.echo(f"{summary}: {report.folder}")
 
@@ -139,13 +139,13 @@ def verify_and_repair(shards: str, config: VerifyConfig) -> int:
     from shards.verification.verify import verify_data_set
 
     report = verify_data_set(shards)
-    click.echo("\n".join(report.lines()))
+    click.echo("\n".join(report.format_lines()))
     if config.repair and report.problems:
         from stage1_encode.repair import repair_data_set
 
         repair_data_set(report, config)
         report = verify_data_set(shards)
-        click.echo(f"after the repair: {report.lines()[0]}")
+        click.echo(f"after the repair: {report.format_lines()[0]}")
     if config.model and report.manifest:
         from stage1_encode.repair import draw_contact_sheet
 
@@ -177,7 +177,7 @@ def sample_videos(config: SampleConfig) -> list[Path]:
         config.model,
         precision=config.vae_dtype,
         device=student.device,
-        keep_text_on_device=memory_plan.text,
+        keep_text_on_device=memory_plan.keep_text_encoder,
         compile_decoder=config.compile,
     )
     prepare_output(out, config, is_first_rank=rank == 0)

@@ -76,9 +76,9 @@ class Watched(KernelBackend):
         self.log.append((name, flops, begin, end))
         return made
 
-    def norm(self, x: Tensor, gamma: Tensor, out: Tensor) -> None:
+    def norm_silu(self, x: Tensor, gamma: Tensor, out: Tensor) -> None:
         """As ever."""
-        self.watch("norms", 0.0, lambda: super(Watched, self).norm(x, gamma, out))
+        self.watch("norms", 0.0, lambda: super(Watched, self).norm_silu(x, gamma, out))
 
     def convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor, plan: ConvSpec, *, residual: Tensor | None, skip: int
@@ -114,10 +114,13 @@ def whole_rows(model: AutoencoderKLWan, z: Tensor) -> Iterator[Row]:
     """A video in every way: first a few frames, which compiles and tries, then all, by kind of work."""
     ways = {"PyTorch's operations": KernelBackend()}
     if GPU:
-        ways |= {"our norms": KernelBackend(norms=True), "compiled": KernelBackend(norms=True, convolutions=True)}
+        ways |= {
+            "our norms": KernelBackend(triton_norms=True),
+            "compiled": KernelBackend(triton_norms=True, convolutions=True),
+        }
     first = None
     for name, way in ways.items():
-        watched = Watched(way.norms, way.convolutions)
+        watched = Watched(way.triton_norms, way.convolutions)
         decoder = VideoDecoder(model, watched)
         began = settle()
         list(stream_frames(decoder, z[:, :5], max_frames=STEPS))
@@ -187,7 +190,7 @@ def check_rows(_model: AutoencoderKLWan, _z: Tensor) -> Iterator[Row]:
 
 def stock_rows(model: AutoencoderKLWan, z: Tensor) -> Iterator[Row]:
     """diffusers' decode, how far ours is from it, and how far both are from float32 on a few frames."""
-    ways = KernelBackend(norms=GPU, convolutions=GPU)
+    ways = KernelBackend(triton_norms=GPU, convolutions=GPU)
     ours = torch.cat(list(stream_frames(VideoDecoder(model, ways), z, max_frames=STEPS)))
     few = z[:, :5]
     for run in ("first", "second"):

@@ -92,8 +92,8 @@ class Bench:
     def records(self) -> list[Record]:
         """The records of one row."""
         order = self.order(1)
-        (rows,) = read_shard_rows(order.table, shard_size=9, text_only=True)
-        return encode_conditions(self.models, rows, order.table, self.spec, keep_text_on_device=True)
+        (rows,) = read_shard_rows(order.csv_path, shard_size=9, text_only=True)
+        return encode_conditions(self.models, rows, order.csv_path, self.spec, keep_text_on_device=True)
 
     def whole(self, how: str = "") -> None:
         """Prompt and picture to file, and the parts of the same videos."""
@@ -175,7 +175,7 @@ class Bench:
             found = times(lambda name=name: self.make(1, MEMORY_PLANS[name]), self.repeats)
             same = f"same latents {torch.equal(self.latents(), full)}"
             self.note(f"--memory {name}", f"{statistics.median(found):.2f} s, peak {peak():.1f} GiB, {same}")
-        self.student.move(self.device)
+        self.student.move_to(self.device)
 
     def many(self) -> None:
         """The rate over many rows."""

@@ -84,10 +84,10 @@ def by_stream(data: DataSet, threads: int) -> int:
     stream = RecordStream(data, seed=0)
 
     def read(position: int) -> int:
-        made = data.record(stream.index(position))
+        made = data.read_record(stream.record_index(position))
         return sum(x.nbytes for x in (made.first_frame, made.text) if x is not None)
 
-    return sum(prefetch_ordered(read, range(data.records), depth=2 * threads, threads=threads))
+    return sum(prefetch_ordered(read, range(data.num_records), depth=2 * threads, threads=threads))
 
 
 def rate(read: Callable[[], int]) -> float:
@@ -135,7 +135,7 @@ def opening(folder: Path) -> Iterable[tuple[str, str]]:
     yield "open 100 M records in 200,000 shards", f"{took:.2f} s, peak {now:.0f} MB ({now - before:+.0f} MB)"
     began = time.perf_counter()
     for index in range(100_000):
-        permute_index(index, count=data.records, seed=0, epoch=0)
+        permute_index(index, count=data.num_records, seed=0, epoch=0)
     yield "order, per index", f"{(time.perf_counter() - began) * 10:.1f} us"
 
 
@@ -144,7 +144,7 @@ def pace(folder: Path, ranks: int) -> Iterable[tuple[str, str]]:
     drop(folder)
     stream = RecordStream(open_data_set(folder), seed=1)
     plans = (range(u * ranks, (u + 1) * ranks) for u in range(UPDATES))
-    batches, waited = prefetch_ordered(stream.batch, plans, depth=2, threads=2), 0.0
+    batches, waited = prefetch_ordered(stream.read_batch, plans, depth=2, threads=2), 0.0
     for _ in range(UPDATES):
         began = time.perf_counter()
         next(batches)

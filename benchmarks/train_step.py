@@ -63,7 +63,7 @@ def iteration(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterat
     began = perf_counter()
     turn(chosen, trainer, start - trainer.config.student_every)
     synchronize(chosen)
-    trainer.clock.read()
+    trainer.timer.read_seconds()
     yield "first iteration of both roles, compilation included", f"{perf_counter() - began:.1f} s"
     yield "peak host memory of rank 0", f"{host_peak():.1f} GiB, the average included"
     began, steps, marks = perf_counter(), [], []
@@ -75,7 +75,7 @@ def iteration(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterat
     each = [b - a for a, b in zip([0.0, *marks], marks, strict=False)]
     yield f"iterations {start} to {start + count - 1}, seconds (exits)", ", ".join(map(told, steps, each))
     yield from mean_iteration(chosen, trainer, known, spent)
-    read = [step.seconds for step in steps] + [trainer.clock.read()]
+    read = [step.seconds for step in steps] + [trainer.timer.read_seconds()]
     phases = {name: sum(found.get(name, 0) for found in read) / count for name in read[0]}
     yield "phases of a mean iteration", ", ".join(f"{name} {value:.3f} s" for name, value in phases.items())
     losses = [update.loss for step in steps for update in (step.student, step.critic) if update is not None]
@@ -174,7 +174,7 @@ def pause(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[
     size = sum(value.nbytes for value in live.values()) / 2**30
     yield "pause of a checkpoint", f"{beside - alone:.2f} s beside an iteration of {alone:.2f} s, {size:.1f} GiB"
     began = perf_counter()
-    StagedState(live, build_cpu_mesh(trainer.ranks), rooms, first=CRITIC).result()
+    StagedState(live, build_cpu_mesh(trainer.ranks), rooms, first=CRITIC).wait_for_all()
     yield "the copy by itself", f"{perf_counter() - began:.2f} s, begun in {issued:.2f} s"
 
 

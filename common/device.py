@@ -47,15 +47,17 @@ class OffloadedTensors:
     """Tensors that live in the host's memory and visit a GPU: leaving it copies nothing, for they do not change."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self.tensors, self.home = list(tensors), list[Tensor]()
+        self.tensors, self.host_copies = list(tensors), list[Tensor]()
 
     def move_to(self, device: torch.device) -> None:
         """Bring them to a device."""
         if self.tensors[0].device.type == device.type:
             return
-        if not self.home:
+        if not self.host_copies:
             gpu = self.tensors[0].device.type == "cuda"
-            self.home = [copy_async(t.data, torch.device("cpu")) if gpu else t.data.pin_memory() for t in self.tensors]
+            self.host_copies = [
+                copy_async(t.data, torch.device("cpu")) if gpu else t.data.pin_memory() for t in self.tensors
+            ]
             torch.cuda.synchronize()
-        for tensor, home in zip(self.tensors, self.home, strict=True):
+        for tensor, home in zip(self.tensors, self.host_copies, strict=True):
             tensor.data = home if device.type == "cpu" else home.to(device, non_blocking=True)

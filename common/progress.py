@@ -16,22 +16,22 @@ class ProgressBar:
     """Counts up to `total`; `done` of it was there before. Writes to stderr, or nothing where `quiet`."""
 
     def __init__(self, total: int, *, label: str, initial: int = 0, quiet: bool = False) -> None:
-        self.plain = not quiet and not sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=initial, desc=label, disable=quiet or self.plain, dynamic_ncols=True)
-        self.total, self.label, self.done, self.first = total, label, initial, initial
-        self.began = self.last_line_time = time.monotonic()
+        self.plain_text = not quiet and not sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=initial, desc=label, disable=quiet or self.plain_text, dynamic_ncols=True)
+        self.total, self.label, self.completed, self.initial = total, label, initial, initial
+        self.start_time = self.last_line_time = time.monotonic()
 
     def advance(self, note: str = "", *, count: int = 1) -> None:
         """Say that `count` more are done; `note` is shown behind the figures."""
-        self.done += count
+        self.completed += count
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(count)
         now = time.monotonic()
-        if self.plain and (now - self.last_line_time >= SECONDS_PER_LINE or self.done >= self.total):
+        if self.plain_text and (now - self.last_line_time >= SECONDS_PER_LINE or self.completed >= self.total):
             self.last_line_time = now
-            rate = (self.done - self.first) / max(now - self.began, 1e-9)
-            seconds_left = (self.total - self.done) / max(rate, 1e-9)
-            text = f"{self.label}: {self.done}/{self.total}, {rate:.3g}/s, {seconds_left:.0f} s left"
+            rate = (self.completed - self.initial) / max(now - self.start_time, 1e-9)
+            seconds_left = (self.total - self.completed) / max(rate, 1e-9)
+            text = f"{self.label}: {self.completed}/{self.total}, {rate:.3g}/s, {seconds_left:.0f} s left"
             sys.stderr.write(f"{text}, {note}\n" if note else f"{text}\n")
 
     def __enter__(self) -> Self:

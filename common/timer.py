@@ -16,7 +16,7 @@ class PhaseTimer:
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self.sums: dict[str, float] = {}
-        self.open: list[tuple[str, torch.Event, torch.Event]] = []
+        self.pending_events: list[tuple[str, torch.Event, torch.Event]] = []
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -25,7 +25,7 @@ class PhaseTimer:
         yield
         last = self._record_event()
         if first is not None and last is not None:
-            self.open.append((phase, first, last))
+            self.pending_events.append((phase, first, last))
         else:
             self._add_seconds(phase, time.perf_counter() - start_time)
 
@@ -40,15 +40,15 @@ class PhaseTimer:
             self._add_seconds(phase, time.perf_counter() - start_time)
             yield item
 
-    def read(self) -> dict[str, float]:
+    def read_seconds(self) -> dict[str, float]:
         """Seconds by phase since the last reading; work that still runs is counted in the next."""
         running = []
-        for phase, first, last in self.open:
+        for phase, first, last in self.pending_events:
             if last.query():
                 self._add_seconds(phase, first.elapsed_time(last) / 1000)
             else:
                 running.append((phase, first, last))
-        sums, self.sums, self.open = self.sums, {}, running
+        sums, self.sums, self.pending_events = self.sums, {}, running
         return sums
 
     def _record_event(self) -> torch.Event | None:

@@ -46,7 +46,7 @@ class MemberOffsets:
     names: tuple[str, ...]
     offsets: "array[int]"
     sizes: "array[int]"
-    sums: "array[int]"  # crc32
+    checksums: "array[int]"  # crc32
 
     @staticmethod
     def from_index(index: ShardIndex) -> "MemberOffsets":
@@ -64,26 +64,26 @@ class DataSet:
     """A finished data set, read by record number."""
 
     def __init__(self, storage: Storage, manifest: Manifest, negative: Tensor) -> None:
-        self.place, self.manifest, self.negative = storage, manifest, negative  # negative (L D)
-        self.starts = array("q", chain([0], accumulate(shard.records for shard in manifest.shards)))
+        self.storage, self.manifest, self.negative = storage, manifest, negative  # negative (L D)
+        self.shard_starts = array("q", chain([0], accumulate(shard.records for shard in manifest.shards)))
         self._offset_cache: OrderedDict[int, MemberOffsets] = OrderedDict()
         self._max_cached_shards = max(
-            1, MAX_CACHED_RECORDS * len(manifest.shards) // self.records
+            1, MAX_CACHED_RECORDS * len(manifest.shards) // self.num_records
         )  # shards whose offsets are held
         self._lock = threading.Lock()
 
     @property
-    def records(self) -> int:
+    def num_records(self) -> int:
         """Number of records."""
-        return self.starts[-1]
+        return self.shard_starts[-1]
 
-    def record(self, index: int) -> Record:
+    def read_record(self, index: int) -> Record:
         """Record `index` of 0..records-1; its hash is verified. Safe to call from several threads."""
-        if not 0 <= index < self.records:
-            raise IndexError(f"record {index} of {self.records}")
-        shard_index = bisect_right(self.starts, index) - 1
-        first_member = 2 * (index - self.starts[shard_index])
-        offsets = self._offsets(shard_index)
+        if not 0 <= index < self.num_records:
+            raise IndexError(f"record {index} of {self.num_records}")
+        shard_index = bisect_right(self.shard_starts, index) - 1
+        first_member = 2 * (index - self.shard_starts[shard_index])
+        offsets = self._load_offsets(shard_index)
         start = offsets.offsets[first_member]
         stops = [offsets.offsets[i] + offsets.sizes[i] - start for i in (first_member, first_member + 1)]
         member_slices = (slice(0, stops[0]), slice(stops[1] - offsets.sizes[first_member + 1], stops[1]))
@@ -91,25 +91,27 @@ class DataSet:
 
         def read_bytes(fresh: bool) -> memoryview:
             buffer = numpy.empty(stops[1], numpy.uint8).data  # its memory becomes the record's tensors
-            self.place.fill(name, start, buffer, fresh=fresh)
+            self.storage.read_into(name, start, buffer, fresh=fresh)
             return buffer
 
         def find_damage(data: memoryview) -> list[str]:
             checksums = [zlib.crc32(data[part]) for part in member_slices]
-            return [offsets.names[first_member + i] for i in (0, 1) if checksums[i] != offsets.sums[first_member + i]]
+            return [
+                offsets.names[first_member + i] for i in (0, 1) if checksums[i] != offsets.checksums[first_member + i]
+            ]
 
-        data = read_with_retry(self.place, name, read_bytes, find_damage)
+        data = read_with_retry(self.storage, name, read_bytes, find_damage)
         return from_members(
             offsets.names[first_member].removesuffix(f".{TENSORS_SUFFIX}"),
             data[member_slices[0]],
             data[member_slices[1]],
         )
 
-    def index(self, position: int, *, seed: int) -> int:
+    def record_index(self, position: int, *, seed: int) -> int:
         """Number of the record at a position of the endless order that `seed` decides."""
-        return shuffled_index(position, count=self.records, seed=seed)
+        return shuffled_index(position, count=self.num_records, seed=seed)
 
-    def _offsets(self, shard_index: int) -> MemberOffsets:
+    def _load_offsets(self, shard_index: int) -> MemberOffsets:
         """Member offsets of a shard: read when it is first touched, forgotten when many others were since."""
         with self._lock:
             if shard_index in self._offset_cache:
@@ -117,7 +119,7 @@ class DataSet:
                 return self._offset_cache[shard_index]
         shard = self.manifest.shards[shard_index]
         loaded = MemberOffsets.from_index(
-            parse_index(read_verified_file(self.place, index_file_name(shard.name), shard.index_sha256))
+            parse_index(read_verified_file(self.storage, index_file_name(shard.name), shard.index_sha256))
         )
         with self._lock:
             self._offset_cache[shard_index] = loaded
@@ -136,9 +138,9 @@ def open_data_set(prefix: str | Path, *, cache_bytes: int = DEFAULT_CACHE_BYTES)
         data = storage.read(MANIFEST_FILE, fresh=True)
         if not hash_matches(data):
             data = storage.read(MANIFEST_FILE, fresh=True)
-        manifest = parse_manifest(data, storage.where)
+        manifest = parse_manifest(data, storage.location)
         negative = parse_negative_embedding(
-            read_verified_file(storage, NEGATIVE_FILE, manifest.negative_sha256), storage.where
+            read_verified_file(storage, NEGATIVE_FILE, manifest.negative_sha256), storage.location
         )
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"shards={prefix}: does not exist or is unfinished, run encode again ({error})") from error
@@ -151,15 +153,15 @@ class RecordCollection(Protocol):
     """A data set, or several as one."""
 
     @property
-    def records(self) -> int:
+    def num_records(self) -> int:
         """Number of records."""
         ...
 
-    def record(self, index: int) -> Record:
+    def read_record(self, index: int) -> Record:
         """Record `index` of 0..records-1."""
         ...
 
-    def index(self, position: int, *, seed: int) -> int:
+    def record_index(self, position: int, *, seed: int) -> int:
         """Number of the record at a position of the endless order that `seed` decides."""
         ...
 
@@ -170,14 +172,14 @@ class RecordStream:
     def __init__(self, data: RecordCollection, *, seed: int, text_rows: int = TEXT_LENGTH) -> None:
         self.data, self.seed, self.text_rows = data, seed, text_rows
 
-    def index(self, position: int) -> int:
+    def record_index(self, position: int) -> int:
         """Number of the record at a position."""
-        return self.data.index(position, seed=self.seed)
+        return self.data.record_index(position, seed=self.seed)
 
-    def batch(self, positions: Sequence[int]) -> Batch:
+    def read_batch(self, positions: Sequence[int]) -> Batch:
         """The records at these positions, collated."""
         return collate_records(
-            [self.data.record(self.index(position)) for position in positions], text_rows=self.text_rows
+            [self.data.read_record(self.record_index(position)) for position in positions], text_rows=self.text_rows
         )
 
 

@@ -59,32 +59,32 @@ class DataSetMixture:
             differences = encoding_differences(first.manifest, other.manifest)
             if differences:
                 raise ValueError(
-                    f"shards={other.place.where} cannot mix with {first.place.where}: {'; '.join(differences)}"
+                    f"shards={other.storage.location} cannot mix with {first.storage.location}: {'; '.join(differences)}"
                 )
         self.data_sets, self.negative = tuple(data_sets), first.negative
         self.manifest: Manifest = first.manifest  # its spec and encoder are those of all
         rounded = [round(weight * WEIGHT_RESOLUTION) for weight in weights]
-        self.shares = tuple(share // math.gcd(*rounded) for share in rounded)  # draws a cycle
-        self._starts = array("q", chain([0], accumulate(data.records for data in data_sets)))
+        self.draws_per_cycle = tuple(share // math.gcd(*rounded) for share in rounded)  # draws a cycle
+        self._starts = array("q", chain([0], accumulate(data.num_records for data in data_sets)))
 
     @property
-    def records(self) -> int:
+    def num_records(self) -> int:
         """Number of records of all data sets."""
         return self._starts[-1]
 
-    def record(self, index: int) -> Record:
+    def read_record(self, index: int) -> Record:
         """Record `index` of 0..records-1."""
-        if not 0 <= index < self.records:
-            raise IndexError(f"record {index} of {self.records}")
+        if not 0 <= index < self.num_records:
+            raise IndexError(f"record {index} of {self.num_records}")
         data_set_index = bisect_right(self._starts, index) - 1
-        return self.data_sets[data_set_index].record(index - self._starts[data_set_index])
+        return self.data_sets[data_set_index].read_record(index - self._starts[data_set_index])
 
-    def index(self, position: int, *, seed: int) -> int:
+    def record_index(self, position: int, *, seed: int) -> int:
         """Number of the record at a position of the endless order that `seed` decides."""
-        cycle, position_in_cycle = divmod(position, sum(self.shares))
-        data_set_index, draw_index = cycle_draws(self.shares, seed, cycle)[position_in_cycle]
-        data_set_position = cycle * self.shares[data_set_index] + draw_index
-        return self._starts[data_set_index] + self.data_sets[data_set_index].index(
+        cycle, position_in_cycle = divmod(position, sum(self.draws_per_cycle))
+        data_set_index, draw_index = cycle_draws(self.draws_per_cycle, seed, cycle)[position_in_cycle]
+        data_set_position = cycle * self.draws_per_cycle[data_set_index] + draw_index
+        return self._starts[data_set_index] + self.data_sets[data_set_index].record_index(
             data_set_position, seed=derive_seed(seed, 0, data_set_index, "data set")
         )
 

@@ -46,7 +46,7 @@ class EncodeReport:
     records: int
     failures: int
     shards: int
-    done: bool  # False: shards are missing that are not this run's to make
+    is_complete: bool  # False: shards are missing that are not this run's to make
     first_failure: str = ""  # line, file and reason
 
 

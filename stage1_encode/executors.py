@@ -95,15 +95,15 @@ class EncodeWorker:
         """The models."""
         return load_encoders(self.config)
 
-    def load(self) -> None:
+    def load_models(self) -> None:
         """Read the models; a mistake comes out here and not with the end of the actor."""
         _ = self.encoders
 
-    def write_negative(self) -> None:
+    def embed_negative(self) -> None:
         """Embed the negative prompt."""
         write_negative_embedding(self.config, self.encoders)
 
-    def make(self, chunk: Sequence[ShardTask]) -> int:
+    def encode_chunk(self, chunk: Sequence[ShardTask]) -> int:
         """Make some shards, those left out that a lost worker finished; the number of rows that they stand for."""
         rows = sum(len(task.rows) for task in chunk)
         unfinished = [
@@ -140,7 +140,7 @@ def run_on_ray_cluster(
         ray.get([worker.load.remote() for worker in workers])
         before_writing()
         if embed_negative:
-            ray.get(workers[0].write_negative.remote())
+            ray.get(workers[0].embed_negative.remote())
         with ProgressBar(sum(shard_rows.values()), label="encode") as progress:
             while chunk := list(islice(pending_tasks, SHARDS_PER_CHUNK)):
                 if not pool.has_free():

@@ -160,10 +160,10 @@ class EncodedRow:
 class EncodedShard:
     """What a task gives; its tensors may be read after `ready`."""
 
-    good: list[EncodedRow]
+    rows: list[EncodedRow]
     latents: list[Tensor]  # (C 1 H W) of those with a frame, in order
     failures: list[RowFailure]
-    ready: torch.cuda.Event | None
+    ready_event: torch.cuda.Event | None
 
 
 def encode_shard(
@@ -188,8 +188,8 @@ def encode_shard(
             continue
         encoded_rows.append(EncodedRow(row, prompt, embedding, frame.size if frame else None))
         if frame:
-            batches.add(frame.pixels)
-    return EncodedShard(encoded_rows, batches.finish(), failures, record_event(encoders.text.model.device))
+            batches.add_picture(frame.pixels)
+    return EncodedShard(encoded_rows, batches.encode_remaining(), failures, record_event(encoders.text.model.device))
 
 
 def build_records(config: EncodeConfig, encoded_rows: list[EncodedRow], latents: list[Tensor]) -> list[Record]:
@@ -214,35 +214,35 @@ class FrameBatcher:
 
     def __init__(self, model: vae.FrameEncoder, size: int) -> None:
         self.model, self.size = model, size
-        self.waiting: list[numpy.ndarray] = []
+        self.pending: list[numpy.ndarray] = []
         self.latents: list[Tensor] = []
 
-    def add(self, pixels: numpy.ndarray) -> None:
+    def add_picture(self, pixels: numpy.ndarray) -> None:
         """Take one picture (X Y 3) uint8, and encode once there are enough."""
-        self.waiting.append(pixels)
-        if len(self.waiting) == self.size:
-            self._encode()
+        self.pending.append(pixels)
+        if len(self.pending) == self.size:
+            self._encode_batch()
 
-    def _encode(self) -> None:
-        shape = (len(self.waiting), *self.waiting[0].shape)
+    def _encode_batch(self) -> None:
+        shape = (len(self.pending), *self.pending[0].shape)
         pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.model.mean.device.type == "cuda")
-        numpy.stack(self.waiting, out=pixels.numpy())
+        numpy.stack(self.pending, out=pixels.numpy())
         latents = vae.encode_frames(self.model, pixels).to(torch.bfloat16)
         self.latents += list(copy_async(latents, torch.device("cpu")))
-        self.waiting = []
+        self.pending = []
 
-    def finish(self) -> list[Tensor]:
+    def encode_remaining(self) -> list[Tensor]:
         """The latents (C 1 H W) bf16 on the CPU of all pictures in order, perhaps not there yet."""
-        if self.waiting:
-            self._encode()
+        if self.pending:
+            self._encode_batch()
         return self.latents
 
 
 def save_shard(config: EncodeConfig, task: ShardTask, encoded: EncodedShard) -> ShardIndex:
     """Wait for the models and write one shard; ValueError where the folder cannot take it."""
-    if encoded.ready:
-        encoded.ready.synchronize()
-    records = build_records(config, encoded.good, encoded.latents)
+    if encoded.ready_event:
+        encoded.ready_event.synchronize()
+    records = build_records(config, encoded.rows, encoded.latents)
     folder, name, digest = Path(config.out), shard_file_name(task.number), rows_digest(task.rows)
     with report_write_errors(folder):
         return write_shard(folder, name, records, failures=encoded.failures, rows_sha256=digest)

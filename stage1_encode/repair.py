@@ -36,9 +36,9 @@ def repair_data_set(report: VerifyReport, config: VerifyConfig) -> EncodeReport:
 
     Raises ValueError where that command cannot run any more; nothing is deleted then.
     """
-    folder = Path(report.where)
+    folder = Path(report.location)
     if not folder.is_dir():
-        raise ValueError(f"shards={report.where}: only a local folder is repaired; copy it, or encode it again")
+        raise ValueError(f"shards={report.location}: only a local folder is repaired; copy it, or encode it again")
     encode_config = original_config(folder, config)
     check_plan(folder, make_encoding_plan(encode_config, locate_model(encode_config.model, ENCODER_PARTS)))
     pick_device(encode_config.device)
@@ -79,13 +79,13 @@ def draw_contact_sheet(report: VerifyReport, config: VerifyConfig) -> Path:
     """
     assert config.model, config
     folder = locate_model(config.model, ("vae",))
-    data = open_data_set(report.where)
+    data = open_data_set(report.location)
     if fingerprint_folder(folder / "vae") != data.manifest.encoder.vae:
-        raise ValueError(f"model={config.model}: its VAE is not the one that {report.where} was made with")
+        raise ValueError(f"model={config.model}: its VAE is not the one that {report.location} was made with")
     model = vae.load_vae(folder, dtype=torch.float32, device=pick_device(config.device))
     cells = [draw_cell(model, record) for record in evenly_spaced_records(data)]
     if not cells:
-        raise ValueError(f"shards={report.where}: no record has a first frame to show")
+        raise ValueError(f"shards={report.location}: no record has a first frame to show")
     cells += [numpy.full_like(cells[0], 255)] * (-len(cells) % PICTURES_PER_ROW)
     pixels = rearrange(numpy.stack(cells), "(row column) x y c -> (row x) (column y) c", column=PICTURES_PER_ROW)
     path = Path(config.sheet)
@@ -96,9 +96,9 @@ def draw_contact_sheet(report: VerifyReport, config: VerifyConfig) -> Path:
 
 def evenly_spaced_records(data: DataSet) -> Iterator[Record]:
     """Up to `MOST` records with a first frame, evenly spread; those that cannot be read are left out."""
-    for index in numpy.unique(numpy.linspace(0, data.records - 1, MAX_PICTURES).round().astype(int)).tolist():
+    for index in numpy.unique(numpy.linspace(0, data.num_records - 1, MAX_PICTURES).round().astype(int)).tolist():
         with suppress(ValueError, OSError):  # verify has named it
-            record = data.record(index)
+            record = data.read_record(index)
             if record.first_frame is not None:
                 yield record
 

@@ -124,14 +124,14 @@ def build_adapter_views(
 class InMemoryTensor:
     """A whole tensor from which each rank takes its part."""
 
-    whole: Tensor
+    full_tensor: Tensor
 
     def get_shape(self) -> list[int]:
         """Shape of the whole."""
-        return list(self.whole.shape)
+        return list(self.full_tensor.shape)
 
     def __getitem__(self, index: object) -> Tensor:
-        return self.whole[index]  # type: ignore[index]
+        return self.full_tensor[index]  # type: ignore[index]
 
 
 @torch.no_grad()

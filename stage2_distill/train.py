@@ -138,7 +138,7 @@ def train_loop(
         StopSignal() as stop,
     ):
         optimizers = {STUDENT: trainer.student_optimizer, CRITIC: trainer.critic_optimizer}
-        saver.register_step_hooks(optimizers, trainer.clock)
+        saver.register_step_hooks(optimizers, trainer.timer)
         for iteration in range(start_iteration, config.iterations):
             watch.write(iteration, run_iteration(trainer, iteration, micro_batches, saver))
             completed = iteration + 1
@@ -146,11 +146,11 @@ def train_loop(
                 saver.prepare_buffers(training_state(trainer))
             if previews.is_due(completed):
                 saver.wait_for_copies()  # the average takes the student's place meanwhile
-                previews.make(preview_student(trainer), completed)
+                previews.write_step(preview_student(trainer), completed)
             stopping = stop.is_requested() or completed == config.iterations
             if stopping or completed % config.checkpoint_every == 0:
                 watch.sync()
-                with trainer.clock("checkpoint"):
+                with trainer.timer("checkpoint"):
                     checkpoint_facts = replace(facts, iteration=completed, position=stream_position(completed, config))
                     saver.save(training_state(trainer), checkpoint_facts)
             if stopping:
@@ -165,8 +165,8 @@ def train_loop(
 def preview_student(trainer: Trainer) -> PreviewStudent:
     """What previews need of a trainer."""
     student = trainer.roles.student
-    denoiser = trainer.denoiser(student)
-    return PreviewStudent(trainer.config, trainer.ranks, student, denoiser, trainer.ema, trainer.clock)
+    denoiser = trainer.role_denoiser(student)
+    return PreviewStudent(trainer.config, trainer.ranks, student, denoiser, trainer.ema, trainer.timer)
 
 
 def start_previews(out: Path, trainer: Trainer, data: DataSet | DataSetMixture, start_iteration: int) -> PreviewWriter:
@@ -175,7 +175,7 @@ def start_previews(out: Path, trainer: Trainer, data: DataSet | DataSetMixture, 
     if trainer.ranks.rank == 0:
         previews.close(complete=False)
     if start_iteration == 0 and previews.is_due(0):
-        previews.make(preview_student(trainer), 0)
+        previews.write_step(preview_student(trainer), 0)
     return previews
 
 
@@ -187,7 +187,7 @@ def run_iteration(
         return train_step(trainer, iteration, micro_batches)
     except DivergedError as error:
         saver.wait()  # the last checkpoint may still be on its way
-        intact = list_checkpoints(saver.run)
+        intact = list_checkpoints(saver.run_folder)
         raise DivergedError(
             f"iteration {iteration}: {error}. The update was not taken. Last good checkpoint: "
             f"{intact[-1].name if intact else 'none'}. Lower the learning rates or look at the data."
@@ -202,7 +202,7 @@ def load_micro_batches(
     stream = RecordStream(data, seed=config.seed, text_rows=config.text_rows)
 
     def read_micro_batch(part: MicroBatch) -> tuple[MicroBatch, Condition]:
-        return part, augment_condition(stream.batch(part.positions).condition, part, config)
+        return part, augment_condition(stream.read_batch(part.positions).condition, part, config)
 
     start = start_iteration - start_iteration % config.student_every if config.rollout_reuse else start_iteration
     schedule = micro_batches(config, start=start, rank=ranks.rank, world=ranks.world)
@@ -211,5 +211,5 @@ def load_micro_batches(
         if part.iteration >= start_iteration:
             yield part, device_condition
         elif part.role == CRITIC:  # done before the run was stopped: remake the rollout that goes on
-            trainer.rollout_reuse.sample(trainer.denoiser(trainer.roles.student), part, device_condition)
+            trainer.rollout_reuse.sample(trainer.role_denoiser(trainer.roles.student), part, device_condition)
             trainer.rollout_reuse.exits_taken.clear()

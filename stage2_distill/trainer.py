@@ -79,7 +79,7 @@ def train_step(trainer: Trainer, iteration: int, data: Iterator[tuple[MicroBatch
         student_masters = master_weights(trainer.roles.student, trainer.student_optimizer)
         trainer.ema.update(student_masters, ema_decay(iteration, trainer.config), trainer.ranks.device)
     critic = update_critic(trainer, iteration, data)
-    return StepResult(student, critic, trainer.clock.read())
+    return StepResult(student, critic, trainer.timer.read_seconds())
 
 
 def ema_decay(iteration: int, config: DistillConfig) -> float:
@@ -89,9 +89,9 @@ def ema_decay(iteration: int, config: DistillConfig) -> float:
 
 def update_student(trainer: Trainer, iteration: int, data: Iterator[tuple[MicroBatch, Condition]]) -> UpdateResult:
     """Move the student's law towards the teacher's (DMD eq. 7), with a gradient at one step of the rollout."""
-    critic = trainer.denoiser(trainer.roles.critic)
+    critic = trainer.role_denoiser(trainer.roles.critic)
     teacher = guided(
-        trainer.denoiser(trainer.roles.teacher),
+        trainer.role_denoiser(trainer.roles.teacher),
         negative_text=trainer.negative_text,
         scale=trainer.config.guidance_scale,
     )
@@ -108,7 +108,7 @@ def update_student(trainer: Trainer, iteration: int, data: Iterator[tuple[MicroB
 
 def update_critic(trainer: Trainer, iteration: int, data: Iterator[tuple[MicroBatch, Condition]]) -> UpdateResult:
     """Teach the critic the student's present law (DMD2 section 4.2), on a rollout without gradient."""
-    critic = trainer.denoiser(trainer.roles.critic)
+    critic = trainer.role_denoiser(trainer.roles.critic)
 
     def compute_loss(x0: Tensor, condition: Condition, sigma: Tensor, eps: Tensor) -> Tensor:
         return critic_loss(x0, condition, critic=critic, sigma=sigma, eps=eps, kind=trainer.config.critic_loss)
@@ -132,14 +132,14 @@ def accumulate_gradients(
 ) -> Tensor:
     """Add up the gradients of `net` over the micro-batches of one update; this rank's mean loss and looks (4)."""
     total = torch.zeros(1 + len(LATENT_STATS), device=trainer.ranks.device)
-    for micro_batch, condition in trainer.clock.time_items(data, "data"):
+    for micro_batch, condition in trainer.timer.time_items(data, "data"):
         set_gradient_all_reduce(net, micro_batch.last)
-        with trainer.clock("rollout"), torch.set_grad_enabled(micro_batch.role == STUDENT):
+        with trainer.timer("rollout"), torch.set_grad_enabled(micro_batch.role == STUDENT):
             x0, condition, exit_index = simulate_rollout(trainer, micro_batch, condition, exit_index)
-        with trainer.clock("scores"):
+        with trainer.timer("scores"):
             sigma, eps = draw_score_noise(trainer, micro_batch, x0, exit_index)
             value = loss(x0, condition, sigma, eps)
-        with trainer.clock("backward"):
+        with trainer.timer("backward"):
             (value * micro_batch.share).backward()
         total += torch.cat([value.detach()[None], latent_stats(x0, condition)]) * micro_batch.share
         if micro_batch.last:
@@ -156,13 +156,13 @@ def simulate_rollout(
     """
     config = trainer.config
     if micro_batch.role == CRITIC and config.rollout_reuse:
-        return trainer.rollout_reuse.sample(trainer.denoiser(trainer.roles.student), micro_batch, condition)
+        return trainer.rollout_reuse.sample(trainer.role_denoiser(trainer.roles.student), micro_batch, condition)
     generators = [
         make_generator(config.seed, micro_batch.iteration, sample, f"{micro_batch.role} rollout", trainer.ranks.device)
         for sample in micro_batch.samples
     ]
     x0 = rollout(
-        trainer.denoiser(trainer.roles.student),
+        trainer.role_denoiser(trainer.roles.student),
         draw_normal(config.spec.latent_shape, generators),
         condition,
         sigmas=config.sigmas,
@@ -195,7 +195,7 @@ def apply_update(
     norm = clip_gradients(net, optimizer, trainer.config.grad_clip)
     all_stats = torch.cat([gather_from_ranks(loss_and_stats), norm.expand(1, len(loss_and_stats))])
     host_stats, copy_event = copy_async(all_stats, torch.device("cpu")), record_event(trainer.ranks.device)
-    with trainer.clock("update"):
+    with trainer.timer("update"):
         stepped = step_if_finite(optimizer, all_stats[:, 0].sum().isfinite())
     if copy_event is not None:
         copy_event.synchronize()
@@ -207,7 +207,7 @@ def apply_update(
             f"on rank {', '.join(map(str, bad_ranks))}" if bad_ranks else "on no rank, but its gradient is not finite"
         )
         raise DivergedError(f"loss {loss:g}, gradient norm {grad_norm:g}; the loss is not finite {location}")
-    with trainer.clock("update"):
+    with trainer.timer("update"):
         if not stepped:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

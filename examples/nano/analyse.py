@@ -99,10 +99,10 @@ def read_motion(centre: Tensor, area: Tensor) -> Tensor:
     angle = torch.atan2(moved[..., 1], moved[..., 0])
     motion = torch.full_like(net, FREE, dtype=torch.long)
     straight = (net > 10) & (bend < 0.15 * net) & (far < 1.2 * net) & same
-    motion = motion.where(~straight, (angle / (torch.pi / 4)).round().long() % 8)
-    motion = motion.where(~((far > 4) & back & same & (first.norm(dim=-1) > 2) & (last.norm(dim=-1) > 2)), BOUNCE)
-    motion = motion.where(~((far < 4) & (ratio > 1.3)), GROW).where(~((far < 4) & (ratio < 0.77)), SHRINK)
-    return motion.where(~((far < 3) & same), STAY)
+    motion = motion.location(~straight, (angle / (torch.pi / 4)).round().long() % 8)
+    motion = motion.location(~((far > 4) & back & same & (first.norm(dim=-1) > 2) & (last.norm(dim=-1) > 2)), BOUNCE)
+    motion = motion.location(~((far < 4) & (ratio > 1.3)), GROW).location(~((far < 4) & (ratio < 0.77)), SHRINK)
+    return motion.location(~((far < 3) & same), STAY)
 
 
 def read_background(video: Tensor, cover: Tensor, saturation: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,11 +50,11 @@ class ObjectStore:
     """An object-store prefix."""
 
     def __init__(self, location: str, *, cache: DiskCache, retry: RetryPolicy = RetryPolicy()) -> None:
-        self.where, self.cache, self.retry = location.rstrip("/"), cache, retry
+        self.location, self.cache, self.retry = location.rstrip("/"), cache, retry
         scheme = location.split("://")[0]
         try:
             options = client_options(scheme)
-            self.files, self.root = fsspec.core.url_to_fs(self.where, skip_instance_cache=True, **options)
+            self.filesystem, self.root = fsspec.core.url_to_fs(self.location, skip_instance_cache=True, **options)
             client_errors = [getattr(import_module(module), name) for module, name in CLIENT_ERRORS[scheme]]
         except ImportError as error:
             raise ValueError(f"shards={location}: needs pip install 'ti2v-distill[remote]' ({error})") from error
@@ -62,7 +62,7 @@ class ObjectStore:
 
     def read(self, name: str, start: int = 0, size: int | None = None, *, fresh: bool = False) -> bytes:
         """See `Place.read`; ConnectionError where all tries fail."""
-        key = f"{self.where}/{name}:{start}:{size}"
+        key = f"{self.location}/{name}:{start}:{size}"
         cached = None if fresh else self.cache.get(key)
         if cached is not None:
             return cached
@@ -82,7 +82,7 @@ class ObjectStore:
                 raise
             except self.connection_errors as error:
                 delay = self.retry.first_delay * 2**attempt
-                reason = f"{self.where}/{name}: {type(error).__name__}: {error}"
+                reason = f"{self.location}/{name}: {type(error).__name__}: {error}"
                 if attempt + 1 == self.retry.max_attempts:
                     raise ConnectionError(f"{reason} (tried {self.retry.max_attempts} times)") from error
                 log.warning("%s; again in %.1f s", reason, delay)
@@ -92,11 +92,11 @@ class ObjectStore:
     def _fetch_once(self, name: str, start: int, size: int | None) -> bytes:
         path = f"{self.root}/{name}"
         if size is None:
-            content: bytes = self.files.cat_file(path, start=start) if start else self.files.cat_file(path)
+            content: bytes = self.filesystem.cat_file(path, start=start) if start else self.filesystem.cat_file(path)
             return content
-        data = self.files.cat_file(path, start=start, end=start + size)
+        data = self.filesystem.cat_file(path, start=start, end=start + size)
         if len(data) > size:
-            raise ValueError(f"{self.where}: the server sends whole files where ranges are asked for")
+            raise ValueError(f"{self.location}: the server sends whole files where ranges are asked for")
         if len(data) < size:
             raise OSError(f"{len(data)} bytes came where {size} were asked for")
         return data

@@ -17,7 +17,7 @@ T = TypeVar("T")
 class Storage(Protocol):
     """Files by name, below one folder or prefix."""
 
-    where: str
+    location: str
 
     def read(self, name: str, start: int = 0, size: int | None = None, *, fresh: bool = False) -> bytes:
         """`size` bytes of a file from `start` on (None = all); `fresh` = not from a cache. FileNotFoundError."""
@@ -32,18 +32,18 @@ class LocalStorage:
     """A local folder."""
 
     def __init__(self, location: str) -> None:
-        self.where = location
+        self.location = location
 
     def read(self, name: str, start: int = 0, size: int | None = None, *, fresh: bool = False) -> bytes:
         """See `Place.read`."""
-        with (Path(self.where) / name).open("rb", buffering=0) as file:
+        with (Path(self.location) / name).open("rb", buffering=0) as file:
             length = os.fstat(file.fileno()).st_size - start if size is None else size
             file.seek(start)
             return file.read(length)
 
     def read_into(self, name: str, start: int, buffer: memoryview, *, fresh: bool = False) -> None:
         """See `Place.fill`."""
-        with (Path(self.where) / name).open("rb", buffering=0) as file:
+        with (Path(self.location) / name).open("rb", buffering=0) as file:
             file.seek(start)
             bytes_read = file.readinto(buffer) or 0
         buffer[bytes_read:] = bytes(len(buffer) - bytes_read)
@@ -87,7 +87,7 @@ def read_with_retry(
         if not damage:
             return data
     raise ValueError(
-        f"{storage.where}/{name}: damaged at {', '.join(damage)} (hash differs, read twice); verify --repair"
+        f"{storage.location}/{name}: damaged at {', '.join(damage)} (hash differs, read twice); verify --repair"
     )
 
 

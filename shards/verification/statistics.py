@@ -44,23 +44,23 @@ class ValueSummary:
 class VerifyReport:
     """What `verify` found."""
 
-    where: str
+    location: str
     manifest: Manifest | None  # None = cannot be read
     problems: tuple[DataProblem, ...]
     outliers: tuple[RecordOutlier, ...]
-    spreads: Mapping[str, ValueSummary]
+    value_summaries: Mapping[str, ValueSummary]
     sources: Mapping[str, int]  # most frequent first
 
-    def lines(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         """The report in words."""
-        lines = [f"{self.where}: {len(self.problems)} problems, {len(self.outliers)} outliers"]
+        lines = [f"{self.location}: {len(self.problems)} problems, {len(self.outliers)} outliers"]
         if self.manifest is not None:
             rows = sum(shard.rows for shard in self.manifest.shards)
             lines.append(
                 f"{self.manifest.records} records + {self.manifest.failures} failures = {rows} rows"
                 f" in {len(self.manifest.shards)} shards; {self.manifest.spec}"
             )
-        lines += [f"{name}: {summary}" for name, summary in self.spreads.items()]
+        lines += [f"{name}: {summary}" for name, summary in self.value_summaries.items()]
         lines += [f"{count} records from {kind}" for kind, count in list(self.sources.items())[:MAX_PRINTED]]
         lines += [f"outlier: {item}" for item in self.outliers[:MAX_PRINTED]]
         return lines + [f"broken: {problem}" for problem in self.problems]

@@ -34,7 +34,7 @@ def verify_data_set(prefix: str | Path) -> VerifyReport:
     storage = open_storage(str(prefix), cache_bytes=0)
     manifest, problems = _check_manifest_files(storage)
     if manifest is None:
-        return VerifyReport(storage.where, None, tuple(problems), (), {}, {})
+        return VerifyReport(storage.location, None, tuple(problems), (), {}, {})
     check = partial(check_shard, storage, manifest)
     checked = prefetch_ordered(check, manifest.shards, depth=2 * VERIFY_THREADS, threads=VERIFY_THREADS)
     shard_reports = list(track_progress(checked, total=len(manifest.shards), label="verify"))
@@ -46,7 +46,7 @@ def verify_data_set(prefix: str | Path) -> VerifyReport:
         *_unlisted_shards(storage, manifest),
     ]
     return VerifyReport(
-        storage.where,
+        storage.location,
         manifest,
         tuple(problems),
         find_outliers(shard_reports),
@@ -62,9 +62,9 @@ def broken_shard_names(report: VerifyReport) -> list[str]:
 
 def delete_broken_files(report: VerifyReport) -> list[str]:
     """Delete what is broken in a local data set, so that the same encode command makes just that again."""
-    folder = Path(report.where)
+    folder = Path(report.location)
     if not folder.is_dir():
-        raise ValueError(f"shards={report.where}: only a local folder is repaired; copy it, or encode it again")
+        raise ValueError(f"shards={report.location}: only a local folder is repaired; copy it, or encode it again")
     shards = broken_shard_names(report)
     to_delete = {name for shard in shards for name in (index_file_name(shard), shard)}
     to_delete |= {problem.file for problem in report.problems if not problem.shard}
@@ -79,15 +79,15 @@ def _check_manifest_files(storage: Storage) -> tuple[Manifest | None, list[DataP
     try:
         data = storage.read(MANIFEST_FILE, fresh=True)
         manifest = parse_manifest(
-            data if hash_matches(data) else storage.read(MANIFEST_FILE, fresh=True), storage.where
+            data if hash_matches(data) else storage.read(MANIFEST_FILE, fresh=True), storage.location
         )
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(f"shards={storage.where}: does not exist or is unfinished (no {MANIFEST_FILE})") from error
+        raise ValueError(f"shards={storage.location}: does not exist or is unfinished (no {MANIFEST_FILE})") from error
     except ValueError as error:
         return None, [DataProblem(MANIFEST_FILE, "", str(error))]
     try:
         negative = parse_negative_embedding(
-            read_verified_file(storage, NEGATIVE_FILE, manifest.negative_sha256), storage.where
+            read_verified_file(storage, NEGATIVE_FILE, manifest.negative_sha256), storage.location
         )
     except (OSError, ValueError) as error:
         return manifest, [DataProblem(NEGATIVE_FILE, "text", str(error))]
@@ -143,7 +143,7 @@ def _unlisted_shards(storage: Storage, manifest: Manifest) -> Iterator[DataProbl
     """Shards that the manifest does not know; an object store is not listed."""
     if isinstance(storage, LocalStorage):
         listed = {name for shard in manifest.shards for name in (shard.name, index_file_name(shard.name))}
-        for path in sorted(Path(storage.where).glob("shard-*")):
+        for path in sorted(Path(storage.location).glob("shard-*")):
             has_shard_name = path.suffix in (".tar", ".json") and SHARD_NAME_PATTERN.fullmatch(
                 path.with_suffix(".tar").name
             )

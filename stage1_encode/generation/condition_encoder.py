@@ -70,7 +70,7 @@ def encode_conditions(
     prompts = [text_encoder.clean_prompt(row.prompt) for row in rows]
     with ThreadPoolExecutor(PICTURE_THREADS) as pool:
         pending_pictures = pool.map(lambda row, prompt: read_row_picture(row, prompt, table, spec), rows, prompts)
-        encoder.text_tensors.move(encoder.device)
+        encoder.text_tensors.move_to(encoder.device)
         embeddings = text_encoder.embed_prompts(
             encoder.text, text_encoder.tokenize_prompts(encoder.text, prompts), max_tokens=TEXT_BATCH_TOKENS
         )
@@ -83,7 +83,7 @@ def encode_conditions(
     if event := record_event(encoder.device):
         event.synchronize()
     if not keep_text_on_device:
-        encoder.text_tensors.move(torch.device("cpu"))
+        encoder.text_tensors.move_to(torch.device("cpu"))
     return [
         Record(row.key, RecordSource(prompt, row.path, row.line, 0, None, row.seed), latent, embedding)
         for row, prompt, latent, embedding in zip(rows, prompts, latents, embeddings, strict=True)

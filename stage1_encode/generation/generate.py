@@ -48,17 +48,17 @@ class LatentSampler(Protocol):
 class MemoryPlan:
     """What stays on the device, and how much is decoded at once."""
 
-    text: bool = True  # the text encoder stays
-    network: bool = True  # the denoiser stays while latents are decoded
-    steps: int = vae.DEFAULT_CHUNK_FRAMES  # latent frames decoded at once
+    keep_text_encoder: bool = True  # the text encoder stays
+    keep_denoiser: bool = True  # the denoiser stays while latents are decoded
+    chunk_frames: int = vae.DEFAULT_CHUNK_FRAMES  # latent frames decoded at once
 
 
 # GiB of a card, at 121 x 704 x 1280, fastest first: benchmarks/results/sample-*, and the context of the driver
 REQUIRED_GIB = {"full": 33, "24gb": 22, "16gb": 15}
 MEMORY_PLANS = {
     "full": MemoryPlan(),
-    "24gb": MemoryPlan(text=False, steps=1),
-    "16gb": MemoryPlan(text=False, network=False),
+    "24gb": MemoryPlan(keep_text_encoder=False, chunk_frames=1),
+    "16gb": MemoryPlan(keep_text_encoder=False, keep_denoiser=False),
 }
 
 
@@ -84,7 +84,7 @@ def choose_memory_plan(memory: str, device: torch.device) -> MemoryPlan:
 class GenerationRequest:
     """What is to be made."""
 
-    table: Path  # CSV of prompts and pictures
+    csv_path: Path  # CSV of prompts and pictures
     out: Path  # an mp4 file for one row, else a folder
     store: Path  # of the latents
     spec: VideoSpec
@@ -117,7 +117,7 @@ def generate_videos(
 def _generate_all(
     request: GenerationRequest, encoder: ConditionEncoder, sampler: LatentSampler, memory_plan: MemoryPlan
 ) -> list[Path]:
-    (all_rows,) = read_shard_rows(request.table, shard_size=sys.maxsize, text_only=True)
+    (all_rows,) = read_shard_rows(request.csv_path, shard_size=sys.maxsize, text_only=True)
     rows = all_rows[request.rank :: request.world]
     if not rows:
         return []
@@ -130,9 +130,11 @@ def _generate_all(
     ):
         generator = VideoGenerator(request, encoder, sampler, memory_plan, open_writers, store_thread)
         for start in range(0, len(rows), ROWS_PER_CHUNK):
-            for count in generator.make(rows[start : start + ROWS_PER_CHUNK], seeds[start : start + ROWS_PER_CHUNK]):
+            for count in generator.generate_rows(
+                rows[start : start + ROWS_PER_CHUNK], seeds[start : start + ROWS_PER_CHUNK]
+            ):
                 progress.advance(count=count)
-        files = generator.finish()
+        files = generator.finish_files()
     latent_store.finish_group(request.store, GROUP_NAME)
     return files
 
@@ -153,17 +155,21 @@ class VideoJob:
     """One video being made: its film and, where it is shown, the frames of it on the contact sheet."""
 
     def __init__(self, path: Path, request: GenerationRequest, *, on_sheet: bool) -> None:
-        self.film = VideoWriter(path, fps=request.spec.fps)
+        self.writer = VideoWriter(path, fps=request.spec.fps)
         frames = 1 + (request.spec.num_frames - 1) * request.segments
-        self.places = numpy.linspace(0, frames - 1, SHEET_COLUMNS if on_sheet else 0).round().astype(int).tolist()
-        self.count, self.shown = 0, list[Tensor]()
+        self.sheet_indices = (
+            numpy.linspace(0, frames - 1, SHEET_COLUMNS if on_sheet else 0).round().astype(int).tolist()
+        )
+        self.frame_count, self.sheet_frames = 0, list[Tensor]()
 
-    def add(self, frames: Tensor) -> None:
+    def add_frames(self, frames: Tensor) -> None:
         """Append frames (F X Y 3) uint8."""
-        self.film.add(frames)
-        local_indices = [index - self.count for index in self.places if 0 <= index - self.count < len(frames)]
-        self.shown += [copy_async(frames[index].clone(), torch.device("cpu")) for index in local_indices]
-        self.count += len(frames)
+        self.writer.add_frames(frames)
+        local_indices = [
+            index - self.frame_count for index in self.sheet_indices if 0 <= index - self.frame_count < len(frames)
+        ]
+        self.sheet_frames += [copy_async(frames[index].clone(), torch.device("cpu")) for index in local_indices]
+        self.frame_count += len(frames)
 
 
 class VideoGenerator:
@@ -178,93 +184,99 @@ class VideoGenerator:
         open_writers: ExitStack,
         store_thread: ThreadPoolExecutor,
     ) -> None:
-        self.order, self.models, self.sampler, self.memory_plan = request, encoder, sampler, memory_plan
+        self.request, self.models, self.sampler, self.memory_plan = request, encoder, sampler, memory_plan
         self.open_writers, self.store_thread = open_writers, store_thread
         self.jobs: list[VideoJob] = []
         self.pending_stores = deque[Future[None]]()
 
-    def make(self, rows: Sequence[Row], seeds: Sequence[int]) -> Iterator[int]:
+    def generate_rows(self, rows: Sequence[Row], seeds: Sequence[int]) -> Iterator[int]:
         """Begin the videos of some rows; yields how many at a time."""
-        if not self.memory_plan.text:
-            self.sampler.move(torch.device("cpu"))
-        request = self.order
+        if not self.memory_plan.keep_text_encoder:
+            self.sampler.move_to(torch.device("cpu"))
+        request = self.request
         records = encode_conditions(
-            self.models, rows, request.table, request.spec, keep_text_on_device=self.memory_plan.text
+            self.models, rows, request.csv_path, request.spec, keep_text_on_device=self.memory_plan.keep_text_encoder
         )
         for indices in group_by_first_frame(records, request.batch_size):
             previous_jobs = self.jobs[-request.batch_size :]
-            self.batch([records[index] for index in indices], [seeds[index] for index in indices])
+            self.generate_batch([records[index] for index in indices], [seeds[index] for index in indices])
             for job in previous_jobs:
-                job.film.finish()
+                job.writer.finish_file()
             yield len(indices)
 
-    def batch(self, records: Sequence[Record], seeds: Sequence[int]) -> None:
+    def generate_batch(self, records: Sequence[Record], seeds: Sequence[int]) -> None:
         """Begin the videos of one batch, segment by segment."""
         jobs = [
-            VideoJob(self.path(record), self.order, on_sheet=self.place(record) < MAX_SHEET_ROWS) for record in records
+            VideoJob(self.video_path(record), self.request, on_sheet=self.row_position(record) < MAX_SHEET_ROWS)
+            for record in records
         ]
         for job in jobs:
-            self.open_writers.push(job.film)
-        for segment in range(self.order.segments):
-            self.sampler.move(self.models.device)
+            self.open_writers.push(job.writer)
+        for segment in range(self.request.segments):
+            self.sampler.move_to(self.models.device)
             x0 = self.sampler(records, seeds, segment)
-            if not self.memory_plan.network:
-                self.sampler.move(torch.device("cpu"))
-            self.keep(records, x0, segment)
-            last_frames = [self.show(job, video, skip_first=segment > 0) for job, video in zip(jobs, x0, strict=True)]
-            if segment + 1 < self.order.segments:
+            if not self.memory_plan.keep_denoiser:
+                self.sampler.move_to(torch.device("cpu"))
+            self.store_latents(records, x0, segment)
+            last_frames = [
+                self.decode_segment(job, video, skip_first=segment > 0) for job, video in zip(jobs, x0, strict=True)
+            ]
+            if segment + 1 < self.request.segments:
                 frames = [encode_picture(self.models, last) for last in last_frames]
                 records = [
                     replace(previous, first_frame=frame) for previous, frame in zip(records, frames, strict=True)
                 ]
         self.jobs += jobs
 
-    def show(self, job: VideoJob, video: Tensor, *, skip_first: bool) -> Tensor:
+    def decode_segment(self, job: VideoJob, video: Tensor, *, skip_first: bool) -> Tensor:
         """Decode latents (C T H W) into a film, without the first frame where it is the last one of the segment before.
 
         The last frame (X Y 3) uint8.
         """
-        for frames in vae.decode_stream(self.models.vae, video, chunk_frames=self.memory_plan.steps):
-            job.add(frames[1:] if skip_first else frames)
+        for frames in vae.decode_stream(self.models.vae, video, chunk_frames=self.memory_plan.chunk_frames):
+            job.add_frames(frames[1:] if skip_first else frames)
             skip_first = False
-        if not self.memory_plan.network:
-            self.models.vae.decoder.release()
+        if not self.memory_plan.keep_denoiser:
+            self.models.vae.decoder.free_memory()
         return frames[-1]
 
-    def keep(self, records: Sequence[Record], x0: Tensor, segment: int) -> None:
+    def store_latents(self, records: Sequence[Record], x0: Tensor, segment: int) -> None:
         """Store latents (B C T H W) meanwhile; when this returns, those before them are stored."""
-        rows = [self.place(record) * self.order.segments + segment for record in records]
+        rows = [self.row_position(record) * self.request.segments + segment for record in records]
         self.pending_stores.append(
-            self.store_thread.submit(self._write, rows, copy_async(x0, torch.device("cpu")), record_event(x0.device))
+            self.store_thread.submit(
+                self._write_latents, rows, copy_async(x0, torch.device("cpu")), record_event(x0.device)
+            )
         )
         if len(self.pending_stores) > 1:
             self.pending_stores.popleft().result()
 
-    def _write(self, rows: Sequence[int], x0: Tensor, event: torch.cuda.Event | None) -> None:
+    def _write_latents(self, rows: Sequence[int], x0: Tensor, event: torch.cuda.Event | None) -> None:
         if event:
             event.synchronize()
         if not x0.isfinite().all():
             raise ValueError(f"the latents of row {rows[0]} are not finite: is the checkpoint sound?")
-        latent_store.write_latents(self.order.store, GROUP_NAME, rows, x0)
+        latent_store.write_latents(self.request.store, GROUP_NAME, rows, x0)
 
-    def place(self, record: Record) -> int:
+    def row_position(self, record: Record) -> int:
         """Place of a record's row among those of this process."""
-        return int(record.key) // self.order.world
+        return int(record.key) // self.request.world
 
-    def path(self, record: Record) -> Path:
+    def video_path(self, record: Record) -> Path:
         """Where a record's video goes."""
-        return self.order.out if self.order.out.suffix == ".mp4" else self.order.out / f"{record.key}.mp4"
+        return self.request.out if self.request.out.suffix == ".mp4" else self.request.out / f"{record.key}.mp4"
 
-    def finish(self) -> list[Path]:
+    def finish_files(self) -> list[Path]:
         """Wait for all that is being written; the files."""
         for pending in self.pending_stores:
             pending.result()
-        jobs = sorted(self.jobs, key=lambda job: job.film.path)
-        files = [job.film.finish() for job in jobs]
-        if self.order.out.suffix == ".mp4":
+        jobs = sorted(self.jobs, key=lambda job: job.writer.path)
+        files = [job.writer.finish_file() for job in jobs]
+        if self.request.out.suffix == ".mp4":
             return files
         sheet_rows = [
-            make_thumbnails(torch.stack(job.shown).numpy(), columns=SHEET_COLUMNS) for job in jobs[:MAX_SHEET_ROWS]
+            make_thumbnails(torch.stack(job.sheet_frames).numpy(), columns=SHEET_COLUMNS)
+            for job in jobs[:MAX_SHEET_ROWS]
         ]
-        path = self.order.out / (f"contact-{self.order.rank}.png" if self.order.world > 1 else CONTACT_SHEET)
+        path = self.request.out / (f"contact-{self.request.rank}.png" if self.request.world > 1 else CONTACT_SHEET)
         return [*files, write_contact_sheet(path, sheet_rows)]

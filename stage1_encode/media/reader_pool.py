@@ -60,9 +60,9 @@ class ReaderProcess:
 
     def __init__(self, spec: VideoSpec, time_limit: float) -> None:
         self.spec, self.time_limit = spec, time_limit
-        self._start()
+        self._start_process()
 
-    def _start(self) -> None:
+    def _start_process(self) -> None:
         parent_socket, child_socket = socket.socketpair()
         arguments = (child_socket.fileno(), self.spec.height, self.spec.width, self.time_limit)
         command = [sys.executable, "-m", "stage1_encode.media.reader_pool", *(str(argument) for argument in arguments)]
@@ -103,7 +103,7 @@ class ReaderProcess:
         """Replace a dead or hanging child; why it ended."""
         self.close()
         code = self.process.returncode
-        self._start()
+        self._start_process()
         if -code in (signal.SIGALRM, signal.SIGKILL):
             return f"took longer than {self.time_limit:g} s"
         return f"crashes the decoder ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
@@ -122,28 +122,28 @@ class ReaderPool:
     """Several children behind one queue."""
 
     def __init__(self, count: int, spec: VideoSpec, time_limit: float) -> None:
-        self.children: queue.SimpleQueue[ReaderProcess] = queue.SimpleQueue()
+        self.idle_processes: queue.SimpleQueue[ReaderProcess] = queue.SimpleQueue()
         self.count = count
         self.pool = ThreadPoolExecutor(count, thread_name_prefix="read")
         for _ in range(count):
-            self.children.put(ReaderProcess(spec, time_limit))
+            self.idle_processes.put(ReaderProcess(spec, time_limit))
 
     def submit(self, path: str) -> "Future[FirstFrame]":
         """Begin to read a file."""
-        return self.pool.submit(self._read, path)
+        return self.pool.submit(self._read_file, path)
 
-    def _read(self, path: str) -> FirstFrame:
-        process = self.children.get()
+    def _read_file(self, path: str) -> FirstFrame:
+        process = self.idle_processes.get()
         try:
             return process.read(path)
         finally:
-            self.children.put(process)
+            self.idle_processes.put(process)
 
     def close(self) -> None:
         """End all children; files not yet begun are dropped."""
         self.pool.shutdown(cancel_futures=True)
         for _ in range(self.count):
-            self.children.get().close()
+            self.idle_processes.get().close()
 
 
 def default_worker_count() -> int:

@@ -36,18 +36,18 @@ class VideoWriter:
         options = {"movflags": "+faststart", "fflags": "+bitexact"}
         self.file = av.open(str(self.partial), "w", format="mp4", options=options)
         self.stream = self.file.add_stream("libx264", rate=fps, options=H264_OPTIONS)
-        self.thread, self.waiting, self.done = ThreadPoolExecutor(1), deque[Future[None]](), False
+        self.thread, self.pending, self.is_finished = ThreadPoolExecutor(1), deque[Future[None]](), False
 
-    def add(self, frames: Tensor) -> None:
+    def add_frames(self, frames: Tensor) -> None:
         """Append frames (F X Y 3) uint8, on any device; they must not be changed after."""
         if not len(frames):
             return
         planes = copy_async(torch.stack([rgb_to_yuv420(frame) for frame in frames]), torch.device("cpu"))
-        self.waiting.append(self.thread.submit(self._encode, planes, record_event(frames.device)))
-        while len(self.waiting) > MAX_PENDING:
-            self.waiting.popleft().result()
+        self.pending.append(self.thread.submit(self._encode_planes, planes, record_event(frames.device)))
+        while len(self.pending) > MAX_PENDING:
+            self.pending.popleft().result()
 
-    def _encode(self, planes: Tensor, event: torch.cuda.Event | None) -> None:
+    def _encode_planes(self, planes: Tensor, event: torch.cuda.Event | None) -> None:
         if event:
             event.synchronize()
         context = self.stream.codec_context
@@ -59,18 +59,18 @@ class VideoWriter:
         for frame in planes.numpy():
             self.file.mux(self.stream.encode(av.VideoFrame.from_ndarray(frame, format="yuv420p")))
 
-    def finish(self) -> Path:
+    def finish_file(self) -> Path:
         """Wait for the encoder and give the file its name; asked again, nothing more is done."""
-        if self.done:
+        if self.is_finished:
             return self.path
         try:
-            while self.waiting:
-                self.waiting.popleft().result()
+            while self.pending:
+                self.pending.popleft().result()
             self.file.mux(self.stream.encode())
         finally:
             self.close()
         self.partial.replace(self.path)
-        self.done = True
+        self.is_finished = True
         return self.path
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self.finish()
+            self.finish_file()
             return
         self.close()
         self.partial.unlink(missing_ok=True)
@@ -94,7 +94,7 @@ class VideoWriter:
 def write_video(path: Path, pixels: numpy.ndarray, *, fps: int) -> Path:
     """Write a video (F X Y 3) uint8."""
     with VideoWriter(path, fps=fps) as writer:
-        writer.add(torch.from_numpy(numpy.ascontiguousarray(pixels)))
+        writer.add_frames(torch.from_numpy(numpy.ascontiguousarray(pixels)))
     return path
 
 

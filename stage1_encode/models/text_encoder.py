@@ -26,7 +26,7 @@ class TextEncoder:
     tokenizer: PreTrainedTokenizerBase
 
     @property
-    def width(self) -> int:
+    def text_width(self) -> int:
         """D."""
         return self.model.config.d_model
 

@@ -60,7 +60,7 @@ class FrameEncoder:
     dtype: torch.dtype
     mean: Tensor  # (1 C 1 1 1)
     std: Tensor  # (1 C 1 1 1)
-    batch: int  # pictures that the compiled network takes at once; 0 = any number
+    compiled_batch: int  # pictures that the compiled network takes at once; 0 = any number
     tf32: bool
 
 
@@ -154,8 +154,8 @@ def encode_frames(encoder: FrameEncoder, pixels: Tensor) -> Tensor:
     """
     count, device = len(pixels), encoder.mean.device
     images = rearrange(pixels.to(device, non_blocking=True), "b x y c -> b c 1 x y").float() / 127.5 - 1
-    if encoder.batch > count:
-        images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, 0, 0, encoder.batch - count))
+    if encoder.compiled_batch > count:
+        images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, 0, 0, encoder.compiled_batch - count))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=encoder.tf32):
         latents = encoder.net(images.to(encoder.dtype)).float()[:count]
     return (latents - encoder.mean) / encoder.std

@@ -28,7 +28,7 @@ class Workspace:
     def __init__(self) -> None:
         self.memory = torch.empty(0)
 
-    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    def reserve_buffer(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """All of it that a tensor of this shape needs; what lay there is lost."""
         count = math.prod(shape)
         if len(self.memory) < count:
@@ -49,7 +49,7 @@ class FoldedConv(nn.Module):
         weight = functional.pad(weight, (0, 0) * 4 + (0, padding_columns))
         self.weight = nn.Parameter(fold_weight(weight.detach(), spec), requires_grad=False)
         self.bias = nn.Parameter(functional.pad(conv.bias.detach(), (0, padding_columns)), requires_grad=False)
-        self.ways, self.plan, self.spec_without_residual = backend, spec, replace(spec, repeats=0)
+        self.backend, self.spec, self.spec_without_residual = backend, spec, replace(spec, repeats=0)
         self.workspace = workspace
         self.cached_frames: Tensor | None = None  # (2 X Y C); None = the video begins
         self.input: Tensor | None = None  # on the desk
@@ -58,9 +58,9 @@ class FoldedConv(nn.Module):
         """Begin a new video."""
         self.cached_frames = None
 
-    def room(self, x: Tensor) -> Tensor:
+    def input_buffer(self, x: Tensor) -> Tensor:
         """Where as many new frames as x (F X Y .) has are to be written, (F X Y C), before anything else is."""
-        self.input = self.workspace.take((CACHED_FRAMES + len(x), *x.shape[1:3], self.plan.channels), x)
+        self.input = self.workspace.reserve_buffer((CACHED_FRAMES + len(x), *x.shape[1:3], self.spec.channels), x)
         if self.cached_frames is None:
             self.input[:CACHED_FRAMES].zero_()
         else:
@@ -69,8 +69,8 @@ class FoldedConv(nn.Module):
 
     def convolve(self, x: Tensor, residual: Tensor | None, skip: int = 0) -> Tensor:
         """Convolve x, and add a residual whose first `skip` output frames are left out."""
-        spec = self.spec_without_residual if residual is None else self.plan
-        return self.ways.convolve(x, self.weight, self.bias, spec, residual=residual, skip=skip)
+        spec = self.spec_without_residual if residual is None else self.spec
+        return self.backend.convolve(x, self.weight, self.bias, spec, residual=residual, skip=skip)
 
     def forward(self, residual: Tensor | None = None) -> Tensor:
         """Convolve the new frames that were written, (F X Y N), and remember the last ones."""
@@ -94,7 +94,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, block: DiffusersModule, backend: KernelBackend, workspace: Workspace) -> None:
         super().__init__()
-        self.ways = backend
+        self.backend = backend
         self.first_scale, self.second_scale = norm_scale(block.norm1), norm_scale(block.norm2)
         self.first = FoldedConv(block.conv1, backend, workspace, make_conv_spec(block.conv1))
         self.second = FoldedConv(block.conv2, backend, workspace, make_conv_spec(block.conv2, residual=True))
@@ -104,9 +104,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(F X Y C) -> (F X Y N)."""
-        self.ways.norm(x, self.first_scale, self.first.room(x))
+        self.backend.norm_silu(x, self.first_scale, self.first.input_buffer(x))
         hidden = self.first()
-        self.ways.norm(hidden, self.second_scale, self.second.room(hidden))
+        self.backend.norm_silu(hidden, self.second_scale, self.second.input_buffer(hidden))
         return self.second(self.shortcut(x))
 
 
@@ -134,7 +134,7 @@ class UpsampleBlock(nn.Module):
 
     def __init__(self, block: DiffusersModule, backend: KernelBackend, workspace: Workspace) -> None:
         super().__init__()
-        self.ways = backend
+        self.backend = backend
         self.blocks = nn.Sequential(*(ResidualBlock(resnet, backend, workspace) for resnet in block.resnets))
         self.time: FoldedConv | None = None
         self.space: FoldedConv | None = None
@@ -157,7 +157,7 @@ class UpsampleBlock(nn.Module):
         if self.space is None:
             return y
         if self.time is not None and not first:
-            self.time.room(y).copy_(y)
+            self.time.input_buffer(y).copy_(y)
             y = self.time()
         return self.space.convolve(y, x, int(first and self.time is not None))
 
@@ -182,7 +182,7 @@ class VideoDecoder(nn.Module):
     def __init__(self, model: DiffusersModule, backend: KernelBackend) -> None:
         super().__init__()
         decoder = model.decoder
-        self.ways, self.patch, self.workspace = backend, model.config.patch_size or 1, Workspace()
+        self.backend, self.patch, self.workspace = backend, model.config.patch_size or 1, Workspace()
         self.colours = decoder.conv_out.out_channels
         self.enter = pointwise_linear(model.post_quant_conv)
         self.conv_in = FoldedConv(decoder.conv_in, backend, self.workspace, make_conv_spec(decoder.conv_in))
@@ -211,11 +211,11 @@ class VideoDecoder(nn.Module):
 
     def forward(self, z: Tensor, *, first: bool) -> Tensor:
         """Frames (F X Y 3), not clamped, of latent frames (T H W C) that follow those given before."""
-        self.conv_in.room(z).copy_(self.enter(z))
+        self.conv_in.input_buffer(z).copy_(self.enter(z))
         x = self.middle(self.conv_in())
         for up in self.ups:
             x = up(x, first=first)
-        self.ways.norm(x, self.scale, self.conv_out.room(x))
+        self.backend.norm_silu(x, self.scale, self.conv_out.input_buffer(x))
         cells = self.conv_out()[..., : self.colours]
         return rearrange(cells, "f x y (c q p) -> f (x p) (y q) c", p=self.patch, q=self.patch)
 

@@ -105,13 +105,13 @@ def norm_silu_torch(x: Tensor, gamma: Tensor, out: Tensor) -> None:
 class KernelBackend:
     """How a device does the two things that take time: by PyTorch's own operations, or by kernels of ours."""
 
-    norms: bool = False  # ours: for GPUs with Triton
+    triton_norms: bool = False  # ours: for GPUs with Triton
     convolutions: bool = False  # ours, where they are faster: for Hopper GPUs in bf16
 
-    def norm(self, x: Tensor, gamma: Tensor, out: Tensor) -> None:
+    def norm_silu(self, x: Tensor, gamma: Tensor, out: Tensor) -> None:
         """Normalise into `out`."""
         use_kernel = (
-            self.norms and len(gamma).bit_count() == 1
+            self.triton_norms and len(gamma).bit_count() == 1
         )  # a program of the kernel holds whole rows, a power of two
         (vae_norm_kernel.norm_silu_triton if use_kernel else norm_silu_torch)(x, gamma, out)
 
@@ -136,4 +136,4 @@ def select_backend(device: torch.device, dtype: torch.dtype, *, compiled: bool) 
     """The fastest ways on a device; our convolutions, which take some ten seconds to compile, only where asked for."""
     triton = device.type == "cuda" and vae_norm_kernel is not None
     hopper = triton and torch.cuda.get_device_capability(device) == (9, 0)
-    return KernelBackend(norms=triton, convolutions=compiled and hopper and dtype == torch.bfloat16)
+    return KernelBackend(triton_norms=triton, convolutions=compiled and hopper and dtype == torch.bfloat16)

@@ -39,7 +39,7 @@ class VideoEvalConfig:
     shards: str
     model: str
     videos: int
-    shown: int
+    report_videos: int
     analyser: str | None = None
     i3d: str | None = None
     clip: str | None = None
@@ -97,7 +97,7 @@ def measure_videos(config: VideoEvalConfig) -> Path:
                         for video in videos
                     ]
                 for row in rows if name in first_seed_sets(comparison) else ():
-                    if row < config.shown:
+                    if row < config.report_videos:
                         pixels = videos[row - start].cpu().numpy()
                         write_report_video(out / VIDEOS_FOLDER / name / f"{row:03d}.mp4", pixels, fps=group.spec.fps)
                 progress.advance(count=len(rows))
@@ -106,7 +106,7 @@ def measure_videos(config: VideoEvalConfig) -> Path:
     summaries = {
         name: summarize_metrics(metrics[name]) | {"answers": custom_judge.true_shares(answers[name])} for name in names
     }
-    facts = {"videos": count, "shown": min(config.shown, count), "i3d": bool(features), "sets": summaries}
+    facts = {"videos": count, "shown": min(config.report_videos, count), "i3d": bool(features), "sets": summaries}
     write_file(out / PIXELS_FILE, (json.dumps(facts, indent=1) + "\n").encode())
     return out / PIXELS_FILE
 
@@ -156,7 +156,7 @@ def decode_latents(model: vae.WanVae, latent_rows: Tensor) -> Tensor:
 
 def decode_first_frames(tools: EvaluationTools, count: int, batch: int) -> list[Tensor | None]:
     """The given first frames (X Y 3) uint8 as the VAE shows them; None where there is none."""
-    first_frame_latents = [tools.data.record(row).first_frame for row in range(count)]
+    first_frame_latents = [tools.data.read_record(row).first_frame for row in range(count)]
     present = [frame for frame in first_frame_latents if frame is not None]
     parts = [decode_latents(tools.vae, torch.stack(present[i : i + batch])) for i in range(0, len(present), batch)]
     pictures = (picture for part in parts for picture in part[:, 0])

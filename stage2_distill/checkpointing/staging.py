@@ -38,7 +38,7 @@ def allocate_host_buffers(tensors: Mapping[str, Tensor], buffers: HostBuffers) -
     """Memory for copies of `tensors`, touched and pinned."""
     new = {name: local_tensor(value) for name, value in tensors.items() if name not in buffers}
     pool = PinnedPool(offload=True, slab=min(SLAB_BYTES, sum(map(aligned_bytes, new.values()))))
-    buffers |= {name: pool.room(value.nbytes) for name, value in new.items()}
+    buffers |= {name: pool.take_bytes(value.nbytes) for name, value in new.items()}
 
 
 class StagedState:
@@ -50,14 +50,14 @@ class StagedState:
     def __init__(
         self, tensors: Mapping[str, Tensor], cpu_mesh: DeviceMesh, host_buffers: HostBuffers, *, first: str
     ) -> None:
-        self.tensors, self.host, self.rooms = tensors, cpu_mesh, host_buffers
+        self.tensors, self.cpu_mesh, self.host_buffers = tensors, cpu_mesh, host_buffers
         self.names = sorted(tensors, key=lambda name: role_of_tensor(name) != first)
-        self.arrived: dict[str, torch.cuda.Event] = {}  # by role
+        self.copy_events: dict[str, torch.cuda.Event] = {}  # by role
         if any(local_tensor(value).is_cuda for value in tensors.values()):
             self.copy_from_gpu()
         executor = ThreadPoolExecutor(COPY_THREADS)
         on_host = [name for name in self.names if not local_tensor(tensors[name]).is_cuda]
-        self.copies: dict[str, Future[None]] = {name: executor.submit(self.copy, name) for name in on_host}
+        self.copies: dict[str, Future[None]] = {name: executor.submit(self.copy_from_host, name) for name in on_host}
         executor.shutdown(wait=False)
 
     def copy_from_gpu(self) -> None:
@@ -68,37 +68,37 @@ class StagedState:
             for name in self.names:
                 part = local_tensor(self.tensors[name]).detach()
                 if part.is_cuda:
-                    self.home(name).copy_(part, non_blocking=True)
-                    self.arrived[role_of_tensor(name)] = copy_stream.record_event()
+                    self.buffer_view(name).copy_(part, non_blocking=True)
+                    self.copy_events[role_of_tensor(name)] = copy_stream.record_event()
 
-    def copy(self, name: str) -> None:
+    def copy_from_host(self, name: str) -> None:
         """Copy one tensor that lives in host memory."""
-        buffer, value = self.home(name), local_tensor(self.tensors[name]).detach()
+        buffer, value = self.buffer_view(name), local_tensor(self.tensors[name]).detach()
         buffer.view(-1).view(torch.uint8).numpy()[:] = value.contiguous().view(-1).view(torch.uint8).numpy()
 
-    def home(self, name: str) -> Tensor:
+    def buffer_view(self, name: str) -> Tensor:
         """Where the copy of a tensor is, or this rank's part of it."""
         part = local_tensor(self.tensors[name])
-        return self.rooms[name].view(part.dtype).view(part.shape)
+        return self.host_buffers[name].view(part.dtype).view(part.shape)
 
     def is_pending(self, role: str) -> bool:
         """Whether copies of what the role's next step changes are still being made."""
-        arrived = self.arrived.get(role)
-        return bool(self.waiting(role)) or (arrived is not None and not arrived.query())
+        arrived = self.copy_events.get(role)
+        return bool(self.pending_copies(role)) or (arrived is not None and not arrived.query())
 
-    def waiting(self, role: str) -> list[Future[None]]:
+    def pending_copies(self, role: str) -> list[Future[None]]:
         """Copies from host memory that have not been made."""
         return [copy for name, copy in self.copies.items() if role_of_tensor(name) == role and not copy.done()]
 
     def wait_for_role(self, role: str) -> None:
         """Let what the device does next wait for the role's copies; this thread for those from host memory alone."""
-        wait(self.waiting(role))
-        if role in self.arrived:
-            torch.cuda.current_stream().wait_event(self.arrived[role])
+        wait(self.pending_copies(role))
+        if role in self.copy_events:
+            torch.cuda.current_stream().wait_event(self.copy_events[role])
 
-    def result(self) -> dict[str, Tensor]:
+    def wait_for_all(self) -> dict[str, Tensor]:
         """Wait for all copies."""
-        for arrived in self.arrived.values():
+        for arrived in self.copy_events.values():
             arrived.synchronize()
         for copy in self.copies.values():
             copy.result()
@@ -106,7 +106,7 @@ class StagedState:
 
     def sharded_copy(self, name: str) -> Tensor:
         """The copy of a tensor, sharded as it is."""
-        buffer, value = self.home(name), self.tensors[name]
+        buffer, value = self.buffer_view(name), self.tensors[name]
         if not isinstance(value, DTensor):
             return buffer
-        return DTensor.from_local(buffer, self.host, value.placements, shape=value.shape, stride=value.stride())
+        return DTensor.from_local(buffer, self.cpu_mesh, value.placements, shape=value.shape, stride=value.stride())

@@ -59,11 +59,11 @@ class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time; all ranks make the same calls."""
 
     def __init__(self, run: Path, config: DistillConfig, ranks: RankContext) -> None:
-        self.run, self.config, self.ranks = run, config, ranks
+        self.run_folder, self.config, self.ranks = run, config, ranks
         self.group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)  # its own: training talks at the same time
-        self.host = build_cpu_mesh(ranks)
+        self.cpu_mesh = build_cpu_mesh(ranks)
         self.thread: threading.Thread | None = None
-        self.rooms: HostBuffers = {}
+        self.host_buffers: HostBuffers = {}
         self.buffer_task: Future[None] | None = None
         self.snapshot: StagedState | None = None  # of the newest one
         self.failure: str | None = None  # why the newest one was not written
@@ -73,10 +73,12 @@ class CheckpointWriter:
         self.wait()
         asynchronous = self.config.checkpoint_beside
         if asynchronous:
-            self.make_rooms(tensors)
+            self.wait_for_buffers(tensors)
         first = first_role(facts.iteration, self.config)
-        self.snapshot = StagedState(tensors, self.host, self.rooms, first=first) if asynchronous else None
-        self.thread = threading.Thread(target=self._write, args=(dict(tensors), facts), name="checkpoint", daemon=True)
+        self.snapshot = StagedState(tensors, self.cpu_mesh, self.host_buffers, first=first) if asynchronous else None
+        self.thread = threading.Thread(
+            target=self._write_checkpoint, args=(dict(tensors), facts), name="checkpoint", daemon=True
+        )
         self.thread.start()
         if not asynchronous:
             self.wait()
@@ -84,15 +86,15 @@ class CheckpointWriter:
     def prepare_buffers(self, tensors: Mapping[str, Tensor]) -> None:
         """Begin to make room for copies of such tensors, so that the first checkpoint need not wait for it."""
         pool = ThreadPoolExecutor(1)
-        self.buffer_task = pool.submit(allocate_host_buffers, tensors, self.rooms)
+        self.buffer_task = pool.submit(allocate_host_buffers, tensors, self.host_buffers)
         pool.shutdown(wait=False)
 
-    def make_rooms(self, tensors: Mapping[str, Tensor]) -> None:
+    def wait_for_buffers(self, tensors: Mapping[str, Tensor]) -> None:
         """Wait until that has been done, or do it; SaveError where the host has no such room."""
         try:
             if self.buffer_task is not None:
                 self.buffer_task.result()
-            allocate_host_buffers(tensors, self.rooms)
+            allocate_host_buffers(tensors, self.host_buffers)
         except (RuntimeError, MemoryError) as error:
             raise SaveError(
                 f"no host memory for a checkpoint's copy ({error_reason(error)}); go on with --no-checkpoint-beside"
@@ -102,7 +104,7 @@ class CheckpointWriter:
         """Wait until the tensors may change."""
         snapshot = self.snapshot
         if snapshot is not None:
-            snapshot.result()
+            snapshot.wait_for_all()
 
     def register_step_hooks(self, optimizers: Mapping[str, torch.optim.Optimizer], clock: PhaseTimer) -> None:
         """Let each role's optimizer wait before a step for the copies of what it changes, and for no others."""
@@ -126,7 +128,7 @@ class CheckpointWriter:
         if self.failure is not None:
             raise SaveError(f"{self.failure}; make room and give the same command again")
         if self.ranks.rank == 0:  # an earlier run may have been killed after naming its last one and before this
-            prune_checkpoints(self.run, self.config.keep, self.config.keep_every)
+            prune_checkpoints(self.run_folder, self.config.keep, self.config.keep_every)
 
     def __enter__(self) -> Self:
         return self
@@ -138,16 +140,16 @@ class CheckpointWriter:
         if error is None:
             dist.destroy_process_group(self.group)
 
-    def _write(self, tensors: dict[str, Tensor], facts: StudentFacts) -> None:
+    def _write_checkpoint(self, tensors: dict[str, Tensor], facts: StudentFacts) -> None:
         """All of one checkpoint, in its own thread."""
         if self.ranks.device.type == "cuda":
             torch.cuda.set_device(self.ranks.device)
-        name = step_folder(self.run, facts.iteration).name
+        name = step_folder(self.run_folder, facts.iteration).name
         self.failure = f"checkpoint {name} was not finished"  # whatever may happen below
         start_time = time.perf_counter()
         try:
-            copies = tensors if self.snapshot is None else self.snapshot.result()
-            write_checkpoint(self.run, copies, facts, self.group)
+            copies = tensors if self.snapshot is None else self.snapshot.wait_for_all()
+            write_checkpoint(self.run_folder, copies, facts, self.group)
         except WRITE_ERRORS as error:
             self.failure = f"checkpoint {name} could not be written ({error_reason(error)})"
             if self.ranks.rank == 0 or isinstance(error, OSError):
@@ -157,7 +159,7 @@ class CheckpointWriter:
             self.snapshot = None  # as large as all of the state
         self.failure = None
         if self.ranks.rank == 0:
-            prune_checkpoints(self.run, self.config.keep, self.config.keep_every)
+            prune_checkpoints(self.run_folder, self.config.keep, self.config.keep_every)
             logging.info("checkpoint %s, written in %.1f s", name, time.perf_counter() - start_time)
 
 

@@ -19,20 +19,20 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.first_signal_time: float | None = None
-        self.before: dict[signal.Signals, signal.Handlers] = {}
+        self.previous_handlers: dict[signal.Signals, signal.Handlers] = {}
 
     def is_requested(self) -> bool:
         """Whether any rank was told to end; all ranks call it after each iteration and get one answer."""
         return on_any_rank(self.first_signal_time is not None)
 
     def __enter__(self) -> Self:
-        self.before = {number: signal.signal(number, self._handle_signal) for number in SIGNALS}  # type: ignore[misc]
+        self.previous_handlers = {number: signal.signal(number, self._handle_signal) for number in SIGNALS}  # type: ignore[misc]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:

@@ -25,7 +25,7 @@ class RolloutSlot:
 
     group: int  # number of the trajectory since the student's update
     exit_index: int
-    first: bool  # of its group
+    starts_group: bool  # of its group
 
 
 def assign_slot(micro_batch: MicroBatch, config: DistillConfig, world: int) -> RolloutSlot:
@@ -61,7 +61,7 @@ class RolloutReuse:
     world: int
     condition: Condition | None = None
     remaining_steps: Iterator[Tensor] = field(default_factory=lambda: iter(()))
-    seen: list[Tensor] = field(default_factory=list)  # x0 (B C T H W) of the ladder's steps so far
+    computed_steps: list[Tensor] = field(default_factory=list)  # x0 (B C T H W) of the ladder's steps so far
     exits_taken: set[int] = field(
         default_factory=set
     )  # ladder steps of an update's samples; whoever reads it clears it
@@ -69,15 +69,15 @@ class RolloutReuse:
     def sample(self, student: Denoiser, micro_batch: MicroBatch, condition: Condition) -> tuple[Tensor, Condition, int]:
         """x0 (B C T H W) for a critic's micro-batch, what it was made from, and its ladder step."""
         slot = assign_slot(micro_batch, self.config, self.world)
-        if slot.first or self.condition is None:
-            self.begin(student, micro_batch, condition)
-        while len(self.seen) <= slot.exit_index:
-            self.seen.append(next(self.remaining_steps))
+        if slot.starts_group or self.condition is None:
+            self.start_trajectory(student, micro_batch, condition)
+        while len(self.computed_steps) <= slot.exit_index:
+            self.computed_steps.append(next(self.remaining_steps))
         assert self.condition is not None
         self.exits_taken.add(slot.exit_index)
-        return self.seen[slot.exit_index], self.condition, slot.exit_index
+        return self.computed_steps[slot.exit_index], self.condition, slot.exit_index
 
-    def begin(self, student: Denoiser, micro_batch: MicroBatch, condition: Condition) -> None:
+    def start_trajectory(self, student: Denoiser, micro_batch: MicroBatch, condition: Condition) -> None:
         """Start a trajectory from the noise of its first micro-batch."""
         device = condition.text.device
         generators = [
@@ -85,5 +85,5 @@ class RolloutReuse:
             for s in micro_batch.samples
         ]
         noise = draw_normal(self.config.spec.latent_shape, generators)
-        self.condition, self.seen = condition, []
+        self.condition, self.computed_steps = condition, []
         self.remaining_steps = trajectory(student, noise, condition, sigmas=self.config.sigmas, generators=generators)

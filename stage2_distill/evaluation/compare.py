@@ -55,8 +55,8 @@ class EvaluationSetup:
     facts: StudentFacts  # of the first checkpoint
     records: tuple[Record, ...]  # N
     negative_text: Tensor  # (L D)
-    conditions: str  # digest of the records
-    scale: float
+    records_digest: str  # digest of the records
+    guidance_scale: float
 
     @property
     def store(self) -> Path:
@@ -71,7 +71,7 @@ class CandidateSampler:
     candidate: Candidate
     checkpoint: Path | None  # None: the teacher's weights
     sigmas: tuple[float, ...]
-    scale: float  # 1 = no guidance
+    guidance_scale: float  # 1 = no guidance
     renoise: bool  # fresh noise between the steps, as a student; otherwise Euler
 
 
@@ -105,7 +105,7 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     data = open_data_set(config.shards)
     encoders: dict[str, object] = {"vae": facts.vae, "text_encoder": facts.text_encoder}
     check_manifest(Path(config.shards), data.manifest, spec=facts.spec, encoder=encoders)
-    count = min(config.count, data.records)
+    count = min(config.count, data.num_records)
     if count < 2:
         raise ValueError(f"shards={config.shards}: holds {count} records; a distance between sets needs 2 or more")
     data_digest = hashlib.sha256(repr((data.manifest.shards, data.manifest.negative_sha256)).encode()).hexdigest()
@@ -114,7 +114,7 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     return EvaluationSetup(
         config,
         facts,
-        tuple(data.record(index) for index in range(count)),
+        tuple(data.read_record(index) for index in range(count)),
         pad_text(data.negative, config.text_rows),
         f"{count} of {data_digest}",
         float(str(facts.config["guidance_scale"] if config.guidance_scale is None else config.guidance_scale)),
@@ -129,7 +129,7 @@ def run_checkpoints(folder: Path) -> list[Path]:
 
 def teacher_samplers(setting: EvaluationSetup) -> list[CandidateSampler]:
     """The teacher at its many steps and on the student's ladder, and the student as it was before distillation."""
-    facts, scale, steps = setting.facts, setting.scale, setting.config.teacher_steps
+    facts, scale, steps = setting.facts, setting.guidance_scale, setting.config.teacher_steps
     teacher_sigmas = tuple(shift(1 - step / steps, facts.shift) for step in range(steps))
     student_steps, step_label = len(facts.sigmas), "guided steps" if scale != 1 else "steps"
     evaluations_per_step = 1 if scale == 1 else 2
@@ -167,7 +167,7 @@ def sample_sets(setting: EvaluationSetup, samplers: Sequence[CandidateSampler]) 
     """Make the sets that are missing, network by network; the first sampler is the teacher."""
     seeds = setting.config.seeds
     candidates = tuple(sampler.candidate for sampler in samplers)
-    comparison = Comparison(candidates, seeds, reference_seeds(seeds), len(setting.records), setting.scale)
+    comparison = Comparison(candidates, seeds, reference_seeds(seeds), len(setting.records), setting.guidance_scale)
     for checkpoint in dict.fromkeys(sampler.checkpoint for sampler in samplers):
         missing = []
         for sampler in samplers:
@@ -206,8 +206,8 @@ def set_digest(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -
     weights = setting.facts.transformer
     if sampler.checkpoint is not None:
         weights = fingerprint_folder(sampler.checkpoint) + setting.config.weights
-    settings = (sampler.sigmas, sampler.scale, sampler.renoise, setting.config.dtype)
-    return hashlib.sha256(repr((weights, settings, setting.conditions, seed)).encode()).hexdigest()
+    settings = (sampler.sigmas, sampler.guidance_scale, sampler.renoise, setting.config.dtype)
+    return hashlib.sha256(repr((weights, settings, setting.records_digest, seed)).encode()).hexdigest()
 
 
 def is_current_set(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -> bool:
@@ -252,7 +252,7 @@ def sample_rows(
     condition: Condition = collate_records(records, text_rows=setting.config.text_rows).condition.to(device)
     generators = [make_generator(seed, 0, row, "evaluate", device) for row in rows]
     noise = draw_normal(setting.facts.spec.latent_shape, generators)
-    guided_denoiser = guided(denoiser, negative_text=setting.negative_text.to(device), scale=sampler.scale)
+    guided_denoiser = guided(denoiser, negative_text=setting.negative_text.to(device), scale=sampler.guidance_scale)
     if sampler.renoise:
         return rollout(guided_denoiser, noise, condition, sigmas=sampler.sigmas, generators=generators)
     return sample_euler(guided_denoiser, noise, condition, sigmas=sampler.sigmas)

@@ -45,16 +45,18 @@ def checkpoint_policy(
 def block_runner(plan: ExecutionPlan) -> BlockFunction:
     """The function (block, *inputs) -> x of a plan; all blocks of all roles share it, and its compiled graphs."""
     compute = partial(block_forward, plan=plan)
-    contexts = partial(create_selective_checkpoint_contexts, partial(checkpoint_policy, plan.keep == KEEP_RESULTS))
+    contexts = partial(
+        create_selective_checkpoint_contexts, partial(checkpoint_policy, plan.checkpointing == KEEP_RESULTS)
+    )
 
     def run_block(block: nn.Module, x: Tensor, text: Tensor, temb: Tensor, rope: RotaryEmbedding, given: int) -> Tensor:
         inputs = (block, x, text, temb, rope, given)
-        if plan.keep == KEEP_ALL or not torch.is_grad_enabled():
+        if plan.checkpointing == KEEP_ALL or not torch.is_grad_enabled():
             return compute(*inputs)
         return checkpoint(compute, *inputs, use_reentrant=False, context_fn=contexts)
 
     one_piece = maybe_compile(run_block, plan)
-    return checkpoint_in_pieces(one_piece, plan) if plan.keep in (KEEP_NONE, KEEP_HOST) else one_piece
+    return checkpoint_in_pieces(one_piece, plan) if plan.checkpointing in (KEEP_NONE, KEEP_HOST) else one_piece
 
 
 def checkpoint_in_pieces(one_piece: BlockFunction, plan: ExecutionPlan) -> BlockFunction:
@@ -63,7 +65,7 @@ def checkpoint_in_pieces(one_piece: BlockFunction, plan: ExecutionPlan) -> Block
     Together they would need two and a half times the memory, also as one compiled graph, which mixes them. With inputs
     in host memory the feed-forward takes half of the tokens at a time.
     """
-    count = 2 if plan.keep == KEEP_HOST else 1
+    count = 2 if plan.checkpointing == KEEP_HOST else 1
     attend_part = partial(attention_part, plan=plan)
     attention_piece = maybe_compile(lambda *inputs: checkpoint(attend_part, *inputs, use_reentrant=False), plan)
     feed_forward_piece = maybe_compile(
@@ -73,7 +75,7 @@ def checkpoint_in_pieces(one_piece: BlockFunction, plan: ExecutionPlan) -> Block
     def run_block(block: nn.Module, x: Tensor, text: Tensor, temb: Tensor, rope: RotaryEmbedding, given: int) -> Tensor:
         if not torch.is_grad_enabled():
             return one_piece(block, x, text, temb, rope, given)
-        with offload_activations(x) if plan.keep == KEEP_HOST else nullcontext():
+        with offload_activations(x) if plan.checkpointing == KEEP_HOST else nullcontext():
             x = attention_piece(block, x, text, temb, rope, given)
             done = []
             for part in x.chunk(count, dim=1):

@@ -74,7 +74,7 @@ class ExecutionPlan:
     """How blocks are run; no field changes the numbers beyond rounding."""
 
     kernel: str = "auto"  # of attention
-    keep: str = KEEP_ALL  # what a block keeps for its backward pass; the rest is computed again
+    checkpointing: str = KEEP_ALL  # what a block keeps for its backward pass; the rest is computed again
     compiled: bool = False
     ranks: int = 1  # processes that share the tokens of a video; without gradient only
 

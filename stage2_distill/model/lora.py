@@ -39,25 +39,25 @@ class LoraLinear(nn.Module):
     base_layer: nn.Module
     scaling: dict[str, float]
     merge: Callable[[bool, list[str]], None]  # adds adapters' products to the base weight
-    used: tuple[nn.Linear, nn.Linear, float] | None = None  # factors and weight of the adapter that is on
+    active_factors: tuple[nn.Linear, nn.Linear, float] | None = None  # factors and weight of the adapter that is on
 
     def forward(self, x: Tensor) -> Tensor:
         """The base layer's result, and that of the adapter which is on."""
         result: Tensor = self.base_layer(x)
-        if self.used is None:
+        if self.active_factors is None:
             return result
-        first, second, weight = self.used
+        first, second, weight = self.active_factors
         return result + linear(linear(x, first.weight.to(x.dtype)), second.weight.to(x.dtype)) * weight
 
     def select_adapter(self, adapter: str | None) -> None:
         """Use an adapter, or none. peft's own `set_adapter` would change which parameters are trained."""
         if adapter is None:
-            self.used = None
+            self.active_factors = None
         else:
             first, second = (self.get_submodule(f"lora_{factor}.{adapter}") for factor in "AB")
             assert isinstance(first, nn.Linear)
             assert isinstance(second, nn.Linear)
-            self.used = first, second, self.scaling[adapter]
+            self.active_factors = first, second, self.scaling[adapter]
 
 
 def add_adapters(net: WanTransformer, adapter_names: Sequence[str], settings: LoraSettings) -> list[LoraLinear]:

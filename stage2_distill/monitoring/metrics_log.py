@@ -44,17 +44,17 @@ class MetricsLog:
         kept_lines = [(raw, line) for raw, line in complete_lines(path) if line["iteration"] < start]
         write_file(path, b"".join(raw for raw, _ in kept_lines))
         self.lines: list[dict[str, float]] = [line for _, line in kept_lines]
-        self.path, self.file, self.waiting = path, path.open("ab", buffering=0), b""
+        self.path, self.file, self.unwritten = path, path.open("ab", buffering=0), b""
 
     def write(self, line: Mapping[str, float]) -> None:
         """Append one iteration; what a full disk does not take waits for the next."""
         new = (json.dumps(line) + "\n").encode()
-        self.waiting += new
+        self.unwritten += new
         try:
-            while self.waiting:
-                self.waiting = self.waiting[self.file.write(self.waiting) :]
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:
-            if len(self.waiting) <= len(new):
+            if len(self.unwritten) <= len(new):
                 logging.warning("%s: %s; lines wait until there is room", self.path, error)
 
     def sync(self) -> None:

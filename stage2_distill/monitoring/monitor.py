@@ -61,12 +61,12 @@ class TrainingMonitor:
             )
             for line in self.metrics_log.lines:
                 self.alerts.check_line(line)
-        self.began = time.perf_counter()
+        self.last_write = time.perf_counter()
 
     def write(self, iteration: int, step: StepResult) -> None:
         """One iteration is done; its seconds are those since the one before."""
         now = time.perf_counter()
-        seconds, self.began = now - self.began, now
+        seconds, self.last_write = now - self.last_write, now
         if not self.is_main_rank:
             return
         line = metrics_line(iteration, step, seconds=seconds, memory=peak_memory_gib(self.device))

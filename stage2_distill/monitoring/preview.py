@@ -50,7 +50,7 @@ class PreviewWriter:
         """Whether a preview belongs behind iteration `done`; one shows the student before the first iteration."""
         return self.interval > 0 and iteration % self.interval == 0
 
-    def make(self, student: PreviewStudent, iteration: int) -> None:
+    def write_step(self, student: PreviewStudent, iteration: int) -> None:
         """Sample and store the step of iteration `done`; all ranks call it together."""
         step, first = f"step-{iteration:06d}", student.ranks.rank == 0
         exists = (self.store / "zarr.json").is_file() and step in latent_store.complete_groups(self.store)
@@ -65,7 +65,7 @@ class PreviewWriter:
         dist.barrier()
         with student.clock("preview"), student.ema.swapped_into(student.net):
             for rows in rank_batches(len(self.records), student):
-                self._write(student, step, rows)
+                self._sample_rows(student, step, rows)
         dist.barrier()
         if first:
             latent_store.finish_group(self.store, step)
@@ -75,7 +75,7 @@ class PreviewWriter:
         if self.interval > 0:
             latent_store.mark_store_complete(self.store, complete)
 
-    def _write(self, student: PreviewStudent, step: str, rows: list[int]) -> None:
+    def _sample_rows(self, student: PreviewStudent, step: str, rows: list[int]) -> None:
         """Sample some rows; rows beyond the last only keep the ranks in step and are not stored."""
         config, device = student.config, student.ranks.device
         real_rows = [row for row in rows if row < len(self.records)]
@@ -107,5 +107,7 @@ def open_previews(out: Path, config: DistillConfig, data: DataSet | DataSetMixtu
         encoder_facts = data.manifest.encoder
         encoder: dict[str, object] = {"vae": encoder_facts.vae, "text_encoder": encoder_facts.text_encoder}
         check_manifest(Path(config.preview_data), preview_set.manifest, spec=config.spec, encoder=encoder)
-    records = tuple(preview_set.record(index) for index in range(min(config.preview_count, preview_set.records)))
+    records = tuple(
+        preview_set.read_record(index) for index in range(min(config.preview_count, preview_set.num_records))
+    )
     return PreviewWriter(out / PREVIEW_STORE, records, config.preview_every)

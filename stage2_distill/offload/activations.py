@@ -20,22 +20,22 @@ from stage2_distill.offload.prefetch import copy_streams
 class OffloadedActivation:
     """One tensor in pinned host memory."""
 
-    home: Tensor
+    host_copy: Tensor
     device: torch.device
     restored: bool = False
-    here: Tensor | None = None
-    arrived: torch.cuda.Event | None = None
+    device_copy: Tensor | None = None
+    copy_event: torch.cuda.Event | None = None
 
     def start_fetch(self) -> None:
         """Start copying it to the device, unless that has been done."""
-        if self.here is None:
+        if self.device_copy is None:
             load_stream, store_stream = copy_streams(self.device)
-            self.here = torch.empty(self.home.shape, dtype=self.home.dtype, device=self.device)
+            self.device_copy = torch.empty(self.host_copy.shape, dtype=self.host_copy.dtype, device=self.device)
             load_stream.wait_stream(torch.cuda.current_stream(self.device))
             load_stream.wait_stream(store_stream)
             with torch.cuda.stream(load_stream):
-                self.here.copy_(self.home, non_blocking=True)
-                self.arrived = load_stream.record_event()
+                self.device_copy.copy_(self.host_copy, non_blocking=True)
+                self.copy_event = load_stream.record_event()
 
 
 PREFETCH_COUNT = 2  # tensors that are fetched before they are asked for
@@ -60,7 +60,7 @@ def offload_tensor(value: Tensor) -> OffloadedActivation:
     offloaded = OffloadedActivation(torch.empty(value.shape, dtype=value.dtype, pin_memory=True), value.device)
     store_stream.wait_stream(main)
     with torch.cuda.stream(store_stream):
-        offloaded.home.copy_(value, non_blocking=True)
+        offloaded.host_copy.copy_(value, non_blocking=True)
         PENDING_OFFLOADS.append((value, store_stream.record_event()))
     OFFLOADED_ACTIVATIONS.append(weakref.ref(offloaded))
     return offloaded
@@ -78,10 +78,10 @@ def restore_tensor(offloaded: OffloadedActivation) -> Tensor:
         earlier = waiting()
         if earlier is not None:
             earlier.start_fetch()
-    assert offloaded.here is not None
-    assert offloaded.arrived is not None
-    main.wait_event(offloaded.arrived)
-    return offloaded.here
+    assert offloaded.device_copy is not None
+    assert offloaded.copy_event is not None
+    main.wait_event(offloaded.copy_event)
+    return offloaded.device_copy
 
 
 def is_restored(offloaded: OffloadedActivation | None) -> bool:

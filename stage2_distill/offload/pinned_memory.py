@@ -21,11 +21,11 @@ class PinnedPool:
     """
 
     def __init__(self, *, offload: bool, slab: int = SLAB_BYTES) -> None:
-        self.offload, self.size = offload, slab
+        self.offload, self.slab_bytes = offload, slab
         self.slab = torch.empty(0, dtype=torch.uint8)
-        self.used = 0
+        self.slab_used = 0
 
-    def home(self, value: Tensor) -> Tensor:
+    def place_tensor(self, value: Tensor) -> Tensor:
         """The tensor itself, or its copy in host memory."""
         if not (self.offload and value.is_cuda):
             return value
@@ -33,14 +33,14 @@ class PinnedPool:
 
     def copy_into_slab(self, value: Tensor) -> Tensor:
         """A copy of a tensor in a slab."""
-        return self.room(value.nbytes).view(value.dtype).view(value.shape).copy_(value)
+        return self.take_bytes(value.nbytes).view(value.dtype).view(value.shape).copy_(value)
 
-    def room(self, size: int) -> Tensor:
+    def take_bytes(self, size: int) -> Tensor:
         """Some bytes of a slab."""
-        if self.used + size > self.slab.numel():
-            self.slab, self.used = allocate_pinned(max(self.size, size)), 0
-        view = self.slab[self.used : self.used + size]
-        self.used += -(-size // ALIGNMENT) * ALIGNMENT
+        if self.slab_used + size > self.slab.numel():
+            self.slab, self.slab_used = allocate_pinned(max(self.slab_bytes, size)), 0
+        view = self.slab[self.slab_used : self.slab_used + size]
+        self.slab_used += -(-size // ALIGNMENT) * ALIGNMENT
         return view
 
 

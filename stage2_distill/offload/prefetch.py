@@ -21,19 +21,19 @@ class StagingBuffer:
     the host is far ahead of the device.
     """
 
-    room: Tensor  # bytes
+    storage: Tensor  # bytes
     copy_event: torch.cuda.Event | None = None  # the last group has
 
-    def take(self, group: TensorGroup, device: torch.device) -> TensorGroup:
+    def place_views(self, group: TensorGroup, device: torch.device) -> TensorGroup:
         """Room for a group; what lives on the device is given as it is."""
         size = sum(aligned_bytes(value) for value in group.values() if not value.is_cuda)
-        if size > self.room.numel():
-            self.room, self.copy_event = torch.empty(size, dtype=torch.uint8, device=device), None
+        if size > self.storage.numel():
+            self.storage, self.copy_event = torch.empty(size, dtype=torch.uint8, device=device), None
         views, used = {}, 0
         for name, value in group.items():
             views[name] = value
             if not value.is_cuda:
-                view = self.room[used : used + value.numel() * value.element_size()]
+                view = self.storage[used : used + value.numel() * value.element_size()]
                 views[name] = view.view(value.dtype).view(value.shape)
                 used += aligned_bytes(value)
         return views
@@ -43,10 +43,10 @@ class StagingBuffer:
 class Transfer:
     """A group on the device."""
 
-    home: TensorGroup
-    here: TensorGroup
+    host_group: TensorGroup
+    device_group: TensorGroup
     staging_buffer: StagingBuffer
-    arrived: torch.cuda.Event | None  # None where all lives on the device
+    arrival_event: torch.cuda.Event | None  # None where all lives on the device
 
 
 def prefetched_groups(
@@ -70,11 +70,11 @@ def prefetched_groups(
     for transfer in with_lookahead(
         copy_to_device(group, device, next(staging_buffers), keep_alive) for group in groups
     ):
-        if transfer.arrived is None:
-            yield transfer.here
+        if transfer.arrival_event is None:
+            yield transfer.device_group
             continue
-        main.wait_event(transfer.arrived)
-        yield transfer.here
+        main.wait_event(transfer.arrival_event)
+        yield transfer.device_group
         last = copy_to_host(transfer, store_stream, main) if write_back else main
         transfer.staging_buffer.copy_event = last.record_event()
     main.wait_stream(store_stream)
@@ -104,8 +104,8 @@ def copy_to_device(
     if all(value.is_cuda for value in group.values()):
         return Transfer(group, group, staging_buffer, None)
     load_stream, _ = copy_streams(device)
-    views = staging_buffer.take(group, device)
-    keep_alive.append(staging_buffer.room)
+    views = staging_buffer.place_views(group, device)
+    keep_alive.append(staging_buffer.storage)
     if staging_buffer.copy_event is None:
         load_stream.wait_stream(torch.cuda.current_stream(device))  # which used the memory before
     else:
@@ -121,7 +121,7 @@ def copy_to_host(transfer: Transfer, store_stream: torch.cuda.Stream, main: torc
     """Start copying a group to where it lives; the stream on which it leaves."""
     store_stream.wait_stream(main)
     with torch.cuda.stream(store_stream):
-        for name, value in transfer.here.items():
-            if value is not transfer.home[name]:
-                transfer.home[name].copy_(value, non_blocking=True)
+        for name, value in transfer.device_group.items():
+            if value is not transfer.host_group[name]:
+                transfer.host_group[name].copy_(value, non_blocking=True)
     return store_stream

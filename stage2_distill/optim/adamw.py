@@ -31,9 +31,9 @@ class PlainAdamW(torch.optim.Optimizer):
         for parameter in with_grad:
             self.state[parameter]["step"] += 1
         for chunk in parameter_chunks(with_grad):
-            self.advance(chunk)
+            self.update_parameters(chunk)
 
-    def advance(self, parameters: list[Tensor]) -> None:
+    def update_parameters(self, parameters: list[Tensor]) -> None:
         """Update some parameters; the order of operations is torch's."""
         group = self.param_groups[0]
         weights = [local_tensor(p) for p in parameters]

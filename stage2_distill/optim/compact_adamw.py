@@ -105,50 +105,50 @@ class CompactAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__([p for p in net.parameters() if p.requires_grad], settings)
         pool = PinnedPool(offload=offload)
-        self.factor: Tensor | None = None
-        self.sums: dict[Tensor, Tensor] = {}
-        self.starts = {p: first_element_index(p) for p in self.parameters()}
-        for parameter in self.parameters():
+        self.grad_factor: Tensor | None = None
+        self.grad_sums: dict[Tensor, Tensor] = {}
+        self.first_elements = {p: first_element_index(p) for p in self.trained_parameters()}
+        for parameter in self.trained_parameters():
             assert parameter.dtype == torch.bfloat16, parameter.dtype
             initial = initial_state(parameter, MOMENT_DTYPES[moment])
-            self.state[parameter] = {name: pool.home(value) for name, value in initial.items()}
+            self.state[parameter] = {name: pool.place_tensor(value) for name, value in initial.items()}
             if accumulate:
                 parameter.register_post_accumulate_grad_hook(self.add_gradient)
 
     def add_gradient(self, parameter: Tensor) -> None:
         """Add a gradient to its float32 sum: in bf16 a sum over many batches would lose the small ones."""
         assert parameter.grad is not None
-        if parameter in self.sums:
-            self.sums[parameter] += local_tensor(parameter.grad)
+        if parameter in self.grad_sums:
+            self.grad_sums[parameter] += local_tensor(parameter.grad)
         else:
-            self.sums[parameter] = local_tensor(parameter.grad).float()
+            self.grad_sums[parameter] = local_tensor(parameter.grad).float()
         parameter.grad = None
 
     def local_gradients(self) -> dict[Tensor, Tensor]:
         """This rank's gradients, of those parameters that have one."""
-        new_gradients = {p: local_tensor(p.grad) for p in self.parameters() if p.grad is not None}
-        return new_gradients | self.sums
+        new_gradients = {p: local_tensor(p.grad) for p in self.trained_parameters() if p.grad is not None}
+        return new_gradients | self.grad_sums
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         super().zero_grad(set_to_none)
-        self.sums.clear()
+        self.grad_sums.clear()
 
-    def parameters(self) -> list[Tensor]:
+    def trained_parameters(self) -> list[Tensor]:
         """What is trained."""
         return list(self.param_groups[0]["params"])
 
     @torch.no_grad()
-    def clip(self, limit: float) -> Tensor:
+    def clip_gradients(self, limit: float) -> Tensor:
         """The global gradient norm; the next step scales gradients to one of at most `limit`, in float32."""
-        norm = global_grad_norm(list(self.local_gradients().values()), self.parameters()[0])
-        self.factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        norm = global_grad_norm(list(self.local_gradients().values()), self.trained_parameters()[0])
+        self.grad_factor = (limit / (norm + 1e-6)).clamp(max=1.0)
         return norm
 
     def skip_step_unless(self, finite: Tensor) -> None:
         """Let the next step change nothing unless `fine`, a boolean on the device: nobody waits to look at it."""
-        factor = torch.ones((), device=finite.device) if self.factor is None else self.factor
-        self.factor = torch.where(finite, factor, torch.nan)
+        factor = torch.ones((), device=finite.device) if self.grad_factor is None else self.grad_factor
+        self.grad_factor = torch.where(finite, factor, torch.nan)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -169,16 +169,16 @@ class CompactAdamW(torch.optim.Optimizer):
                 state,
                 grad.view(-1),
                 coefficients,
-                torch.stack([step, self.starts[parameter]]),
+                torch.stack([step, self.first_elements[parameter]]),
             )
-        self.factor = None
+        self.grad_factor = None
 
-    def masters(self) -> Iterator[Tensor]:
+    def master_weights(self) -> Iterator[Tensor]:
         """The float32 masters of all parameters, one after the other, sharded as they are."""
-        remainders = ({"low": local_tensor(self.state[p]["remainder"])} for p in self.parameters())
-        device = local_tensor(self.parameters()[0]).device
+        remainders = ({"low": local_tensor(self.state[p]["remainder"])} for p in self.trained_parameters())
+        device = local_tensor(self.trained_parameters()[0]).device
         for parameter, remainder in zip(
-            self.parameters(), prefetched_groups(remainders, device, write_back=False), strict=True
+            self.trained_parameters(), prefetched_groups(remainders, device, write_back=False), strict=True
         ):
             yield sharded_like(parameter, join_master(local_tensor(parameter.detach()), remainder["low"]))
 
@@ -188,7 +188,7 @@ class CompactAdamW(torch.optim.Optimizer):
         lr, beta2 = group["lr"], group["beta2"]
         correction = (1 - beta2**step) ** 0.5
         coefficients = [1 - lr * group["weight_decay"], -lr, beta2, 1 - beta2, correction, group["eps"], 1 / correction]
-        factor = torch.ones((), device=device) if self.factor is None else self.factor
+        factor = torch.ones((), device=device) if self.grad_factor is None else self.grad_factor
         return torch.cat([torch.tensor(coefficients).to(device, non_blocking=True), factor[None]])
 
 

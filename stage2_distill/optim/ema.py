@@ -24,24 +24,24 @@ class EmaWeights:
         self.masters, self.offload = masters, offload
         self._weights: dict[str, Tensor] = {}
         if not offload:
-            self.begin()
+            self.ensure_initialized()
         self.copy_stream = torch.cuda.Stream() if offload and torch.cuda.is_available() else None
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """The averages, as they are after the last update."""
-        self.begin()
+        self.ensure_initialized()
         self.prepare_update()
         if self.copy_stream is not None:
             self.copy_stream.synchronize()
         return self._weights
 
     @torch.no_grad()
-    def begin(self) -> None:
+    def ensure_initialized(self) -> None:
         """Make room, if that has not been done, and copy the masters as they are."""
         if not self._weights:
             pool = PinnedPool(offload=self.offload)
-            self._weights = {name: pool.home(master.clone()) for name, master in self.masters()}
+            self._weights = {name: pool.place_tensor(master.clone()) for name, master in self.masters()}
 
     def prepare_update(self, decay: float = 0.0) -> None:
         """Call it before the masters change, with the decay of the update after it.
@@ -49,7 +49,7 @@ class EmaWeights:
         What follows on the device waits for an update that runs aside.
         """
         if decay > 0:
-            self.begin()
+            self.ensure_initialized()
         if self.copy_stream is not None:
             torch.cuda.current_stream().wait_stream(self.copy_stream)
 

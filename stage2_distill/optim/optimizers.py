@@ -58,13 +58,13 @@ def is_unsharded(config: DistillConfig, ranks: RankContext) -> bool:
 
 def clip_gradients(net: nn.Module, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
     """Scale the gradients of all ranks to a global norm of at most `limit`; the norm before that, a scalar."""
-    return optimizer.clip(limit) if isinstance(optimizer, CompactAdamW) else clip_grad_norm(net, limit)
+    return optimizer.clip_gradients(limit) if isinstance(optimizer, CompactAdamW) else clip_grad_norm(net, limit)
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> bool:
     """Take a step that changes no weight unless `fine`, a boolean on the device; False where the optimizer has none."""
     if isinstance(optimizer, CompactAdamW):
-        optimizer.only_if(finite)
+        optimizer.skip_step_unless(finite)
         optimizer.step()
         return True
     return False
@@ -73,7 +73,9 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> bool:
 def master_weights(net: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Names and float32 masters of all parameters, one at a time."""
     names = [name for name, _ in net.named_parameters()]
-    tensors = optimizer.masters() if isinstance(optimizer, CompactAdamW) else (p.detach() for p in net.parameters())
+    tensors = (
+        optimizer.master_weights() if isinstance(optimizer, CompactAdamW) else (p.detach() for p in net.parameters())
+    )
     yield from zip(names, tensors, strict=True)
 
 

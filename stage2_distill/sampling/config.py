@@ -53,13 +53,13 @@ class SampleConfig:
             raise ValueError(f"out={self.out}: must be a folder for --data; one .mp4 file is for --prompt")
         if self.data is not None and self.image is not None:
             raise ValueError("--image goes with --prompt; a CSV names its images in the column image")
-        self.size(VideoSpec())  # sizes that no model can make
+        self.video_spec(VideoSpec())  # sizes that no model can make
 
-    def size(self, spec: VideoSpec) -> VideoSpec:
+    def video_spec(self, spec: VideoSpec) -> VideoSpec:
         """The size to make: the checkpoint's, but for what is given."""
         requested = {"num_frames": self.num_frames, "height": self.height, "width": self.width}
         return replace(spec, **{name: value for name, value in requested.items() if value is not None})
 
-    def sigmas(self, shift: float) -> tuple[float, ...] | None:
+    def explicit_sigmas(self, shift: float) -> tuple[float, ...] | None:
         """Noise levels of an explicit ladder; None = the checkpoint's own."""
         return None if self.ladder is None else timestep_sigmas(self.ladder, s=shift)

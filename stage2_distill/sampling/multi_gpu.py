@@ -27,17 +27,17 @@ class LeaderSampler:
 
     def __call__(self, records: Sequence[Record], seeds: Sequence[int], segment: int = 0) -> Tensor:
         """What `Student` gives, computed by all ranks."""
-        condition = self.student.condition(records)
+        condition = self.student.build_condition(records)
         assert condition.given is None, "a batch of one kind"
         self.in_call = True  # if this fails, the others wait in vain, and torchrun ends them
         broadcast_request(condition, list(seeds), segment)
-        x0 = self.student.denoise(condition, seeds, segment)
+        x0 = self.student.sample_latents(condition, seeds, segment)
         self.in_call = False
         return x0
 
-    def move(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         """Bring the network of this rank to a device."""
-        self.student.move(device)
+        self.student.move_to(device)
 
     def __enter__(self) -> "LeaderSampler":
         return self
@@ -82,5 +82,5 @@ def receive_request(student: StudentSampler) -> DenoiseRequest | None:
 def run_sampling_worker(student: StudentSampler) -> None:
     """Compute with the first rank all that it is asked for."""
     while (request := receive_request(student)) is not None:
-        student.denoise(*request)
+        student.sample_latents(*request)
     dist.destroy_process_group()

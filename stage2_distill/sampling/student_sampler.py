@@ -53,20 +53,20 @@ class StudentSampler:
         """The network's."""
         return OffloadedTensors([*self.net.parameters(), *self.net.buffers()])
 
-    def move(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         """Bring the network to a device."""
-        self.tensors.move(device)
+        self.tensors.move_to(device)
 
     def __call__(self, records: Sequence[Record], seeds: Sequence[int], segment: int = 0) -> Tensor:
         """Latents (B C T H W) of records, from the noise of their seeds and of the segment."""
-        return self.denoise(self.condition(records), seeds, segment)
+        return self.sample_latents(self.build_condition(records), seeds, segment)
 
-    def condition(self, records: Sequence[Record]) -> Condition:
+    def build_condition(self, records: Sequence[Record]) -> Condition:
         """What the network sees of records, on its device."""
         return collate_records(records, text_rows=self.text_rows).condition.to(self.device)
 
     @torch.no_grad()
-    def denoise(self, condition: Condition, seeds: Sequence[int], segment: int) -> Tensor:
+    def sample_latents(self, condition: Condition, seeds: Sequence[int], segment: int) -> Tensor:
         """Latents (B C T H W) of conditions; the same noise for the same seeds and segment."""
         generators = [make_generator(seed, 0, segment, "sample", self.device) for seed in seeds]
         noise = draw_normal(self.spec.latent_shape, generators)
@@ -78,7 +78,7 @@ def open_student(config: SampleConfig) -> StudentSampler:
     checkpoint = resolve_checkpoint(Path(config.checkpoint))
     facts = read_facts(checkpoint)
     check_model(config.model, facts)
-    spec = config.size(facts.spec)
+    spec = config.video_spec(facts.spec)
     ranks = (
         start_process_group(config.device).world
         if config.data is None and int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -94,7 +94,7 @@ def open_student(config: SampleConfig) -> StudentSampler:
         device=pick_device(config.device),
     )
     check_context_parallel(ranks, tokens=spec.num_tokens, heads=net.config.num_attention_heads)
-    sigmas = config.sigmas(facts.shift) or facts.sigmas
+    sigmas = config.explicit_sigmas(facts.shift) or facts.sigmas
     return StudentSampler(net, spec, sigmas, getattr(torch, config.dtype), config.text_rows)
 
 

@@ -35,7 +35,7 @@ def trips(seed, number):
 class Counting:
     """Stands for a data set where only its size matters."""
 
-    index = DataSet.index
+    index = DataSet.record_index
 
     def __init__(self, records):
         self.records = records
@@ -74,7 +74,9 @@ def test_neighbours_are_scattered():
 
 def test_epochs_and_seeds_differ():
     orders = {
-        tuple(RecordStream(Counting(50), seed=s).index(e * 50 + i) for i in range(50)) for s in (0, 1) for e in (0, 1)
+        tuple(RecordStream(Counting(50), seed=s).record_index(e * 50 + i) for i in range(50))
+        for s in (0, 1)
+        for e in (0, 1)
     }
     assert len(orders) == 4
 
@@ -86,31 +88,33 @@ def test_every_record_once_an_epoch_over_all_ranks():
         read = Counter()
         for rank in range(world):
             own = [u * size + i for u in range(updates) for i in range(size) if i % world == rank]
-            read.update((p // records, stream.index(p)) for p in own if p < 2 * records)
+            read.update((p // records, stream.record_index(p)) for p in own if p < 2 * records)
         assert read == Counter((epoch, index) for epoch in (0, 1) for index in range(records))
 
 
 def test_an_update_reads_the_same_set_on_any_number_of_ranks_and_after_any_stop():
     for records, world, per_rank, stop, seed in trips(2, 60):
         size = 12 * per_rank
-        whole = [RecordStream(Counting(records), seed=seed).index(p) for p in range(size * (stop + 2))]
+        whole = [RecordStream(Counting(records), seed=seed).record_index(p) for p in range(size * (stop + 2))]
         for ranks in {w for w in (1, 2, 3, 4, 6, 12) if w <= max(1, world)}:
             resumed = RecordStream(Counting(records), seed=seed)
-            update = [resumed.index(stop * size + i) for r in range(ranks) for i in range(size) if i % ranks == r]
+            update = [
+                resumed.record_index(stop * size + i) for r in range(ranks) for i in range(size) if i % ranks == r
+            ]
             assert sorted(update) == sorted(whole[stop * size : (stop + 1) * size])
 
 
 def test_records_come_back_as_written(folder):
     data = open_data_set(folder)
-    assert data.records == data.manifest.records == 17
+    assert data.num_records == data.manifest.records == 17
     for index in (0, 4, 5, 6, 16):
-        record, made = data.record(index), make_record(index)
+        record, made = data.read_record(index), make_record(index)
         assert (record.key, record.source) == (made.key, made.source)
         assert torch.equal(record.first_frame, made.first_frame) and torch.equal(record.text, made.text)
     assert data.negative.shape == (4, 8)
     for outside in (-1, 17):
         with pytest.raises(IndexError, match=f"record {outside} of 17"):
-            data.record(outside)
+            data.read_record(outside)
 
 
 def test_tensors_are_those_of_the_safetensors_library(folder):
@@ -133,16 +137,16 @@ def test_a_tar_cut_short_is_named(folder, tmp_path):
     tar.write_bytes(tar.read_bytes()[:1600])
     with pytest.raises(ValueError, match=r"shard-000001\.tar: damaged at clip-"):
         for index in range(17):
-            data.record(index)
+            data.read_record(index)
     buffer = memoryview(bytearray(b"x" * 2000))  # as when the right bytes still lie where the next read goes
-    data.place.fill(tar.name, 0, buffer)
+    data.storage.read_into(tar.name, 0, buffer)
     assert bytes(buffer) == tar.read_bytes() + bytes(400)
 
 
 def test_batch_is_collated_in_the_order_of_positions(folder):
     stream = RecordStream(open_data_set(folder), seed=3)
-    batch = stream.batch([20, 4, 33])
-    made = [make_record(stream.index(position)) for position in (20, 4, 33)]
+    batch = stream.read_batch([20, 4, 33])
+    made = [make_record(stream.record_index(position)) for position in (20, 4, 33)]
     assert batch.keys == tuple(record.key for record in made)
     assert torch.equal(batch.condition.first_frame[2], made[2].first_frame)
     assert batch.condition.text.shape == (3, 512, 8) and not batch.condition.text[0, len(made[0].text) :].any()
@@ -151,10 +155,10 @@ def test_batch_is_collated_in_the_order_of_positions(folder):
 def test_sidecars_are_read_when_first_touched_and_only_a_bounded_number_is_held(folder, monkeypatch):
     monkeypatch.setattr("shards.dataset.MAX_CACHED_RECORDS", 9)  # of 17 records in 4 shards: two shards
     data, read = open_data_set(folder), []
-    inner = data.place.read
-    monkeypatch.setattr(data.place, "read", lambda name, *a, **k: (read.append(name), inner(name, *a, **k))[1])
+    inner = data.storage.read
+    monkeypatch.setattr(data.storage, "read", lambda name, *a, **k: (read.append(name), inner(name, *a, **k))[1])
     for index in (0, 1, 5, 0, 6, 0, 5):
-        data.record(index)
+        data.read_record(index)
     sidecars = [name for name in read if name.endswith(".json")]
     assert sidecars == [f"shard-00000{n}.json" for n in (0, 1, 2, 1)]
 
@@ -162,8 +166,8 @@ def test_sidecars_are_read_when_first_touched_and_only_a_bounded_number_is_held(
 def test_threads_read_what_one_reads(folder):
     stream = RecordStream(open_data_set(folder), seed=0)
     plans = [[p, p + 1] for p in range(0, 60, 2)]
-    assert [b.keys for b in prefetch_ordered(stream.batch, plans, depth=4, threads=3)] == [
-        stream.batch(p).keys for p in plans
+    assert [b.keys for b in prefetch_ordered(stream.read_batch, plans, depth=4, threads=3)] == [
+        stream.read_batch(p).keys for p in plans
     ]
 
 

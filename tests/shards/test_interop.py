@@ -78,7 +78,7 @@ def test_a_reader_written_from_the_format_page_agrees(folder):
     script = f"{code}\nfor position in (0, 1, 7, 23): print(json.dumps(read(sys.argv[1], position, seed=5)))"
     done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
     stream = RecordStream(open_data_set(folder), seed=5)
-    expected = [stream.data.record(stream.index(position)) for position in (0, 1, 7, 23)]
+    expected = [stream.data.read_record(stream.record_index(position)) for position in (0, 1, 7, 23)]
     for line, record in zip(done.stdout.splitlines(), expected, strict=True):
         key, prompt, tensors = json.loads(line)
         assert (key, prompt, set(tensors)) == (record.key, record.source.prompt, {"first_frame", "text"})

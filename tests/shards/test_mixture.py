@@ -52,12 +52,12 @@ def test_bad_weights_are_refused(text, says):
 @pytest.mark.parametrize(("weights", "shares"), [((1, 0.3, 0.5), (10, 3, 5)), ((2, 2, 4), (1, 1, 2))])
 def test_every_cycle_has_the_exact_shares(folders, weights, shares):
     mixed = mixture(folders, *weights)
-    assert mixed.shares == shares and mixed.records == 19
+    assert mixed.draws_per_cycle == shares and mixed.num_records == 19
     owner = [0] * 11 + [1] * 5 + [2] * 3
     size = sum(shares)
     places = []
     for cycle in range(30):
-        drawn = [owner[mixed.index(cycle * size + i, seed=1)] for i in range(size)]
+        drawn = [owner[mixed.record_index(cycle * size + i, seed=1)] for i in range(size)]
         assert tuple(drawn.count(number) for number in range(3)) == shares
         places.append(tuple(drawn))
     assert len(set(places)) > 5  # the places are shuffled anew in every cycle
@@ -65,7 +65,7 @@ def test_every_cycle_has_the_exact_shares(folders, weights, shares):
 
 def test_each_data_set_goes_round_exactly(folders):
     mixed = mixture(folders, 1, 0.3, 0.5)
-    drawn = [mixed.index(position, seed=4) for position in range(18 * 33)]
+    drawn = [mixed.record_index(position, seed=4) for position in range(18 * 33)]
     for low, high in ((0, 11), (11, 16), (16, 19)):
         own = [index for index in drawn if low <= index < high]
         rounds = [own[i : i + high - low] for i in range(0, len(own) // (high - low) * (high - low), high - low)]
@@ -75,18 +75,18 @@ def test_each_data_set_goes_round_exactly(folders):
 
 
 def test_any_rank_reads_its_part_after_any_stop(folders):
-    whole = [RecordStream(mixture(folders, 1, 0.3, 0.5), seed=2).index(p) for p in range(240)]
+    whole = [RecordStream(mixture(folders, 1, 0.3, 0.5), seed=2).record_index(p) for p in range(240)]
     for world in (1, 2, 3, 4):
         resumed = RecordStream(mixture(folders, 1, 0.3, 0.5), seed=2)
-        update = [resumed.index(108 + i) for rank in range(world) for i in range(12) if i % world == rank]
+        update = [resumed.record_index(108 + i) for rank in range(world) for i in range(12) if i % world == rank]
         assert sorted(update) == sorted(whole[108:120])
-    assert whole != [RecordStream(mixture(folders, 1, 0.3, 0.5), seed=3).index(p) for p in range(240)]
+    assert whole != [RecordStream(mixture(folders, 1, 0.3, 0.5), seed=3).record_index(p) for p in range(240)]
 
 
 def test_records_come_from_their_own_data_set(folders):
     data = open_data_sets([folders[0], folders[1] + ":0.3", folders[2] + ":0.5"])
     stream = RecordStream(data, seed=0)
-    batch = stream.batch(range(40))
+    batch = stream.read_batch(range(40))
     for position, key in enumerate(batch.keys):
         name, number = key.split("-")
         made = make_record(int(number), name=name)
@@ -94,7 +94,7 @@ def test_records_come_from_their_own_data_set(folders):
     assert {key[0] for key in batch.keys} == {"a", "b", "c"}
     assert data.manifest.spec == open_data_set(folders[0]).manifest.spec and data.negative.shape == (4, 8)
     with pytest.raises(IndexError, match="record 19 of 19"):
-        data.record(19)
+        data.read_record(19)
 
 
 def test_one_data_set_is_itself(folders):

@@ -30,13 +30,13 @@ class OneShard(LocalStorage):
     def read_into(self, name, *span, fresh=False):
         super().read_into("shard-000000.tar", *span)
 
-data.place = OneShard(sys.argv[1])
+data.storage = OneShard(sys.argv[1])
 stream = RecordStream(data, seed=1)
-seen = [stream.index(position * 99_991) for position in range(600)]
-keys = [stream.data.record(index).key for index in seen]
+seen = [stream.record_index(position * 99_991) for position in range(600)]
+keys = [stream.data.read_record(index).key for index in seen]
 assert keys == [f"clip-{index % 500:06d}" for index in seen]
 assert len(data._offset_cache) == MAX_CACHED_RECORDS // 500 < len({index // 500 for index in seen})
-print(data.records, len(set(seen)), round(opened - imported), round(peak() - opened))
+print(data.num_records, len(set(seen)), round(opened - imported), round(peak() - opened))
 """
 
 

@@ -141,7 +141,7 @@ def test_a_crashing_or_hanging_decoder_costs_one_file(tmp_path: Path, monkeypatc
 
 def test_a_child_ends_with_its_parent_gone() -> None:
     children = ReaderPool(1, SPEC, 20.0)
-    child = children.children.get()
+    child = children.idle_processes.get()
     child._wait_until_ready()
     child.connection.close()  # what the system does when the parent is killed
     assert child.process.wait(10) == 0

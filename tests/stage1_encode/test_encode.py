@@ -118,7 +118,7 @@ def test_the_same_command_again_does_nothing(clips: Path, model: Path, dataset: 
     shutil.copytree(dataset, tmp_path / "set")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").glob("*") if path.name != "encode.lock"}
     report = encode(configure(clips / "clips.csv", model, tmp_path / "set"))
-    assert (report.records, report.shards, report.failures, report.done) == (6, 2, 0, True)
+    assert (report.records, report.shards, report.failures, report.is_complete) == (6, 2, 0, True)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -262,7 +262,7 @@ def test_a_plan_that_says_less_than_it_must_is_refused(clips: Path, model: Path,
     for field in ("batch_size", "text_tokens"):
         del plan[field]
     (tmp_path / "out/plan.json").write_text(json.dumps(plan))
-    assert encode(config).done
+    assert encode(config).is_complete
     del plan["shard_size"]
     (tmp_path / "out/plan.json").write_text(json.dumps(plan))
     with pytest.raises(ValueError, match="shard_size: None, expected 4"):

@@ -50,7 +50,7 @@ def test_ranks_share_the_shards(clips: Path, model: Path, tmp_path: Path, monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     report = encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2))
-    assert (report.shards, report.records, report.done) == (1, 2, False)
+    assert (report.shards, report.records, report.is_complete) == (1, 2, False)
     assert (tmp_path / "out/shard-000001.tar").exists() and not (tmp_path / "out/manifest.json").exists()
 
 
@@ -58,14 +58,14 @@ def test_a_job_array_makes_its_ranges(
     whole: Path, clips: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2)
-    assert not encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="1:3")).done
+    assert not encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="1:3")).is_complete
     with pytest.raises(ValueError, match="is unfinished"):
         read_manifest(tmp_path / "out")
-    assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="0:1")).done
+    assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="0:1")).is_complete
     assert hashes(tmp_path / "out") == hashes(whole)
     caplog.set_level(logging.INFO)
     beyond = encode(configure(clips / "clips.csv", model, tmp_path / "new", shard_size=2, shards="3:9"))
-    assert (beyond.records, beyond.shards, beyond.done) == (0, 0, False)
+    assert (beyond.records, beyond.shards, beyond.is_complete) == (0, 0, False)
     assert "shards=3:9: the CSV gives shards 0:3 only; nothing to do" in caplog.messages
     with pytest.raises(ValueError, match="two whole numbers A:B"):
         configure(clips / "clips.csv", model, tmp_path / "out", shards="3:1")
@@ -185,7 +185,7 @@ def test_failed_rows_are_tried_again_when_asked(
         encode(replace(config, **again))
     monkeypatch.delenv("WORLD_SIZE")
     report = encode(replace(config, **again))
-    assert (report.records, report.failures, report.done) == (6, 0, True)
+    assert (report.records, report.failures, report.is_complete) == (6, 0, True)
     assert (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns == kept
     encode(configure(table, model, tmp_path / "whole", **again))
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")

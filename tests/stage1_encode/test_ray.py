@@ -54,7 +54,7 @@ def test_a_killed_worker_costs_nothing(clips: Path, model: Path, tmp_path: Path)
     report = encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=1, engine="ray"))
     killer.join()
     assert len(killed) == 1
-    assert report.done and report.records == 6
+    assert report.is_complete and report.records == 6
     assert {name: sha for name, sha in hashes(tmp_path / "out").items() if not name.endswith(".partial")} == hashes(
         tmp_path / "whole"
     )

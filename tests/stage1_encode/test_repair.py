@@ -140,7 +140,7 @@ def test_the_picture_shows_each_record(whole: Path, model: Path, tmp_path: Path)
     height = CELL_WIDTH * 64 // 96
     assert sheet.shape == (height + LABEL_HEIGHT, PICTURES_PER_ROW * CELL_WIDTH, 3)
     cells = [sheet[:height, i * CELL_WIDTH : (i + 1) * CELL_WIDTH].astype(float) for i in range(PICTURES_PER_ROW)]
-    assert open_data_set(whole).records == 5
+    assert open_data_set(whole).num_records == 5
     assert all(cell.std() > 1 for cell in cells[:5]), "pictures"
     assert all((cell == 255).all() for cell in cells[5:]), "the rest is empty"
     assert any((cells[0] != cell).any() for cell in cells[1:5])

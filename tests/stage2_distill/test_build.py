@@ -133,7 +133,7 @@ def test_the_students_state_makes_room_for_summed_gradients(
     """One GPU's 80 GB hold the 5B's float32 sums, 19 GiB, or the student's state beside bf16 gradients, not both."""
     asked: dict[str, bool] = {}
     monkeypatch.setattr(pinned_memory.PinnedPool, "__init__", lambda self, *, offload: asked.update(given=offload))
-    monkeypatch.setattr(pinned_memory.PinnedPool, "home", lambda self, value: value)
+    monkeypatch.setattr(pinned_memory.PinnedPool, "place_tensor", lambda self, value: value)
     config = make_config(tmp_path, model, tmp_path, **HALF | {"memory": "compact", "offload": offload})
     config = replace(config, batch_size=2, global_batch=clips)
     found = {}

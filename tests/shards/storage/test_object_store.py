@@ -49,7 +49,7 @@ def same(data, indices=range(RECORDS)):
 
 def test_http_gives_the_records_by_ranges(server, folder):
     data = open_data_set(server.url)
-    assert data.records == RECORDS and same(data)
+    assert data.num_records == RECORDS and same(data)
     asked = [span for name, span in server.asked if name.endswith(".tar")]
     assert len(asked) == RECORDS and all(asked)  # one range a record, never a whole tar
     assert torch.equal(data.negative, open_data_set(folder).negative)
@@ -65,14 +65,14 @@ def test_random_faults_under_threads(server):
     draw = random.Random(0)
     server.fault = lambda name, number: draw.choice(["", "503", "cut", "reset"]) if number % 4 else ""
     data = open_data_set(server.url, cache_bytes=0)
-    data.place.retry = RetryPolicy(
+    data.storage.retry = RetryPolicy(
         max_attempts=12, first_delay=0.001
     )  # threads that ask for one range share its faults
     stream = RecordStream(data, seed=5)
     plans = [[p, p + 1, p + 2] for p in range(0, 48, 3)]
-    batches = list(prefetch_ordered(stream.batch, plans, depth=4, threads=4))
+    batches = list(prefetch_ordered(stream.read_batch, plans, depth=4, threads=4))
     assert [key for batch in batches for key in batch.keys] == [
-        make_record(stream.index(position)).key for position in range(48)
+        make_record(stream.record_index(position)).key for position in range(48)
     ]
 
 
@@ -83,7 +83,7 @@ def test_a_lost_server_is_named_after_the_last_try(server, caplog):
         caplog.at_level(logging.WARNING),
         pytest.raises(ConnectionError, match=r"shard-00000\d.tar.*503.*tried 4 times"),
     ):
-        data.record(0)
+        data.read_record(0)
     assert sum(name.endswith(".tar") for name, _ in server.asked) == 4
     pauses = [record.getMessage().split("again in ")[1] for record in caplog.records]
     assert len(pauses) == 3  # after each try but the last
@@ -104,12 +104,12 @@ def test_damage_that_stays_is_read_twice_and_named(server):
     data = open_data_set(server.url)
     server.fault = lambda name, number: "flip" if name == "shard-000001.tar" else ""
     with pytest.raises(ValueError, match=r"shard-000001.tar: damaged at clip-000006.safetensors .*read twice"):
-        data.record(6)
+        data.read_record(6)
     assert sum(name == "shard-000001.tar" for name, _ in server.asked) == 2
     assert same(data, [0, 12])
     server.fault = lambda name, number: "flip" if name == "shard-000001.json" else ""
     with pytest.raises(ValueError, match="shard-000001.json: damaged at the whole file"):
-        open_data_set(server.url, cache_bytes=0).record(6)
+        open_data_set(server.url, cache_bytes=0).read_record(6)
 
 
 @pytest.mark.parametrize("damaged", ["manifest.json", "negative.safetensors"])
@@ -128,7 +128,7 @@ def test_a_damaged_or_missing_opening_is_refused(server, folder, damaged):
 def test_a_server_without_ranges_is_refused(server):
     server.fault = lambda name, number: "whole"
     with pytest.raises(ValueError, match="whole files where ranges are asked for"):
-        open_data_set(server.url).record(0)
+        open_data_set(server.url).read_record(0)
 
 
 def test_the_cache_spares_the_second_epoch(server):
@@ -198,7 +198,7 @@ def test_s3_gives_the_records_and_names_damage(s3, folder, monkeypatch):
     tar = (folder / "shard-000002.tar").read_bytes()
     client.put_object(Bucket="clips", Key="deep/data/shard-000002.tar", Body=tar.replace(b"prompt 10", b"prompt 11"))
     with pytest.raises(ValueError, match=r"s3://clips/deep/data/shard-000002.tar: damaged at clip-000010.json"):
-        data.record(10)
+        data.read_record(10)
     client.put_object(Bucket="clips", Key="deep/data/shard-000002.tar", Body=tar)
     assert same(data, [10])
 
@@ -228,7 +228,7 @@ def test_known_schemes():
 def test_gs_and_hf_open_their_own_clients(prefix, module, tmp_path, monkeypatch):
     monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
     opened = ObjectStore(prefix, cache=DiskCache(tmp_path, 0))
-    assert type(opened.files).__module__.split(".")[0] == module and opened.root.endswith("/data")
+    assert type(opened.filesystem).__module__.split(".")[0] == module and opened.root.endswith("/data")
 
 
 def test_a_missing_client_names_the_extra(monkeypatch, tmp_path):

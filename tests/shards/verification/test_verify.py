@@ -52,11 +52,11 @@ def test_a_sound_data_set_has_no_problems_and_is_described(clean):
     assert report.problems == () and report.outliers == ()
     assert report.manifest.records == 7 and report.sources == {"mp4 128x72": 7}
     rows = [len(make_record(number).text) for number in range(7)]
-    assert (report.spreads["text rows"].low, report.spreads["text rows"].high) == (min(rows), max(rows))
+    assert (report.value_summaries["text rows"].low, report.value_summaries["text rows"].high) == (min(rows), max(rows))
     frames = [make_record(number).first_frame.double().square().mean().sqrt().item() for number in range(7)]
-    assert report.spreads["first frame rms"].mean == pytest.approx(sum(frames) / 7, rel=1e-5)
-    assert report.spreads["prompt characters"].median == len("prompt 3 é")
-    assert "7 records + 1 failures = 8 rows in 2 shards" in "\n".join(report.lines())
+    assert report.value_summaries["first frame rms"].mean == pytest.approx(sum(frames) / 7, rel=1e-5)
+    assert report.value_summaries["prompt characters"].median == len("prompt 3 é")
+    assert "7 records + 1 failures = 8 rows in 2 shards" in "\n".join(report.format_lines())
 
 
 def test_any_flipped_bit_is_found_and_named(folder):
@@ -157,7 +157,7 @@ def test_outliers_are_shown_but_not_broken(folder):
     assert [(item.file, item.key, item.tensor) for item in report.outliers] == [
         ("shard-000001.tar", "clip-000004", "first_frame")
     ]
-    assert "outlier: shard-000001.tar: clip-000004: first_frame has an rms of" in "\n".join(report.lines())
+    assert "outlier: shard-000001.tar: clip-000004: first_frame has an rms of" in "\n".join(report.format_lines())
 
 
 def test_a_shard_that_the_manifest_does_not_know_is_named(folder):

@@ -141,7 +141,7 @@ def test_mistakes_are_named(model: Path, tmp_path: Path) -> None:
 
 def test_a_film_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stop"), VideoWriter(tmp_path / "x.mp4", fps=12) as film:
-        film.add(torch.from_numpy(moving()))
+        film.add_frames(torch.from_numpy(moving()))
         raise RuntimeError("stop")
     assert list(tmp_path.iterdir()) == []
 
@@ -150,5 +150,5 @@ def test_frames_given_in_pieces_make_the_same_file(tmp_path: Path) -> None:
     clip = torch.from_numpy(moving())
     with VideoWriter(tmp_path / "a.mp4", fps=12) as film:
         for piece in clip.split([1, 2, 6]):
-            film.add(piece)
+            film.add_frames(piece)
     assert (tmp_path / "a.mp4").read_bytes() == write_video(tmp_path / "b.mp4", moving(), fps=12).read_bytes()

@@ -84,24 +84,24 @@ def frames(path: Path) -> int:
 def test_records_are_those_of_encode(
     order: GenerationRequest, model: Path, models: ConditionEncoder, tmp_path: Path
 ) -> None:
-    (rows,) = read_shard_rows(order.table, shard_size=9, text_only=True)
-    found = encode_conditions(models, rows, order.table, SPEC, keep_text_on_device=True)
+    (rows,) = read_shard_rows(order.csv_path, shard_size=9, text_only=True)
+    found = encode_conditions(models, rows, order.csv_path, SPEC, keep_text_on_device=True)
     encode(
         EncodeConfig(
-            str(order.table), str(model), str(tmp_path / "data"), 9, 64, 96, 12,
+            str(order.csv_path), str(model), str(tmp_path / "data"), 9, 64, 96, 12,
             text_only=True, vae_dtype="float32", device="cpu", workers=1,
         )
     )  # fmt: skip
     data = open_data_set(str(tmp_path / "data"))
     for number, record in enumerate(found):
-        wanted = data.record(number)
+        wanted = data.read_record(number)
         assert (record.key, record.source.prompt, record.source.seed) == (
             wanted.key,
             wanted.source.prompt,
             wanted.source.seed,
         )
         assert torch.allclose(record.text.float(), wanted.text.float(), atol=0.02)  # prompts are batched otherwise
-    assert torch.equal(found[0].first_frame, data.record(0).first_frame)
+    assert torch.equal(found[0].first_frame, data.read_record(0).first_frame)
     assert found[1].first_frame is None
 
 
@@ -139,7 +139,7 @@ def test_pictures_of_any_size_become_first_frames(tmp_path: Path, size: tuple[in
 
 
 def test_segments_go_on_from_the_last_frame(order: GenerationRequest, models: ConditionEncoder) -> None:
-    longer = GenerationRequest(order.table, order.out, order.store, SPEC, 0, segments=2, batch_size=2)
+    longer = GenerationRequest(order.csv_path, order.out, order.store, SPEC, 0, segments=2, batch_size=2)
     made = generate_videos(longer, models, Noise(), MemoryPlan())
     assert [path.name for path in made] == ["000000000.mp4", "000000001.mp4", "contact.png"]
     assert [frames(path) for path in made[:2]] == [1 + 2 * 8] * 2
@@ -193,8 +193,10 @@ def test_only_what_the_contact_sheet_shows_is_kept(
     monkeypatch.setattr(generate, "MAX_SHEET_ROWS", 1)
     made = generate_videos(order, models, Noise(), MemoryPlan())
     assert Image.open(made[-1]).height == 64
-    assert [len(take.shown) for take in takes] == [generate.SHEET_COLUMNS, 0]
-    assert all(frame.untyped_storage().nbytes() == frame.nbytes for frame in takes[0].shown), "no view of a video"
+    assert [len(take.sheet_frames) for take in takes] == [generate.SHEET_COLUMNS, 0]
+    assert all(frame.untyped_storage().nbytes() == frame.nbytes for frame in takes[0].sheet_frames), (
+        "no view of a video"
+    )
 
 
 def test_memory_modes_give_the_same_files(order: GenerationRequest, models: ConditionEncoder) -> None:

@@ -128,7 +128,7 @@ def test_where_our_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, dtype, compiled in cases:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         found = select_backend(torch.device("cuda", 0), getattr(torch, dtype), compiled=True)
-        assert found == KernelBackend(norms=True, convolutions=compiled)
+        assert found == KernelBackend(triton_norms=True, convolutions=compiled)
     assert not select_backend(torch.device("cuda", 0), torch.bfloat16, compiled=False).convolutions
     faster = [
         layer.plan for layer in VideoDecoder(wide_vae(), KernelBackend()).modules() if isinstance(layer, FoldedConv)

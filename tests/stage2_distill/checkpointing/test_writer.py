@@ -66,9 +66,9 @@ def test_training_goes_on_and_does_not_change_what_is_written(
         time.sleep(0.2)
         copy(*arguments)
 
-    copy = staging.StagedState.copy
+    copy = staging.StagedState.copy_from_host
     monkeypatch.setattr(module, "write_checkpoint", late)
-    monkeypatch.setattr(staging.StagedState, "copy", slow)
+    monkeypatch.setattr(staging.StagedState, "copy_from_host", slow)
     live = {"student.weight": torch.arange(6.0).view(2, 3), "student.step": torch.tensor(5.0)}
     with CheckpointWriter(tmp_path, config, start_process_group("cpu")) as saver:
         saver.save(live, facts)
@@ -77,7 +77,7 @@ def test_training_goes_on_and_does_not_change_what_is_written(
         clock = PhaseTimer(torch.device("cpu"))
         saver.register_step_hooks({STUDENT: optimizer}, clock)
         optimizer.step()  # waits until the copies are made
-        assert clock.read()["checkpoint"] > 0
+        assert clock.read_seconds()["checkpoint"] > 0
         for value in live.values():
             value.zero_()
         changed.set()
@@ -91,7 +91,7 @@ def test_a_step_waits_for_the_copies_of_its_role_alone(
     config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The role that is updated next is copied first, and its step waits for no other."""
-    may_copy, begun, copy = threading.Event(), [], staging.StagedState.copy
+    may_copy, begun, copy = threading.Event(), [], staging.StagedState.copy_from_host
 
     def watched(self: staging.StagedState, name: str) -> None:
         begun.append(name)
@@ -99,7 +99,7 @@ def test_a_step_waits_for_the_copies_of_its_role_alone(
         copy(self, name)
 
     monkeypatch.setattr(staging, "COPY_THREADS", 1)
-    monkeypatch.setattr(staging.StagedState, "copy", watched)
+    monkeypatch.setattr(staging.StagedState, "copy_from_host", watched)
     names = "student.w", "ema.w", "critic.w", "student_optimizer.w", "critic_optimizer.w"
     clock, optimizers = PhaseTimer(torch.device("cpu")), {}
     for role in (STUDENT, CRITIC):
@@ -109,7 +109,7 @@ def test_a_step_waits_for_the_copies_of_its_role_alone(
         saver.save({name: torch.ones(3) for name in names}, facts)  # after iteration 1: no turn of the student
         optimizers[CRITIC].step()
         assert begun[:2] == ["critic.w", "critic_optimizer.w"]
-        assert len(saver.snapshot.waiting(STUDENT)) == 3
+        assert len(saver.snapshot.pending_copies(STUDENT)) == 3
         threading.Timer(0.2, may_copy.set).start()
         optimizers[STUDENT].step()
         assert saver.snapshot is None or not saver.snapshot.is_pending(STUDENT)
@@ -122,7 +122,12 @@ def test_previews_wait_for_the_student_s_copies(
     """A preview puts the average in the student's place: not while the student is being copied for a checkpoint."""
     options = {"iterations": 4, "ema_start": 0, "checkpoint_every": 3, "keep": 2}
     options |= {"preview_every": 4, "preview_count": 1}
-    swapped, ends, copy, in_place_of = threading.Event(), [], staging.StagedState.copy, EmaWeights.swapped_into
+    swapped, ends, copy, in_place_of = (
+        threading.Event(),
+        [],
+        staging.StagedState.copy_from_host,
+        EmaWeights.swapped_into,
+    )
 
     def late(self: staging.StagedState, name: str) -> None:
         ends.append(time.monotonic() + 2)
@@ -138,7 +143,7 @@ def test_previews_wait_for_the_student_s_copies(
             yield
 
     quick = run_here(make_config(shards, model, tmp_path / "quick", **options))
-    monkeypatch.setattr(staging.StagedState, "copy", late)
+    monkeypatch.setattr(staging.StagedState, "copy_from_host", late)
     monkeypatch.setattr(EmaWeights, "swapped_into", told)
     run_here(make_config(shards, model, tmp_path / "late", **options))
     first = quick.with_name("step-000003")

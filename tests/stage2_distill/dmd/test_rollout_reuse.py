@@ -37,7 +37,7 @@ def test_groups_take_every_step(model: Path, global_batch: int, every: int) -> N
         if part.role == CRITIC:
             slot = assign_slot(part, config, world=1)
             members = groups.setdefault((part.iteration // every, slot.group), [])
-            assert slot.first == (not members)
+            assert slot.starts_group == (not members)
             members.append(slot.exit_index)
             taken[slot.exit_index] += 1
     for members in groups.values():
@@ -62,7 +62,7 @@ def test_a_sample_is_what_a_rollout_gives(model: Path) -> None:
         if part.role != CRITIC:
             continue
         condition = Condition(None, torch.full((2, 1, 1), float(part.iteration)))
-        first = (part, condition) if assign_slot(part, config, 1).first else first
+        first = (part, condition) if assign_slot(part, config, 1).starts_group else first
         x0, used, exit_at = reuse.sample(student, part, condition)
         assert used is first[1]
         before = calls

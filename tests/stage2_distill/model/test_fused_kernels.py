@@ -115,7 +115,7 @@ def test_compact_masters_are_those_of_adamw_on_the_gpu() -> None:
                 theirs.grad = mine.grad.float()
             compact.step()
             adamw.step()
-        for mine, theirs in zip(compact.masters(), full.parameters(), strict=True):
+        for mine, theirs in zip(compact.master_weights(), full.parameters(), strict=True):
             assert torch.equal(mine, theirs), ((mine != theirs).float().mean().item(), lr)
 
 
@@ -129,7 +129,7 @@ def test_the_fused_update_is_the_plain_one(moment: str) -> None:
         weight = torch.nn.Parameter(torch.randn(100, 192, generator=torch.Generator().manual_seed(0)).bfloat16().cuda())
         settings = {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
         compact = CompactAdamW(torch.nn.ParameterList([weight]), settings, moment=moment)
-        weight = compact.parameters()[0]
+        weight = compact.trained_parameters()[0]
         for step in range(1, 6):
             grad = torch.randn(19200, generator=torch.Generator().manual_seed(step)).bfloat16().cuda()
             place = torch.tensor([step, 0], device="cuda")
@@ -140,7 +140,7 @@ def test_the_fused_update_is_the_plain_one(moment: str) -> None:
                 compact.step_coefficients(step, grad.device),
                 place,
             )
-        found.append(next(compact.masters()))
+        found.append(next(compact.master_weights()))
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
     assert (found[0] == found[1]).float().mean() > 0.9
 
@@ -152,13 +152,13 @@ def test_a_fused_step_that_is_not_fine_changes_nothing(moment: str) -> None:
     net = torch.nn.Linear(192, 100, device="cuda", dtype=torch.bfloat16)
     compact = CompactAdamW(net, {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}, moment=moment)
     for count, fine in enumerate((True, False, True)):
-        before = [*compact.masters(), *(compact.state[p]["exp_avg_sq"].clone() for p in net.parameters())]
+        before = [*compact.master_weights(), *(compact.state[p]["exp_avg_sq"].clone() for p in net.parameters())]
         for parameter in net.parameters():
             parameter.grad = (1 + count) * torch.randn_like(parameter)
-        compact.clip(10.0)
+        compact.clip_gradients(10.0)
         compact.skip_step_unless(torch.tensor(fine, device="cuda"))
         compact.step()
-        after = [*compact.masters(), *(compact.state[p]["exp_avg_sq"] for p in net.parameters())]
+        after = [*compact.master_weights(), *(compact.state[p]["exp_avg_sq"] for p in net.parameters())]
         assert all(torch.equal(a, b) is not fine for a, b in zip(before, after, strict=True))
 
 
@@ -177,7 +177,7 @@ def test_offloaded_state_gives_the_same_weights() -> None:
                 parameter.grad = torch.randn_like(parameter)
             compact.step()
         assert compact.state[net[0].weight]["exp_avg_sq"].is_cuda is not offload
-        results.append(list(compact.masters()))
+        results.append(list(compact.master_weights()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -188,7 +188,7 @@ def test_activations_in_host_memory_give_the_same_gradients(monkeypatch: pytest.
     fields = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
     chosen = Case(VideoSpec(17, 128, 128), torch.device("cuda"), torch.bfloat16, fields)
     net, given, found = random_network(chosen), inputs(chosen), []
-    backward = backward_of(convert_transformer(net, ExecutionPlan(kernel="math", keep="host")), given)
+    backward = backward_of(convert_transformer(net, ExecutionPlan(kernel="math", checkpointing="host")), given)
     lifted = mock.Mock(wraps=activations.offload_tensor)
     monkeypatch.setattr(activations, "offload_tensor", lifted)
     for at_home in (activation_checkpoint.offload_activations, lambda _: nullcontext()):

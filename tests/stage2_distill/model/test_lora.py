@@ -106,7 +106,7 @@ def test_blocks_are_computed_again_with_the_right_adapter(model: Path, keep: str
     """Between a role's forward and its backward pass the other roles have their turn, as in an update."""
     gradients = {}
     for plan in ("all", keep):
-        net = load_transformer(model, torch.float32, ExecutionPlan(keep=plan))
+        net = load_transformer(model, torch.float32, ExecutionPlan(checkpointing=plan))
         layers = add_adapters(net, ("student", "critic"), LoraSettings(3, 6.0))
         student, critic, teacher = (AdapterView(net, layers, name) for name in ("student", "critic", None))
         with torch.no_grad():
@@ -137,7 +137,7 @@ def test_all_adapters_share_compiled_graphs(model: Path, monkeypatch: pytest.Mon
         block_runner.cache_clear()
         final_norm_function.cache_clear()
         torch._dynamo.reset()
-        net = load_transformer(model, torch.float32, ExecutionPlan(keep="none", compiled=compiled))
+        net = load_transformer(model, torch.float32, ExecutionPlan(checkpointing="none", compiled=compiled))
         layers = add_adapters(net, ("student", "critic"), LoraSettings(3, 6.0))
         roles = [AdapterView(net, layers, name) for name in ("student", "critic", None)]
         weights = [weight for role in roles for _, weight in role.named_parameters()]

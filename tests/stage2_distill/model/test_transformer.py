@@ -18,14 +18,14 @@ from tests.tiny_models import TEXT_DIM
 SHAPE = (2, 48, 3, 4, 6)
 TIMES = {True: torch.tensor([[0.0, 937.5], [0.0, 20.0]]), False: torch.tensor([[937.5], [20.0]])}
 PLANS = [
-    ExecutionPlan(kernel="math", keep="all"),
-    ExecutionPlan(keep="none"),
-    ExecutionPlan(keep="results"),
-    ExecutionPlan(keep="results", compiled=True),
-    ExecutionPlan(keep="host"),
-    ExecutionPlan(keep="host", compiled=True),
-    ExecutionPlan(keep="attention"),
-    ExecutionPlan(keep="attention", compiled=True),
+    ExecutionPlan(kernel="math", checkpointing="all"),
+    ExecutionPlan(checkpointing="none"),
+    ExecutionPlan(checkpointing="results"),
+    ExecutionPlan(checkpointing="results", compiled=True),
+    ExecutionPlan(checkpointing="host"),
+    ExecutionPlan(checkpointing="host", compiled=True),
+    ExecutionPlan(checkpointing="attention"),
+    ExecutionPlan(checkpointing="attention", compiled=True),
 ]
 logging.disable_progress_bar()
 
@@ -92,7 +92,7 @@ def test_keeping_attention_computes_it_once(theirs: WanTransformer3DModel) -> No
     calls, narrowing = {}, {}
     for keep in ("none", "host", "attention", "results", "all"):
         with Count() as count:
-            gradients(convert_transformer(copy.deepcopy(theirs), ExecutionPlan(keep=keep)), TIMES[True])
+            gradients(convert_transformer(copy.deepcopy(theirs), ExecutionPlan(checkpointing=keep)), TIMES[True])
         calls[keep], narrowing[keep] = count.calls, count.narrowing
     assert calls == {
         "none": 8,

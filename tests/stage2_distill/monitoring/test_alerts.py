@@ -45,9 +45,9 @@ def test_clock_counts_phases_and_starts_anew() -> None:
         with clock("work"):
             pass
     assert list(clock.time_items(iter([1, 2]), "data")) == [1, 2]
-    first = clock.read()
+    first = clock.read_seconds()
     assert set(first) == {"work", "data"}
-    assert clock.read() == {}
+    assert clock.read_seconds() == {}
 
 
 def test_lines_carry_every_figure(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +132,7 @@ def first_meeting(config: DistillConfig, bad: int, world: int) -> tuple[int, int
         (part.iteration, part.role != "student", rank)
         for rank in range(world)
         for part in micro_batches(config, start=0, rank=rank, world=world)
-        if any(stream.index(position) == bad for position in part.positions)
+        if any(stream.record_index(position) == bad for position in part.positions)
     ]
     iteration, _, rank = min(met)
     return iteration, rank

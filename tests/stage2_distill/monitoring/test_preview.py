@@ -47,7 +47,7 @@ def test_steps_from_the_start_to_the_end(run: Path) -> None:
 def test_a_preview_is_the_averaged_student(run: Path, model: Path, shards: Path) -> None:
     """The same as loading the checkpoint's average and walking the ladder from the same noise; step 0 is the base."""
     data = open_data_set(str(shards))
-    records = [data.record(index) for index in range(3)]
+    records = [data.read_record(index) for index in range(3)]
     net = load_network(model, torch.float32).requires_grad_(False)
 
     def sampled() -> torch.Tensor:

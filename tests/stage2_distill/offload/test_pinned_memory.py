@@ -27,7 +27,7 @@ def test_tensors_share_slabs_and_keep_their_values(monkeypatch: pytest.MonkeyPat
 
 def test_what_is_not_on_a_gpu_stays() -> None:
     value = torch.ones(3)
-    assert pinned_memory.PinnedPool(offload=True).home(value) is value
+    assert pinned_memory.PinnedPool(offload=True).place_tensor(value) is value
     assert list(prefetch.prefetched_groups([{"a": value}], torch.device("cpu")))[0]["a"] is value
 
 

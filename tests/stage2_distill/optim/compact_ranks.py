@@ -44,13 +44,16 @@ def steps(net: nn.Module, optimizer: CompactAdamW, numbers: range) -> None:
         for parameter, shape in zip(net.parameters(), SHAPES, strict=True):
             grad = part_of(torch.randn(shape, generator=draws).bfloat16(), parameter)
             parameter.grad = sharded_like(parameter, grad)
-        optimizer.clip(1e6)
+        optimizer.clip_gradients(1e6)
         optimizer.step()
 
 
 def kept(optimizer: CompactAdamW) -> list[Tensor]:
     """Masters and states."""
-    return [*optimizer.masters(), *(value for p in optimizer.parameters() for value in optimizer.state[p].values())]
+    return [
+        *optimizer.master_weights(),
+        *(value for p in optimizer.trained_parameters() for value in optimizer.state[p].values()),
+    ]
 
 
 def away(host: pinned_memory.PinnedPool, value: Tensor) -> Tensor:
@@ -60,7 +63,7 @@ def away(host: pinned_memory.PinnedPool, value: Tensor) -> Tensor:
 
 def check_whole_copies(ranks: RankContext) -> None:
     """State that waits in host memory gives the same, where each rank holds a whole copy (HSDP)."""
-    pinned_memory.PinnedPool.home, pinned_memory.allocate_pinned = (
+    pinned_memory.PinnedPool.place_tensor, pinned_memory.allocate_pinned = (
         away,
         lambda size: torch.empty(size, dtype=torch.uint8),
     )
@@ -75,7 +78,7 @@ def check_whole_copies(ranks: RankContext) -> None:
         average.update(average.masters(), 0.5, ranks.device)
         optimizers[-1].averages = average.weights
     here, home = optimizers
-    assert not any(isinstance(value, DTensor) for p in home.parameters() for value in home.state[p].values())
+    assert not any(isinstance(value, DTensor) for p in home.trained_parameters() for value in home.state[p].values())
     pairs = [*zip(kept(here), kept(home), strict=True), *((here.averages[n], home.averages[n]) for n in "wb")]
     assert all(torch.equal(local_tensor(one), local_tensor(two)) for one, two in pairs)
 

@@ -36,7 +36,7 @@ def pair(moment: str, **changes: float) -> tuple[nn.Linear, CompactAdamW, nn.Lin
 
 
 def masters(net: nn.Module, optimizer: CompactAdamW) -> list[Tensor]:
-    return list(optimizer.masters())
+    return list(optimizer.master_weights())
 
 
 def give_gradients(half: nn.Module, full: nn.Module, seed: int) -> None:
@@ -62,8 +62,8 @@ def test_1000_steps_leave_the_masters_of_float32_adamw() -> None:
         give_gradients(half, full, step)
         limit = 10.0 if step % 2 else 1e-3
         norm = torch.nn.utils.clip_grad_norm_(full.parameters(), limit)
-        assert compact.clip(limit).item() == pytest.approx(norm.item(), rel=1e-6)
-        compact.factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # the sum's order aside, all bits agree
+        assert compact.clip_gradients(limit).item() == pytest.approx(norm.item(), rel=1e-6)
+        compact.grad_factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # the sum's order aside, all bits agree
         compact.step()
         adamw.step()
     for mine, theirs in zip(masters(half, compact), full.parameters(), strict=True):
@@ -144,7 +144,7 @@ def test_gradients_of_many_batches_add_up_in_float32() -> None:
     for value in (256.0, 1.0):
         net(torch.full((1, 1), value, dtype=torch.bfloat16)).sum().backward()
     assert net.weight.grad is None
-    assert compact.clip(1e6).item() == 257
+    assert compact.clip_gradients(1e6).item() == 257
     compact.step()
     compact.zero_grad()
     assert compact.local_gradients() == {}
@@ -155,11 +155,11 @@ def test_a_step_that_is_not_fine_changes_nothing(moment: str) -> None:
     half, compact, full, _ = pair(moment)
     give_gradients(half, full, 0)
     compact.step()
-    kept = [*compact.masters(), *(compact.state[p]["exp_avg_sq"].clone() for p in half.parameters())]
+    kept = [*compact.master_weights(), *(compact.state[p]["exp_avg_sq"].clone() for p in half.parameters())]
     for fine in (False, True):
         give_gradients(half, full, 1)
-        compact.clip(1.0)
+        compact.clip_gradients(1.0)
         compact.skip_step_unless(torch.tensor(fine))
         compact.step()
-        found = [*compact.masters(), *(compact.state[p]["exp_avg_sq"] for p in half.parameters())]
+        found = [*compact.master_weights(), *(compact.state[p]["exp_avg_sq"] for p in half.parameters())]
         assert all(torch.equal(a, b) is not fine for a, b in zip(kept, found, strict=True))
