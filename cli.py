@@ -116,7 +116,7 @@ def run_demo(out: Path) -> dict[str, Path]:
     overrides = {"config": nano / "demo.yaml", "shards": (str(data),), "out": str(run)}
     distill(resolve_config(DistillConfig, common | overrides))
     overrides = {"config": nano / "evaluate.yaml", "checkpoint": (str(run),), "shards": str(held_out)}
-    overrides |= {"out": str(out / "report"), "analyser": str(nano / "judge.py")}
+    overrides |= {"out": str(out / "report"), "judge": str(nano / "judge.py")}
     report = evaluate_students(resolve_config(EvaluateConfig, common | overrides))
     overrides = {
         "checkpoint": str(run),
@@ -124,7 +124,9 @@ def run_demo(out: Path) -> dict[str, Path]:
         "out": str(out / "videos"),
         "dtype": "float32",
     }
-    video_files = sample_videos(resolve_config(SampleConfig, common | overrides | {"batch_size": 10, "text_rows": 32}))
+    video_files = sample_videos(
+        resolve_config(SampleConfig, common | overrides | {"batch_size": 10, "max_text_tokens": 32})
+    )
     return {
         "shards": data,
         "checkpoint": run,
@@ -167,7 +169,7 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     from stage2_distill.sampling.student_sampler import open_student
 
     out, is_single = Path(config.out), config.prompt is not None
-    memory_plan = choose_memory_plan(config.memory, pick_device(config.device))
+    memory_plan = choose_memory_plan(config.vram, pick_device(config.device))
     student, (rank, world) = open_student(config), rank_and_world()
     shared_video = is_single and world > 1
     if shared_video and rank:
@@ -201,8 +203,8 @@ def evaluate_students(config: EvaluateConfig) -> Path:
     from stage2_distill.evaluation.report import write_report
 
     eval_config = VideoEvalConfig(
-        config.out, config.shards, config.model, config.videos, config.shown,
-        config.analyser, config.i3d, config.clip, config.device, config.batch_size,
+        config.out, config.shards, config.model, config.videos, config.report_videos,
+        config.judge, config.i3d_model, config.clip_model, config.device, config.batch_size,
     )  # fmt: skip
     if config.videos:
         load_tools(eval_config)  # a mistake there comes out before hours of sampling

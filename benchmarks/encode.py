@@ -79,7 +79,8 @@ def alone(config: EncodeConfig, encoders: EncoderModels, pixels: Tensor) -> floa
     for shard in read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=False):
         tokens = text_encoder.tokenize_prompts(encoders.text, [text_encoder.clean_prompt(row.prompt) for row in shard])
         grouped = [
-            [tokens[place] for place in batch] for batch in text_encoder.group_by_length(tokens, config.text_tokens)
+            [tokens[place] for place in batch]
+            for batch in text_encoder.group_by_length(tokens, config.text_batch_tokens)
         ]
         batches += [tuple(copy_async(x, device) for x in text_encoder.pad_tokens(group, 0)) for group in grouped]
         count += len(shard)

@@ -35,13 +35,13 @@ from stage2_distill.trainer import Trainer, update_critic, update_student
 
 Row = tuple[str, str]
 MODES = {
-    "alone": {"memory": "compact"},
-    "compact": {"memory": "compact"},
-    "standard": {"memory": "standard"},
-    "float32": {"memory": "compact", "second_moment": "float32"},
-    "hsdp": {"memory": "compact", "offload": "all"},
-    "checkpoint": {"memory": "compact"},
-    "accumulated": {"memory": "standard"},
+    "alone": {"optimizer_form": "compact"},
+    "compact": {"optimizer_form": "compact"},
+    "standard": {"optimizer_form": "standard"},
+    "float32": {"optimizer_form": "compact", "second_moment": "float32"},
+    "hsdp": {"optimizer_form": "compact", "offload": "all"},
+    "checkpoint": {"optimizer_form": "compact"},
+    "accumulated": {"optimizer_form": "standard"},
 }
 THOROUGH = ("alone", "compact")
 UPDATES = {CRITIC: update_critic, STUDENT: update_student}
@@ -105,7 +105,7 @@ def iteration(chosen: Case, trainer: Trainer, known: dict[str, float], mode: str
         yield f"{role} updates, exits {steps}", f"{', '.join(f'{s:.3f}' for s in found[role])} s"
     forward = found[CRITIC][1] - found[CRITIC][0]
     student = mean(found[STUDENT]) if mode in THOROUGH else found[STUDENT][0] + forward / 2
-    spent = mean(found[CRITIC]) + student / trainer.config.student_every
+    spent = mean(found[CRITIC]) + student / trainer.config.student_update_interval
     yield from mean_iteration(chosen, trainer, known, spent)
     known[mode] = spent
     if "alone" in known and mode != "alone":

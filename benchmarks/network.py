@@ -101,7 +101,7 @@ def forward(chosen: Case) -> Iterator[Row]:
 
 def backward(chosen: Case) -> Iterator[Row]:
     """Forward and backward passes with checkpointing; then as in training, where sums have an order."""
-    plan = ExecutionPlan(checkpointing="attention", compiled=not chosen.tiny)
+    plan = ExecutionPlan(checkpointing="selective", compiled=not chosen.tiny)
     yield from compare(chosen, backward_of, by_kernel("ours, keep attention", plan), eager=False)
     with in_order(plan.kernel, chosen):
         run = backward_of(convert_transformer(random_network(chosen), plan), inputs(chosen))
@@ -194,7 +194,7 @@ def rate(name: str, run: Run, flop: int, chosen: Case) -> Row:
 def write_profiles(chosen: Case, out: Path) -> Iterator[Row]:
     """Kernels by time of our compiled forward and forward + backward, as text files."""
     net, given = (
-        convert_transformer(random_network(chosen), ExecutionPlan(checkpointing="attention", compiled=not chosen.tiny)),
+        convert_transformer(random_network(chosen), ExecutionPlan(checkpointing="selective", compiled=not chosen.tiny)),
         inputs(chosen),
     )
     for name, run in (("forward", forward_of(net, given)), ("backward", backward_of(net, given))):

@@ -87,10 +87,10 @@ def make_config(run: Run, folder: Path, given: argparse.Namespace) -> DistillCon
     return DistillConfig(
         shards=(str(folder / "data"),), model=str(MODEL), out=str(out),
         num_frames=SPEC.num_frames, height=SPEC.height, width=SPEC.width, fps=SPEC.fps,
-        student_every=2, student_lr=5e-5, critic_lr=3e-4, ema_start=1000, text_rows=32, checkpoint_every=SAVED,
+        student_update_interval=2, student_lr=5e-5, critic_lr=3e-4, ema_start=1000, max_text_tokens=32, checkpoint_every=SAVED,
         batch_size=run.batch_size, global_batch=4 * given.gpus, replicate=run.replicate,
-        dtype="bfloat16", memory=given.memory, device=given.device, offload="all",
-        keep_activations="all", attention=given.attention,
+        dtype="bfloat16", optimizer_form=given.memory, device=given.device, offload="all",
+        activation_checkpointing="off", attention=given.attention,
     )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def iteration(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterat
     count = int(known["count"])
     start = balanced(trainer.config, count)
     began = perf_counter()
-    turn(chosen, trainer, start - trainer.config.student_every)
+    turn(chosen, trainer, start - trainer.config.student_update_interval)
     synchronize(chosen)
     trainer.timer.read_seconds()
     yield "first iteration of both roles, compilation included", f"{perf_counter() - began:.1f} s"
@@ -91,8 +91,8 @@ def told(step: StepResult, spent: float) -> str:
 def mean_iteration(chosen: Case, trainer: Trainer, known: dict[str, float], spent: float) -> Iterator[Row]:
     """A mean iteration, its utilisation and memory."""
     config = trainer.config
-    spared = (2.5 - len(config.ladder) / config.student_every) * config.rollout_reuse
-    useful = (USEFUL[CRITIC] - spared + USEFUL[STUDENT] / config.student_every) * FORWARD / spent
+    spared = (2.5 - len(config.timesteps) / config.student_update_interval) * config.rollout_reuse
+    useful = (USEFUL[CRITIC] - spared + USEFUL[STUDENT] / config.student_update_interval) * FORWARD / spent
     yield "mean iteration", f"{spent:.3f} s, {trainer.ranks.world / spent:.3f} samples/s"
     yield "useful arithmetic", f"{useful:.0f} TFLOP/s a GPU, {useful / known['ceiling']:.1%} of the measured ceiling"
     yield "peak memory, of the rank with most", report_memory(chosen)
@@ -124,7 +124,7 @@ def updates(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator
             yield f"{role} update, exit {exit_at}", f"{each[-1]:.2f} s"
         found[role] = mean(each)
         yield f"peak memory after the {role}'s", report_memory(chosen)
-    spent = found[CRITIC] + found[STUDENT] / trainer.config.student_every
+    spent = found[CRITIC] + found[STUDENT] / trainer.config.student_update_interval
     yield from mean_iteration(chosen, trainer, known, spent)
 
 
@@ -140,7 +140,7 @@ def waits(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[
     """How often the host waits for the device in one iteration of both roles, by the profiler."""
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (chosen.device.type == "cuda")
     with profile(activities=kinds) as found:
-        turn(chosen, trainer, trainer.config.student_every)
+        turn(chosen, trainer, trainer.config.student_update_interval)
     counts = {event.key: event.count for event in found.key_averages() if event.key in WAITS}
     told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
     yield "host waits in an iteration of two updates", told or "none"
@@ -157,7 +157,9 @@ def passes(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator
 def pause(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
     """How much longer a checkpoint makes the shortest iteration, and how long the copy to host memory takes."""
     config = trainer.config
-    short = next(n for n in range(10_000) if n % config.student_every and draw_exit_index(n, CRITIC, config) == 0)
+    short = next(
+        n for n in range(10_000) if n % config.student_update_interval and draw_exit_index(n, CRITIC, config) == 0
+    )
     began, rooms = perf_counter(), HostBuffers()
     allocate_host_buffers(training_state(trainer), rooms)
     yield "room for it in host memory, once in a run, beside training", f"{perf_counter() - began:.1f} s"
@@ -195,7 +197,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--memory", default="compact")
-    parser.add_argument("--keep", default="attention")
+    parser.add_argument("--keep", default="selective")
     parser.add_argument("--offload", default="average")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--replicate", type=int, default=1)
@@ -212,7 +214,7 @@ def main() -> None:
     given = arguments()
     chosen = case(given.tiny, half=given.memory == "compact" or given.lora > 0)
     ranks = start_process_group(chosen.device.type, replicate=given.replicate)
-    knobs = {"memory": given.memory, "keep_activations": given.keep, "replicate": given.replicate}
+    knobs = {"optimizer_form": given.memory, "activation_checkpointing": given.keep, "replicate": given.replicate}
     knobs |= {"compile": not (given.tiny or given.eager), "offload": given.offload, "attention": given.attention}
     config = make_config(chosen, ranks, lora_rank=given.lora, **knobs)
     known = {"ceiling": ceiling_of(chosen), "count": given.count}

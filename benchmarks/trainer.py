@@ -60,7 +60,7 @@ def random_role(chosen: Case, ranks: RankContext, net: WanTransformer, *, casts:
 
 def random_roles(chosen: Case, ranks: RankContext, config: DistillConfig) -> BuiltRoles:
     """Three roles of the same random weights, with optimizers and average, in the memory mode of `config`."""
-    plan = ExecutionPlan(config.attention, config.keep_activations, config.compile)
+    plan = ExecutionPlan(config.attention, config.activation_checkpointing, config.compile)
     lora = lora_settings(vars(config))
     if lora is not None:
         net = random_network(chosen, plan, chosen.dtype)
@@ -68,13 +68,13 @@ def random_roles(chosen: Case, ranks: RankContext, config: DistillConfig) -> Bui
         random_role(chosen, ranks, net, casts=True)
         roles = RoleNetworks(*(AdapterView(net, layers, adapter) for adapter in (STUDENT, None, CRITIC)))
     else:
-        dtype = torch.float32 if config.memory == STANDARD else chosen.dtype
+        dtype = torch.float32 if config.optimizer_form == STANDARD else chosen.dtype
         kinds = (dtype, chosen.dtype, dtype)
         roles = RoleNetworks(*(random_role(chosen, ranks, random_network(chosen, plan, kind)) for kind in kinds))
         roles.teacher.requires_grad_(False)
     student, critic = roles.student, roles.critic
-    student_optimizer = build_optimizer(student, STUDENT, config, ranks, config.memory)
-    critic_optimizer = build_optimizer(critic, CRITIC, config, ranks, config.memory)
+    student_optimizer = build_optimizer(student, STUDENT, config, ranks, config.optimizer_form)
+    critic_optimizer = build_optimizer(critic, CRITIC, config, ranks, config.optimizer_form)
     ema = build_ema(student, student_optimizer, config, ranks)
     return BuiltRoles(roles, student_optimizer, critic_optimizer, ema)
 
@@ -108,12 +108,12 @@ def exits(config: DistillConfig, role: str, start: int, count: int) -> list[int]
 
 def balanced(config: DistillConfig, count: int) -> int:
     """The student's turn from which the updates of `count` iterations leave at the mean exit, in both roles."""
-    middle = (len(config.ladder) - 1) / 2
+    middle = (len(config.timesteps) - 1) / 2
 
     def off(start: int) -> float:
         return max(abs(mean(exits(config, role, start, count)) - middle) for role in (STUDENT, CRITIC))
 
-    return min(range(config.student_every, 2000, config.student_every), key=off)
+    return min(range(config.student_update_interval, 2000, config.student_update_interval), key=off)
 
 
 def report_memory(chosen: Case) -> str:

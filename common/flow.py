@@ -22,7 +22,7 @@ def timestep_sigmas(timesteps: Sequence[float], *, s: float) -> tuple[float, ...
     """Sigmas (K) of ladder indices in (0, 1000], strictly falling; ValueError otherwise."""
     is_falling = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
     if not timesteps or not is_falling or timesteps[0] > 1000 or timesteps[-1] <= 0:
-        raise ValueError(f"ladder={list(timesteps)}: needs strictly falling numbers in (0, 1000]")
+        raise ValueError(f"timesteps={list(timesteps)}: needs strictly falling numbers in (0, 1000]")
     return tuple(shift(timestep / 1000, s) for timestep in timesteps)
 
 

@@ -106,15 +106,21 @@ def size_option(name: str, *, minimum: int | None = None, advanced: bool = False
     return option(*SIZE_OPTIONS[name], minimum=minimum, group="size", advanced=advanced)
 
 
-def device_option() -> Any:  # noqa: ANN401
+def device_option(*, advanced: bool = False) -> Any:  # noqa: ANN401
     """The option `device`, which `common.device.pick_device` understands."""
-    return option("auto", "cpu, cuda, or auto: cuda if available.", choices=("auto", "cpu", "cuda"), group="devices")
+    return option(
+        "auto",
+        "cpu, cuda, or auto: cuda if available.",
+        choices=("auto", "cpu", "cuda"),
+        group="devices",
+        advanced=advanced,
+    )
 
 
-def max_text_tokens_option() -> Any:  # noqa: ANN401
+def max_text_tokens_option(*, advanced: bool = True, old_name: str = "text_rows") -> Any:  # noqa: ANN401
     """The option `text_rows`, the number of rows of a text that the denoiser computes."""
     text = "Text rows computed; fewer are quicker and the same, if prompts are short."
-    return option(TEXT_LENGTH, text, minimum=1, maximum=TEXT_LENGTH)
+    return option(TEXT_LENGTH, text, minimum=1, maximum=TEXT_LENGTH, group="data", advanced=advanced, old_name=old_name)
 
 
 class NumberList(click.ParamType):

@@ -169,8 +169,8 @@ class RecordCollection(Protocol):
 class RecordStream:
     """The endless order of records; `seed` decides it."""
 
-    def __init__(self, data: RecordCollection, *, seed: int, text_rows: int = TEXT_LENGTH) -> None:
-        self.data, self.seed, self.text_rows = data, seed, text_rows
+    def __init__(self, data: RecordCollection, *, seed: int, max_text_tokens: int = TEXT_LENGTH) -> None:
+        self.data, self.seed, self.max_text_tokens = data, seed, max_text_tokens
 
     def record_index(self, position: int) -> int:
         """Number of the record at a position."""
@@ -179,7 +179,8 @@ class RecordStream:
     def read_batch(self, positions: Sequence[int]) -> Batch:
         """The records at these positions, collated."""
         return collate_records(
-            [self.data.read_record(self.record_index(position)) for position in positions], text_rows=self.text_rows
+            [self.data.read_record(self.record_index(position)) for position in positions],
+            max_text_tokens=self.max_text_tokens,
         )
 
 

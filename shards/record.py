@@ -115,7 +115,7 @@ def group_by_first_frame(records: Sequence[Record], size: int) -> list[list[int]
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
-def collate_records(records: Sequence[Record], *, text_rows: int = TEXT_LENGTH) -> Batch:
+def collate_records(records: Sequence[Record], *, max_text_tokens: int = TEXT_LENGTH) -> Batch:
     """Stack records into a batch; beside records with a first frame, one without gets zeros and `given` False."""
     frames = [record.first_frame for record in records]
     example = next((frame for frame in frames if frame is not None), None)
@@ -124,7 +124,7 @@ def collate_records(records: Sequence[Record], *, text_rows: int = TEXT_LENGTH) 
     )
     condition = Condition(
         first_frame=torch.stack(padded_frames) if padded_frames else None,
-        text=torch.stack([pad_text(record.text, text_rows) for record in records]),
+        text=torch.stack([pad_text(record.text, max_text_tokens) for record in records]),
         given=torch.tensor([frame is not None for frame in frames]) if padded_frames and None in frames else None,
     )
     return Batch(tuple(r.key for r in records), tuple(r.source for r in records), condition)

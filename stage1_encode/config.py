@@ -21,27 +21,66 @@ NEGATIVE_PROMPT = (
 class EncodeConfig:
     """What `encode` makes of a CSV."""
 
-    data: str = option(help="CSV with columns video (or path) and prompt (or text).")
-    model: str = option(help=MODEL_HELP)
-    out: str = option(help="Folder of the data set.")
+    data: str = option(help="CSV with columns video (or path) and prompt (or text).", group="data")
+    model: str = option(help=MODEL_HELP, group="model")
+    out: str = option(help="Folder of the data set.", group="output")
     num_frames: int = size_option("num_frames")
     height: int = size_option("height")
     width: int = size_option("width")
-    fps: int = size_option("fps")
-    shard_size: int = option(256, "CSV rows a shard.", minimum=1)
-    batch_size: int = option(8, "Clips encoded at once.", minimum=1)
-    max_failures: float = option(0.05, "Share of failed rows above which encode ends with exit code 1.", minimum=0)
-    retry_failures: bool = option(False, "Make shards with failed rows again, as once a disk is there that was not.")
-    time_limit: float = option(30.0, "Seconds a file may take to give its first frame.", above=0)
-    negative_prompt: str = option(NEGATIVE_PROMPT, "Prompt of the unconditional branch, embedded once.")
-    vae_dtype: str = option("tf32", "Precision of the VAE; tf32 is float32 on a CPU.", choices=VAE_DTYPES)
-    text_dtype: str = option("bfloat16", "Precision of the text encoder.", choices=DTYPES)
-    compile: bool = option(False, "Compile both encoders first (about a minute): faster from some thousand clips on.")
-    text_only: bool = option(False, "Allow rows without a video; they become records without a first frame.")
-    text_tokens: int = option(8192, "Prompt tokens embedded at once, padding included.", minimum=1)
-    workers: int = option(0, "Processes that read files; 0 = one a CPU core, at most 16.", minimum=0)
-    engine: str = option("local", "Who encodes: this process (or torchrun's ranks), or a Ray cluster.", choices=ENGINES)
-    shards: str = option("", "Encode only shards A:B (B not included), as in a job array; empty = all.")
+    fps: int = size_option("fps", advanced=True)
+    shard_size: int = option(256, "CSV rows a shard.", minimum=1, group="output", advanced=True)
+    batch_size: int = option(8, "Clips encoded at once.", minimum=1, group="speed")
+    max_failure_rate: float = option(
+        0.05,
+        "Share of failed rows above which encode ends with exit code 1.",
+        minimum=0,
+        group="failures",
+        old_name="max_failures",
+    )
+    retry_failures: bool = option(
+        False, "Make shards with failed rows again, as once a disk is there that was not.", group="failures"
+    )
+    read_timeout: float = option(
+        30.0,
+        "Seconds a file may take to give its first frame.",
+        above=0,
+        group="failures",
+        advanced=True,
+        old_name="time_limit",
+    )
+    negative_prompt: str = option(
+        NEGATIVE_PROMPT, "Prompt of the unconditional branch, embedded once.", group="model", advanced=True
+    )
+    vae_dtype: str = option(
+        "tf32", "Precision of the VAE; tf32 is float32 on a CPU.", choices=VAE_DTYPES, group="precision", advanced=True
+    )
+    text_dtype: str = option(
+        "bfloat16", "Precision of the text encoder.", choices=DTYPES, group="precision", advanced=True
+    )
+    compile: bool = option(
+        False, "Compile both encoders first (about a minute): faster from some thousand clips on.", group="speed"
+    )
+    text_only: bool = option(
+        False, "Allow rows without a video; they become records without a first frame.", group="data"
+    )
+    text_batch_tokens: int = option(
+        8192,
+        "Prompt tokens embedded at once, padding included.",
+        minimum=1,
+        group="speed",
+        advanced=True,
+        old_name="text_tokens",
+    )
+    workers: int = option(0, "Processes that read files; 0 = one a CPU core, at most 16.", minimum=0, group="speed")
+    engine: str = option(
+        "local", "Who encodes: this process (or torchrun's ranks), or a Ray cluster.", choices=ENGINES, group="devices"
+    )
+    shard_range: str = option(
+        "",
+        "Encode only shards A:B (B not included), as in a job array; empty = all.",
+        group="devices",
+        old_name="shards",
+    )
     device: str = device_option()
 
     def __post_init__(self) -> None:
@@ -51,11 +90,11 @@ class EncodeConfig:
     @property
     def shard_bounds(self) -> tuple[int, int | None]:
         """First shard to encode, and the one after the last; None = to the end."""
-        if not self.shards:
+        if not self.shard_range:
             return 0, None
-        match = re.fullmatch(r"(\d+):(\d+)", self.shards)
+        match = re.fullmatch(r"(\d+):(\d+)", self.shard_range)
         if not match or int(match[1]) >= int(match[2]):
-            raise ValueError(f"shards={self.shards}: must be two whole numbers A:B with A < B, as 0:100")
+            raise ValueError(f"shards={self.shard_range}: must be two whole numbers A:B with A < B, as 0:100")
         return int(match[1]), int(match[2])
 
     @property
@@ -75,9 +114,11 @@ class EncodeConfig:
 class VerifyConfig:
     """What `verify` does besides checking a data set."""
 
-    repair: bool = option(False, "Encode again just what is broken, by the command that made it.")
-    model: str | None = option(None, "Model folder or hub name: adds a picture of decoded first frames.")
-    sheet: str = option("first-frames.png", "That picture's file.")
+    repair: bool = option(False, "Encode again just what is broken, by the command that made it.", group="repair")
+    model: str | None = option(
+        None, "Model folder or hub name: adds a picture of decoded first frames.", group="first-frames"
+    )
+    sheet: str = option("first-frames.png", "That picture's file.", group="first-frames")
     device: str = device_option()
 
     def __post_init__(self) -> None:
@@ -90,12 +131,14 @@ class VerifyConfig:
 class DecodeConfig:
     """What `decode` makes of latents."""
 
-    latents: str = option(help="Folder X.zarr of latents.")
-    model: str = option(help="Model folder or hub name; its VAE is used.")
-    out: str = option(help="Folder for the mp4 files and the contact sheet.")
-    watch: bool = option(False, "Wait for steps of a training run and decode each as it appears, until the run ends.")
-    columns: int = option(6, "Frames of each video on the contact sheet.", minimum=1)
-    vae_dtype: str = option("float32", "Precision of the VAE.", choices=DTYPES)
+    latents: str = option(help="Folder X.zarr of latents.", group="data")
+    model: str = option(help="Model folder or hub name; its VAE is used.", group="model")
+    out: str = option(help="Folder for the mp4 files and the contact sheet.", group="output")
+    watch: bool = option(
+        False, "Wait for steps of a training run and decode each as it appears, until the run ends.", group="data"
+    )
+    columns: int = option(6, "Frames of each video on the contact sheet.", minimum=1, group="output", advanced=True)
+    vae_dtype: str = option("float32", "Precision of the VAE.", choices=DTYPES, group="precision", advanced=True)
     device: str = device_option()
 
     def __post_init__(self) -> None:

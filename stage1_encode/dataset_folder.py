@@ -84,7 +84,7 @@ def make_encoding_plan(config: EncodeConfig, model: Path) -> EncodingPlan:
         text_only=config.text_only,
         compile=config.compile,
         batch_size=config.batch_size,
-        text_tokens=config.text_tokens,
+        text_tokens=config.text_batch_tokens,
     )
 
 

@@ -35,7 +35,7 @@ POLL_SECONDS = 0.5  # seconds between two looks for the shards of other ranks
 
 
 class TooManyFailuresError(RuntimeError):
-    """The data set is finished, but more of its rows failed than `max_failures` allows."""
+    """The data set is finished, but more of its rows failed than `max_failure_rate` allows."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
 
         if shard_rows or embed_negative:
             EXECUTORS[config.engine](config, shard_rows, embed_negative=embed_negative, before_writing=commit_plan)
-        if rank_and_world()[0] == 0 and config.shards == "":
+        if rank_and_world()[0] == 0 and config.shard_range == "":
             wait_for_all_shards(folder, shard_survey)
         with hold_lock_byte(lock, MANIFEST_BYTE), report_write_errors(folder):
             manifest = finish_data_set(folder, plan, shard_survey)
@@ -94,7 +94,7 @@ def assigned_shards(config: EncodeConfig, shard_count: int) -> range:
     start, end = config.shard_bounds
     rank, world = rank_and_world()
     if start >= shard_count:
-        log.info("shards=%s: the CSV gives shards 0:%d only; nothing to do", config.shards, shard_count)
+        log.info("shards=%s: the CSV gives shards 0:%d only; nothing to do", config.shard_range, shard_count)
     return range(start, min(shard_count if end is None else end, shard_count))[rank::world]
 
 
@@ -119,9 +119,9 @@ def build_report(config: EncodeConfig, shard_survey: ShardSurvey, *, is_complete
         sum(index.shard.records for index in indices),
         [failure for index in indices for failure in index.failures],
     )
-    if is_complete and len(failures) > config.max_failures * rows:
+    if is_complete and len(failures) > config.max_failure_rate * rows:
         raise TooManyFailuresError(
-            f"{len(failures)} of {rows} rows failed, more than max_failures={config.max_failures:g} allows; "
+            f"{len(failures)} of {rows} rows failed, more than max_failures={config.max_failure_rate:g} allows; "
             f"the reasons are in {folder / FAILURES_FILE}, the other {records} records are in place; "
             "--retry-failures tries the failed rows again"
         )

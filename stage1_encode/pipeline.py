@@ -84,7 +84,7 @@ def prepare_encoders(config: EncodeConfig, autoencoder: vae.WanVae, prompts: tex
 def write_negative_embedding(config: EncodeConfig, encoders: EncoderModels) -> None:
     """Embed the negative prompt."""
     tokens = text_encoder.tokenize_prompts(encoders.text, [text_encoder.clean_prompt(config.negative_prompt)])
-    embedding = text_encoder.embed_prompts(encoders.text, tokens, max_tokens=config.text_tokens)[0]
+    embedding = text_encoder.embed_prompts(encoders.text, tokens, max_tokens=config.text_batch_tokens)[0]
     if event := record_event(encoders.text.model.device):
         event.synchronize()
     folder = Path(config.out)
@@ -94,7 +94,7 @@ def write_negative_embedding(config: EncodeConfig, encoders: EncoderModels) -> N
 
 def start_readers(config: EncodeConfig) -> ReaderPool:
     """Start the processes that read files: best before the models load. To be closed."""
-    return ReaderPool(config.workers or default_worker_count(), config.spec, config.time_limit)
+    return ReaderPool(config.workers or default_worker_count(), config.spec, config.read_timeout)
 
 
 def make_shards(
@@ -173,7 +173,7 @@ def encode_shard(
     frames: Iterator[tuple[Row, "Future[FirstFrame] | None"]],
 ) -> EncodedShard:
     """Begin to encode one task; takes exactly its rows from `frames`."""
-    texts = text_encoder.embed_prompts(encoders.text, prepared.tokens, max_tokens=config.text_tokens)
+    texts = text_encoder.embed_prompts(encoders.text, prepared.tokens, max_tokens=config.text_batch_tokens)
     encoded_rows: list[EncodedRow] = []
     failures: list[RowFailure] = []
     batches = FrameBatcher(encoders.vae, config.batch_size)

@@ -69,7 +69,7 @@ def original_config(folder: Path, config: VerifyConfig) -> EncodeConfig:
     encode_config = resolve_config(
         EncodeConfig, {"config": str(folder / ENCODE_CONFIG_FILE), "out": str(folder), "model": config.model}
     )
-    return replace(encode_config, shards="", engine="local", max_failures=1.0, device=config.device)
+    return replace(encode_config, shard_range="", engine="local", max_failure_rate=1.0, device=config.device)
 
 
 def draw_contact_sheet(report: VerifyReport, config: VerifyConfig) -> Path:

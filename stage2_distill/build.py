@@ -36,8 +36,8 @@ RESERVED_BYTES = 20 << 30  # bytes of activations, of gathered weights and of wh
 
 def choose_optimizer_form(config: DistillConfig, ranks: RankContext, parameters: int) -> str:
     """The memory mode; `auto` is that of the run's checkpoints, or compact where standard would not fit the GPUs."""
-    if config.memory != AUTO:
-        return config.memory
+    if config.optimizer_form != AUTO:
+        return config.optimizer_form
     for checkpoint in reversed(list_checkpoints(Path(config.out))):
         with suppress(ValueError, TypeError, KeyError):  # a damaged one; whoever resumes sets it aside
             if form := read_facts(checkpoint).memory:
@@ -67,7 +67,7 @@ def build_roles(config: DistillConfig, ranks: RankContext, model: Path) -> Built
     compute_dtype = getattr(torch, config.dtype)
     meta_net = build_meta_transformer(model, compute_dtype)
     check_kernel(config.attention, meta_net.config.attention_head_dim, compute_dtype, ranks.device)
-    plan = ExecutionPlan(config.attention, config.keep_activations, config.compile)
+    plan = ExecutionPlan(config.attention, config.activation_checkpointing, config.compile)
     adapter_settings = lora_settings(vars(config))
     if adapter_settings is not None:
         return build_lora_roles(
@@ -155,7 +155,7 @@ def build_trainer(config: DistillConfig, ranks: RankContext, model: Path, data: 
         opened.student_optimizer,
         opened.critic_optimizer,
         opened.ema,
-        pad_text(data.negative, config.text_rows).to(ranks.device),
+        pad_text(data.negative, config.max_text_tokens).to(ranks.device),
         PhaseTimer(ranks.device),
         RolloutReuse(config, ranks.world),
     )

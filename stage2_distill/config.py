@@ -9,7 +9,14 @@ from common.video import VideoSpec
 DTYPES = ("float32", "bfloat16")
 AUTO, STANDARD, COMPACT = "auto", "standard", "compact"
 OPTIMIZER_FORMS, MOMENT_FORMATS = (AUTO, STANDARD, COMPACT), ("8bit", "bfloat16", "float32")
-ACTIVATION_CHECKPOINTING = ("none", "host", "attention", "results", "all")
+ACTIVATION_CHECKPOINTING = ("full", "offload", "selective", "selective-mlp", "off")
+OLD_ACTIVATION_CHECKPOINTING = {
+    "none": "full",
+    "host": "offload",
+    "attention": "selective",
+    "results": "selective-mlp",
+    "all": "off",
+}
 OFFLOAD_CHOICES = ("none", "average", "all")
 ATTENTION_KERNELS = ("auto", "torch", "cudnn", "flash", "efficient", "math")
 CRITIC_LOSSES = ("x0", "flow", "noise")
@@ -21,89 +28,206 @@ EXIT_SCHEDULES = ("random", "stratified")
 class DistillConfig:
     """What `distill` does; the defaults are the published recipe (quanhaol/Wan2.2-TI2V-5B-Turbo)."""
 
-    shards: tuple[str, ...] = option(help="Data set made by encode; FOLDER:WEIGHT, several times, mixes data sets.")
-    model: str = option(help=MODEL_HELP)
-    out: str = option(help="Folder of the run.")
-    init_from: str | None = option(None, "Start student and critic from this run, checkpoint or model folder instead.")
-    iterations: int = option(4000, "Iterations in all; each updates the critic once.", minimum=1)
-    num_frames: int = size_option("num_frames", minimum=5)  # one latent frame beyond the first
-    height: int = size_option("height")
-    width: int = size_option("width")
-    fps: int = size_option("fps")
-    ladder: tuple[float, ...] = option((1000.0, 750.0, 500.0, 250.0), "The student's steps, before the shift.")
-    shift: float = option(5.0, "Shift of the noise levels.", minimum=1)
-    guidance_scale: float = option(7.0, "Teacher: uncond + scale * (cond - uncond).")
-    student_lr: float = option(5e-7, "Learning rate of the student.", minimum=0)
-    critic_lr: float = option(1e-7, "Learning rate of the critic.", minimum=0)
-    warmup: int = option(0, "Updates of each role over which its learning rate rises to the full one.", minimum=0)
-    cooldown: int = option(0, "Last iterations, over which both learning rates fall evenly to nothing.", minimum=0)
-    beta1: float = option(0.0, "AdamW.", minimum=0, maximum=1)
-    beta2: float = option(0.999, "AdamW.", minimum=0, maximum=1)
-    eps: float = option(1e-8, "AdamW.", minimum=0)
-    weight_decay: float = option(0.01, "AdamW, on all parameters.", minimum=0)
-    grad_clip: float = option(10.0, "Largest global gradient norm, both roles.", above=0)
-    student_every: int = option(5, "Iterations from one student update to the next.", minimum=1)
-    critic_warmup: int = option(0, "First iterations that leave the student alone.", minimum=0)
-    critic_loss: str = option("x0", "Critic regresses x0, flow (velocity) or noise.", choices=CRITIC_LOSSES)
-    text_only_fraction: float = option(0.0, "Share of samples trained without their first frame.", minimum=0, maximum=1)
+    shards: tuple[str, ...] = option(
+        help="Data set made by encode; FOLDER:WEIGHT, several times, mixes data sets.", group="data"
+    )
+    model: str = option(help=MODEL_HELP, group="model")
+    out: str = option(help="Folder of the run.", group="output")
+    init_from: str | None = option(
+        None,
+        "Start student and critic from this run, checkpoint or model folder instead.",
+        group="model",
+        advanced=True,
+    )
+    iterations: int = option(4000, "Iterations in all; each updates the critic once.", minimum=1, group="recipe")
+    num_frames: int = size_option("num_frames", minimum=5, advanced=True)  # one latent frame beyond the first
+    height: int = size_option("height", advanced=True)
+    width: int = size_option("width", advanced=True)
+    fps: int = size_option("fps", advanced=True)
+    timesteps: tuple[float, ...] = option(
+        (1000.0, 750.0, 500.0, 250.0),
+        "The student's steps, before the shift.",
+        group="recipe",
+        advanced=True,
+        old_name="ladder",
+    )
+    shift: float = option(5.0, "Shift of the noise levels.", minimum=1, group="recipe", advanced=True)
+    guidance_scale: float = option(7.0, "Teacher: uncond + scale * (cond - uncond).", group="recipe", advanced=True)
+    student_lr: float = option(5e-7, "Learning rate of the student.", minimum=0, group="recipe")
+    critic_lr: float = option(1e-7, "Learning rate of the critic.", minimum=0, group="recipe")
+    lr_warmup: int = option(
+        0,
+        "Updates of each role over which its learning rate rises to the full one.",
+        minimum=0,
+        group="optimizer",
+        advanced=True,
+        old_name="warmup",
+    )
+    lr_cooldown: int = option(
+        0,
+        "Last iterations, over which both learning rates fall evenly to nothing.",
+        minimum=0,
+        group="optimizer",
+        advanced=True,
+        old_name="cooldown",
+    )
+    beta1: float = option(0.0, "AdamW.", minimum=0, maximum=1, group="optimizer", advanced=True)
+    beta2: float = option(0.999, "AdamW.", minimum=0, maximum=1, group="optimizer", advanced=True)
+    eps: float = option(1e-8, "AdamW.", minimum=0, group="optimizer", advanced=True)
+    weight_decay: float = option(0.01, "AdamW, on all parameters.", minimum=0, group="optimizer", advanced=True)
+    grad_clip: float = option(
+        10.0, "Largest global gradient norm, both roles.", above=0, group="optimizer", advanced=True
+    )
+    student_update_interval: int = option(
+        5,
+        "Iterations from one student update to the next.",
+        minimum=1,
+        group="recipe",
+        advanced=True,
+        old_name="student_every",
+    )
+    critic_warmup: int = option(
+        0, "First iterations that leave the student alone.", minimum=0, group="recipe", advanced=True
+    )
+    critic_loss: str = option(
+        "x0", "Critic regresses x0, flow (velocity) or noise.", choices=CRITIC_LOSSES, group="recipe", advanced=True
+    )
+    text_only_fraction: float = option(
+        0.0, "Share of samples trained without their first frame.", minimum=0, maximum=1, group="data", advanced=True
+    )
     first_frame_jitter: float = option(
-        0.0, "Share of samples whose first frame has about 3 % of the video's time, not 0.", minimum=0, maximum=1
+        0.0,
+        "Share of samples whose first frame has about 3 % of the video's time, not 0.",
+        minimum=0,
+        maximum=1,
+        group="data",
+        advanced=True,
     )
     exit_schedule: str = option(
-        "random", "Exits of the rollout: drawn, or each step equally often.", choices=EXIT_SCHEDULES
+        "random",
+        "Exits of the rollout: drawn, or each step equally often.",
+        choices=EXIT_SCHEDULES,
+        group="recipe",
+        advanced=True,
     )
-    rollout_reuse: bool = option(False, "Critic: one rollout serves the updates between two of the student.")
-    ts_schedule: bool = option(False, "Score times from the next ladder step upwards.")
-    ts_schedule_max: bool = option(False, "Score times up to the current ladder step.")
-    score_low: float = option(0.02, "Lowest sigma at which scores are compared.", minimum=0, maximum=1)
-    score_high: float = option(0.98, "Highest sigma at which scores are compared.", minimum=0, maximum=1)
-    ema_decay: float = option(0.99, "Decay of the averaged student, once a student update.", minimum=0, maximum=1)
-    ema_start: int = option(200, "Iteration up to which the average is a plain copy.", minimum=0)
-    batch_size: int = option(1, "Clips a GPU holds at once.", minimum=1)
-    global_batch: int = option(64, "Clips an update averages over: batch size x GPUs x accumulation.", minimum=1)
-    replicate: int = option(1, "Copies of the networks, each sharded over GPUs / copies (HSDP).", minimum=1)
-    checkpoint_every: int = option(500, "Iterations from one checkpoint to the next.", minimum=1)
-    checkpoint_beside: bool = option(True, "Write checkpoints while training goes on, from a copy in host memory.")
-    keep: int = option(3, "Newest checkpoints to keep.", minimum=1)
-    keep_every: int = option(0, "Also keep the checkpoints of every so many iterations; 0 = none.", minimum=0)
+    rollout_reuse: bool = option(
+        False, "Critic: one rollout serves the updates between two of the student.", group="recipe", advanced=True
+    )
+    ts_schedule: bool = option(False, "Score times from the next ladder step upwards.", group="recipe", advanced=True)
+    ts_schedule_max: bool = option(False, "Score times up to the current ladder step.", group="recipe", advanced=True)
+    score_low: float = option(
+        0.02, "Lowest sigma at which scores are compared.", minimum=0, maximum=1, group="recipe", advanced=True
+    )
+    score_high: float = option(
+        0.98, "Highest sigma at which scores are compared.", minimum=0, maximum=1, group="recipe", advanced=True
+    )
+    ema_decay: float = option(
+        0.99,
+        "Decay of the averaged student, once a student update.",
+        minimum=0,
+        maximum=1,
+        group="recipe",
+        advanced=True,
+    )
+    ema_start: int = option(
+        200, "Iteration up to which the average is a plain copy.", minimum=0, group="recipe", advanced=True
+    )
+    batch_size: int = option(1, "Clips a GPU holds at once.", minimum=1, group="recipe")
+    global_batch: int = option(
+        64, "Clips an update averages over: batch size x GPUs x accumulation.", minimum=1, group="recipe"
+    )
+    replicate: int = option(
+        1, "Copies of the networks, each sharded over GPUs / copies (HSDP).", minimum=1, group="devices", advanced=True
+    )
+    checkpoint_every: int = option(
+        500, "Iterations from one checkpoint to the next.", minimum=1, group="checkpoint", advanced=True
+    )
+    async_checkpoint: bool = option(
+        True,
+        "Write checkpoints while training goes on, from a copy in host memory.",
+        group="checkpoint",
+        advanced=True,
+        old_name="checkpoint_beside",
+    )
+    keep_last: int = option(
+        3, "Newest checkpoints to keep.", minimum=1, group="checkpoint", advanced=True, old_name="keep"
+    )
+    keep_every: int = option(
+        0,
+        "Also keep the checkpoints of every so many iterations; 0 = none.",
+        minimum=0,
+        group="checkpoint",
+        advanced=True,
+    )
     lora_rank: int = option(
         0,
         "Train adapters of this rank on one frozen base instead of all weights; 0 = all. Wants larger learning rates.",
         minimum=0,
+        group="model",
     )
-    lora_alpha: float | None = option(None, "Adapters count alpha / rank; without it alpha is the rank.", above=0)
-    seed: int = option(0, "Seed of data order, noise and exits.")
-    dtype: str = option("bfloat16", "Precision of the networks; master weights are float32.", choices=DTYPES)
-    memory: str = option(
-        AUTO, "Float32 masters, or the compact form; auto: standard where it fits.", choices=OPTIMIZER_FORMS
+    lora_alpha: float | None = option(
+        None, "Adapters count alpha / rank; without it alpha is the rank.", above=0, group="model", advanced=True
     )
-    second_moment: str = option("8bit", "Of the compact form.", choices=MOMENT_FORMATS)
+    seed: int = option(0, "Seed of data order, noise and exits.", group="recipe", advanced=True)
+    dtype: str = option(
+        "bfloat16",
+        "Precision of the networks; master weights are float32.",
+        choices=DTYPES,
+        group="model",
+        advanced=True,
+    )
+    optimizer_form: str = option(
+        AUTO,
+        "Float32 masters, or the compact form; auto: standard where it fits.",
+        choices=OPTIMIZER_FORMS,
+        group="memory",
+        advanced=True,
+        old_name="memory",
+    )
+    second_moment: str = option("8bit", "Of the compact form.", choices=MOMENT_FORMATS, group="memory", advanced=True)
     offload: str = option(
         "average",
         "Compact form, a whole copy a GPU: what waits in host memory; all, or average and gradients accumulate: "
         "the student's optimizer's state too.",
         choices=OFFLOAD_CHOICES,
-    )  # fmt: skip
-    keep_activations: str = option(
-        "attention", "What a block keeps for its backward pass; the rest is computed again. host: its input, in host "
-        "memory; results: attention's and the feed-forward's.", choices=ACTIVATION_CHECKPOINTING,
-    )  # fmt: skip
-    text_rows: int = max_text_tokens_option()
+    group="memory", advanced=True)  # fmt: skip
+    activation_checkpointing: str = option(
+        "selective", "What a block recomputes in its backward pass: everything (full; offload: and keeps its input in "
+        "host memory), all but attention (selective) and the feed-forward (selective-mlp), or nothing (off).", choices=ACTIVATION_CHECKPOINTING,
+    group="memory", old_name="keep_activations", old_values=OLD_ACTIVATION_CHECKPOINTING)  # fmt: skip
+    max_text_tokens: int = max_text_tokens_option(advanced=True, old_name="text_rows")
     attention: str = option(
-        "auto", "Kernel of attention; auto: FlashAttention-3 or cuDNN in bf16.", choices=ATTENTION_KERNELS
+        "auto",
+        "Kernel of attention; auto: FlashAttention-3 or cuDNN in bf16.",
+        choices=ATTENTION_KERNELS,
+        group="model",
+        advanced=True,
     )
-    compile: bool = option(False, "Compile the blocks first: a minute at the start, then a quarter faster on a GPU.")
-    preview_every: int = option(0, "Iterations from one preview to the next; 0 = none.", minimum=0)
-    preview_count: int = option(4, "Conditions of a preview: the first of the preview's data set.", minimum=0)
-    preview_data: str | None = option(None, "Data set of the previews' conditions; without it, that of the training.")
-    wandb: str = option("off", "Curves on Weights & Biases too (needs the extra wandb).", choices=WANDB_MODES)
-    device: str = device_option()
+    compile: bool = option(
+        False,
+        "Compile the blocks first: a minute at the start, then a quarter faster on a GPU.",
+        group="speed",
+        advanced=True,
+    )
+    preview_every: int = option(
+        0, "Iterations from one preview to the next; 0 = none.", minimum=0, group="logging", advanced=True
+    )
+    preview_count: int = option(
+        4, "Conditions of a preview: the first of the preview's data set.", minimum=0, group="logging", advanced=True
+    )
+    preview_data: str | None = option(
+        None, "Data set of the previews' conditions; without it, that of the training.", group="logging", advanced=True
+    )
+    wandb: str = option(
+        "off", "Curves on Weights & Biases too (needs the extra wandb).", choices=WANDB_MODES, group="logging"
+    )
+    device: str = device_option(advanced=True)
 
     def __post_init__(self) -> None:
         check_fields(self)
         _ = self.spec, self.sigmas
         self.check_pairs()
-        if self.memory == COMPACT:
+        if self.optimizer_form == COMPACT:
             self.check_compact()
 
     def check_pairs(self) -> None:
@@ -132,4 +256,4 @@ class DistillConfig:
     @property
     def sigmas(self) -> tuple[float, ...]:
         """The ladder's noise levels."""
-        return timestep_sigmas(self.ladder, s=self.shift)
+        return timestep_sigmas(self.timesteps, s=self.shift)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from common.condition import Condition
 from common.files import has_foreign_files
 from common.model_folder import fingerprint_folder, locate_model
-from common.options import read_yaml, write_config
+from common.options import read_yaml, rename_old_keys, write_config
 from shards.dataset import DataSet, RecordStream, prefetch_ordered
 from shards.manifest import Manifest, check_manifest
 from shards.mixture import DataSetMixture, open_data_sets
@@ -35,15 +35,15 @@ from stage2_distill.trainer import DivergedError, Trainer, train_step
 
 RUN_CONFIG_FILE = "distill.yaml"
 SPEED_OPTIONS = {
-    "keep_activations",
+    "activation_checkpointing",
     "attention",
     "compile",
     "offload",
-    "text_rows",
-    "memory",
+    "max_text_tokens",
+    "optimizer_form",
 }  # memory: see check_tensors
 MONITORING_OPTIONS = {"wandb", "preview_every", "preview_count", "preview_data"}
-CHECKPOINT_OPTIONS = {"checkpoint_every", "checkpoint_beside", "keep", "keep_every"}
+CHECKPOINT_OPTIONS = {"checkpoint_every", "async_checkpoint", "keep_last", "keep_every"}
 CHANGEABLE_OPTIONS = (
     {"out", "iterations", "device", "batch_size", "model", "replicate"}
     | SPEED_OPTIONS
@@ -98,7 +98,7 @@ def open_run_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
 
 def changed_options(stored: Path, config: DistillConfig) -> list[str]:
     """What would make another run of the one whose configuration is stored, in words."""
-    stored_options = read_yaml(str(stored))
+    stored_options = rename_old_keys(DistillConfig, read_yaml(str(stored)))
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
     return [
         f"{key}: {value!r}, was {stored_options.get(key)!r}"
@@ -111,7 +111,7 @@ def student_facts(config: DistillConfig, model: Path, manifest: Manifest, form: 
     """What every checkpoint of this run says of its student."""
     return StudentFacts(
         iteration=0,
-        ladder=config.ladder,
+        ladder=config.timesteps,
         shift=config.shift,
         sampler=SAMPLER_KIND,
         spec=config.spec,
@@ -142,7 +142,7 @@ def train_loop(
         for iteration in range(start_iteration, config.iterations):
             watch.write(iteration, run_iteration(trainer, iteration, micro_batches, saver))
             completed = iteration + 1
-            if iteration == start_iteration and config.checkpoint_beside:
+            if iteration == start_iteration and config.async_checkpoint:
                 saver.prepare_buffers(training_state(trainer))
             if previews.is_due(completed):
                 saver.wait_for_copies()  # the average takes the student's place meanwhile
@@ -199,12 +199,14 @@ def load_micro_batches(
 ) -> Generator[tuple[MicroBatch, Condition]]:
     """This rank's micro-batches from iteration `done` on, read ahead by threads, on the device."""
     config, ranks = trainer.config, trainer.ranks
-    stream = RecordStream(data, seed=config.seed, text_rows=config.text_rows)
+    stream = RecordStream(data, seed=config.seed, max_text_tokens=config.max_text_tokens)
 
     def read_micro_batch(part: MicroBatch) -> tuple[MicroBatch, Condition]:
         return part, augment_condition(stream.read_batch(part.positions).condition, part, config)
 
-    start = start_iteration - start_iteration % config.student_every if config.rollout_reuse else start_iteration
+    start = (
+        start_iteration - start_iteration % config.student_update_interval if config.rollout_reuse else start_iteration
+    )
     schedule = micro_batches(config, start=start, rank=ranks.rank, world=ranks.world)
     for part, condition in prefetch_ordered(read_micro_batch, schedule, depth=8, threads=2):
         device_condition = condition.to(ranks.device)

@@ -35,7 +35,7 @@ RENAMED_KEYS = {
     "beta1": "beta1",
     "beta2": "beta2",
     "weight_decay": "weight_decay",
-    "dfake_gen_update_ratio": "student_every",
+    "dfake_gen_update_ratio": "student_update_interval",
     "ts_schedule": "ts_schedule",
     "ts_schedule_max": "ts_schedule_max",
     "ema_weight": "ema_decay",
@@ -60,7 +60,7 @@ ALLOWED_VALUES: dict[str, tuple[tuple[object, ...], str]] = {
     "min_score_timestep": ((0,), "score times start at 0; --score-low bounds sigma"),
     "i2v": ((False,), "it is the Wan2.1 way to give an image; here every record with a first frame gives it"),
     "independent_first_frame": ((False,), "it belongs to causal students"),
-    "last_step_only": ((False,), "the rollout leaves at every ladder step in turn; --ladder 1000 has one step only"),
+    "last_step_only": ((False,), "the rollout leaves at every ladder step in turn; --timesteps 1000 has one step only"),
     "context_noise": ((0, 0.0), "it belongs to causal students"),
     "generator_ckpt": ((None, ""), "it is a pickle; convert it to a diffusers folder and give --init-from FOLDER"),
 }
@@ -156,7 +156,7 @@ def translate_steps(values: Values, translation: TranslatedConfig) -> None:
     shift = float(str(values.get("timestep_shift", 1)))
     if not values.get("warp_denoising_step", False):
         times = tuple(time / (shift - (shift - 1) * time / 1000) for time in times)
-    set_option(translation, "denoising_step_list", "ladder", times)
+    set_option(translation, "denoising_step_list", "timesteps", times)
 
 
 def translate_shift(values: Values, translation: TranslatedConfig) -> None:
@@ -206,8 +206,8 @@ def translate_defaults(values: Values, translation: TranslatedConfig) -> None:
     if "mixed_precision" in values:
         set_option(translation, "mixed_precision", "dtype", "bfloat16" if values["mixed_precision"] else "float32")
     if "gradient_checkpointing" in values:
-        checkpointing = "attention" if values["gradient_checkpointing"] else "all"
-        set_option(translation, "gradient_checkpointing", "keep_activations", checkpointing)
+        checkpointing = "selective" if values["gradient_checkpointing"] else "off"
+        set_option(translation, "gradient_checkpointing", "activation_checkpointing", checkpointing)
     if values.get("seed") == 0:
         translation.notes.append("seed: 0 is a seed like any other here, in the reference a drawn one")
     if float(str(values.get("ema_weight", -1))) <= 0:

@@ -212,7 +212,7 @@ def test_broken_rows_are_reported_and_the_rest_encoded(model: Path, clips: Path,
     assert "4 of 6 rows failed" in line
     failures = (tmp_path / "out" / "failures.csv").read_text()
     assert [row.split(",")[0] for row in failures.splitlines()[1:]] == ["4", "5", "6", "7"]
-    works("encode", "--data", table, "--model", model, "--out", tmp_path / "out", *SIZE, "--max-failures", "0.7")
+    works("encode", "--data", table, "--model", model, "--out", tmp_path / "out", *SIZE, "--max-failure-rate", "0.7")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["shards"][0]["records"] == 2
 
 
@@ -225,7 +225,7 @@ def test_mistakes_of_distill(run: Path, model: Path, tmp_path: Path) -> None:
     (tmp_path / "half" / "encode.yaml").write_text("")
     assert "unfinished" in distill(tmp_path / "half")
     assert "height: 64, expected 96" in distill(run / "data", "--height", 96)
-    assert "ladder" in distill(run / "data", "--ladder", "250,500")
+    assert "timesteps" in distill(run / "data", "--timesteps", "250,500")
     assert "must be int" in distill(run / "data", "--config", _yaml(tmp_path, "iterations: many"))
     assert "device=gpu" in distill(run / "data", "--config", _yaml(tmp_path, "device: gpu"))
     assert "unknown" in distill(run / "data", "--config", _yaml(tmp_path, "learning_rate: 1"))
@@ -270,11 +270,11 @@ def test_mistakes_of_sample(run: Path, model: Path, tmp_path: Path) -> None:
 
 
 def test_another_ladder_must_be_said_explicitly(run: Path, model: Path, tmp_path: Path) -> None:
-    """The checkpoint's ladder is used unless --ladder is there; then two steps differ from four."""
+    """The checkpoint's ladder is used unless --timesteps is there; then two steps differ from four."""
     options = ["--prompt", "a", "--seed", 1]
     sample(run, model, tmp_path / "own.mp4", *options)
-    sample(run, model, tmp_path / "same.mp4", *options, "--ladder", "1000,750,500,250")
-    sample(run, model, tmp_path / "two.mp4", *options, "--ladder", "1000,500")
+    sample(run, model, tmp_path / "same.mp4", *options, "--timesteps", "1000,750,500,250")
+    sample(run, model, tmp_path / "two.mp4", *options, "--timesteps", "1000,500")
     own, same, two = (read_latents(tmp_path / f"{name}.zarr", "sample", 0) for name in ("own", "same", "two"))
     assert numpy.array_equal(own, same)
     assert not numpy.array_equal(own, two)

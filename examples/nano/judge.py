@@ -1,4 +1,4 @@
-"""The nano world's exact answers for `evaluate --analyser`. Shapes: B clips, T frames, H W pixels."""
+"""The nano world's exact answers for `evaluate --judge`. Shapes: B clips, T frames, H W pixels."""
 
 from collections.abc import Sequence
 

@@ -71,7 +71,7 @@ class CheckpointWriter:
     def save(self, tensors: Mapping[str, Tensor], facts: StudentFacts) -> None:
         """Begin a checkpoint of live tensors; they may change once `copied` has returned."""
         self.wait()
-        asynchronous = self.config.checkpoint_beside
+        asynchronous = self.config.async_checkpoint
         if asynchronous:
             self.wait_for_buffers(tensors)
         first = first_role(facts.iteration, self.config)
@@ -128,7 +128,7 @@ class CheckpointWriter:
         if self.failure is not None:
             raise SaveError(f"{self.failure}; make room and give the same command again")
         if self.ranks.rank == 0:  # an earlier run may have been killed after naming its last one and before this
-            prune_checkpoints(self.run_folder, self.config.keep, self.config.keep_every)
+            prune_checkpoints(self.run_folder, self.config.keep_last, self.config.keep_every)
 
     def __enter__(self) -> Self:
         return self
@@ -159,7 +159,7 @@ class CheckpointWriter:
             self.snapshot = None  # as large as all of the state
         self.failure = None
         if self.ranks.rank == 0:
-            prune_checkpoints(self.run_folder, self.config.keep, self.config.keep_every)
+            prune_checkpoints(self.run_folder, self.config.keep_last, self.config.keep_every)
             logging.info("checkpoint %s, written in %.1f s", name, time.perf_counter() - start_time)
 
 

@@ -31,9 +31,9 @@ class RolloutSlot:
 def assign_slot(micro_batch: MicroBatch, config: DistillConfig, world: int) -> RolloutSlot:
     """The slot of a critic's micro-batch; the same on all ranks."""
     count = accumulation_steps(config, world)
-    cycle, iteration_in_cycle = divmod(micro_batch.iteration, config.student_every)
+    cycle, iteration_in_cycle = divmod(micro_batch.iteration, config.student_update_interval)
     index = iteration_in_cycle * count + micro_batch.samples[0] // (world * config.batch_size)
-    slot_count, step_count = config.student_every * count, len(config.ladder)
+    slot_count, step_count = config.student_update_interval * count, len(config.timesteps)
     groups = max(1, slot_count // step_count)
     small_size, large_groups = divmod(slot_count, groups)  # sizes: `larger` groups of small + 1, then groups of small
     large_slots = large_groups * (small_size + 1)

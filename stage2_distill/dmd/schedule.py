@@ -25,7 +25,7 @@ class MicroBatch:
 
 def student_turn(iteration: int, config: DistillConfig) -> bool:
     """Whether the student is updated in this iteration, before the critic."""
-    return iteration >= config.critic_warmup and iteration % config.student_every == 0
+    return iteration >= config.critic_warmup and iteration % config.student_update_interval == 0
 
 
 def first_role(iteration: int, config: DistillConfig) -> str:
@@ -37,7 +37,7 @@ def updates_of(role: str, iteration: int, config: DistillConfig) -> int:
     """Number of updates of a role in iterations 0..iteration-1."""
 
     def student_turns(end: int) -> int:
-        return -(-end // config.student_every)
+        return -(-end // config.student_update_interval)
 
     return iteration if role == CRITIC else max(0, student_turns(iteration) - student_turns(config.critic_warmup))
 
@@ -50,8 +50,8 @@ def updates_before(iteration: int, config: DistillConfig) -> int:
 def learning_rate(iteration: int, role: str, config: DistillConfig) -> float:
     """Rises evenly over the role's first `warmup` updates and falls over the last `cooldown` iterations."""
     full = config.student_lr if role == STUDENT else config.critic_lr
-    rise = (updates_of(role, iteration, config) + 1) / max(1, config.warmup)
-    fall = (config.iterations - iteration) / config.cooldown if config.cooldown else 1.0
+    rise = (updates_of(role, iteration, config) + 1) / max(1, config.lr_warmup)
+    fall = (config.iterations - iteration) / config.lr_cooldown if config.lr_cooldown else 1.0
     return full * min(1.0, rise, fall)
 
 
@@ -92,7 +92,7 @@ def draw_exit_index(iteration: int, role: str, config: DistillConfig) -> int:
 
     Stratified: of every len(ladder) updates of the role each takes another step, in an order drawn anew.
     """
-    steps = len(config.ladder)
+    steps = len(config.timesteps)
     if config.exit_schedule == "stratified":
         window, offset = divmod(updates_of(role, iteration, config), steps)
         draw = make_generator(config.seed, window, 0, f"{role} exits")
@@ -103,7 +103,7 @@ def draw_exit_index(iteration: int, role: str, config: DistillConfig) -> int:
 
 def score_bounds(exit_index: int, config: DistillConfig) -> tuple[float, float]:
     """Bounds of u, the score time before the shift, for a rollout that left at step `exit_index`."""
-    next_timestep = config.ladder[exit_index + 1] if exit_index + 1 < len(config.ladder) else 0.0
+    next_timestep = config.timesteps[exit_index + 1] if exit_index + 1 < len(config.timesteps) else 0.0
     low = next_timestep / 1000 if config.ts_schedule else 0.0
-    high = config.ladder[exit_index] / 1000 if config.ts_schedule_max else 1.0
+    high = config.timesteps[exit_index] / 1000 if config.ts_schedule_max else 1.0
     return low, high

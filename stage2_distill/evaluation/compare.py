@@ -105,7 +105,7 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     data = open_data_set(config.shards)
     encoders: dict[str, object] = {"vae": facts.vae, "text_encoder": facts.text_encoder}
     check_manifest(Path(config.shards), data.manifest, spec=facts.spec, encoder=encoders)
-    count = min(config.count, data.num_records)
+    count = min(config.num_records, data.num_records)
     if count < 2:
         raise ValueError(f"shards={config.shards}: holds {count} records; a distance between sets needs 2 or more")
     data_digest = hashlib.sha256(repr((data.manifest.shards, data.manifest.negative_sha256)).encode()).hexdigest()
@@ -115,7 +115,7 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
         config,
         facts,
         tuple(data.read_record(index) for index in range(count)),
-        pad_text(data.negative, config.text_rows),
+        pad_text(data.negative, config.max_text_tokens),
         f"{count} of {data_digest}",
         float(str(facts.config["guidance_scale"] if config.guidance_scale is None else config.guidance_scale)),
     )
@@ -249,7 +249,7 @@ def sample_rows(
     """Latents (B C T H W) of some conditions; the noise depends on the seed and the row alone."""
     device = pick_device(setting.config.device)
     records = [setting.records[row] for row in rows]
-    condition: Condition = collate_records(records, text_rows=setting.config.text_rows).condition.to(device)
+    condition: Condition = collate_records(records, max_text_tokens=setting.config.max_text_tokens).condition.to(device)
     generators = [make_generator(seed, 0, row, "evaluate", device) for row in rows]
     noise = draw_normal(setting.facts.spec.latent_shape, generators)
     guided_denoiser = guided(denoiser, negative_text=setting.negative_text.to(device), scale=sampler.guidance_scale)

@@ -25,7 +25,7 @@ if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
 
 
 RotaryEmbedding: TypeAlias = tuple[Tensor, Tensor]  # cos and sin (1 N 1 d/2) float32
-KEEP_NONE, KEEP_HOST, KEEP_RESULTS, KEEP_ALL = "none", "host", "results", "all"  # and attention
+KEEP_NONE, KEEP_HOST, KEEP_RESULTS, KEEP_ALL = "full", "offload", "selective-mlp", "off"  # and selective
 
 
 def modulation_per_token(rows: Tensor, tokens: int, first_frame_tokens: int | Tensor) -> Tensor:

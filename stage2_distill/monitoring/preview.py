@@ -80,7 +80,7 @@ class PreviewWriter:
         config, device = student.config, student.ranks.device
         real_rows = [row for row in rows if row < len(self.records)]
         records = [self.records[row % len(self.records)] for row in rows]
-        condition: Condition = collate_records(records, text_rows=config.text_rows).condition.to(device)
+        condition: Condition = collate_records(records, max_text_tokens=config.max_text_tokens).condition.to(device)
         generators = [make_generator(config.seed, 0, row, "preview", device) for row in rows]
         noise = draw_normal(config.spec.latent_shape, generators)
         with torch.no_grad():

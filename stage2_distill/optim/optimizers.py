@@ -19,7 +19,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of a role in a memory mode.
 
-    The student's is used in one of `student_every` iterations: its state may wait in host memory where a GPU holds all,
+    The student's is used in one of `student_update_interval` iterations: its state may wait in host memory where a GPU holds all,
     and makes room there for gradients that are summed in float32.
     """
     lr = config.student_lr if role == STUDENT else config.critic_lr

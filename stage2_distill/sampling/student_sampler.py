@@ -41,7 +41,7 @@ class StudentSampler:
     spec: VideoSpec
     sigmas: tuple[float, ...]
     dtype: torch.dtype
-    text_rows: int = TEXT_LENGTH
+    max_text_tokens: int = TEXT_LENGTH
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +63,7 @@ class StudentSampler:
 
     def build_condition(self, records: Sequence[Record]) -> Condition:
         """What the network sees of records, on its device."""
-        return collate_records(records, text_rows=self.text_rows).condition.to(self.device)
+        return collate_records(records, max_text_tokens=self.max_text_tokens).condition.to(self.device)
 
     @torch.no_grad()
     def sample_latents(self, condition: Condition, seeds: Sequence[int], segment: int) -> Tensor:
@@ -95,7 +95,7 @@ def open_student(config: SampleConfig) -> StudentSampler:
     )
     check_context_parallel(ranks, tokens=spec.num_tokens, heads=net.config.num_attention_heads)
     sigmas = config.explicit_sigmas(facts.shift) or facts.sigmas
-    return StudentSampler(net, spec, sigmas, getattr(torch, config.dtype), config.text_rows)
+    return StudentSampler(net, spec, sigmas, getattr(torch, config.dtype), config.max_text_tokens)
 
 
 def check_model(model: str, facts: StudentFacts, parts: tuple[str, ...] = ("vae", "text_encoder")) -> None:

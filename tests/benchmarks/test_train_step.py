@@ -37,7 +37,7 @@ def test_train_step(launcher: list[str], memory: str) -> None:
 
 
 def test_adapters_with_inputs_in_host_memory() -> None:
-    options = ("--tiny", "--memory", "standard", "--lora", "4", "--keep", "host", "--only", "updates")
+    options = ("--tiny", "--memory", "standard", "--lora", "4", "--keep", "offload", "--only", "updates")
     assert "\nmean iteration: " in printed("-m", "benchmarks.train_step", *options)
 
 

@@ -96,16 +96,21 @@ def test_defaults_are_valid_and_every_option_is_offered(command: str) -> None:
 def test_message_lists_the_choices_and_the_nearest_one() -> None:
     valid = COMMANDS["distill"][1]
     with pytest.raises(
-        ValueError, match=r"^memory=compct: choose one of auto, standard, compact; did you mean compact\?$"
+        ValueError, match=r"^optimizer_form=compct: choose one of auto, standard, compact; did you mean compact\?$"
     ):
-        DistillConfig(**valid | {"memory": "compct"})
+        DistillConfig(**valid | {"optimizer_form": "compct"})
 
 
 def test_the_holes_of_the_review_are_closed() -> None:
-    for wrong in ({"memory": "foo"}, {"keep_activations": "bar"}, {"attention": "baz"}, {"device": "tpu"}):
+    for wrong in (
+        {"optimizer_form": "foo"},
+        {"activation_checkpointing": "bar"},
+        {"attention": "baz"},
+        {"device": "tpu"},
+    ):
         with pytest.raises(ValueError, match="choose one of"):
             DistillConfig(**COMMANDS["distill"][1] | wrong)
-    for wrong in ({"memory": "foo"}, {"vae_dtype": "int4"}):
+    for wrong in ({"vram": "foo"}, {"vae_dtype": "int4"}):
         with pytest.raises(ValueError, match="choose one of"):
             SampleConfig(**COMMANDS["sample"][1] | wrong)
 

@@ -157,7 +157,7 @@ def test_rows_added_at_the_end_are_encoded_alone(clips: Path, model: Path, tmp_p
         ({"height": 96}, "spec.height: 64, expected 96"),
         ({"shard_size": 3}, "shard_size: 4, expected 3"),
         ({"batch_size": 3}, "batch_size: 8, expected 3"),
-        ({"text_tokens": 99}, "text_tokens: 8192, expected 99"),
+        ({"text_batch_tokens": 99}, "text_tokens: 8192, expected 99"),
         ({"vae_dtype": "bfloat16"}, "encoder.vae_dtype: 'tf32', expected 'bfloat16'"),
         ({"negative_prompt": "ugly"}, "encoder.negative_prompt"),
     ],

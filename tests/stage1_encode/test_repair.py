@@ -66,7 +66,7 @@ def test_a_repair_computes_in_the_batches_of_the_command(clips: Path, model: Pat
     made = configure(clips / "clips.csv", model, tmp_path / "set", batch_size=3, text_tokens=50)
     encode(made)
     asked = original_config(tmp_path / "set", CPU)
-    assert (asked.batch_size, asked.text_tokens) == (3, 50)
+    assert (asked.batch_size, asked.text_batch_tokens) == (3, 50)
     before = hashes(tmp_path / "set")
     flip(tmp_path / "set" / "shard-000001.tar", 3000)
     repair_data_set(verify_data_set(tmp_path / "set"), CPU)

@@ -77,7 +77,7 @@ def test_20_iterations_have_the_standard_modes_losses(model: Path, shards: Path,
 
 
 def test_stopped_and_resumed_equals_unbroken(model: Path, shards: Path, tmp_path: Path) -> None:
-    options = HALF | {"memory": "compact", "global_batch": 4}
+    options = HALF | {"optimizer_form": "compact", "global_batch": 4}
     whole = tensors(run_here(make_config(shards, model, tmp_path / "whole", **options)))
     run_here(make_config(shards, model, tmp_path / "half", **options, iterations=3))
     again = tensors(run_here(make_config(shards, model, tmp_path / "half", **options)))
@@ -88,7 +88,13 @@ def test_stopped_and_resumed_equals_unbroken(model: Path, shards: Path, tmp_path
 
 
 def test_two_ranks_equal_one_and_change_into_each_other(model: Path, shards: Path, tmp_path: Path) -> None:
-    options = HALF | {"memory": "compact", "global_batch": 4, "eps": 1e-2, "student_lr": 1e-2, "critic_lr": 1e-2}
+    options = HALF | {
+        "optimizer_form": "compact",
+        "global_batch": 4,
+        "eps": 1e-2,
+        "student_lr": 1e-2,
+        "critic_lr": 1e-2,
+    }
     alone = run_here(make_config(shards, model, tmp_path / "one", batch_size=2, **options))
     half = make_config(shards, model, tmp_path / "elastic", batch_size=2, **options, iterations=3)
     run_here(half)
@@ -110,7 +116,7 @@ def test_two_ranks_equal_one_and_change_into_each_other(model: Path, shards: Pat
 @pytest.mark.parametrize(("change", "words"), [({"beta1": 0.9}, "beta1=0.9"), ({"dtype": "float32"}, "dtype=float32")])
 def test_what_the_compact_form_cannot_do_is_refused(change: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        DistillConfig(shards=("s",), model="m", out="o", **({"memory": "compact"} | change))
+        DistillConfig(shards=("s",), model="m", out="o", **({"optimizer_form": "compact"} | change))
 
 
 def test_auto_is_standard_where_it_fits(model: Path, shards: Path, tmp_path: Path) -> None:
@@ -134,7 +140,7 @@ def test_the_students_state_makes_room_for_summed_gradients(
     asked: dict[str, bool] = {}
     monkeypatch.setattr(pinned_memory.PinnedPool, "__init__", lambda self, *, offload: asked.update(given=offload))
     monkeypatch.setattr(pinned_memory.PinnedPool, "place_tensor", lambda self, value: value)
-    config = make_config(tmp_path, model, tmp_path, **HALF | {"memory": "compact", "offload": offload})
+    config = make_config(tmp_path, model, tmp_path, **HALF | {"optimizer_form": "compact", "offload": offload})
     config = replace(config, batch_size=2, global_batch=clips)
     found = {}
     for role in ("student", "critic"):
@@ -151,10 +157,10 @@ def test_auto_goes_on_in_the_form_of_the_checkpoints(model: Path, shards: Path, 
     half = make_config(shards, model, tmp_path / "half", **HALF, memory="compact", iterations=3)
     run_here(half)
     with pytest.raises(ValueError, match=r"step-000003: .* give --memory compact, as it was"):
-        run_here(replace(half, iterations=6, memory="standard"))
+        run_here(replace(half, iterations=6, optimizer_form="standard"))
     cut = shutil.copytree(tmp_path / "half" / "step-000003", tmp_path / "half" / "step-000004") / "student.json"
     cut.write_text(cut.read_text()[:100])
-    again = tensors(run_here(replace(half, iterations=6, memory="auto")))
+    again = tensors(run_here(replace(half, iterations=6, optimizer_form="auto")))
     assert [name for name, value in whole.items() if not torch.equal(value, again[name])] == []
 
 

@@ -52,7 +52,7 @@ def test_critic_losses_are_errors_of_x0_velocity_and_noise() -> None:
 def test_stratified_exits_take_each_step_once_a_window() -> None:
     for role, c in (
         (CRITIC, config(exit_schedule="stratified")),
-        (STUDENT, config(exit_schedule="stratified", student_every=3, critic_warmup=4)),
+        (STUDENT, config(exit_schedule="stratified", student_update_interval=3, critic_warmup=4)),
     ):
         turns = [i for i in range(240) if role == CRITIC or student_turn(i, c)]
         exits = [draw_exit_index(i, role, c) for i in turns]
@@ -63,7 +63,7 @@ def test_stratified_exits_take_each_step_once_a_window() -> None:
 
 
 def test_warm_up_rises_over_the_updates_of_each_role() -> None:
-    c = config(warmup=4, student_lr=1.0, critic_lr=2.0, student_every=5, critic_warmup=5)
+    c = config(warmup=4, student_lr=1.0, critic_lr=2.0, student_update_interval=5, critic_warmup=5)
     assert [learning_rate(i, CRITIC, c) for i in (0, 1, 3, 4, 900)] == [0.5, 1.0, 2.0, 2.0, 2.0]
     assert [updates_of(STUDENT, i, c) for i in (0, 5, 6, 10, 11)] == [0, 0, 1, 1, 2]
     assert [learning_rate(i, STUDENT, c) for i in (5, 10, 20, 25)] == [0.25, 0.5, 1.0, 1.0]
@@ -127,8 +127,8 @@ def test_average_equals_the_formula(offload: bool) -> None:
         ({"first_frame_jitter": -0.1}, "first_frame_jitter=-0.1"),
         ({"exit_schedule": "often"}, "choose one of random, stratified"),
         ({"offload": "some"}, "choose one of none, average, all"),
-        ({"warmup": -1}, "warmup=-1"),
-        ({"cooldown": -1}, "cooldown=-1"),
+        ({"lr_warmup": -1}, "lr_warmup=-1"),
+        ({"lr_cooldown": -1}, "lr_cooldown=-1"),
         ({"ema_start": -1}, "ema_start=-1"),
         ({"num_frames": 1}, "num_frames=1"),
         ({"student_lr": -1.0}, "student_lr=-1.0"),

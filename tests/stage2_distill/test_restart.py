@@ -18,13 +18,13 @@ from tests.stage2_distill.training_helpers import ROOT, make_config, make_shards
 OPTIONS = {
     "iterations": 6,
     "checkpoint_every": 2,
-    "checkpoint_beside": False,
-    "keep": 9,
+    "async_checkpoint": False,
+    "keep_last": 9,
     "global_batch": 4,
     "student_lr": 1e-2,
     "critic_lr": 1e-2,
     "eps": 1e-2,
-    "keep_activations": "all",
+    "activation_checkpointing": "off",
 }
 
 

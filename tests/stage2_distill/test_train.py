@@ -120,8 +120,8 @@ def test_lock_3_a_whole_run_behind_an_import_wall(
 
 def test_options_may_change_until_an_iteration_is_done(model: Path, shards: Path, tmp_path: Path) -> None:
     config = make_config(shards, model, tmp_path / "run", iterations=1, init_from="nowhere")
-    for advised in (replace(config, text_rows=2), replace(config, text_rows=8)):
-        with pytest.raises(ValueError, match="nowhere" if advised.text_rows == 8 else "text_rows=2"):
+    for advised in (replace(config, max_text_tokens=2), replace(config, max_text_tokens=8)):
+        with pytest.raises(ValueError, match="nowhere" if advised.max_text_tokens == 8 else "text_rows=2"):
             run_here(advised)
     checkpoint = run_here(replace(config, init_from=None))
     for _ in ("with its checkpoint", "killed before it"):
@@ -133,7 +133,7 @@ def test_options_may_change_until_an_iteration_is_done(model: Path, shards: Path
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"text_rows": 600}, "text_rows=600: must be between 1 and 512"),
+        ({"max_text_tokens": 600}, "max_text_tokens=600: must be between 1 and 512"),
         ({"grad_clip": 0.0}, "grad_clip=0.0: must be more than 0"),
         ({"score_low": 0.98}, "score_low=0.98: must be less than score_high=0.98"),
         ({"lora_alpha": 8.0}, "lora_alpha=8.0: .* goes with --lora-rank"),

@@ -81,7 +81,7 @@ def test_the_first_recipe_is_the_defaults_and_names_every_knob() -> None:
     path = ROOT / "recipes" / "wan22-ti2v-5b.yaml"
     assert resolve_config(DistillConfig, NEEDED | {"config": str(path)}) == DistillConfig(**NEEDED)
     second = resolve_config(DistillConfig, NEEDED | {"config": str(path.with_name("wan22-ti2v-5b-2step.yaml"))})
-    changed = {"ladder": (1000.0, 500.0), "critic_warmup": 200, "exit_schedule": "stratified"}
+    changed = {"timesteps": (1000.0, 500.0), "critic_warmup": 200, "exit_schedule": "stratified"}
     assert second == replace(DistillConfig(**NEEDED), **changed)
 
 
@@ -115,12 +115,12 @@ def test_the_command_line_wins_over_a_foreign_file(tmp_path: Path) -> None:
         ({"guidance_scale": 3.0}, "guidance_scale", 4.0),
         ({"real_guidance_scale": 5.0, "fake_guidance_scale": 0.0}, "guidance_scale", 6.0),
         ({"denoising_loss_type": "v"}, "critic_loss", "flow"),
-        ({"denoising_step_list": [1000, 500, 0]}, "ladder", (1000.0, 500.0)),
+        ({"denoising_step_list": [1000, 500, 0]}, "timesteps", (1000.0, 500.0)),
         ({"mixed_precision": False}, "dtype", "float32"),
         ({"ema_weight": -1}, "ema_decay", 0.0),
-        ({"dfake_gen_update_ratio": 3}, "student_every", 3),
+        ({"dfake_gen_update_ratio": 3}, "student_update_interval", 3),
         ({"ts_schedule_max": True}, "ts_schedule_max", True),
-        ({"gradient_checkpointing": False}, "keep_activations", "all"),
+        ({"gradient_checkpointing": False}, "activation_checkpointing", "off"),
         ({"log_iters": 50}, "checkpoint_every", 50),
     ],
 )
@@ -133,7 +133,7 @@ def test_values_are_translated(change: dict[str, object], option: str, value: ob
 def test_an_unwarped_list_loses_its_shift() -> None:
     """Times 937.5, 625 are the indices 750, 250 after a shift of 5."""
     found = translate_config(PUBLISHED | {"denoising_step_list": [1000, 937.5, 625], "warp_denoising_step": False})
-    assert found.options["ladder"] == pytest.approx((1000, 750, 250))
+    assert found.options["timesteps"] == pytest.approx((1000, 750, 250))
 
 
 def test_what_a_silent_file_means() -> None:

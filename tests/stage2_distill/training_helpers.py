@@ -82,7 +82,7 @@ def make_config(shards: Path, model: Path, out: Path, **changes: object) -> Dist
         fps=SPEC.fps,
         student_lr=1e-3,
         critic_lr=1e-3,
-        student_every=2,
+        student_update_interval=2,
         ema_start=1,
         ema_decay=0.9,
         batch_size=2,

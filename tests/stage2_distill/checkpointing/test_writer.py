@@ -104,7 +104,7 @@ def test_a_step_waits_for_the_copies_of_its_role_alone(
     clock, optimizers = PhaseTimer(torch.device("cpu")), {}
     for role in (STUDENT, CRITIC):
         optimizers[role] = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    with CheckpointWriter(tmp_path, replace(config, student_every=5), start_process_group("cpu")) as saver:
+    with CheckpointWriter(tmp_path, replace(config, student_update_interval=5), start_process_group("cpu")) as saver:
         saver.register_step_hooks(optimizers, clock)
         saver.save({name: torch.ones(3) for name in names}, facts)  # after iteration 1: no turn of the student
         optimizers[CRITIC].step()
@@ -120,7 +120,7 @@ def test_previews_wait_for_the_student_s_copies(
     model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A preview puts the average in the student's place: not while the student is being copied for a checkpoint."""
-    options = {"iterations": 4, "ema_start": 0, "checkpoint_every": 3, "keep": 2}
+    options = {"iterations": 4, "ema_start": 0, "checkpoint_every": 3, "keep_last": 2}
     options |= {"preview_every": 4, "preview_count": 1}
     swapped, ends, copy, in_place_of = (
         threading.Event(),
@@ -212,7 +212,7 @@ def test_what_a_killed_run_had_no_time_to_prune_goes_at_the_end_of_the_next(
 
 
 def test_checkpoints_may_be_written_while_training_waits(model: Path, shards: Path, other: Path, tmp_path: Path):
-    config = make_config(shards, model, tmp_path / "run", iterations=2, seed=7, checkpoint_beside=False)
+    config = make_config(shards, model, tmp_path / "run", iterations=2, seed=7, async_checkpoint=False)
     written, beside = tensors(run_here(config)), tensors(other)
     assert all(torch.equal(value, written[name]) for name, value in beside.items())
 

@@ -35,8 +35,8 @@ OPTIONS = {
     "checkpoint_every": 2,
     "batch_size": 2,
     "global_batch": 2,
-    "ladder": (1000.0, 500.0),
-    "keep_activations": "all",
+    "timesteps": (1000.0, 500.0),
+    "activation_checkpointing": "off",
 }
 
 
@@ -175,7 +175,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
     model: Path, shards: Path, unbroken: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(unbroken.parent, tmp_path / "run")
-    config = make_config(shards, model, tmp_path / "run", **OPTIONS | {"keep": 1})
+    config = make_config(shards, model, tmp_path / "run", **OPTIONS | {"keep_last": 1})
     file = next((tmp_path / "run" / "step-000008").glob("*.safetensors"))
     flip(file)
     assert_same(unbroken, run_here(config))
@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_the_older_ones_and_training_goes_on(
 
     at({2: lambda: limit(50_000), 4: lambda: limit(before[0])})
     try:
-        last = run_here(make_config(shards, model, tmp_path / "run", **OPTIONS | {"keep": 2}))
+        last = run_here(make_config(shards, model, tmp_path / "run", **OPTIONS | {"keep_last": 2}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "checkpoint step-000004 could not be written" in caplog.text
@@ -219,7 +219,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_prunes_nothing
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
 
     at({3: limit})
-    config = make_config(shards, model, tmp_path / "run", **OPTIONS | {"iterations": 4, "keep": 1})
+    config = make_config(shards, model, tmp_path / "run", **OPTIONS | {"iterations": 4, "keep_last": 1})
     try:
         with pytest.raises(SaveError, match="step-000004 could not be written .* give the same command again"):
             run_here(config)
@@ -233,6 +233,6 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_prunes_nothing
 def test_a_checkpoint_says_where_the_stream_stands_and_the_pause_is_measured(unbroken: Path) -> None:
     facts = read_facts(unbroken)
     assert (facts.iteration, facts.position) == (8, 2 * (8 + 4))  # 8 critic and 4 student updates of 2 records
-    assert facts.config["student_every"] == 2
+    assert facts.config["student_update_interval"] == 2
     read = [json.loads(line) for line in (unbroken.parent / "metrics.jsonl").read_text().splitlines()]
     assert ["seconds_checkpoint" in line for line in read] == [False, False, True, False, True, False, True, False]

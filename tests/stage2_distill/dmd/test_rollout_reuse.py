@@ -28,7 +28,7 @@ def test_groups_take_every_step(model: Path, global_batch: int, every: int) -> N
         model,
         Path(),
         global_batch=global_batch,
-        student_every=every,
+        student_update_interval=every,
         iterations=400 * every // global_batch * 2,
     )
     taken: Counter[int] = Counter()
@@ -49,7 +49,9 @@ def test_groups_take_every_step(model: Path, global_batch: int, every: int) -> N
 
 def test_a_sample_is_what_a_rollout_gives(model: Path) -> None:
     """Each micro-batch gets the x0 of a plain rollout with its group's noise, at a fifth of the cost and less."""
-    config = make_config(Path(), model, Path(), student_every=5, global_batch=2, iterations=10, rollout_reuse=True)
+    config = make_config(
+        Path(), model, Path(), student_update_interval=5, global_batch=2, iterations=10, rollout_reuse=True
+    )
     calls = 0
 
     def student(x_t: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
@@ -81,7 +83,7 @@ def test_exits_of_a_small_group_are_drawn() -> None:
 
 
 def test_stopped_within_a_trajectory_and_resumed_is_the_same_run(model: Path, shards: Path, tmp_path: Path) -> None:
-    options = {"rollout_reuse": True, "student_every": 5, "global_batch": 2, "iterations": 8}
+    options = {"rollout_reuse": True, "student_update_interval": 5, "global_batch": 2, "iterations": 8}
     whole = tensors(run_here(make_config(shards, model, tmp_path / "whole", **options)))
     plain = tensors(run_here(make_config(shards, model, tmp_path / "plain", **(options | {"rollout_reuse": False}))))
     stopped = make_config(shards, model, tmp_path / "half", **(options | {"iterations": 3}))
@@ -98,7 +100,7 @@ def test_stopped_within_a_trajectory_and_resumed_is_the_same_run(model: Path, sh
 
 def test_an_update_of_several_exits_names_none(model: Path, shards: Path, tmp_path: Path) -> None:
     """Two micro-batches an update: their losses are those of two steps of the ladder."""
-    options = {"rollout_reuse": True, "batch_size": 1, "global_batch": 2, "student_every": 2, "iterations": 4}
+    options = {"rollout_reuse": True, "batch_size": 1, "global_batch": 2, "student_update_interval": 2, "iterations": 4}
     run = run_here(make_config(shards, model, tmp_path / "run", **options)).parent
     lines = [line for _, line in complete_lines(run / METRICS_FILE)]
     assert len(lines) == 4 and any("critic_exit" not in line for line in lines)

@@ -39,7 +39,7 @@ def way(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(way: Path, model: Path, out: Path, **changes: object) -> EvaluateConfig:
     base = EvaluateConfig(
-        (str(way / "run"),), str(way / "data"), str(model), str(out), count=8, seeds=(0, 1), teacher_steps=6,
+        (str(way / "run"),), str(way / "data"), str(model), str(out), num_records=8, seeds=(0, 1), teacher_steps=6,
         videos=0, batch_size=4, dtype="float32", device="cpu",
     )  # fmt: skip
     return replace(base, **changes)

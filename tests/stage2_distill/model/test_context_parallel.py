@@ -26,7 +26,7 @@ def test_two_ranks_make_the_video_of_one(model: Path, tmp_path: Path) -> None:
     One thread each: with more the VAE adds otherwise, and a first frame is rounded to bf16.
     """
     shards = make_shards(tmp_path / "data", model)
-    options = {"iterations": 1, "global_batch": 2, "text_rows": 32}
+    options = {"iterations": 1, "global_batch": 2, "max_text_tokens": 32}
     distill(make_config(shards, model, tmp_path / "run", **options))
     Image.fromarray(picture(90, 160, seed=3)).save(tmp_path / "first.png")
     given = ["--checkpoint", tmp_path / "run", "--model", model, "--dtype", "float32", "--width", 96]

@@ -75,7 +75,7 @@ def test_gradients_have_the_same_bits_twice(kernel: str, compiled: bool) -> None
 
     fields = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
     chosen = Case(VideoSpec(33, 512, 512), torch.device("cuda"), torch.bfloat16, fields)
-    net, found = convert_transformer(random_network(chosen), ExecutionPlan(kernel, "attention", compiled)), []
+    net, found = convert_transformer(random_network(chosen), ExecutionPlan(kernel, "selective", compiled)), []
     run = backward_of(net, inputs(chosen))
     if not enable_determinism(kernel, chosen.dtype, chosen.device):
         pytest.skip(UNORDERED)
@@ -188,7 +188,7 @@ def test_activations_in_host_memory_give_the_same_gradients(monkeypatch: pytest.
     fields = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
     chosen = Case(VideoSpec(17, 128, 128), torch.device("cuda"), torch.bfloat16, fields)
     net, given, found = random_network(chosen), inputs(chosen), []
-    backward = backward_of(convert_transformer(net, ExecutionPlan(kernel="math", checkpointing="host")), given)
+    backward = backward_of(convert_transformer(net, ExecutionPlan(kernel="math", checkpointing="offload")), given)
     lifted = mock.Mock(wraps=activations.offload_tensor)
     monkeypatch.setattr(activations, "offload_tensor", lifted)
     for at_home in (activation_checkpoint.offload_activations, lambda _: nullcontext()):
@@ -201,7 +201,7 @@ def test_activations_in_host_memory_give_the_same_gradients(monkeypatch: pytest.
 
 
 def resumed_is_unbroken(shards: Path, model: Path, folder: Path, **options: object) -> None:
-    options |= {"dtype": "bfloat16", "memory": "compact", "device": "cuda", "global_batch": 2}
+    options |= {"dtype": "bfloat16", "optimizer_form": "compact", "device": "cuda", "global_batch": 2}
     options |= {"ema_start": 2, "rollout_reuse": True, "grad_clip": 1e6}
     whole = tensors(run_here(make_config(shards, model, folder / "whole", **options)))
     run_here(make_config(shards, model, folder / "half", **options, iterations=3))
@@ -224,6 +224,6 @@ def test_stopped_and_resumed_with_many_tokens(tmp_path: Path, kernel: str, rows:
         pytest.skip(UNORDERED)
     spec = VideoSpec(33, 512, 512)  # 2304 tokens: several blocks of keys add to the gradient of a query
     size = {"num_frames": spec.num_frames, "height": spec.height, "width": spec.width, "fps": spec.fps}
-    options = size | {"attention": kernel, "text_rows": rows, "compile": compiled}
+    options = size | {"attention": kernel, "max_text_tokens": rows, "compile": compiled}
     data = make_data(tmp_path / "data", spec)
     resumed_is_unbroken(data, MODEL, tmp_path, student_lr=1e-5, critic_lr=1e-5, **options)

@@ -18,14 +18,14 @@ from tests.tiny_models import TEXT_DIM
 SHAPE = (2, 48, 3, 4, 6)
 TIMES = {True: torch.tensor([[0.0, 937.5], [0.0, 20.0]]), False: torch.tensor([[937.5], [20.0]])}
 PLANS = [
-    ExecutionPlan(kernel="math", checkpointing="all"),
-    ExecutionPlan(checkpointing="none"),
-    ExecutionPlan(checkpointing="results"),
-    ExecutionPlan(checkpointing="results", compiled=True),
-    ExecutionPlan(checkpointing="host"),
-    ExecutionPlan(checkpointing="host", compiled=True),
-    ExecutionPlan(checkpointing="attention"),
-    ExecutionPlan(checkpointing="attention", compiled=True),
+    ExecutionPlan(kernel="math", checkpointing="off"),
+    ExecutionPlan(checkpointing="full"),
+    ExecutionPlan(checkpointing="selective-mlp"),
+    ExecutionPlan(checkpointing="selective-mlp", compiled=True),
+    ExecutionPlan(checkpointing="offload"),
+    ExecutionPlan(checkpointing="offload", compiled=True),
+    ExecutionPlan(checkpointing="selective"),
+    ExecutionPlan(checkpointing="selective", compiled=True),
 ]
 logging.disable_progress_bar()
 
@@ -90,18 +90,18 @@ class Count(TorchDispatchMode):
 
 def test_keeping_attention_computes_it_once(theirs: WanTransformer3DModel) -> None:
     calls, narrowing = {}, {}
-    for keep in ("none", "host", "attention", "results", "all"):
+    for keep in ("full", "offload", "selective", "selective-mlp", "off"):
         with Count() as count:
             gradients(convert_transformer(copy.deepcopy(theirs), ExecutionPlan(checkpointing=keep)), TIMES[True])
         calls[keep], narrowing[keep] = count.calls, count.narrowing
     assert calls == {
-        "none": 8,
-        "host": 8,
-        "attention": 6,
-        "results": 6,
-        "all": 4,
+        "full": 8,
+        "offload": 8,
+        "selective": 6,
+        "selective-mlp": 6,
+        "off": 4,
     }  # two layers, self- and text attention
-    assert narrowing["none"] == narrowing["attention"] == narrowing["results"] + 2 == narrowing["all"] + 2
+    assert narrowing["full"] == narrowing["selective"] == narrowing["selective-mlp"] + 2 == narrowing["off"] + 2
 
 
 def test_a_saved_network_is_diffusers_own(theirs: WanTransformer3DModel, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_torn_file_is_named(copy: Path) -> None:
 # bytes a stored byte (float32): 3 roles, an average, 2 moments; or 3 roles in half, 2 x (remainder, 8-bit moment)
 @pytest.mark.parametrize(
     ("ranks", "change", "times"),
-    [(2, {}, 6), (1, {"memory": "compact", "dtype": "bfloat16"}, 3)],
+    [(2, {}, 6), (1, {"optimizer_form": "compact", "dtype": "bfloat16"}, 3)],
     ids=["standard", "compact"],
 )
 def test_a_rank_takes_its_own_part_and_one_file(
