@@ -1,6 +1,6 @@
 """Kernels for forward passes without gradient on a GPU, where the compiler leaves bandwidth unused.
 
-Only imported where there is a GPU. Both compute in float32 and round once, as the plain forms in network.py do or less.
+Only imported where there is a GPU. Both compute in float32 and round once, as the plain forms in layers.py do or less.
 Shapes: B batch, N tokens, D width, H heads, d head size, F feed-forward width.
 """
 

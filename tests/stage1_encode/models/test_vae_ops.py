@@ -26,8 +26,8 @@ def test_norm_in_one_pass(channels: int) -> None:
     x[0, 0, 0] = 0
     exact, found, half = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x, dtype=torch.bfloat16)
     norm_silu_torch(x, gamma, exact)
-    vae_ops.norm_kernel.normalise(x, gamma, found)
-    vae_ops.norm_kernel.normalise(x.bfloat16(), gamma.bfloat16(), half)
+    vae_ops.vae_norm_kernel.normalise(x, gamma, found)
+    vae_ops.vae_norm_kernel.normalise(x.bfloat16(), gamma.bfloat16(), half)
     assert off(found, exact) < 1e-6
     assert off(half, exact) < 5e-3
 
@@ -44,9 +44,9 @@ def test_convolutions_on_a_picture_that_no_tile_divides(plan: ConvSpec) -> None:
     )
     bias = torch.randn(plan.outputs * plan.time, **draw)
     residual = torch.randn_like(x) if plan.repeats else None
-    found = vae_ops.conv_kernel.convolve(x, weight, bias, plan, residual=residual)
+    found = vae_ops.vae_conv_kernel.convolve(x, weight, bias, plan, residual=residual)
     exact = None if residual is None else residual.float()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         wanted = convolve_torch(x.float(), weight.float(), bias.float(), plan, residual=exact)
     assert off(found, wanted) < 5e-3
-    assert torch.equal(found, vae_ops.conv_kernel.convolve(x, weight, bias, plan, residual=residual))
+    assert torch.equal(found, vae_ops.vae_conv_kernel.convolve(x, weight, bias, plan, residual=residual))

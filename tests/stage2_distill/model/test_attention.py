@@ -1,4 +1,4 @@
-"""Which kernel a name stands for, and who asks for an order of sums; test_kernels.py has what kernels compute."""
+"""Which kernel a name stands for, and who asks for an order of sums; test_fused_kernels.py has what kernels compute."""
 
 import sys
 from collections.abc import Iterator
