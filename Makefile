@@ -1,15 +1,14 @@
-# Every target prepares what it needs: only Python 3.11+ and make must be there.
+# Every target prepares what it needs: only Python 3.11+ and make must be installed.
 PYTHON ?= python3
 BIN := .venv/bin
-NANO := examples/nano
 DEMO := demo
 
 .PHONY: demo test lint clean
 
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: .venv/ready

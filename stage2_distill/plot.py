@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from stage2_distill.alarms import BOUNDS
 from stage2_distill.journal import METRICS, whole_lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PICTURE = "curves.png"
 POINTS = 150  # of a curve: longer runs are averaged over windows
@@ -26,18 +28,27 @@ LOGARITHMIC = ("Student loss by exit", "Critic loss by exit", "Gradient norms", 
 
 
 def plot(run: Path) -> Path:
-    """Draw the curves of a run; ValueError where it has none."""
+    """Draw the curves of a run; ValueError if it has none or if matplotlib is not installed."""
     if not (run / METRICS).is_file():
         raise ValueError(f"run={run}: holds no {METRICS}; name the folder of a run of distill")
     lines = [line for _, line in whole_lines(run / METRICS)]
     if not lines:
         raise ValueError(f"run={run}: {METRICS} is empty; wait for the first iteration")
-    figure = Figure(figsize=(13, 4 * (len(PANELS) // 2)), layout="constrained")
+    figure = open_figure()
     for place, (title, names) in enumerate(PANELS.items()):
         draw(figure.add_subplot(len(PANELS) // 2, 2, place + 1), title, curves(lines, names))
     figure.suptitle(f"{run.name}: {len(lines)} iterations")
     figure.savefig(run / PICTURE, dpi=100)
     return run / PICTURE
+
+
+def open_figure() -> "Figure":
+    """An empty figure with room for all panels, two per row; ValueError if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("plot: matplotlib is not installed; pip install 'ti2v-distill[plot]'") from error
+    return Figure(figsize=(13, 4 * (len(PANELS) // 2)), layout="constrained")
 
 
 def curves(lines: Lines, prefixes: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:
@@ -57,7 +68,7 @@ def thin(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def draw(axes: Axes, title: str, found: Mapping[str, tuple[list[float], list[float]]]) -> None:
+def draw(axes: "Axes", title: str, found: Mapping[str, tuple[list[float], list[float]]]) -> None:
     """One panel; dashed lines are the bounds at which a run warns, where they are near."""
     for name, (x, y) in found.items():
         axes.plot(x, y, linewidth=1, marker="." if len(x) < 30 else "", label=name)

@@ -1,6 +1,7 @@
 """The curves of a run as a picture."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy
@@ -47,6 +48,14 @@ def test_long_runs_are_averaged() -> None:
     assert thin(list(range(POINTS))) == list(range(POINTS))
     assert thin(list(range(2 * POINTS)))[:3] == [0.5, 2.5, 4.5]
     assert len(thin(list(range(2 * POINTS + 1)))) <= POINTS
+
+
+def test_missing_matplotlib_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run = write(tmp_path / "run", 3)
+    with pytest.raises(ValueError, match=r"^plot: matplotlib is not installed; pip install 'ti2v-distill\[plot\]'$"):
+        plot(run)
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize(("content", "words"), [(None, "holds no metrics.jsonl"), ("", "is empty")])
