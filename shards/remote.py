@@ -92,7 +92,7 @@ class Remote:
         if size is None:
             whole: bytes = self.files.cat_file(path, start=start) if start else self.files.cat_file(path)
             return whole
-        data = self.files.cat_file(path, start=start, end=start + size)
+        data: bytes = self.files.cat_file(path, start=start, end=start + size)
         if len(data) > size:
             raise ValueError(f"{self.where}: the server sends whole files where ranges are asked for")
         if len(data) < size:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,11 @@ def add_adapters(net: Network, names: Sequence[str], lora: Lora) -> list[Layer]:
         from peft.tuners.lora import LoraLayer
     except ImportError as error:
         raise ValueError("lora_rank: needs peft; pip install 'ti2v-distill[lora]'") from error
-    wanted = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=TARGETS)
+    wanted = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated as int, fractions are valid
+        target_modules=TARGETS,
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
         for name in names:
@@ -86,7 +91,7 @@ def add_adapters(net: Network, names: Sequence[str], lora: Lora) -> list[Layer]:
         parameter.requires_grad_(".lora_" in name)
         if ".lora_" in name:
             parameter.data = parameter.data.float()
-    layers = [module for module in net.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for module in net.modules() if isinstance(module, LoraLayer)]
     kinds = {kind: type("Switched", (Layer, kind), {}) for kind in {type(layer) for layer in layers}}
     for layer in layers:
         layer.__class__ = kinds[type(layer)]
