@@ -1,15 +1,14 @@
-# Every target prepares what it needs: only Python 3.11+ and make must be there.
+# Every target prepares what it needs: only Python 3.11+ and make must be installed.
 PYTHON ?= python3
 BIN := .venv/bin
-NANO := examples/nano
 DEMO := demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test coverage lint clean
 
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: .venv/ready
@@ -18,10 +17,14 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+coverage: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-report=xml
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv $(DEMO)
+	rm -rf .venv $(DEMO) .coverage coverage.xml

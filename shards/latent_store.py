@@ -7,6 +7,7 @@ the `VideoSpec`, the keys, prompts and seeds, and `done`, written last: a group 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -70,7 +71,7 @@ def read_group_facts(path: Path, step: str) -> dict[str, str | float]:
     """What `finish` was told of a step; empty where the step is not there or not complete."""
     if not (path / step / "zarr.json").is_file():
         return {}
-    attributes = zarr.open_group(path / step, mode="r").attrs.asdict()
+    attributes: Mapping[str, Any] = zarr.open_group(path / step, mode="r").attrs.asdict()
     return dict(attributes.get("facts", {})) if attributes.get("done") else {}
 
 
@@ -84,7 +85,7 @@ def complete_groups(path: Path) -> list[str]:
 
 def describe_group(path: Path, step: str) -> LatentGroup:
     """What a step holds; ValueError where a key would name a file in another folder."""
-    attributes = zarr.open_group(path / step, mode="r").attrs.asdict()
+    attributes: Mapping[str, Any] = zarr.open_group(path / step, mode="r").attrs.asdict()
     for key in attributes["keys"]:
         if not is_plain_name(key):
             raise ValueError(f"latents={path}: {step}: the key {key!r} holds a path, where a plain name must be")

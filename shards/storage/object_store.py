@@ -94,7 +94,7 @@ class ObjectStore:
         if size is None:
             content: bytes = self.filesystem.cat_file(path, start=start) if start else self.filesystem.cat_file(path)
             return content
-        data = self.filesystem.cat_file(path, start=start, end=start + size)
+        data: bytes = self.filesystem.cat_file(path, start=start, end=start + size)
         if len(data) > size:
             raise ValueError(f"{self.location}: the server sends whole files where ranges are asked for")
         if len(data) < size:

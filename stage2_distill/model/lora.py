@@ -6,6 +6,7 @@ A role is the base with its adapter switched on. Adapters are float32 and sharde
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,11 @@ def add_adapters(net: WanTransformer, adapter_names: Sequence[str], settings: Lo
         from peft.tuners.lora import LoraLayer
     except ImportError as error:
         raise ValueError("lora_rank: needs peft; pip install 'ti2v-distill[lora]'") from error
-    peft_config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=TARGET_MODULES)
+    peft_config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # annotated as int, fractions are valid
+        target_modules=TARGET_MODULES,
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
         for name in adapter_names:
@@ -79,7 +84,7 @@ def add_adapters(net: WanTransformer, adapter_names: Sequence[str], settings: Lo
         parameter.requires_grad_(".lora_" in name)
         if ".lora_" in name:
             parameter.data = parameter.data.float()
-    layers = [module for module in net.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for module in net.modules() if isinstance(module, LoraLayer)]
     layer_types = {kind: type("Switched", (LoraLinear, kind), {}) for kind in {type(layer) for layer in layers}}
     for layer in layers:
         layer.__class__ = layer_types[type(layer)]

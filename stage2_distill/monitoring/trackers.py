@@ -5,16 +5,15 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from stage2_distill.config import DistillConfig
 
-try:
+if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-except ImportError:  # a bare machine trains all the same
-    SummaryWriter = None  # type: ignore[assignment, misc]
 
 TENSORBOARD_FOLDER, WANDB_PROJECT = "tensorboard", "ti2v-distill"
+INSTALL = "pip install 'ti2v-distill[tensorboard]'"
 
 
 class WandbRun(Protocol):
@@ -31,11 +30,7 @@ class ExperimentTrackers:
     """Writes lines of metrics; a run that goes on from iteration `start` hides what was written after it."""
 
     def __init__(self, out: Path, config: DistillConfig, *, start: int) -> None:
-        self.tensorboard = (
-            None if SummaryWriter is None else SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=start)
-        )
-        if self.tensorboard is None:
-            logging.warning("tensorboard is not installed: the curves are in metrics.jsonl alone")
+        self.tensorboard = open_tensorboard(out, start)
         self.wandb = None if config.wandb == "off" else open_wandb(out, config)
 
     def write(self, line: Mapping[str, float]) -> None:
@@ -54,6 +49,16 @@ class ExperimentTrackers:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def open_tensorboard(out: Path, start: int) -> "SummaryWriter | None":
+    """Open the event file of this folder; None, with one line in the log, if the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logging.warning("tensorboard: not installed, curves go to metrics.jsonl only; %s", INSTALL)
+        return None
+    return SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=start)
 
 
 def open_wandb(out: Path, config: DistillConfig) -> WandbRun:

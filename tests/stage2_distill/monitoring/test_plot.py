@@ -1,6 +1,7 @@
 """The curves of a run as a picture."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy
@@ -47,6 +48,14 @@ def test_long_runs_are_averaged() -> None:
     assert average_windows(list(range(MAX_POINTS))) == list(range(MAX_POINTS))
     assert average_windows(list(range(2 * MAX_POINTS)))[:3] == [0.5, 2.5, 4.5]
     assert len(average_windows(list(range(2 * MAX_POINTS + 1)))) <= MAX_POINTS
+
+
+def test_missing_matplotlib_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run = write(tmp_path / "run", 3)
+    with pytest.raises(ValueError, match=r"^plot: matplotlib is not installed; pip install 'ti2v-distill\[plot\]'$"):
+        plot_curves(run)
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize(("content", "words"), [(None, "holds no metrics.jsonl"), ("", "is empty")])
