@@ -19,7 +19,7 @@ import torch
 import yaml
 import zarr
 from safetensors.torch import load_file
-from shards.read import open_data_set
+from shards.dataset import open_data_set
 from torch import Tensor
 
 from tests.data.made_by_0_1.facts import digest, group_digests, machine
@@ -112,7 +112,7 @@ def test_data_set_verifies(folder: Path) -> None:
 
 def test_records_are_the_same_bytes() -> None:
     data = open_data_set(str(OLD / "data"))
-    records = [data.record(number) for number in range(data.records)]
+    records = [data.read_record(number) for number in range(data.num_records)]
     digests = {one.key: digest({"first_frame": one.first_frame, "text": one.text}) for one in records}
     assert digests == json.loads((OLD / "expected" / "records.json").read_text())
 
@@ -128,8 +128,8 @@ def test_encode_continues(folder: Path) -> None:
         for name in files:
             assert (folder / "data" / name).read_bytes() == (OLD / "data" / name).read_bytes(), name
     data, old = open_data_set(str(folder / "data")), open_data_set(str(OLD / "data"))
-    for number in range(old.records):
-        one, other = data.record(number), old.record(number)
+    for number in range(old.num_records):
+        one, other = data.read_record(number), old.read_record(number)
         assert (one.key, one.source) == (other.key, other.source)
         assert_same("first_frame", one.first_frame, other.first_frame, COMPACT)
         assert_same("text", one.text, other.text, COMPACT)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from common.condition import Condition, Denoiser
 from common.flow import add_noise
-from common.seed import draw_normal
+from common.seed import draw_normal, make_generator
+
+SampleKey = tuple[int, int, int]  # seed, iteration, sample
 
 
 def rollout(
@@ -65,3 +67,23 @@ def sample_euler(denoiser: Denoiser, noise: Tensor, condition: Condition, *, sig
         x0 = denoiser(x_t, noise.new_full((noise.shape[0],), sigma), condition)
         x_t = x0 + (next_sigma / sigma) * (x_t - x0)
     return x_t
+
+
+def sample_student(
+    denoiser: Denoiser,
+    condition: Condition,
+    *,
+    sigmas: Sequence[float],
+    latent_shape: Sequence[int],
+    keys: Sequence[SampleKey],
+    purpose: str,
+    exit_index: int | None = None,
+) -> Tensor:
+    """x0 (B C T H W) of a rollout whose noise depends on each sample's key and the purpose alone.
+
+    latent_shape: (C T H W). keys: one (seed, iteration, sample) per sample, as for `common.seed.make_generator`.
+    """
+    device = condition.text.device
+    generators = [make_generator(*key, purpose, device) for key in keys]
+    noise = draw_normal(latent_shape, generators)
+    return rollout(denoiser, noise, condition, sigmas=sigmas, generators=generators, exit_index=exit_index)
