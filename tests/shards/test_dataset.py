@@ -59,7 +59,7 @@ def test_order_is_fair():
 
 
 def test_order_is_pinned():
-    """Another order would break every run that resumes, and every reader written from FORMAT.md."""
+    """Another order would break every run that resumes, and every reader written from docs/format.md."""
     assert [permute_index(i, count=10, seed=1, epoch=2) for i in range(10)] == PINNED
     assert permute_index(12_345_678, count=100_000_000, seed=0, epoch=0) == PINNED_LARGE
 

@@ -72,8 +72,8 @@ def test_tarfile_and_tar(folder):
 
 
 def test_a_reader_written_from_the_format_page_agrees(folder):
-    """The Python example in FORMAT.md runs as it stands, and finds what the product finds."""
-    page = (ROOT / "shards" / "FORMAT.md").read_text()
+    """The Python example in docs/format.md runs as it stands, and finds what the product finds."""
+    page = (ROOT / "docs" / "format.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     script = f"{code}\nfor position in (0, 1, 7, 23): print(json.dumps(read(sys.argv[1], position, seed=5)))"
     done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
