@@ -1,8 +1,8 @@
 #!/bin/bash
-# Distil on four nodes of eight GPUs, in as many jobs as it takes:
+# Distill on four nodes of eight GPUs, in as many jobs as necessary:
 #   for i in 1 2 3 4; do sbatch --dependency=singleton examples/slurm_distill.sh DATA MODEL RUN; done
-# Each job goes on where the one before it stopped; on a finished run the next ones end at once. 15 minutes before its
-# time is up SLURM sends SIGTERM to the ranks themselves: they finish the iteration, save, and exit with code 0.
+# Each job continues where the previous one stopped; once the run is finished, the remaining jobs end immediately. SLURM
+# sends SIGTERM to the ranks 15 minutes before the time limit: they finish the iteration, save, and exit with code 0.
 #SBATCH --job-name=distill
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
