@@ -1,9 +1,10 @@
-"""Take one part of the algorithm away and distil again: `evaluate` must then find the student worse.
+"""Remove one part of the algorithm and distill again: `evaluate` must then measure a worse student.
 
 `python -m benchmarks.ablations critic|pin -- <options of distill>` trains without that part:
-    critic  the fake score is the teacher's own, as if there were no critic
-    pin     the first frame is noised and predicted like any other, in all three roles
-`python -m benchmarks.ablations ladder STEP_FOLDER OUT` copies a checkpoint and gives it the ladder before the shift.
+    critic  the teacher replaces the critic in the DMD loss
+    pin     the first frame is noised and predicted like the others, in all three roles
+`python -m benchmarks.ablations ladder STEP_FOLDER OUT` copies a checkpoint and
+undoes the shift of its timesteps.
 """
 
 import json
@@ -25,19 +26,19 @@ from stage2_distill.model import wan
 def loss_without_critic(
     x0: Tensor, condition: Condition, *, teacher: Denoiser, critic: Denoiser, sigma: Tensor, eps: Tensor
 ) -> Tensor:
-    """The DMD loss with the teacher in the critic's place."""
+    """Compute the DMD loss with the teacher in place of the critic."""
     del critic
     return losses.dmd_loss(x0, condition, teacher=teacher, critic=teacher, sigma=sigma, eps=eps)
 
 
-def unpinned(x: Tensor, condition: Condition) -> Tensor:
-    """Leaves frame 0 as it is."""
+def keep_frame(x: Tensor, condition: Condition) -> Tensor:
+    """Leave frame 0 unchanged."""
     del condition
     return x
 
 
-def unwarp(checkpoint: Path, out: Path) -> None:
-    """Copy a checkpoint and write a ladder into it whose sigmas are its indices / 1000, as if never shifted."""
+def undo_shift(checkpoint: Path, out: Path) -> None:
+    """Copy a checkpoint and write timesteps into it whose sigmas are the old timesteps / 1000, without a shift."""
     shutil.copytree(checkpoint, out)
     facts = json.loads((out / STUDENT_FILE).read_bytes())
     s = facts["shift"]
@@ -47,15 +48,15 @@ def unwarp(checkpoint: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Take the part away and run."""
+    """Remove the part and train."""
     part, *rest = sys.argv[1:]
     if part == "ladder":
-        unwarp(Path(rest[0]), Path(rest[1]))
+        undo_shift(Path(rest[0]), Path(rest[1]))
         return
     if part == "critic":
         trainer.dmd_loss = loss_without_critic
     elif part == "pin":
-        wan.pin = unpinned
+        wan.pin = keep_frame
     else:
         raise SystemExit(f"{part}: choose critic, pin or ladder")
     cli.main(["distill", *rest[rest[0] == "--" :]], standalone_mode=False)

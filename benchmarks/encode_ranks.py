@@ -1,12 +1,11 @@
-"""`encode` from end to end on one GPU, then on all of torchrun's, each with its shards as the command gives them out.
+"""`encode` from end to end on one GPU, then on all of torchrun's, each with its shards as the command assigns them.
 
-    torchrun --nproc-per-node 2 -m benchmarks.encode_ranks [--tiny] [--rows 512] [--clips 64]
+    torchrun --nproc-per-node 2 -m benchmarks.encode_ranks [--tiny] [--rows 512] [--clips 64] [--shard-size 256]
 
 Random encoders of the true size; --rows is what each GPU encodes, in both cases.
 """
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,11 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks import clips
-from benchmarks.encode import SOURCE, make_config, wait_for, write_rows
-from benchmarks.models import fresh, memory, pictures
-from benchmarks.random_models import TINY, TRUE, random_text, random_vae
-from benchmarks.report import append
+from benchmarks.encode import READER_START, make_config, start_clips, wait_for_clips, write_rows
+from benchmarks.models import make_frame_encoder, make_pictures
+from benchmarks.random_models import TINY, TRUE, random_text_encoder, random_vae
+from benchmarks.runner import RANDOM_WEIGHTS, Row, parse_arguments, peak_text, run_benchmark
 from common.device import pick_device
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import assigned_shards
@@ -28,20 +26,11 @@ from stage1_encode.executors import rank_and_world, read_tasks
 from stage1_encode.models import vae
 from stage1_encode.pipeline import EncoderModels, make_shards, start_readers, write_negative_embedding
 
-Row = tuple[str, str]
 
-
-def make_rows(work: Path, count: int, rows: int) -> Path:
-    """A CSV of clips, made once for all ranks."""
-    (work / "clips").mkdir()
-    wait_for(clips.start(SOURCE, work / "clips", count, max(1, (os.cpu_count() or 2) - 2)))
-    return write_rows(work, [clips.clip_path(work / "clips", number) for number in range(count)], rows)
-
-
-def encode(config: EncodeConfig, encoders: EncoderModels, numbers: range) -> tuple[int, float]:
-    """Make shards; how many records, and seconds until the slowest rank has made its own."""
+def time_shards(config: EncodeConfig, encoders: EncoderModels, numbers: range) -> tuple[int, float]:
+    """Make shards; returns the records of all ranks, and the seconds until the slowest rank has made its own."""
     with closing(start_readers(config)) as readers:
-        time.sleep(4)  # a real run loads its models meanwhile
+        time.sleep(READER_START)
         dist.barrier()
         began = time.perf_counter()
         rows = len(numbers) * config.shard_size
@@ -53,49 +42,44 @@ def encode(config: EncodeConfig, encoders: EncoderModels, numbers: range) -> tup
     return int(records), took
 
 
-def measure(given: argparse.Namespace, work: Path) -> Iterator[Row]:
-    """One GPU alone, then all."""
+def measure(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """Measure one GPU alone, then all."""
     rank, world = rank_and_world()
-    size, device = TINY if given.tiny else TRUE, pick_device("cpu" if given.tiny else "cuda")
+    size, device = TINY if options.tiny else TRUE, pick_device("cpu" if options.tiny else "cuda")
     start = time.perf_counter()
     if rank == 0:
-        make_rows(work, given.clips, given.rows * world)
+        makers, paths = start_clips(folder, options.clips)
+        wait_for_clips(makers)
+        write_rows(folder, paths, options.rows * world)
     dist.barrier()
-    config = make_config(work, work / "rows.csv", given, f"out-{rank}", workers=2 if given.tiny else 16)
-    encoder = random_text(size, device)
+    workers = 2 if options.tiny else 16
+    config = make_config(options, folder / "rows.csv", folder / f"out-{rank}", workers=workers)
+    encoder = random_text_encoder(size, device)
     encoder.model.bfloat16()
-    encoders = EncoderModels(fresh(random_vae(size, device), config.vae_dtype), encoder)
-    write_negative_embedding(config, encoders)  # warms up, as the frames do
-    vae.encode_frames(encoders.vae, pictures(size, config.batch_size, device))
+    encoders = EncoderModels(make_frame_encoder(random_vae(size, device), config.vae_dtype), encoder)
+    write_negative_embedding(config, encoders)  # warms the text encoder up
+    vae.encode_frames(encoders.vae, make_pictures(size, config.batch_size, device))
     yield "clips and models made after", f"{time.perf_counter() - start:.1f} s"
-    shards = -(-given.rows // given.shard_size)
+    shards = -(-options.rows // options.shard_size)
     rates = []
     for ranks, numbers in ((1, range(0 if rank else shards)), (world, assigned_shards(config, shards * world))):
-        records, took = encode(config, encoders, numbers)
+        records, took = time_shards(config, encoders, numbers)
         rates.append(records / took / ranks)
-        yield f"encode on {ranks} GPU(s)", f"{records / took:.1f} records/s ({records} in {took:.1f} s), {memory()}"
+        figure = f"{records / took:.1f} records/s ({records} in {took:.1f} s), {peak_text()}"
+        yield f"encode on {ranks} GPU(s)", figure
     yield f"a GPU's rate among {world}, against one alone", f"{rates[1] / rates[0]:.3f}"
 
 
 def main() -> None:
     """Measure, print and append to the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true")
-    for name, default in (("clips", 64), ("rows", 512), ("shard-size", 256)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args()
+    options = parse_arguments(__doc__, tiny=False, clips=64, rows=512, shard_size=256)
     dist.init_process_group("gloo")
-    with tempfile.TemporaryDirectory() as made:
-        places = [made]
-        dist.broadcast_object_list(places)
-        rows = []
-        for row in measure(given, Path(places[0])):
-            rows.append(row)
-            if dist.get_rank() == 0:
-                print(*row, sep=": ", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [temporary]
+        dist.broadcast_object_list(folders)
+        rows = measure(options, Path(folders[0]))
+        run_benchmark("encode_ranks", rows, keep=not options.tiny, rank=dist.get_rank(), model=RANDOM_WEIGHTS)
         dist.barrier()
-    if dist.get_rank() == 0 and not given.tiny:
-        append("encode_ranks", rows, model="random weights of the true size")
     dist.destroy_process_group()
 
 

@@ -1,58 +1,57 @@
 """From safetensors on local disk to a trainer that can begin: seconds and peak host memory.
 
-    python -m benchmarks.loading [--tiny] [--memory compact] [--folder FOLDER]
+    python -m benchmarks.loading [--tiny] [--memory compact] [--folder FOLDER] [--write]
 
-The model folder, of random bf16 weights, is written by a child process, so that its memory is not counted.
-The average waits in pinned host memory from iteration `ema_start` on, twice one model's size; it is not counted here.
+The model folder, of random bf16 weights, is written by a child process, so that its memory is not counted; --write
+writes it and ends. From iteration `ema_start` on the EMA takes pinned host memory, twice the size of one model; it is
+not counted here.
 """
 
 import argparse
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 
-from benchmarks.device import Case, case, randomise, synchronize
-from benchmarks.report import append
-from benchmarks.trainer import make_config, random_network
+from benchmarks.device import make_case, meta_network, randomize_weights
+from benchmarks.runner import Row, parse_arguments, run_benchmark, sync
+from benchmarks.trainer import host_peak_gib, make_config
 from stage2_distill.build import BuiltRoles, build_roles
 from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import RankContext, start_process_group
 from stage2_distill.model.layers import ExecutionPlan
 
-FILE = 2 << 30  # bytes
+FILE_BYTES = 2 << 30  # as the hub's
 
 
 def write_model(folder: Path, tiny: bool) -> None:
-    """A transformer folder of random bf16 weights, in files of some 2 GiB as the hub's, made on the device."""
-    chosen = case(tiny, half=True)
-    net = random_network(chosen, ExecutionPlan(), torch.bfloat16)
+    """Write a transformer folder of random bf16 weights, made on the device, in files of about 2 GiB."""
+    case = make_case(tiny, half=True)
+    net = meta_network(case, ExecutionPlan(), torch.bfloat16)
     (folder / "transformer").mkdir(parents=True)
     net.save_config(folder / "transformer")
-    parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    files: dict[str, list[tuple[str, Tensor]]] = {}
     total = 0
     for name, value in net.named_parameters():
-        parts.setdefault(f"diffusion_pytorch_model-{total // FILE:05d}.safetensors", []).append((name, value))
+        files.setdefault(f"diffusion_pytorch_model-{total // FILE_BYTES:05d}.safetensors", []).append((name, value))
         total += 2 * value.numel()
-    index = {name: file for file, values in parts.items() for name, _ in values}
+    index = {name: file for file, values in files.items() for name, _ in values}
     index_file = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index_file.write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    draws = torch.Generator(chosen.device).manual_seed(0)
-    for file, values in parts.items():
-        made = {name: torch.empty(v.shape, dtype=v.dtype, device=chosen.device) for name, v in values}
-        for name, value in made.items():
-            randomise(name, value, draws)
-        save_file({name: value.cpu() for name, value in made.items()}, folder / "transformer" / file)
+    for file, values in files.items():
+        weights = {name: torch.empty(value.shape, dtype=value.dtype, device=case.device) for name, value in values}
+        randomize_weights(weights.items(), case.device)
+        save_file({name: value.cpu() for name, value in weights.items()}, folder / "transformer" / file)
 
 
-def write_apart(folder: Path, tiny: bool) -> None:
-    """The same by a child process, if the folder is not there."""
+def write_in_child(folder: Path, tiny: bool) -> None:
+    """Write the model in a child process, unless the folder exists."""
     if folder.exists():
         return
     child = multiprocessing.get_context("spawn").Process(target=write_model, args=(folder, tiny))
@@ -60,45 +59,33 @@ def write_apart(folder: Path, tiny: bool) -> None:
     child.join()
 
 
-def host_peak() -> float:
-    """Most host memory of this process so far, GiB; mapped files count."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def load(
-    chosen: Case, ranks: RankContext, config: DistillConfig, folder: Path
-) -> tuple[BuiltRoles, list[tuple[str, str]]]:
-    """Open the three roles and say what it took."""
-    before, began = host_peak(), time.perf_counter()
-    opened = build_roles(config, ranks, folder)
-    synchronize(chosen)
-    spent = time.perf_counter() - began
-    size = sum(p.numel() for p in opened.roles.teacher.parameters()) * 2 / 2**30
-    return opened, [
-        ("three roles opened", f"{spent:.1f} s, one model in bf16 {size:.1f} GiB"),
-        ("peak host memory until then", f"{host_peak():.1f} GiB, mapped files included ({before:.1f} before)"),
+def load_roles(ranks: RankContext, config: DistillConfig, folder: Path) -> tuple[BuiltRoles, list[Row]]:
+    """Open the three roles of a model folder; return them and what it took."""
+    before, began = host_peak_gib(), time.perf_counter()
+    built = build_roles(config, ranks, folder)
+    seconds = sync() - began
+    size = sum(p.numel() for p in built.roles.teacher.parameters()) * 2 / 2**30
+    return built, [
+        ("three roles opened", f"{seconds:.1f} s, one model in bf16 {size:.1f} GiB"),
+        ("peak host memory until then", f"{host_peak_gib():.1f} GiB, mapped files included ({before:.1f} before)"),
     ]
+
+
+def measure(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """Load the roles from a folder that exists."""
+    case = make_case(options.tiny, half=True)
+    ranks = start_process_group(case.device.type)
+    yield from load_roles(ranks, make_config(case, ranks, optimizer_form=options.memory), folder)[1]
 
 
 def main() -> None:
     """Measure, print and append to the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--memory", default="compact")
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--write", action="store_true", help="write the folder, nothing more")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as made:
-        folder = given.folder or Path(made) / "model"
-        write_apart(folder, given.tiny)
-        if given.write:
-            return
-        chosen = case(given.tiny, half=True)
-        ranks = start_process_group(chosen.device.type)
-        _, rows = load(chosen, ranks, make_config(chosen, ranks, memory=given.memory), folder)
-    print("\n".join(": ".join(row) for row in rows), flush=True)
-    if not given.tiny:
-        append("loading", rows, model="random weights")
+    options = parse_arguments(__doc__, tiny=False, memory="compact", folder=Path, write=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary) / "model"
+        write_in_child(folder, options.tiny)
+        if not options.write:
+            run_benchmark("loading", measure(options, folder), keep=not options.tiny, model="random weights")
 
 
 if __name__ == "__main__":

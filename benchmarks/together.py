@@ -2,20 +2,18 @@
 
     NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.together [--tiny] [--repeats 3]
 
-As `sample --prompt` does it: all ranks denoise, the first does the rest. Random weights at 121 x 704 x 1280 in bfloat16
-with compiled blocks; --tiny is a small model on the CPU. Prints figures as they are known and appends them to
-benchmarks/results/.
+As in `sample --prompt`, all ranks denoise and the first does the rest. Random weights at 121 x 704 x 1280 in bfloat16
+with compiled blocks; --tiny is a small model on the CPU.
 """
 
 import argparse
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from torch import Tensor
-
-from benchmarks.random_models import make_student
-from benchmarks.report import append
-from benchmarks.sample import Bench
+from benchmarks.random_models import random_student
+from benchmarks.runner import Row, parse_arguments, run_benchmark
+from benchmarks.sample import SampleBenchmark
 from common.video import VideoSpec
 from stage2_distill.distributed.process_group import RankContext, start_process_group
 from stage2_distill.model.layers import ExecutionPlan
@@ -23,48 +21,44 @@ from stage2_distill.sampling.multi_gpu import LeaderSampler, run_sampling_worker
 from stage2_distill.sampling.student_sampler import StudentSampler
 
 
-def share(student: StudentSampler, ranks: int, *, compiled: bool) -> None:
-    """Let so many ranks have a part each of every video."""
+def share_video(student: StudentSampler, ranks: int, *, compiled: bool) -> None:
+    """Split every video over so many ranks."""
     for block in student.net.blocks:
         block.plan = ExecutionPlan(compiled=compiled, ranks=ranks)
 
 
-def videos(bench: Bench, how: str) -> tuple[float, Tensor]:
-    """Seconds of a video, and its latents (C T H W)."""
-    bench.whole(f"{how}, ")
-    return bench.single, bench.latents()
+def run_worker(options: argparse.Namespace, ranks: RankContext) -> None:
+    """Denoise with the first rank until it is done."""
+    student = random_student(VideoSpec(9, 64, 96) if options.tiny else VideoSpec(), options.tiny, ranks.device)
+    share_video(student, ranks.world, compiled=not options.tiny)
+    run_sampling_worker(student)
 
 
-def lead(bench: Bench, ranks: RankContext, *, compiled: bool) -> None:
-    """Both ways on the first rank; the others end with the first way."""
-    share(bench.student, ranks.world, compiled=compiled)
+def measure(options: argparse.Namespace, ranks: RankContext, folder: Path) -> Iterator[Row]:
+    """Measure both ways on the first rank; the others end after the first way."""
+    bench = SampleBenchmark(folder, options.tiny, options.repeats, 1)
+    share_video(bench.student, ranks.world, compiled=not options.tiny)
     with LeaderSampler(bench.student) as bench.sampler:
-        both, x0 = videos(bench, f"{ranks.world} GPUs")
+        yield from bench.whole_rows(f"{ranks.world} GPUs, ")
+        shared, x0 = bench.single, bench.latents()
     bench.sampler = bench.student
-    share(bench.student, 1, compiled=compiled)
-    alone, wanted = videos(bench, "one GPU")
-    bench.note(f"a video by {ranks.world} GPUs, against one", f"x{alone / both:.2f}")
-    bench.note("latents, relative L2", f"{float((x0 - wanted).norm() / wanted.norm()):.1e}")
+    share_video(bench.student, 1, compiled=not options.tiny)
+    yield from bench.whole_rows("one GPU, ")
+    alone, wanted = bench.single, bench.latents()
+    yield f"a video by {ranks.world} GPUs, against one", f"x{alone / shared:.2f}"
+    yield "latents, relative L2", f"{float((x0 - wanted).norm() / wanted.norm()):.1e}"
 
 
 def main() -> None:
     """Measure, print and append to the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3)
-    asked = parser.parse_args()
-    ranks = start_process_group("cpu" if asked.tiny else "auto")
-    with tempfile.TemporaryDirectory() as work:
-        if ranks.rank:
-            spec = VideoSpec(9, 64, 96) if asked.tiny else VideoSpec()
-            student = make_student(spec, Path(work), asked.tiny, ranks.device)
-            share(student, ranks.world, compiled=not asked.tiny)
-            run_sampling_worker(student)
-            return
-        bench = Bench(Path(work), asked.tiny, asked.repeats, 1)
-        lead(bench, ranks, compiled=not asked.tiny)
-        if not asked.tiny:
-            append("together", bench.rows, model="random weights")
+    options = parse_arguments(__doc__, tiny=False, repeats=3)
+    ranks = start_process_group("cpu" if options.tiny else "auto")
+    if ranks.rank:
+        run_worker(options, ranks)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(options, ranks, Path(folder))
+        run_benchmark("together", rows, keep=not options.tiny, model="random weights")
 
 
 if __name__ == "__main__":

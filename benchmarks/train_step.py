@@ -1,16 +1,17 @@
-"""What an iteration costs: seconds, memory, utilisation; one process or torchrun's ranks.
+"""What an iteration costs: seconds, memory, utilization; in one process or in torchrun's ranks.
 
-    python -m benchmarks.train_step [--tiny] [--memory compact] [--keep attention] [--only iteration,passes]
+    python -m benchmarks.train_step [--tiny] [--memory compact] [--keep selective] [--only iteration,passes]
     NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.train_step --memory standard --only updates,exposed
 
-A mean iteration is the time of --count whole iterations by their number, from where the exits have their mean.
+A mean iteration is the time of --count whole iterations divided by their number, from an iteration from which the exits
+have their mean. --folder opens a model folder; without it the weights are made on the device. --lora is the rank of
+adapters (0: all weights). --only takes iteration, reuse, passes, waits, pause, updates and exposed.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
@@ -18,227 +19,198 @@ from time import perf_counter
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.device import Case, case, ceiling_of, inputs, seconds, synchronize
-from benchmarks.exposed import communication
-from benchmarks.loading import host_peak, load, write_apart
+from benchmarks.device import Case, communication_rows, inputs, make_case, matmul_tflops
+from benchmarks.loading import load_roles, write_in_child
 from benchmarks.network import backward_of, forward_of
-from benchmarks.report import append
+from benchmarks.runner import Row, parse_arguments, run_benchmark, sync, time_call
 from benchmarks.trainer import (
-    balanced,
-    finite,
+    all_finite,
+    balanced_start,
+    config_changes,
+    gpu_peaks,
+    host_peak_gib,
     make_config,
-    one_batch,
+    make_trainer,
     random_condition,
     random_roles,
-    report_memory,
-    trainer_of,
+    role_update,
 )  # fmt: skip
 from stage2_distill.checkpointing.staging import HostBuffers, StagedState, allocate_host_buffers, build_cpu_mesh
-from stage2_distill.distributed.process_group import start_process_group
+from stage2_distill.distributed.process_group import RankContext, start_process_group
 from stage2_distill.dmd.rollout_reuse import RolloutReuse
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, draw_exit_index, micro_batches
-from stage2_distill.monitoring.metrics_log import StepResult, UpdateResult
+from stage2_distill.monitoring.metrics_log import StepResult
 from stage2_distill.resume import training_state
-from stage2_distill.trainer import Trainer, train_step, update_critic, update_student
+from stage2_distill.trainer import Trainer, train_step
 
-Row = tuple[str, str]
-FORWARD = 520.7  # TFLOP at the true size
-SECTIONS = "iteration,reuse,passes,waits,pause"
-USEFUL = {CRITIC: 2.5 + 3, STUDENT: 1.5 + 3 + 3}  # forwards: rollout, a gradient's three, scores
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
+FORWARD_TFLOP = 520.7  # of one forward pass at the true size
+USEFUL_FORWARDS = {CRITIC: 2.5 + 3, STUDENT: 1.5 + 3 + 3}  # rollout, three for a gradient, scores
+WAIT_EVENTS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 
 
-def turn(chosen: Case, trainer: Trainer, iteration: int) -> StepResult:
-    """One iteration of the trainer on random data."""
+def run_iteration(case: Case, trainer: Trainer, iteration: int) -> StepResult:
+    """Run one iteration of the trainer on random data."""
     ranks = trainer.ranks
-    todo = micro_batches(trainer.config, start=iteration, rank=ranks.rank, world=ranks.world)
-    return train_step(trainer, iteration, ((part, random_condition(chosen)) for part in todo))
+    batches = micro_batches(trainer.config, start=iteration, rank=ranks.rank, world=ranks.world)
+    return train_step(trainer, iteration, ((part, random_condition(case)) for part in batches))
 
 
-def iteration(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
-    """Whole iterations one after the other, all that a run does but data and files; the average is updated aside."""
+def measure_iterations(case: Case, trainer: Trainer, facts: dict[str, float]) -> Iterator[Row]:
+    """Time whole iterations: all that a run does except data and files. The EMA is updated in GPU memory."""
     trainer = replace(trainer, config=replace(trainer.config, ema_start=0))  # pinned memory for it takes 20 s to come
-    count = int(known["count"])
-    start = balanced(trainer.config, count)
+    count = int(facts["count"])
+    start = balanced_start(trainer.config, count)
     began = perf_counter()
-    turn(chosen, trainer, start - trainer.config.student_update_interval)
-    synchronize(chosen)
+    run_iteration(case, trainer, start - trainer.config.student_update_interval)
+    sync()
     trainer.timer.read_seconds()
     yield "first iteration of both roles, compilation included", f"{perf_counter() - began:.1f} s"
-    yield "peak host memory of rank 0", f"{host_peak():.1f} GiB, the average included"
-    began, steps, marks = perf_counter(), [], []
+    yield "peak host memory of rank 0", f"{host_peak_gib():.1f} GiB, the average included"
+    began, steps, ends = perf_counter(), [], []
     for number in range(start, start + count):
-        steps.append(turn(chosen, trainer, number))
-        marks.append(perf_counter() - began)
-    synchronize(chosen)
-    spent = (perf_counter() - began) / count
-    each = [b - a for a, b in zip([0.0, *marks], marks, strict=False)]
-    yield f"iterations {start} to {start + count - 1}, seconds (exits)", ", ".join(map(told, steps, each))
-    yield from mean_iteration(chosen, trainer, known, spent)
+        steps.append(run_iteration(case, trainer, number))
+        ends.append(perf_counter() - began)
+    sync()
+    seconds = (perf_counter() - began) / count
+    each = [end - before for before, end in zip([0.0, *ends], ends, strict=False)]
+    yield f"iterations {start} to {start + count - 1}, seconds (exits)", ", ".join(map(describe_step, steps, each))
+    yield from mean_iteration_rows(case, trainer, facts, seconds)
+    # each step returns the phases of the step before it: the last ones are read here
     read = [step.seconds for step in steps] + [trainer.timer.read_seconds()]
-    phases = {name: sum(found.get(name, 0) for found in read) / count for name in read[0]}
+    phases = {name: sum(phase.get(name, 0) for phase in read) / count for name in read[0]}
     yield "phases of a mean iteration", ", ".join(f"{name} {value:.3f} s" for name, value in phases.items())
     losses = [update.loss for step in steps for update in (step.student, step.critic) if update is not None]
-    yield "losses finite", f"{finite(losses)}, {len(losses)} updates"
+    yield "losses finite", f"{all_finite(losses)}, {len(losses)} updates"
 
 
-def told(step: StepResult, spent: float) -> str:
-    """An iteration in few words."""
+def describe_step(step: StepResult, seconds: float) -> str:
+    """Return the time and the exits of an iteration."""
     student = "" if step.student is None else f"student {step.student.exit_index}, "
-    return f"{spent:.2f} ({student}critic {step.critic.exit_index})"
+    return f"{seconds:.2f} ({student}critic {step.critic.exit_index})"
 
 
-def mean_iteration(chosen: Case, trainer: Trainer, known: dict[str, float], spent: float) -> Iterator[Row]:
-    """A mean iteration, its utilisation and memory."""
+def mean_iteration_rows(case: Case, trainer: Trainer, facts: dict[str, float], seconds: float) -> Iterator[Row]:
+    """Yield the time, utilization and memory of a mean iteration."""
     config = trainer.config
-    spared = (2.5 - len(config.timesteps) / config.student_update_interval) * config.rollout_reuse
-    useful = (USEFUL[CRITIC] - spared + USEFUL[STUDENT] / config.student_update_interval) * FORWARD / spent
-    yield "mean iteration", f"{spent:.3f} s, {trainer.ranks.world / spent:.3f} samples/s"
-    yield "useful arithmetic", f"{useful:.0f} TFLOP/s a GPU, {useful / known['ceiling']:.1%} of the measured ceiling"
-    yield "peak memory, of the rank with most", report_memory(chosen)
+    saved = (2.5 - len(config.timesteps) / config.student_update_interval) * config.rollout_reuse
+    forwards = USEFUL_FORWARDS[CRITIC] - saved + USEFUL_FORWARDS[STUDENT] / config.student_update_interval
+    useful = forwards * FORWARD_TFLOP / seconds
+    yield "mean iteration", f"{seconds:.3f} s, {trainer.ranks.world / seconds:.3f} samples/s"
+    yield "useful arithmetic", f"{useful:.0f} TFLOP/s a GPU, {useful / facts['ceiling']:.1%} of the measured ceiling"
+    yield "peak memory, of the rank with most", gpu_peaks(case)
 
 
-def reuse(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
-    """The same where one rollout serves the critic's updates between two of the student."""
+def measure_reuse(case: Case, trainer: Trainer, facts: dict[str, float]) -> Iterator[Row]:
+    """Time whole iterations in which one rollout serves the critic's updates between two student updates."""
     config = replace(trainer.config, rollout_reuse=True)
     reusing = replace(trainer, config=config, rollout_reuse=RolloutReuse(config, trainer.ranks.world))
-    for name, value in iteration(chosen, reusing, known):
+    for name, value in measure_iterations(case, reusing, facts):
         yield f"rollout reuse, {name}", value
 
 
-def updates(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
-    """A mean iteration in short: of each role one update that leaves at step 1 and one at step 2."""
-    found = {}
-    for role, update in ((CRITIC, update_critic), (STUDENT, update_student)):
-
-        def run(exit_at: int, role: str = role, update: Callable[..., UpdateResult] = update) -> float:
-            number = next(n for n in range(10_000) if draw_exit_index(n, role, trainer.config) == exit_at)
-            data = one_batch(chosen, trainer.ranks, role, number)
-            return seconds(lambda: update(trainer, number, data), chosen, warm=0, repeat=1)
-
+def measure_updates(case: Case, trainer: Trainer, facts: dict[str, float]) -> Iterator[Row]:
+    """Estimate a mean iteration quickly: for each role one update that leaves at step 1 and one at step 2."""
+    averages = {}
+    for role in (CRITIC, STUDENT):
         if trainer.config.compile or role == CRITIC:
-            yield f"first {role} update", f"{run(0):.1f} s"
+            first = time_call(role_update(case, trainer, role, 0), warm=0, repeats=1)
+            yield f"first {role} update", f"{first:.1f} s"
         each = []
-        for exit_at in (1, 2):  # their mean is the mean of all four
-            each.append(run(exit_at))
-            yield f"{role} update, exit {exit_at}", f"{each[-1]:.2f} s"
-        found[role] = mean(each)
-        yield f"peak memory after the {role}'s", report_memory(chosen)
-    spent = found[CRITIC] + found[STUDENT] / trainer.config.student_update_interval
-    yield from mean_iteration(chosen, trainer, known, spent)
+        for exit_index in (1, 2):  # their mean is the mean of all four
+            each.append(time_call(role_update(case, trainer, role, exit_index), warm=0, repeats=1))
+            yield f"{role} update, exit {exit_index}", f"{each[-1]:.2f} s"
+        averages[role] = mean(each)
+        yield f"peak memory after the {role}'s", gpu_peaks(case)
+    seconds = averages[CRITIC] + averages[STUDENT] / trainer.config.student_update_interval
+    yield from mean_iteration_rows(case, trainer, facts, seconds)
 
 
-def exposed(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
-    """How much of the two updates of an iteration is communication that nothing hides."""
-    for role, update in ((CRITIC, update_critic), (STUDENT, update_student)):
-        number = next(n for n in range(10_000) if draw_exit_index(n, role, trainer.config) == 0)
-        run = partial(update, trainer, number, one_batch(chosen, trainer.ranks, role, number))
-        yield from communication(run, chosen, f"{role} update")
+def measure_exposed(case: Case, trainer: Trainer, _facts: dict[str, float]) -> Iterator[Row]:
+    """Measure how much of an update of each role is communication that nothing hides."""
+    for role in (CRITIC, STUDENT):
+        yield from communication_rows(role_update(case, trainer, role, 0), case, f"{role} update")
 
 
-def waits(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
-    """How often the host waits for the device in one iteration of both roles, by the profiler."""
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (chosen.device.type == "cuda")
-    with profile(activities=kinds) as found:
-        turn(chosen, trainer, trainer.config.student_update_interval)
-    counts = {event.key: event.count for event in found.key_averages() if event.key in WAITS}
-    told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-    yield "host waits in an iteration of two updates", told or "none"
+def measure_waits(case: Case, trainer: Trainer, _facts: dict[str, float]) -> Iterator[Row]:
+    """Count with the profiler how often the host waits for the device in one iteration of both roles."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (case.device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        run_iteration(case, trainer, trainer.config.student_update_interval)
+    counts = {event.key: event.count for event in profiler.key_averages() if event.key in WAIT_EVENTS}
+    waits = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+    yield "host waits in an iteration of two updates", waits or "none"
 
 
-def passes(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
-    """One forward, and one forward and backward pass of the student."""
-    given = inputs(chosen)
+def measure_passes(case: Case, trainer: Trainer, _facts: dict[str, float]) -> Iterator[Row]:
+    """Time one forward pass, and one forward and backward pass, of the student."""
+    arguments = inputs(case)
     for name, run in (("forward", forward_of), ("forward + backward", backward_of)):
-        yield name, f"{seconds(run(trainer.roles.student, given), chosen, warm=1, repeat=2):.4f} s"
+        yield name, f"{time_call(run(trainer.roles.student, arguments), warm=1, repeats=2):.4f} s"
     trainer.student_optimizer.zero_grad(set_to_none=True)
 
 
-def pause(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
-    """How much longer a checkpoint makes the shortest iteration, and how long the copy to host memory takes."""
+def measure_pause(case: Case, trainer: Trainer, _facts: dict[str, float]) -> Iterator[Row]:
+    """Measure by how much a checkpoint lengthens the shortest iteration, and the copy to host memory by itself."""
     config = trainer.config
-    short = next(
+    shortest = next(
         n for n in range(10_000) if n % config.student_update_interval and draw_exit_index(n, CRITIC, config) == 0
     )
-    began, rooms = perf_counter(), HostBuffers()
-    allocate_host_buffers(training_state(trainer), rooms)
+    began, buffers = perf_counter(), HostBuffers()
+    allocate_host_buffers(training_state(trainer), buffers)
     yield "room for it in host memory, once in a run, beside training", f"{perf_counter() - began:.1f} s"
-    alone = seconds(lambda: turn(chosen, trainer, short), chosen, warm=1, repeat=1)
+    alone = time_call(lambda: run_iteration(case, trainer, shortest), warm=1, repeats=1)
     began = perf_counter()
-    live = training_state(trainer)
-    snapshot = StagedState(live, build_cpu_mesh(trainer.ranks), rooms, first=CRITIC)
+    state = training_state(trainer)
+    staged = StagedState(state, build_cpu_mesh(trainer.ranks), buffers, first=CRITIC)
     issued = perf_counter() - began
-    hook = trainer.critic_optimizer.register_step_pre_hook(lambda *_: snapshot.wait_for_role(CRITIC))
-    turn(chosen, trainer, short)
-    synchronize(chosen)
+    hook = trainer.critic_optimizer.register_step_pre_hook(lambda *_: staged.wait_for_role(CRITIC))
+    run_iteration(case, trainer, shortest)
+    sync()
     beside = perf_counter() - began
     hook.remove()
-    size = sum(value.nbytes for value in live.values()) / 2**30
+    size = sum(value.nbytes for value in state.values()) / 2**30
     yield "pause of a checkpoint", f"{beside - alone:.2f} s beside an iteration of {alone:.2f} s, {size:.1f} GiB"
     began = perf_counter()
-    StagedState(live, build_cpu_mesh(trainer.ranks), rooms, first=CRITIC).wait_for_all()
+    StagedState(state, build_cpu_mesh(trainer.ranks), buffers, first=CRITIC).wait_for_all()
     yield "the copy by itself", f"{perf_counter() - began:.2f} s, begun in {issued:.2f} s"
 
 
-MEASURES = {
-    "iteration": iteration, "reuse": reuse, "passes": passes, "waits": waits, "pause": pause, "updates": updates,
-    "exposed": exposed,
+SECTIONS = {
+    "iteration": measure_iterations, "reuse": measure_reuse, "passes": measure_passes, "waits": measure_waits,
+    "pause": measure_pause, "updates": measure_updates, "exposed": measure_exposed,
 }  # fmt: skip
 
 
-def show(rank: int, rows: list[Row]) -> None:
-    """Print rows as soon as they are known."""
-    for row in rows if rank == 0 else ():
-        print(*row, sep=": ", flush=True)
-
-
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--memory", default="compact")
-    parser.add_argument("--keep", default="selective")
-    parser.add_argument("--offload", default="average")
-    parser.add_argument("--attention", default="auto")
-    parser.add_argument("--replicate", type=int, default=1)
-    parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 = all weights")
-    parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--folder", type=Path, help="model folder to open; without it weights are made on the device")
-    parser.add_argument("--only", default=SECTIONS, help=f"of {SECTIONS},updates,exposed")
-    parser.add_argument("--count", type=int, default=20, help="iterations timed")
-    return parser.parse_args()
+def measure(options: argparse.Namespace, case: Case, ranks: RankContext) -> Iterator[Row]:
+    """Build a trainer and measure the sections of the command line."""
+    config = make_config(case, ranks, **config_changes(options))
+    facts = {"ceiling": matmul_tflops(case), "count": options.count}
+    yield "command", " ".join(sys.argv[1:])
+    yield "ranks", str(ranks.world)
+    yield "matrix product", f"{facts['ceiling']:.0f} TFLOP/s"
+    if options.folder is None:
+        built = random_roles(case, ranks, config)
+    else:
+        if ranks.rank == 0:
+            write_in_child(options.folder, options.tiny)
+        dist.barrier()
+        built, rows = load_roles(ranks, config, options.folder)
+        yield from rows
+    trainer = make_trainer(case, ranks, config, built)
+    for name in options.only.split(","):
+        yield from SECTIONS[name](case, trainer, facts)
 
 
 def main() -> None:
     """Measure, print and append to the results."""
-    given = arguments()
-    chosen = case(given.tiny, half=given.memory == "compact" or given.lora > 0)
-    ranks = start_process_group(chosen.device.type, replicate=given.replicate)
-    knobs = {"optimizer_form": given.memory, "activation_checkpointing": given.keep, "replicate": given.replicate}
-    knobs |= {"compile": not (given.tiny or given.eager), "offload": given.offload, "attention": given.attention}
-    config = make_config(chosen, ranks, lora_rank=given.lora, **knobs)
-    known = {"ceiling": ceiling_of(chosen), "count": given.count}
-    rows: list[Row] = [
-        ("command", " ".join(sys.argv[1:])),
-        ("ranks", str(ranks.world)),
-        ("matrix product", f"{known['ceiling']:.0f} TFLOP/s"),
-    ]
-    if given.folder is None:
-        opened = random_roles(chosen, ranks, config)
-    else:
-        if ranks.rank == 0:
-            write_apart(given.folder, given.tiny)
-        dist.barrier()
-        opened, more = load(chosen, ranks, config, given.folder)
-        rows += more
-    show(ranks.rank, rows)
-    trainer = trainer_of(chosen, ranks, config, opened)
-    for name in given.only.split(","):
-        for row in MEASURES[name](chosen, trainer, known):
-            show(ranks.rank, [row])
-            rows.append(row)
-    if ranks.rank == 0 and not given.tiny:
-        append("train_step", rows, model="random weights")
+    options = parse_arguments(
+        __doc__, tiny=False, memory="compact", keep="selective", offload="average", attention="auto", replicate=1,
+        lora=0, eager=False, folder=Path, only="iteration,reuse,passes,waits,pause", count=20,
+    )  # fmt: skip
+    case = make_case(options.tiny, half=options.memory == "compact" or options.lora > 0)
+    ranks = start_process_group(case.device.type, replicate=options.replicate)
+    rows = measure(options, case, ranks)
+    run_benchmark("train_step", rows, keep=not options.tiny, rank=ranks.rank, model="random weights")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """A trainer of random weights and random data, at the true size or a tiny one, on any number of ranks."""
 
-from collections.abc import Iterator
+import argparse
+import resource
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from statistics import mean
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from benchmarks.device import Case, randomise
+from benchmarks.device import Case, meta_network, randomize_weights
 from common.condition import Condition
 from common.timer import PhaseTimer
 from stage2_distill.build import BuiltRoles
-from stage2_distill.config import STANDARD, DistillConfig
+from stage2_distill.config import OLD_ACTIVATION_CHECKPOINTING, STANDARD, DistillConfig
 from stage2_distill.distributed.dtensor import local_tensor
 from stage2_distill.distributed.fsdp import apply_fsdp
 from stage2_distill.distributed.process_group import RankContext, gather_from_ranks
@@ -21,110 +22,133 @@ from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, draw_exit_i
 from stage2_distill.model.attention import enable_determinism
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import AdapterView, add_adapters, lora_settings
-from stage2_distill.model.transformer import WanTransformer, convert_transformer
-from stage2_distill.model.wan import cast_parameters, materialize_transformer
+from stage2_distill.model.transformer import WanTransformer
+from stage2_distill.model.wan import materialize_transformer
+from stage2_distill.monitoring.metrics_log import UpdateResult
 from stage2_distill.optim.optimizers import build_ema, build_optimizer
-from stage2_distill.trainer import RoleNetworks, Trainer
+from stage2_distill.trainer import RoleNetworks, Trainer, update_critic, update_student
+
+UPDATES = {CRITIC: update_critic, STUDENT: update_student}
 
 
-def make_config(chosen: Case, ranks: RankContext, **changes: object) -> DistillConfig:
-    """The published recipe at one clip a GPU."""
-    spec = chosen.spec
-    plain = DistillConfig(
+def make_config(case: Case, ranks: RankContext, **changes: object) -> DistillConfig:
+    """Return the published recipe with one clip per GPU."""
+    spec = case.spec
+    recipe = DistillConfig(
         shards=("random",), model="random", out="random",
         num_frames=spec.num_frames, height=spec.height, width=spec.width, fps=spec.fps,
         global_batch=ranks.world, iterations=1_000_000, ema_start=1_000_000,
-        compile=not chosen.tiny, device=chosen.device.type, dtype=str(chosen.dtype).removeprefix("torch."),
+        compile=not case.tiny, device=case.device.type, dtype=str(case.dtype).removeprefix("torch."),
     )  # fmt: skip
-    return replace(plain, **changes)
+    return replace(recipe, **changes)
 
 
-def random_network(chosen: Case, plan: ExecutionPlan, dtype: torch.dtype) -> WanTransformer:
-    """A transformer in `dtype` without memory."""
-    with torch.device("meta"):
-        net = WanTransformer3DModel(
-            patch_size=(1, 2, 2), in_channels=48, out_channels=48, cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads", **chosen.network,
-        )  # fmt: skip
-    return cast_parameters(convert_transformer(net, plan), dtype).eval()
+def config_changes(options: argparse.Namespace) -> dict[str, object]:
+    """Return the fields of the configuration that the flags of `train_step` change."""
+    return {
+        "optimizer_form": options.memory,
+        "activation_checkpointing": OLD_ACTIVATION_CHECKPOINTING.get(options.keep, options.keep),
+        "replicate": options.replicate,
+        "compile": not (options.tiny or options.eager),
+        "offload": options.offload,
+        "attention": options.attention,
+        "lora_rank": options.lora,
+    }
 
 
-def random_role(chosen: Case, ranks: RankContext, net: WanTransformer, *, casts: bool = False) -> WanTransformer:
-    """Shard a network that computes in the case's dtype, with random weights."""
-    materialize_transformer(apply_fsdp(net, ranks, chosen.dtype, net_casts=casts), ranks.device)
-    draws = torch.Generator(chosen.device).manual_seed(0)
-    for name, parameter in net.named_parameters():
-        randomise(name, local_tensor(parameter), draws)
+def random_role(case: Case, ranks: RankContext, net: WanTransformer, *, casts: bool = False) -> WanTransformer:
+    """Shard a network that computes in the case's dtype, and give it random weights."""
+    materialize_transformer(apply_fsdp(net, ranks, case.dtype, net_casts=casts), ranks.device)
+    parameters = ((name, local_tensor(parameter)) for name, parameter in net.named_parameters())
+    randomize_weights(parameters, case.device)
     return net
 
 
-def random_roles(chosen: Case, ranks: RankContext, config: DistillConfig) -> BuiltRoles:
-    """Three roles of the same random weights, with optimizers and average, in the memory mode of `config`."""
+def random_roles(case: Case, ranks: RankContext, config: DistillConfig) -> BuiltRoles:
+    """Return three roles of the same random weights, with optimizers and EMA, in the memory form of `config`."""
     plan = ExecutionPlan(config.attention, config.activation_checkpointing, config.compile)
     lora = lora_settings(vars(config))
     if lora is not None:
-        net = random_network(chosen, plan, chosen.dtype)
+        net = meta_network(case, plan, case.dtype)
         layers = add_adapters(net, (STUDENT, CRITIC), lora)
-        random_role(chosen, ranks, net, casts=True)
+        random_role(case, ranks, net, casts=True)
         roles = RoleNetworks(*(AdapterView(net, layers, adapter) for adapter in (STUDENT, None, CRITIC)))
     else:
-        dtype = torch.float32 if config.optimizer_form == STANDARD else chosen.dtype
-        kinds = (dtype, chosen.dtype, dtype)
-        roles = RoleNetworks(*(random_role(chosen, ranks, random_network(chosen, plan, kind)) for kind in kinds))
+        dtype = torch.float32 if config.optimizer_form == STANDARD else case.dtype
+        dtypes = (dtype, case.dtype, dtype)
+        roles = RoleNetworks(*(random_role(case, ranks, meta_network(case, plan, kind)) for kind in dtypes))
         roles.teacher.requires_grad_(False)
-    student, critic = roles.student, roles.critic
-    student_optimizer = build_optimizer(student, STUDENT, config, ranks, config.optimizer_form)
-    critic_optimizer = build_optimizer(critic, CRITIC, config, ranks, config.optimizer_form)
-    ema = build_ema(student, student_optimizer, config, ranks)
+    student_optimizer = build_optimizer(roles.student, STUDENT, config, ranks, config.optimizer_form)
+    critic_optimizer = build_optimizer(roles.critic, CRITIC, config, ranks, config.optimizer_form)
+    ema = build_ema(roles.student, student_optimizer, config, ranks)
     return BuiltRoles(roles, student_optimizer, critic_optimizer, ema)
 
 
-def trainer_of(chosen: Case, ranks: RankContext, config: DistillConfig, opened: BuiltRoles) -> Trainer:
-    """A trainer of opened roles, its kernels in order as those of a run."""
-    enable_determinism(config.attention, chosen.dtype, ranks.device)
-    negative = torch.randn(512, chosen.network["text_dim"], device=chosen.device)
+def make_trainer(case: Case, ranks: RankContext, config: DistillConfig, built: BuiltRoles) -> Trainer:
+    """Return a trainer of built roles, with deterministic kernels as in a run."""
+    enable_determinism(config.attention, case.dtype, ranks.device)
+    negative_text = torch.randn(512, case.network["text_dim"], device=case.device)
     return Trainer(
-        config, ranks, opened.roles, opened.student_optimizer, opened.critic_optimizer, opened.ema,
-        negative, PhaseTimer(ranks.device), RolloutReuse(config, ranks.world),
+        config, ranks, built.roles, built.student_optimizer, built.critic_optimizer, built.ema,
+        negative_text, PhaseTimer(ranks.device), RolloutReuse(config, ranks.world),
     )  # fmt: skip
 
 
-def random_condition(chosen: Case, batch: int = 1) -> Condition:
-    """A first frame and a text of all rows."""
-    frames = torch.randn(batch, *chosen.spec.first_frame_shape, device=chosen.device)
-    return Condition(frames, torch.randn(batch, 512, chosen.network["text_dim"], device=chosen.device))
+def random_condition(case: Case, batch: int = 1) -> Condition:
+    """Return a first frame and a text of all rows."""
+    frames = torch.randn(batch, *case.spec.first_frame_shape, device=case.device)
+    return Condition(frames, torch.randn(batch, 512, case.network["text_dim"], device=case.device))
 
 
-def one_batch(chosen: Case, ranks: RankContext, role: str, iteration: int) -> Iterator[tuple[MicroBatch, Condition]]:
-    """The only micro-batch of one update."""
-    yield MicroBatch(iteration, role, (ranks.rank,), (ranks.rank,), 1.0, True), random_condition(chosen)
+def random_batches(
+    case: Case, ranks: RankContext, role: str, iteration: int, count: int = 1
+) -> Iterator[tuple[MicroBatch, Condition]]:
+    """Yield the `count` micro-batches of one update."""
+    for index in range(count):
+        micro_batch = MicroBatch(iteration, role, (ranks.rank,), (ranks.rank,), 1 / count, index == count - 1)
+        yield micro_batch, random_condition(case)
 
 
-def exits(config: DistillConfig, role: str, start: int, count: int) -> list[int]:
-    """Where a role's updates in `count` iterations leave the rollout."""
-    turns = [n for n in range(start, start + count) if role == CRITIC or student_turn(n, config)]
-    return [draw_exit_index(n, role, config) for n in turns]
+def iteration_with_exit(config: DistillConfig, role: str, exit_index: int) -> int:
+    """Return the first iteration in which a role's update leaves the rollout at this step."""
+    return next(n for n in range(10_000) if draw_exit_index(n, role, config) == exit_index)
 
 
-def balanced(config: DistillConfig, count: int) -> int:
-    """The student's turn from which the updates of `count` iterations leave at the mean exit, in both roles."""
+def role_update(case: Case, trainer: Trainer, role: str, exit_index: int) -> Callable[[], UpdateResult]:
+    """Return an update of a role that leaves the rollout at this step; it can be called once."""
+    iteration = iteration_with_exit(trainer.config, role, exit_index)
+    batches = random_batches(case, trainer.ranks, role, iteration)
+    return lambda: UPDATES[role](trainer, iteration, batches)
+
+
+def balanced_start(config: DistillConfig, count: int) -> int:
+    """Return the student turn from which `count` iterations come nearest to the mean exit in both roles."""
     middle = (len(config.timesteps) - 1) / 2
 
-    def off(start: int) -> float:
-        return max(abs(mean(exits(config, role, start, count)) - middle) for role in (STUDENT, CRITIC))
+    def deviation(start: int) -> float:
+        turns = {
+            CRITIC: range(start, start + count),
+            STUDENT: [n for n in range(start, start + count) if student_turn(n, config)],
+        }
+        return max(abs(mean(draw_exit_index(n, role, config) for n in turns[role]) - middle) for role in turns)
 
-    return min(range(config.student_update_interval, 2000, config.student_update_interval), key=off)
+    return min(range(config.student_update_interval, 2000, config.student_update_interval), key=deviation)
 
 
-def report_memory(chosen: Case) -> str:
-    """Most memory in use so far on any rank's GPU, in GiB; all ranks call it."""
-    if chosen.device.type != "cuda":
+def host_peak_gib() -> float:
+    """Return the most host memory that this process has used, in GiB; mapped files count."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def gpu_peaks(case: Case) -> str:
+    """Return the most memory in use so far on any rank's GPU, in GiB; all ranks must call it."""
+    if case.device.type != "cuda":
         return "not measured"
-    here = torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], device=chosen.device)
-    used, reserved = (gather_from_ranks(here).amax(0) / 2**30).tolist()
+    own = torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], device=case.device)
+    used, reserved = (gather_from_ranks(own).amax(0) / 2**30).tolist()
     return f"{used:.1f} GiB, reserved {reserved:.1f}"
 
 
-def finite(values: list[float]) -> bool:
-    """Whether all are."""
-    return bool(torch.isfinite(Tensor(values)).all())
+def all_finite(values: list[float]) -> bool:
+    """Return whether all values are finite."""
+    return bool(Tensor(values).isfinite().all())

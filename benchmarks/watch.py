@@ -1,4 +1,4 @@
-"""When the parts of a video end, by marks on the GPU's own queue: watching makes nothing wait."""
+"""When the parts of a video end, by events in the GPU's own queue, so that watching delays nothing."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from benchmarks.clock import GPU, sync
+from benchmarks.runner import GPU, sync
 
 Mark: TypeAlias = float | torch.cuda.Event
 
@@ -19,19 +19,19 @@ class Parts:
     """Seconds of one video, and of its parts, which add up to it."""
 
     whole: float
-    before: float  # text, first frame, and the files that are opened
+    before: float  # text, first frame, and opening of files
     denoising: float
     decode: float
-    after: float  # the file is ready so much later than the last frame
+    after: float  # from the last decoded frame to the finished file
 
 
-def medians(found: Sequence[Parts]) -> Parts:
-    """Of every part by itself."""
-    return Parts(*(median(values) for values in zip(*map(astuple, found), strict=True)))
+def median_parts(videos: Sequence[Parts]) -> Parts:
+    """Return the median of each part."""
+    return Parts(*(median(values) for values in zip(*map(astuple, videos), strict=True)))
 
 
-def mark() -> Mark:
-    """This place in the GPU's queue, or the time without a GPU."""
+def record_mark() -> Mark:
+    """Record this position in the GPU's queue, or the time without a GPU."""
     if not GPU:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -39,16 +39,16 @@ def mark() -> Mark:
     return event
 
 
-def between(first: Mark, second: Mark) -> float:
-    """Seconds."""
+def seconds_between(first: Mark, second: Mark) -> float:
+    """Return the seconds between two marks."""
     if isinstance(first, torch.cuda.Event):
         return first.elapsed_time(second) / 1e3
     assert isinstance(second, float)
     return second - first
 
 
-class Watch:
-    """Marks where the denoiser and the decoder begin and end, of one video after the other."""
+class PartTimer:
+    """Marks where denoising and decoding begin and end, for one video after another."""
 
     def __init__(self, net: nn.Module, decoder: nn.Module) -> None:
         self.marks: list[tuple[str, Mark]] = []
@@ -59,25 +59,25 @@ class Watch:
     def begin(self, name: str, *, after: str) -> None:
         """Mark the first of several calls."""
         if not self.marks or self.marks[-1][0] == after:
-            self.marks.append((name, mark()))
+            self.marks.append((name, record_mark()))
 
     def end(self) -> None:
         """Mark the last of several calls."""
         if self.marks[-1][0] == "end":
             self.marks.pop()
-        self.marks.append(("end", mark()))
+        self.marks.append(("end", record_mark()))
 
-    def videos(self, make: Callable[[], object]) -> list[Parts]:
-        """Make videos; what comes before the first and after the last one's decode is theirs, a gap the later one's."""
+    def time_videos(self, make: Callable[[], object]) -> list[Parts]:
+        """Make videos and return their parts; the time between two videos counts for the later one."""
         self.marks = []
-        began, last = sync(), mark()
+        began, last = sync(), record_mark()
         make()
-        whole, spent, found = sync() - began, 0.0, list[Parts]()
-        for place in range(0, len(self.marks), 3):
-            steps = [last, *(one for _, one in self.marks[place : place + 3])]
-            last = steps[-1]
-            parts = [between(a, b) for a, b in zip(steps, steps[1:], strict=False)]
+        whole, spent, videos = sync() - began, 0.0, list[Parts]()
+        for start in range(0, len(self.marks), 3):
+            marks = [last, *(mark for _, mark in self.marks[start : start + 3])]
+            last = marks[-1]
+            parts = [seconds_between(a, b) for a, b in zip(marks, marks[1:], strict=False)]
             spent += sum(parts)
-            found.append(Parts(sum(parts), *parts, after=0.0))
-        found[-1] = replace(found[-1], whole=found[-1].whole + whole - spent, after=whole - spent)
-        return found
+            videos.append(Parts(sum(parts), *parts, after=0.0))
+        videos[-1] = replace(videos[-1], whole=videos[-1].whole + whole - spent, after=whole - spent)
+        return videos

@@ -1,8 +1,8 @@
-"""`cli.py distill` that leaves what each rank trained on: `-m benchmarks.witness CONFIG [--die ITERATION]`.
+"""`cli.py distill` that records what each rank trained on: `-m benchmarks.witness CONFIG [--die ITERATION]`.
 
-OUT/seen-RANK.txt gets one line a sample: iteration, role, place in the global batch, digest of first frame and text.
-OUT/starts.txt gets the first iteration of every start.
-With --die the last rank kills itself with signal 9 in that iteration, once.
+OUT/seen-RANK.txt gets one line per sample: iteration, role, index of the sample, digest of first frame and text.
+OUT/starts.txt gets the first iteration of every start. With --die the last rank kills itself with signal 9 in that
+iteration, once.
 """
 
 import argparse
@@ -24,41 +24,44 @@ from stage2_distill.monitoring.metrics_log import StepResult
 from stage2_distill.trainer import Trainer
 
 
-def digest(condition: Condition, place: int) -> str:
-    """Of one sample's first frame and text."""
+def sample_digest(condition: Condition, index: int) -> str:
+    """Return a hash of one sample's first frame and text."""
     assert condition.first_frame is not None
-    whole = [tensor[place].float().cpu().contiguous() for tensor in (condition.first_frame, condition.text)]
-    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in whole)).hexdigest()[:16]
+    tensors = [tensor[index].float().cpu().contiguous() for tensor in (condition.first_frame, condition.text)]
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()[:16]
 
 
 def main() -> None:
-    """Train, and write down what passes."""
+    """Train and record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config")
     parser.add_argument("--die", type=int, default=-1)
-    given = parser.parse_args()
-    config = resolve_config(DistillConfig, {"config": given.config})
+    options = parser.parse_args()
+    config = resolve_config(DistillConfig, {"config": options.config})
     out, simulate, step = Path(config.out), trainer.simulate_rollout, train.train_step
-    begun: list[int] = []
+    started: list[int] = []
 
-    def noting(trainer: Trainer, part: MicroBatch, condition: Condition, exit_at: int) -> tuple[Tensor, Condition, int]:
+    def record_rollout(
+        trainer: Trainer, micro_batch: MicroBatch, condition: Condition, exit_index: int
+    ) -> tuple[Tensor, Condition, int]:
         with (out / f"seen-{trainer.ranks.rank}.txt").open("a") as file:
-            for place, sample in enumerate(part.samples):
-                file.write(f"{part.iteration} {part.role} {sample} {digest(condition, place)}\n")
-        return simulate(trainer, part, condition, exit_at)
+            for index, sample in enumerate(micro_batch.samples):
+                digest = sample_digest(condition, index)
+                file.write(f"{micro_batch.iteration} {micro_batch.role} {sample} {digest}\n")
+        return simulate(trainer, micro_batch, condition, exit_index)
 
-    def dying(trainer: Trainer, iteration: int, data: Iterator[tuple[MicroBatch, Condition]]) -> StepResult:
+    def die_once(trainer: Trainer, iteration: int, data: Iterator[tuple[MicroBatch, Condition]]) -> StepResult:
         killed = out / "killed"
-        if not begun and trainer.ranks.rank == 0:
+        if not started and trainer.ranks.rank == 0:
             with (out / "starts.txt").open("a") as file:
                 file.write(f"{iteration}\n")
-        begun.append(iteration)
-        if iteration == given.die and trainer.ranks.rank == trainer.ranks.world - 1 and not killed.exists():
+        started.append(iteration)
+        if iteration == options.die and trainer.ranks.rank == trainer.ranks.world - 1 and not killed.exists():
             killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return step(trainer, iteration, data)
 
-    trainer.simulate_rollout, train.train_step = noting, dying
+    trainer.simulate_rollout, train.train_step = record_rollout, die_once
     train.distill(config)
     dist.destroy_process_group()
 

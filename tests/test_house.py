@@ -169,7 +169,6 @@ def test_help_is_quick_and_loads_no_torch() -> None:
 
 MOST_FILES, MOST_AT_ROOT = 10, 6
 STAGES = ("stage1_encode", "stage2_distill")
-LATER = {"benchmarks/random_models.py: tests"}  # builds its models with the tests' helpers; to be undone
 
 
 def too_many_files(files: Iterable[str]) -> list[str]:
@@ -272,4 +271,4 @@ def test_imports_of_tests() -> None:
         for path in (ROOT / folder).rglob("*.py")
     }
     named = {f"{path}: tests" for path, text in files.items() for n, _ in imports(text) if n.split(".")[0] == "tests"}
-    assert named == LATER
+    assert named == set()

@@ -22,26 +22,26 @@ PRESENT, SPECK = 55.0, 14.0  # pixels: an object is at least so large, and anyth
 FIT_MEAN, FIT_LOW = 0.78, 0.55  # overlap with the best shape template: mean over the frames, and in every frame
 STEP, GROWTH = 4.5, 1.7  # largest move (pixels) and change of area (ratio) from one frame to the next
 SMUDGE = 24.0  # pixels of colour outside all objects that a frame may have
-AT_ONCE = {"cpu": 4, "cuda": 64}  # clips: on a CPU more of them make memory, not arithmetic, the work
+CLIPS_PER_BATCH = {"cpu": 4, "cuda": 64}  # on a CPU, larger batches are limited by memory bandwidth
 BACKGROUND_STEP, BACKGROUND_SHARE = 26.0, 0.01  # a background pixel counts as changed; share of them allowed
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is seen in each clip; the verdicts ask for it on the CPU."""
+    """Measurements of each clip; verdicts need them on the CPU."""
 
     area: Tensor  # (B K T) pixels of each colour
-    centre: Tensor  # (B K T 2) x and y, where there is any
+    centre: Tensor  # (B K T 2) x and y; meaningless if the area is 0
     shape: Tensor  # (B K) best shape, -1 beyond the three largest colours
     fit: Tensor  # (B K T) overlap with that shape, in [0, 1]
     motion: Tensor  # (B K) into MOTIONS, FREE if it is none of the named
     smudge: Tensor  # (B T) pixels of colour outside all objects
-    changed: Tensor  # (B) share of the background's pixels that do not stay as they are
+    changed: Tensor  # (B) share of the background's pixels that change
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Answers to one prompt, one clip: counts of right and asked, and whether the clip is valid."""
+    """Answers for one prompt and one clip: (right, asked) per question, and whether the clip is valid."""
 
     colour: tuple[int, int]
     shape: tuple[int, int]
@@ -50,7 +50,7 @@ class Verdict:
 
 
 def unmix(video: Tensor) -> tuple[Tensor, Tensor]:
-    """Coverage by each colour (B K T H W) in [0, 1] and saturation (B T H W) of clips (B T H W 3), 0..255."""
+    """Return the coverage by colour (B K T H W) in [0, 1] and saturation (B T H W) of clips (B T H W 3), 0..255."""
     palette = torch.tensor(RGB, device=video.device, dtype=torch.float32)
     full = palette.amax(dim=1) - palette.amin(dim=1)
     hue = (palette - palette.amin(dim=1, keepdim=True)) / full[:, None]
@@ -64,7 +64,7 @@ def unmix(video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def moments(cover: Tensor) -> tuple[Tensor, Tensor]:
-    """Area (...) in pixels and centre (... 2) of coverages (... H W)."""
+    """Return area (...) in pixels and centre (... 2) of coverages (... H W)."""
     y, x = pixel_grid(cover.device)
     area = cover.sum(dim=(-2, -1))
     total = area.clamp(min=1e-3)
@@ -72,7 +72,7 @@ def moments(cover: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fits(cover: Tensor, area: Tensor, centre: Tensor) -> Tensor:
-    """Overlap (intersection over union) of coverages (... H W) with each shape of that area there: (... 4)."""
+    """Return the overlap (intersection over union) of coverages (... H W) with each shape of that area: (... 4)."""
     y, x = pixel_grid(cover.device)
     dx, dy = x - centre[..., 0, None, None], y - centre[..., 1, None, None]
     scores = []
@@ -85,7 +85,7 @@ def fits(cover: Tensor, area: Tensor, centre: Tensor) -> Tensor:
 
 
 def read_motion(centre: Tensor, area: Tensor) -> Tensor:
-    """The named motion (...) of paths (... T 2) of areas (... T); FREE if it is none of them."""
+    """Return the named motion (...) of paths (... T 2) of areas (... T); FREE if it is none of them."""
     moved = centre[..., -1, :] - centre[..., 0, :]
     net = moved.norm(dim=-1)
     far = (centre - centre[..., :1, :]).norm(dim=-1).amax(dim=-1)
@@ -99,14 +99,14 @@ def read_motion(centre: Tensor, area: Tensor) -> Tensor:
     angle = torch.atan2(moved[..., 1], moved[..., 0])
     motion = torch.full_like(net, FREE, dtype=torch.long)
     straight = (net > 10) & (bend < 0.15 * net) & (far < 1.2 * net) & same
-    motion = motion.location(~straight, (angle / (torch.pi / 4)).round().long() % 8)
-    motion = motion.location(~((far > 4) & back & same & (first.norm(dim=-1) > 2) & (last.norm(dim=-1) > 2)), BOUNCE)
-    motion = motion.location(~((far < 4) & (ratio > 1.3)), GROW).location(~((far < 4) & (ratio < 0.77)), SHRINK)
-    return motion.location(~((far < 3) & same), STAY)
+    motion = motion.where(~straight, (angle / (torch.pi / 4)).round().long() % 8)
+    motion = motion.where(~((far > 4) & back & same & (first.norm(dim=-1) > 2) & (last.norm(dim=-1) > 2)), BOUNCE)
+    motion = motion.where(~((far < 4) & (ratio > 1.3)), GROW).where(~((far < 4) & (ratio < 0.77)), SHRINK)
+    return motion.where(~((far < 3) & same), STAY)
 
 
 def read_background(video: Tensor, cover: Tensor, saturation: Tensor) -> tuple[Tensor, Tensor]:
-    """Smudge (B T) and changed share (B) of clips (B T H W 3) with the objects' coverage (B T H W)."""
+    """Return smudge (B T) and changed share (B) of clips (B T H W 3) with the objects' coverage (B T H W)."""
     near = functional.max_pool2d((cover > 0.3).float(), 7, stride=1, padding=3) > 0
     smudge = ((saturation > 1.3 * GREY) & ~near).sum(dim=(-2, -1)).float()
     bare = (~near).float()[..., None]
@@ -123,8 +123,8 @@ def read(video: Tensor) -> Reading:
     top = area.sum(dim=-1).topk(SLOTS, dim=1).indices  # (B O)
     rows = torch.arange(len(video), device=video.device)[:, None]
     scores = fits(cover[rows, top], area[rows, top], centre[rows, top])  # (B O T 4)
-    there = (area[rows, top] > PRESENT).float()
-    best = (scores * there[..., None]).sum(dim=2).argmax(dim=-1)
+    present = (area[rows, top] > PRESENT).float()
+    best = (scores * present[..., None]).sum(dim=2).argmax(dim=-1)
     shape = torch.full(area.shape[:2], -1, device=video.device)
     shape[rows, top] = best
     fit = torch.zeros_like(area)
@@ -135,7 +135,7 @@ def read(video: Tensor) -> Reading:
 
 
 def steady(reading: Reading, clip: int, colour: int, start: int) -> bool:
-    """True if an object keeps one shape, a smooth path and a smooth size from frame `start` on."""
+    """Return whether an object keeps one shape, a smooth path and a smooth size from frame `start` on."""
     area, centre, fit = (part[clip, colour, start:].numpy() for part in (reading.area, reading.centre, reading.fit))
     if not (area > PRESENT).all() or fit.mean() < FIT_MEAN or fit.min() < FIT_LOW:
         return False
@@ -147,20 +147,20 @@ def steady(reading: Reading, clip: int, colour: int, start: int) -> bool:
 
 
 def entrants(reading: Reading, clip: int, known: Sequence[int]) -> list[tuple[int, int]]:
-    """Colour and first frame of every object beyond the `known` colours; a speck counts as one."""
+    """Return colour and first frame of every object beyond the `known` colours; a speck counts as one."""
     area = reading.area[clip].numpy()
     others = [k for k in range(len(area)) if k not in known and (area[k] > SPECK).any()]
     return [(k, int((area[k] > PRESENT).argmax())) for k in others]
 
 
 def is_valid(reading: Reading, clip: int, asked: Sequence[Asked]) -> bool:
-    """True if the right number of whole objects is there in every frame, all steady, on an intact background."""
+    """Return whether every frame has the right number of complete, steady objects on an intact background."""
     known = [a.colour for a in asked if not a.enters and a.colour is not None]
     late = [a for a in asked if a.enters]
-    found = entrants(reading, clip, known)
-    if len(found) != len(late) or not all(steady(reading, clip, colour, 0) for colour in known):
+    entered = entrants(reading, clip, known)
+    if len(entered) != len(late) or not all(steady(reading, clip, colour, 0) for colour in known):
         return False
-    for colour, start in found:
+    for colour, start in entered:
         early = reading.area[clip, colour, : max(start - 1, 0)].numpy()
         if start == 0 or (early > SPECK).any() or not steady(reading, clip, colour, min(start + 1, 16)):
             return False
@@ -173,8 +173,8 @@ def judge(reading: Reading, clip: int, asked: Sequence[Asked]) -> Verdict:
     for a in asked:
         if a.colour is None:
             continue
-        there = reading.area[clip, a.colour].numpy() > PRESENT
-        colour.append(bool(there[-1]) if a.enters else bool(there.mean() > 0.9))
+        present = reading.area[clip, a.colour].numpy() > PRESENT
+        colour.append(bool(present[-1]) if a.enters else bool(present.mean() > 0.9))
         shape.append(bool(reading.shape[clip, a.colour] == a.shape))
         if a.motion is not None:
             motion.append(bool(reading.motion[clip, a.colour] == a.motion))
@@ -183,18 +183,16 @@ def judge(reading: Reading, clip: int, asked: Sequence[Asked]) -> Verdict:
 
 
 def judge_clips(video: Tensor, asked: Sequence[Sequence[Asked]]) -> list[Verdict]:
-    """Read uint8 clips (B T H W 3) where they are, a few at once, and compare each with what its prompt asks for."""
-    verdicts, count = list[Verdict](), AT_ONCE[video.device.type]
+    """Read uint8 clips (B T H W 3) on their device in small batches, and compare each with what its prompt asks for."""
+    verdicts, count = list[Verdict](), CLIPS_PER_BATCH[video.device.type]
     for start in range(0, len(video), count):
-        seen = Reading(**{name: value.cpu() for name, value in vars(read(video[start : start + count])).items()})
-        verdicts += [judge(seen, clip, one) for clip, one in enumerate(asked[start : start + count])]
+        reading = Reading(**{name: value.cpu() for name, value in vars(read(video[start : start + count])).items()})
+        verdicts += [judge(reading, clip, one) for clip, one in enumerate(asked[start : start + count])]
     return verdicts
 
 
 def score(video: Tensor, asked: Sequence[Sequence[Asked]]) -> dict[str, float]:
-    """Shares of right colours, shapes and named motions and of valid clips, for uint8 clips (N T H W 3) and
-    their prompts.
-    """
+    """Return the shares of right colours, shapes, named motions and valid clips, of uint8 clips (N T H W 3)."""
     verdicts = judge_clips(video, asked)
     totals = {
         "colour": [verdict.colour for verdict in verdicts],

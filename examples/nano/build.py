@@ -1,7 +1,7 @@
-"""Rebuilds the nano models: `python -m examples.nano.build --out examples/nano/model` (one GPU, under 25 minutes
-in all).
+"""Rebuilds the nano models: `python -m examples.nano.build --out examples/nano/model` (one GPU, less
+than 25 minutes).
 
-Stages skip when their output is there: text encoder, VAE, teacher, then the gate and the card's pictures.
+Stages: text encoder, VAE, teacher, then the gate and the card's pictures. A stage whose output exists is skipped.
 """
 
 import argparse
@@ -43,7 +43,7 @@ INDEX = {
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("examples/nano/model"))
     parser.add_argument("--pictures", type=Path, default=Path("examples/nano/pictures"))
@@ -60,8 +60,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 2.5], help="guidance; the best is used"
     )
-    parser.add_argument("--limit", type=int, default=10**9, help="iterations of each training stage, for trying it out")
-    parser.add_argument("--more", action="store_true", help="train the teacher on from the one that is there")
+    parser.add_argument("--limit", type=int, default=10**9, help="iterations of each training stage, to try the script")
+    parser.add_argument("--more", action="store_true", help="continue to train the existing teacher")
     return parser.parse_args()
 
 
@@ -73,7 +73,7 @@ class Texts:
         self.encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").float().to(device)
 
     def __call__(self, prompts: list[str]) -> torch.Tensor:
-        """Embeddings (B L D)."""
+        """Return embeddings (B L D)."""
         return embed(self.encoder, self.tokenizer, prompts)
 
 
@@ -92,7 +92,7 @@ def make_pool(vae: AutoencoderKLWan, texts: Texts, device: torch.device, count: 
 def write_pictures(
     net: WanTransformer3DModel, vae: AutoencoderKLWan, c: Conditions, args: argparse.Namespace, scale: float
 ) -> None:
-    """The card's pictures: VAE reconstructions, teacher samples, and the three samplers side by side."""
+    """Draw the card's pictures: VAE reconstructions, teacher samples, and the three samplers side by side."""
     args.pictures.mkdir(parents=True, exist_ok=True)
     device = c.real.device
     true = render(draw_scenes(SEED + 9, torch.arange(6, device=device), held=None))
@@ -106,13 +106,13 @@ def write_pictures(
 
 
 def write_index(out: Path) -> None:
-    """The files that make the folder a diffusers pipeline."""
+    """Write the files that make the folder a diffusers pipeline."""
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT).save_pretrained(out / "scheduler")
     (out / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
 
 
 def train(args: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Train whatever is not there: text encoder, VAE, teacher."""
+    """Train whatever is missing: text encoder, VAE, teacher."""
     out, device = args.out, torch.device(args.device)
     if not (out / "text_encoder").exists():
         right = train_text(out, seed=SEED, iterations=min(args.limit, 1500))
@@ -133,7 +133,7 @@ def train(args: argparse.Namespace, say: Callable[[str], None]) -> None:
 
 
 def gate(args: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Judge the teacher at the guidance at which it is best, and take the card's pictures."""
+    """Judge the teacher at the guidance at which it is best, and draw the card's pictures."""
     device = torch.device(args.device)
     texts = Texts(args.out, device)
     vae = AutoencoderKLWan.from_pretrained(args.out / "vae").float().to(device)
@@ -152,7 +152,7 @@ def gate(args: argparse.Namespace, say: Callable[[str], None]) -> None:
 
 
 def main() -> None:
-    """Run every stage that is not done."""
+    """Run every stage whose output is missing."""
     args = arguments()
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True

@@ -1,4 +1,4 @@
-"""Scenes to prompts in several wordings, and prompts back to what they ask for."""
+"""Writes prompts for scenes in several wordings, and parses prompts back into what they ask for."""
 
 import re
 from dataclasses import dataclass
@@ -36,17 +36,17 @@ CLAUSE = re.compile(rf"^(?:{'|'.join(ARTICLES)}) ({'|'.join(COLOURS)}) ({'|'.joi
 
 @dataclass(frozen=True)
 class Asked:
-    """One object that a prompt asks for; None where the prompt leaves it open."""
+    """One object that a prompt asks for; None for what the prompt leaves open."""
 
     shape: int | None  # into SHAPES
     colour: int | None  # into COLOURS
     motion: int | None  # into MOTIONS, never FREE
-    enters: bool  # it is not there from the start
+    enters: bool  # it appears later
 
 
 def phrases() -> dict[str, int]:
-    """Every motion phrase and the motion it names."""
-    moving = {f"{verb} {where}": m for m, words in enumerate(MOTION_WORDS) for where in words for verb in VERBS}
+    """Return every motion phrase and the motion it names."""
+    moving = {f"{verb} {direction}": m for m, words in enumerate(MOTION_WORDS) for direction in words for verb in VERBS}
     return moving | {words: 8 + m for m, choices in enumerate(OTHER_WORDS) for words in choices}
 
 
@@ -54,26 +54,27 @@ PHRASES = phrases()
 
 
 def pick(choices: tuple[str, ...], u: float) -> str:
-    """The choice at u in [0, 1)."""
+    """Return the choice at u in [0, 1)."""
     return choices[int(u * len(choices))]
 
 
 def motion_phrase(motion: int, u: float, v: float) -> str:
-    """Words for a motion, chosen by u and v in [0, 1)."""
+    """Return words for a motion, chosen by u and v in [0, 1)."""
     if motion < 8:
         return f"{pick(VERBS, u)} {pick(MOTION_WORDS[motion], v)}"
     return pick(OTHER_WORDS[motion - 8], u)
 
 
-def write_caption(shape: list[int], colour: list[int], motion: list[int], there: list[bool], words: list[float]) -> str:
-    """The clauses of a caption from one scene's attributes, a list entry a slot (an open entering object has
-    colour -1).
+def write_caption(shape: list[int], colour: list[int], motion: list[int], shown: list[bool], words: list[float]) -> str:
+    """Return the clauses of a caption from one scene's attributes, one list entry per slot.
+
+    An entering object that the caption does not describe has colour -1.
     """
     names = [f"{pick(ARTICLES, words[0])} {COLOURS[c]} {SHAPES[s]}" for s, c in zip(shape, colour, strict=True)]
     clauses = [f"{names[0]} {motion_phrase(motion[0], words[1], words[2])}"]
-    if there[1]:
+    if shown[1]:
         clauses.append(f"{names[1]} {motion_phrase(motion[1], words[3], words[2])}")
-    if there[2]:
+    if shown[2]:
         subject = names[2] if colour[2] >= 0 else pick(SOMETHING, words[4])
         clauses.append(f"{subject} {pick(ENTER_WORDS, words[5])}")
     joints = JOINTS[int(words[6] * len(JOINTS))]
@@ -81,7 +82,7 @@ def write_caption(shape: list[int], colour: list[int], motion: list[int], there:
 
 
 def captions(scenes: Scenes) -> list[str]:
-    """The prompt of every scene (B)."""
+    """Return the prompt of every scene (B)."""
     colour = scenes.colour.clone()
     colour[:, 2] = colour[:, 2].where(scenes.named, -1)
     fields: list[Tensor] = [scenes.shape, colour, scenes.motion, scenes.entry < NEVER, scenes.wording]
@@ -91,18 +92,18 @@ def captions(scenes: Scenes) -> list[str]:
 
 
 def parse(prompt: str) -> tuple[Asked, ...]:
-    """What a prompt asks for, object by object; ValueError if it is not of this grammar."""
+    """Return what a prompt asks for, object by object; ValueError if it does not follow the grammar."""
     body = re.sub(rf" (?:on|over) a (?:{'|'.join(BACKGROUNDS)}) (?:background|ground)$", "", prompt)
     return tuple(parse_clause(clause) for clause in re.split(", | and | while ", body))
 
 
 def parse_clause(clause: str) -> Asked:
-    """One object of a prompt."""
+    """Parse one object of a prompt."""
     if any(clause == f"{thing} {words}" for thing in SOMETHING for words in ENTER_WORDS):
         return Asked(None, None, None, enters=True)
     match = CLAUSE.match(clause)
     if match is None or (match[3] not in ENTER_WORDS and match[3] not in PHRASES):
-        raise ValueError(f"prompt clause {clause!r}: not of the nano world's grammar")
+        raise ValueError(f"prompt clause {clause!r}: does not follow the grammar of the nano world")
     shape, colour = SHAPES.index(match[2]), COLOURS.index(match[1])
     if match[3] in ENTER_WORDS:
         return Asked(shape, colour, None, enters=True)

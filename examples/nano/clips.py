@@ -1,8 +1,8 @@
 """Writes clips of the nano world as files: `python -m examples.nano.clips --count 192 --out examples/nano`.
 
-Makes `clips/*.mp4` with `clips.csv` (video, prompt) for training, and `images/*.png` with `prompts.csv`
+Writes `clips/*.mp4` with `clips.csv` (video, prompt) for training, and `images/*.png` with `prompts.csv`
 (prompt, image, seed) of held-out scenes for sampling; every fifth of those has no image: the prompt alone decides.
-With `--conditions 8192 --out WORK` it makes the many first frames that distilling and evaluating on a GPU take.
+With `--conditions 8192 --out WORK` it writes the many first frames that distilling and evaluating on a GPU need.
 """
 
 import argparse
@@ -28,31 +28,31 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 def write_clips(out: Path, count: int) -> None:
-    """`count` training clips and their CSV."""
+    """Write `count` training clips and their CSV."""
     (out / "clips").mkdir(parents=True, exist_ok=True)
     rows = []
     for first in range(0, count, 64):
         scenes = draw_scenes(CLIPS_SEED, torch.arange(first, min(first + 64, count)), held=False)
-        for place, (video, prompt) in enumerate(zip(render(scenes), captions(scenes), strict=True)):
-            name = f"clips/{first + place:06d}.mp4"
+        for index, (video, prompt) in enumerate(zip(render(scenes), captions(scenes), strict=True)):
+            name = f"clips/{first + index:06d}.mp4"
             write_video(out / name, video.numpy(), fps=FPS)
             rows.append((name, prompt))
     write_table(out / "clips.csv", ("video", "prompt"), rows)
 
 
 def write_conditions(out: Path, table: str, *, seed: int, count: int, held: bool, alone: int = 0) -> None:
-    """`count` first frames in `out`/images and the CSV `table` with their prompts; every `alone`-th has no image."""
+    """Write `count` first frames to `out`/images, and their prompts to `table`; every `alone`-th has no image."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for first in range(0, count, 64):
         scenes = draw_scenes(seed, torch.arange(first, min(first + 64, count)), held=held)
-        for place, (picture, prompt) in enumerate(
+        for index, (picture, prompt) in enumerate(
             zip(first_frames(scenes), captions(scenes), strict=True), start=first
         ):
-            name = "" if alone and place % alone == alone - 1 else f"images/{place:02d}.png"
+            name = "" if alone and index % alone == alone - 1 else f"images/{index:02d}.png"
             if name:
                 Image.fromarray(picture.numpy()).save(out / name)
-            rows.append((prompt, name, place))
+            rows.append((prompt, name, index))
     write_table(out / table, ("prompt", "image", "seed"), rows)
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("examples/nano"))
     parser.add_argument("--count", type=int, default=192, help="clips")
     parser.add_argument("--prompts", type=int, default=10, help="held-out prompts with their images")
-    parser.add_argument("--conditions", type=int, default=0, help="instead: so many first frames in OUT/train")
+    parser.add_argument("--conditions", type=int, default=0, help="write this many first frames to OUT/train instead")
     parser.add_argument(
         "--held-out", type=int, default=128, help="held-out first frames; with --conditions, in OUT/held"
     )

@@ -32,7 +32,7 @@ class Pool:
 
 
 def make_dit() -> WanTransformer3DModel:
-    """The nano denoiser with fresh weights and a zero output; a token's 192 latents must fit through its width."""
+    """Return the nano denoiser with new weights and a zero output; its width exceeds a token's 192 latents."""
     net = WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=8, attention_head_dim=32, in_channels=48, out_channels=48,
         text_dim=WIDTH, freq_dim=256, ffn_dim=640, num_layers=6, cross_attn_norm=True,
@@ -44,15 +44,15 @@ def make_dit() -> WanTransformer3DModel:
 
 
 def velocity(net: WanTransformer3DModel, x: Tensor, sigma: Tensor, text: Tensor, pinned: Tensor) -> Tensor:
-    """Velocity (B C T H W) at sigma (B); frame 0 carries time 0 where `pinned` (B) is 1.
+    """Return the velocity (B C T H W) at sigma (B); frame 0 has time 0 if `pinned` (B) is 1.
 
-    Of the text's L rows the last, a zero one, stands for all up to 512: the same result, a sixteenth of the work.
+    The last of the text's L rows, a zero row, represents all up to 512: the same result for a sixteenth of the work.
     """
     return net(x, 1000 * torch.stack([sigma * (1 - pinned), sigma], dim=1), text, return_dict=False)[0]
 
 
 def dit_loss(net: WanTransformer3DModel, pool: Pool, batch: int, generator: torch.Generator) -> Tensor:
-    """Flow-matching loss of a random batch of the pool, over the free frames."""
+    """Return the flow-matching loss of a random batch of the pool, over the free frames."""
     device = pool.latents.device
     index = torch.randint(len(pool.latents), (batch,), generator=generator, device=device)
     u, drop, alone = torch.rand((3, batch), generator=generator, device=device)
@@ -79,9 +79,7 @@ def train_dit(
     batch: int,
     report: Callable[[str], None],
 ) -> int:
-    """Train and save the teacher (EMA weights, float16); continues from `transformer/` if it is there. Returns
-    iterations.
-    """
+    """Train and save the teacher (EMA, float16), starting from `transformer/` if it exists; returns the iterations."""
     device = pool.latents.device
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -92,7 +90,7 @@ def train_dit(
     convert_transformer(net, ExecutionPlan(compiled=device.type == "cuda"))
     parameters = list(net.parameters())
     average = [p.detach().clone() for p in parameters]
-    generator = torch.Generator(device).manual_seed(seed + 1 + 1000 * more)  # other draws than before
+    generator = torch.Generator(device).manual_seed(seed + 1 + 1000 * more)  # not the draws of the first run
     adam = optimizer(parameters, device, beta2=0.99)
     loss = torch.ones((), device=device)
 

@@ -22,7 +22,7 @@ KINDS = ("teacher 50", "teacher 50 again", "teacher 4", "undistilled 4")
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the gate generates from, and the true clips."""
+    """The conditions of the gate's samples, and the true clips."""
 
     first: Tensor  # (N C 1 H W)
     text: Tensor  # (N L D) compact
@@ -34,7 +34,7 @@ class Conditions:
 def make_conditions(
     vae: AutoencoderKLWan, embed: Callable[[list[str]], Tensor], negative: Tensor, count: int, batch: int
 ) -> Conditions:
-    """`count` held-out conditions; the device is the negative embedding's (1 L D)."""
+    """Make `count` held-out conditions; the device is the negative embedding's (1 L D)."""
     device = negative.device
     prompts: list[str] = []
     latents, texts = [], []
@@ -50,14 +50,14 @@ def make_conditions(
 
 
 def few(c: Conditions, count: int) -> Conditions:
-    """The first `count` conditions."""
+    """Return the first `count` conditions."""
     return Conditions(c.first[:count], c.text[:count], c.negative, c.real[:count], c.asked[:count])
 
 
 def generate(
     net: WanTransformer3DModel, c: Conditions, kind: str, *, seed: int, scale: float, steps: int, batch: int
 ) -> Tensor:
-    """Latents (N C T H W) of one kind of sampling for all conditions."""
+    """Return latents (N C T H W) of one kind of sampling for all conditions."""
     device = c.real.device
     generator = torch.Generator(device).manual_seed(1000 * seed + KINDS.index(kind))
     out = []
@@ -74,14 +74,14 @@ def generate(
 
 
 def pixels(vae: AutoencoderKLWan, latents: Tensor, batch: int) -> Tensor:
-    """uint8 clips (N T H W 3)."""
+    """Return uint8 clips (N T H W 3)."""
     return torch.cat([to_pixels(decode(vae, part)) for part in latents.split(batch)])
 
 
 def distances(
     net: WanTransformer3DModel, c: Conditions, *, seed: int, scale: float, steps: int, batch: int
 ) -> dict[str, float]:
-    """The floor and the distances to it of the true clips and both 4-step baselines, for one seed."""
+    """Return the floor and, for true clips and both 4-step baselines, the distance to the teacher, for one seed."""
     sets = {
         kind: latent_features(generate(net, c, kind, seed=seed, scale=scale, steps=steps, batch=batch))
         for kind in KINDS
@@ -95,7 +95,7 @@ def distances(
 def answers(
     net: WanTransformer3DModel, vae: AutoencoderKLWan, c: Conditions, *, scale: float, steps: int, batch: int
 ) -> dict[str, dict[str, float]]:
-    """The analyser's shares for the true clips through the VAE and for each kind of sampling."""
+    """Return the analyser's shares for the true clips through the VAE and for each kind of sampling."""
     rows = {"real, through the VAE": score(pixels(vae, c.real, 64), c.asked)}
     for kind in KINDS:
         if kind != "teacher 50 again":
@@ -105,7 +105,7 @@ def answers(
 
 
 def table(per_seed: list[dict[str, float]], shares: dict[str, dict[str, float]]) -> str:
-    """A Markdown report of the gate."""
+    """Return a Markdown report of the gate."""
     floor = mean(row["floor"] for row in per_seed)
     lines = ["| set | distance to teacher 50 (mean, sd of seeds) | times the floor |", "|---|---|---|"]
     for name in per_seed[0]:

@@ -1,6 +1,4 @@
-"""Training loops of tiny models: one CUDA graph an iteration (they are launch-bound), a wall-clock budget, a
-schedule.
-"""
+"""Training loops of tiny models: one CUDA graph per iteration (they are launch-bound), a time budget, a schedule."""
 
 import math
 import time
@@ -9,11 +7,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-PEAK_AT, SYNC_EVERY = 0.03, 50  # warm-up share of the budget; iterations between looks at the clock
+PEAK_AT, SYNC_EVERY = 0.03, 50  # warm-up share of the budget; iterations between readings of the clock
 
 
 def optimizer(parameters: Iterable[torch.nn.Parameter], device: torch.device, *, beta2: float) -> torch.optim.AdamW:
-    """AdamW whose learning rate is a tensor, so that a captured graph follows the schedule."""
+    """Return AdamW whose learning rate is a tensor, so that a captured graph follows the schedule."""
     cuda = device.type == "cuda"
     rate = torch.zeros((), device=device)
     return torch.optim.AdamW(
@@ -22,7 +20,7 @@ def optimizer(parameters: Iterable[torch.nn.Parameter], device: torch.device, *,
 
 
 def captured(step: Callable[[], Tensor], generator: torch.Generator) -> Callable[[], None]:
-    """`step` as one CUDA graph whose draws come from `generator`; on the CPU, `step` itself."""
+    """Return `step` as one CUDA graph whose random numbers come from `generator`; on the CPU, `step` itself."""
     if generator.device.type != "cuda":
         return lambda: (step(), None)[1]
     side = torch.cuda.Stream()
@@ -39,7 +37,7 @@ def captured(step: Callable[[], Tensor], generator: torch.Generator) -> Callable
 
 
 def schedule(progress: float, peak: float) -> float:
-    """Learning rate at a share of the budget: linear warm-up, then a cosine to a hundredth of the peak."""
+    """Return the learning rate at a share of the budget: linear warm-up, then a cosine to a hundredth of the peak."""
     if progress < PEAK_AT:
         return peak * max(progress / PEAK_AT, 1e-3)
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - PEAK_AT) / (1 - PEAK_AT))))
@@ -48,9 +46,7 @@ def schedule(progress: float, peak: float) -> float:
 def train(
     step: Callable[[], None], rate: Tensor, peak: float, *, seconds: float, limit: int, report: Callable[[int], None]
 ) -> int:
-    """Repeat `step` until `seconds` or `limit` iterations are over, moving `rate` along the schedule; returns
-    the iterations.
-    """
+    """Repeat `step` for `seconds` or `limit` iterations with `rate` on the schedule; returns the iterations."""
     start = time.monotonic()
     done, progress = 0, 0.0
     while progress < 1:

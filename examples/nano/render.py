@@ -1,4 +1,4 @@
-"""Scenes to pixels: signed distances with anti-aliased edges. Shapes: B clips, S slots, T frames, H W pixels."""
+"""Renders scenes: signed distances with anti-aliased edges. Shapes: B clips, S slots, T frames, H W pixels."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ SQUARE, INNER, LONG, SHORT = 0.9, 0.72, 1.15, 0.42  # half side; the triangle's 
 
 
 def distance(x: Tensor, y: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
-    """Signed distance in pixels to the edge of a shape at the origin, negative inside; arguments broadcast."""
+    """Return the signed distance in pixels to the edge of a shape at the origin, negative inside; all broadcast."""
     ax, ay = x.abs(), y.abs()
     circle = (x * x + y * y).sqrt() - radius
     square = torch.maximum(ax, ay) - SQUARE * radius
@@ -24,14 +24,14 @@ def distance(x: Tensor, y: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
 
 
 def pixel_grid(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pixel centres: y (H 1) and x (1 W)."""
+    """Return pixel centres: y (H 1) and x (1 W)."""
     y = torch.arange(HEIGHT, device=device)[:, None] + 0.5
     x = torch.arange(WIDTH, device=device)[None, :] + 0.5
     return y, x
 
 
 def coverage(scenes: Scenes, slot: int) -> Tensor:
-    """How much of each pixel the object in `slot` covers (B T H W), in [0, 1]."""
+    """Return the share of each pixel that the object in `slot` covers (B T H W), in [0, 1]."""
     y, x = pixel_grid(scenes.phase.device)
     centre = scenes.centre[:, slot, :, :, None, None]
     radius = scenes.radius[:, slot, :, None, None]
@@ -41,7 +41,7 @@ def coverage(scenes: Scenes, slot: int) -> Tensor:
 
 
 def paint_background(scenes: Scenes) -> Tensor:
-    """The still background (B H W 3) in 0..255: a plain tone, a vertical shade, four soft stripes, or two halves."""
+    """Return the still background (B H W 3) in 0..255: one tone, a vertical shade, four soft stripes, or two halves."""
     y, x = pixel_grid(scenes.phase.device)
     phase = scenes.phase[:, None, None]
     kind = scenes.background[:, None, None]
@@ -54,7 +54,7 @@ def paint_background(scenes: Scenes) -> Tensor:
 
 
 def render(scenes: Scenes) -> Tensor:
-    """Clips (B T H W 3), uint8."""
+    """Return clips (B T H W 3), uint8."""
     video = paint_background(scenes)[:, None].expand(-1, scenes.centre.shape[2], -1, -1, -1)
     palette = constant(RGB, scenes.phase.device)
     for slot in range(SLOTS):
@@ -64,16 +64,16 @@ def render(scenes: Scenes) -> Tensor:
 
 
 def first_frames(scenes: Scenes) -> Tensor:
-    """First frames (B H W 3), uint8."""
+    """Return first frames (B H W 3), uint8."""
     start = replace(scenes, centre=scenes.centre[:, :, :1], radius=scenes.radius[:, :, :1])
     return render(start)[:, 0]
 
 
 def to_network(video: Tensor) -> Tensor:
-    """Pixels (B T H W 3) in 0..255 to the VAE's (B 3 T H W) in [-1, 1]."""
+    """Convert pixels (B T H W 3) in 0..255 to the VAE's (B 3 T H W) in [-1, 1]."""
     return video.movedim(-1, 1).float() / 127.5 - 1
 
 
 def to_pixels(video: Tensor) -> Tensor:
-    """The VAE's (B 3 T H W) in [-1, 1] to uint8 pixels (B T H W 3)."""
+    """Convert the VAE's (B 3 T H W) in [-1, 1] to uint8 pixels (B T H W 3)."""
     return ((video.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8).movedim(1, -1)

@@ -1,5 +1,6 @@
-"""Samplers that the gate compares; text is compact (L rows). Shapes: B clips, C channels, T latent frames, H W
-latent size.
+"""Samplers that the gate compares; text is compact (L rows).
+
+Shapes: B clips, C channels, T latent frames, H W latent size.
 """
 
 from collections.abc import Callable
@@ -16,12 +17,12 @@ LADDER = (1.0, 0.9375, 0.8333333, 0.625)
 
 
 def euler_grid(steps: int) -> list[float]:
-    """The shifted grid of `steps` sigmas, from 1 down, without the closing 0."""
+    """Return the shifted grid of `steps` sigmas, from 1 down, without the closing 0."""
     return [shift(1 - i / steps, SHIFT) for i in range(steps)]
 
 
 def network(net: WanTransformer3DModel, text: Tensor, first: Tensor | None, negative: Tensor, scale: float) -> Network:
-    """The guided denoiser to x0 for texts (B L D) and first frames (B C 1 H W) or none; scale 1 means no guidance."""
+    """Return the guided denoiser to x0 for texts (B L D) and first frames (B C 1 H W) or None; scale 1: no guidance."""
 
     def x0(x: Tensor, sigma: float) -> Tensor:
         if first is not None:
@@ -40,7 +41,7 @@ def network(net: WanTransformer3DModel, text: Tensor, first: Tensor | None, nega
 
 @torch.no_grad()
 def euler(x0: Network, noise: Tensor, sigmas: list[float]) -> Tensor:
-    """Deterministic sampling from noise along sigmas and then to 0."""
+    """Sample deterministically from noise along sigmas and then to 0."""
     x = noise
     for sigma, after in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         clean = x0(x, sigma)
@@ -50,7 +51,7 @@ def euler(x0: Network, noise: Tensor, sigmas: list[float]) -> Tensor:
 
 @torch.no_grad()
 def renoise(x0: Network, noise: Tensor, sigmas: list[float], generator: torch.Generator) -> Tensor:
-    """The student's sampler: predict x0, add fresh noise of the next sigma, repeat."""
+    """Sample as the student does: predict x0, add new noise at the next sigma, repeat."""
     x = noise
     for sigma, after in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         clean = x0(x, sigma)

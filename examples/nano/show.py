@@ -1,7 +1,7 @@
 """Pictures of nano clips: rows are clips, columns are frames. Shapes: N clips, T frames, H W pixels.
 
-`python -m examples.nano.show REPORT PICTURE` draws what `cli.py evaluate --out REPORT` compared: of each of the first
-conditions the teacher at 50 steps, at 4, the undistilled student and the student, all of the first seed.
+`python -m examples.nano.show REPORT PICTURE` draws what `cli.py evaluate --out REPORT` compared: for each of the first
+conditions the teacher at 50 steps, at 4, the undistilled student and the student, all with the first seed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from shards.latent_store import read_latent_rows
 from stage1_encode.models import vae
 
 MODEL = Path("examples/nano/model")
-SHOWN = 4  # contestants; further checkpoints come after the first student
+SHOWN = 4  # candidates; further checkpoints come after the first student
 
 COLUMNS = (0, 2, 4, 6, 8, 10, 12, 14, 16)
 
@@ -25,7 +25,7 @@ COLUMNS = (0, 2, 4, 6, 8, 10, 12, 14, 16)
 def sheet(clips: Tensor, path: Path, *, gap_every: int = 1) -> None:
     """Write uint8 clips (N T H W 3) as one PNG of 256 colours, a light line after every `gap_every` rows.
 
-    The few pixels of an object must not lose their colours to the background's shades: hence MAXCOVERAGE.
+    MAXCOVERAGE keeps the colours of objects, which have few pixels: other methods spend the palette on the background.
     """
     frames = clips[:, list(COLUMNS)].cpu()
     rows = rearrange(frames, "n t h w c -> n h t w c")
@@ -39,11 +39,11 @@ def sheet(clips: Tensor, path: Path, *, gap_every: int = 1) -> None:
     few.save(path, optimize=True)
 
 
-def contest(report: Path, count: int) -> Tensor:
-    """Clips (N T H W 3) uint8 of an evaluation: of each condition its contestants', one after the other."""
+def compared_clips(report: Path, count: int) -> Tensor:
+    """Return clips (N T H W 3) uint8 of an evaluation: for each condition those of all candidates, in order."""
     compared = read_comparison(report)
     model = vae.load_vae(MODEL, dtype=torch.float32, device=torch.device("cpu"))
-    names = [latent_set_name(contestant, compared.seeds[0]) for contestant in compared.contestants[:SHOWN]]
+    names = [latent_set_name(candidate, compared.seeds[0]) for candidate in compared.contestants[:SHOWN]]
     sets = [vae.decode_video_batch(model, read_latent_rows(report / LATENTS_STORE, name, 0, count)) for name in names]
     return rearrange(sets, "k n t h w c -> (n k) t h w c")
 
@@ -54,10 +54,10 @@ def main() -> None:
     parser.add_argument("report", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--count", type=int, default=6, help="conditions")
-    asked = parser.parse_args()
-    if not (asked.report / COMPARISON_FILE).is_file():
-        parser.error(f"{asked.report}: holds no {COMPARISON_FILE}; name the --out folder of evaluate")
-    sheet(contest(asked.report, asked.count), asked.picture, gap_every=SHOWN)
+    options = parser.parse_args()
+    if not (options.report / COMPARISON_FILE).is_file():
+        parser.error(f"{options.report}: contains no {COMPARISON_FILE}; name the --out folder of evaluate")
+    sheet(compared_clips(options.report, options.count), options.picture, gap_every=SHOWN)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The nano tokenizer and text encoder, trained on captions alone: every token learns what its clause asks for.
+"""The nano tokenizer and text encoder, trained on captions alone: every token learns the meaning of its clause.
 
 Shapes: B prompts, L = 32 rows, D = 64 width. The denoiser later sees these embeddings frozen.
 """
@@ -18,14 +18,14 @@ CLASSES = (4, len(COLOURS) + 1 + len(BACKGROUNDS), len(SHAPES) + 1, len(MOTIONS)
 
 
 def vocabulary() -> list[str]:
-    """All words of the grammar and of the negative prompt, sorted."""
+    """Return all words of the grammar and of the negative prompt, sorted."""
     texts = [*captions.PHRASES, *captions.SOMETHING, *captions.ENTER_WORDS, *captions.ARTICLES, *captions.GROUNDS]
     texts += [*COLOURS, *SHAPES, *BACKGROUNDS, captions.NEGATIVE_PROMPT, ", and while"]
     return sorted({word for text in texts for word in text.replace(",", " , ").replace("{}", " ").split()})
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, bytes for anything else, `</s>` at the end, pad id 0 (T5's numbering)."""
+    """Return a tokenizer: one token per word, bytes for other text, `</s>` at the end, pad id 0 (T5's numbering)."""
     specials = ["<pad>", "</s>", "<unk>"]
     pieces = specials + [f"<0x{byte:02X}>" for byte in range(256)] + vocabulary()
     ids = {piece: i for i, piece in enumerate(pieces)}
@@ -42,7 +42,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_encoder(tokens: int) -> UMT5EncoderModel:
-    """A small UMT5 encoder with fresh weights."""
+    """Return a small UMT5 encoder with fresh weights."""
     config = UMT5Config(
         vocab_size=tokens, d_model=WIDTH, d_kv=16, d_ff=128, num_layers=3, num_heads=4, dropout_rate=0.0,
         tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
@@ -52,7 +52,7 @@ def make_encoder(tokens: int) -> UMT5EncoderModel:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Ids and mask (B L); the last row is always free, so that it can stand for all zero rows up to 512."""
+    """Return ids and mask (B L); the last row is always empty, so that it can represent all zero rows up to 512."""
     batch = tokenizer(prompts, padding="max_length", max_length=ROWS, return_tensors="pt")
     assert batch.input_ids.shape[1] == ROWS and not batch.attention_mask[:, -1].any(), "a caption of over 31 tokens"
     return batch.input_ids, batch.attention_mask
@@ -60,13 +60,13 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[Te
 
 @torch.no_grad()
 def embed(encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> Tensor:
-    """Embeddings (B L D), zero past each prompt's end."""
+    """Return embeddings (B L D), zero past each prompt's end."""
     ids, mask = (part.to(encoder.device) for part in tokenize(tokenizer, prompts))
     return encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
 
 
 def labels(prompt: str) -> list[tuple[int, int, int, int]]:
-    """Role, colour, shape and motion class of every word of a prompt's clause."""
+    """Return the role, colour, shape and motion class of every word of a prompt's clause."""
     asked, clause, ground = captions.parse(prompt), 0, None
     rows = []
     words = prompt.replace(",", " ,").split()
@@ -85,7 +85,7 @@ def labels(prompt: str) -> list[tuple[int, int, int, int]]:
 
 
 def label_batch(prompts: list[str]) -> Tensor:
-    """Classes (B L 4), -100 where there is no word."""
+    """Return classes (B L 4), -100 at positions without a word."""
     table = torch.full((len(prompts), ROWS, len(CLASSES)), -100)
     for i, prompt in enumerate(prompts):
         rows = labels(prompt)
@@ -94,9 +94,7 @@ def label_batch(prompts: list[str]) -> Tensor:
 
 
 def train_text(folder: Path, *, seed: int, iterations: int, batch: int = 128) -> float:
-    """Train and save `tokenizer/` and `text_encoder/` under `folder`; returns the share of right answers in the
-    last batches.
-    """
+    """Train and save `tokenizer/` and `text_encoder/`; returns the share of right answers in the last batches."""
     tokenizer = make_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -116,9 +114,9 @@ def train_text(folder: Path, *, seed: int, iterations: int, batch: int = 128) ->
         torch.stack(losses).sum().backward()
         optimizer.step()
         decay.step()
-        there = target[..., 0] >= 0
+        is_word = target[..., 0] >= 0
         hits = torch.stack([p.argmax(-1) == target[..., k] for k, p in enumerate(logits)]).all(dim=0)
-        right = 0.95 * right + 0.05 * hits[there].float().mean().item() if i else 0.0
+        right = 0.95 * right + 0.05 * hits[is_word].float().mean().item() if i else 0.0
     tokenizer.save_pretrained(folder / "tokenizer")
     encoder.save_pretrained(folder / "text_encoder")
     return right

@@ -1,6 +1,6 @@
 """The nano world: clips of coloured shapes on a still background, each a pure function of (seed, index).
 
-Every object keeps to its own half of the picture, so that what one does leaves the other free. The world is discrete
+Every object stays in its own half of the picture, so that objects do not constrain each other. The world is discrete
 where a tiny network must choose: centres start on a lattice, objects turn and enter where a latent frame begins, and
 move one stride a latent frame. What the caption leaves open is drawn at random.
 
@@ -27,12 +27,12 @@ MOTIONS = (*DIRECTIONS, "grow", "shrink", "bounce", "stay", "free")  # "free" is
 GROW, SHRINK, BOUNCE, STAY, FREE = range(8, 13)
 SLOTS = 3
 NEVER = FRAMES  # entry frame of an object that is not in the clip
-CHUNK = 4  # pixel frames a latent frame, after the first; objects turn and enter at frames 1 + 4k
-LATTICE, STRIDE = 2.0, 6.0  # pixels between places where objects start, and an object moves in a chunk
+CHUNK = 4  # pixel frames per latent frame, after the first; objects turn and enter at frames 1 + 4k
+LATTICE, STRIDE = 2.0, 6.0  # pixels: spacing of start positions; movement per chunk
 SIZE, SMALL, LARGE = 7.0, 7.0, 10.0  # radius of most objects; a growing one goes from SMALL to LARGE
 REACH = 1.25  # a shape stays within this many radii of its centre
 VAGUE = 0.6  # share of captions that leave an object's motion open
-PATH_DRAWS, SCENE_DRAWS = 6, 28  # uniform draws a path, a scene without its paths
+PATH_DRAWS, SCENE_DRAWS = 6, 28  # uniform draws per path, and per scene without its paths
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Scenes:
 
 
 def uniforms(seed: int, index: Tensor, count: int) -> Tensor:
-    """Uniform draws (B count) in [0, 1), a hash (splitmix64, Steele et al. 2014) of seed, index (B) and column."""
+    """Return uniform draws (B count) in [0, 1), a splitmix64 hash (Steele et al. 2014) of seed, index (B), column."""
     x = index[:, None] * 4096 + torch.arange(count, device=index.device) + seed * 0x1000003D
     x = x * -7046029254386353131
     for right, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
@@ -62,30 +62,28 @@ def uniforms(seed: int, index: Tensor, count: int) -> Tensor:
 
 
 def held_out(shape: Tensor, colour: Tensor, motion: Tensor) -> Tensor:
-    """True for the shape x colour x motion combinations that are never trained on (a sixth of the named, a
-    quarter of the free).
-    """
+    """Return which combinations are never trained on: a sixth of the named motions, a quarter of the free ones."""
     return torch.where(motion == FREE, (shape + colour) % 4 == 3, (shape + colour + motion) % 6 == 0)
 
 
 @cache
 def constant(values: tuple, device: torch.device) -> Tensor:
-    """A float32 tensor made once a device, since a CUDA graph cannot capture a copy from the host."""
+    """Return a float32 tensor, cached per device because a CUDA graph cannot capture a copy from the host."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def choose(u: Tensor, count: int) -> Tensor:
-    """An integer in [0, count) from a uniform draw of any shape."""
+    """Return an integer in [0, count) from a uniform draw of any shape."""
     return (u * count).long().clamp(max=count - 1)
 
 
 def third_colour(pick: Tensor, taken: Tensor) -> Tensor:
-    """Number `pick` in 0..3 of the five other colours 0..4 without `taken`."""
+    """Return number `pick` in 0..3 of the five other colours 0..4 without `taken`."""
     return pick + (pick >= taken)
 
 
 def attributes(u: Tensor, colour: Tensor, split: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Shape and motion (B) for a colour (B) from draws u (B 3); a share VAGUE of the motions is FREE.
+    """Return shape and motion (B) for a colour (B) from draws u (B 3); a share VAGUE of the motions is FREE.
 
     split (B) asks for held-out combinations or none, None for any: it walks from a random start through all pairs of
     shape and motion to the first allowed one.
@@ -104,10 +102,10 @@ def attributes(u: Tensor, colour: Tensor, split: Tensor | None) -> tuple[Tensor,
 
 
 def headings(u: Tensor, motion: Tensor) -> Tensor:
-    """Heading (... T-1) in radians of each step, from draws u (... 6) and motion (...).
+    """Return the heading (... T-1) in radians of each step, from draws u (... 6) and motion (...).
 
-    A free motion is straight, turned by a right angle or bounced where some chunk begins, or curved by half a right
-    angle a chunk; a bounce is a turn by pi.
+    A free motion is straight, turned by a right angle or bounced at the start of a chunk, or curved by half a right
+    angle per chunk; a bounce is a turn by pi.
     """
     chunk = torch.arange(FRAMES - 1, device=u.device) // CHUNK
     kind = choose(u[..., 0], 4)
@@ -122,20 +120,20 @@ def headings(u: Tensor, motion: Tensor) -> Tensor:
 
 
 def on_lattice(u: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """A place on the lattice in [low, high] from draws u of the same shape; the first at or after low if none is."""
+    """Return a lattice position in [low, high] from draws u of the same shape, or the first one after low."""
     first = (low / LATTICE).ceil()
     count = ((high / LATTICE).floor() - first + 1).clamp(min=1)
     return LATTICE * (first + (u * count).floor().minimum(count - 1))
 
 
 def room(margin: Tensor) -> tuple[Tensor, Tensor]:
-    """Lowest and highest centre (... 2) in the left half of an object that needs `margin` (...) pixels around it."""
+    """Return the lowest and highest centre (... 2) in the left half of an object with a margin (...) in pixels."""
     low = torch.stack([margin, margin], dim=-1)
     return low, constant((WIDTH / 2, HEIGHT), margin.device) - low
 
 
 def paths(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
-    """Centres (... T 2) that stay inside the left half and radii (... T), from draws u (... 6) and motion (...)."""
+    """Return centres (... T 2) inside the left half and radii (... T), from draws u (... 6) and motion (...)."""
     heading = headings(u, motion)
     still = (motion == GROW) | (motion == SHRINK) | (motion == STAY)
     speed = torch.where(still, 0.0, STRIDE / CHUNK)
@@ -150,7 +148,7 @@ def paths(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_background(u: Tensor) -> tuple[Tensor, Tensor]:
-    """Background kind (B) and two muted tones (B 2 3) in 0..255 from draws u (B 9)."""
+    """Return the background kind (B) and two muted tones (B 2 3) in 0..255 from draws u (B 9)."""
     grey = 25 + 120 * u[:, 1]
     other = torch.where(u[:, 2] < 0.5, 25 + 0.6 * (grey - 25), grey + 0.4 * (150 - grey))
     tint = 24 * (torch.stack([u[:, 3:6], u[:, 6:9]], dim=1) - 0.5)
@@ -158,9 +156,7 @@ def draw_background(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_scenes(seed: int, index: Tensor, *, held: bool | None) -> Scenes:
-    """Scenes of the given indices (B): held=False for training, True for combinations never trained on, None for
-    either.
-    """
+    """Return scenes of indices (B); `held`: False for training, True for held-out combinations, None for any."""
     u, v = uniforms(seed, index, SCENE_DRAWS + 2 * PATH_DRAWS).split([SCENE_DRAWS, 2 * PATH_DRAWS], dim=1)
     split = None if held is None else torch.full_like(index, held, dtype=torch.bool)
     a = choose(u[:, 0], 6)
@@ -171,8 +167,8 @@ def draw_scenes(seed: int, index: Tensor, *, held: bool | None) -> Scenes:
     motion = torch.stack([motion_a, motion_b], dim=1)
     centre, radius = paths(rearrange(v, "b (s d) -> b s d", s=2), motion)
     size = torch.full_like(radius[:, :1], SIZE)
-    place = on_lattice(u[:, 10:12], *room(REACH * size[:, 0, 0] + 1))[:, None, None].expand_as(centre[:, :1])
-    centre = torch.cat([centre, place], dim=1)
+    position = on_lattice(u[:, 10:12], *room(REACH * size[:, 0, 0] + 1))[:, None, None].expand_as(centre[:, :1])
+    centre = torch.cat([centre, position], dim=1)
     right = (u[:, 25] < 0.5)[:, None] == constant((1, 0, 0), u.device).bool()  # (B S): the first in one half, or other
     centre = torch.stack([centre[..., 0] + right[..., None] * (WIDTH / 2), centre[..., 1]], dim=-1)
     second = torch.where(u[:, 9] < 0.5, 0, NEVER)

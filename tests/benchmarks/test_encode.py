@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 SIZES = ("--tiny", "--rows", "16", "--shard-size", "4", "--clips", "2")
 
 
-def printed(*command: str) -> str:
+def run_benchmark(*command: str) -> str:
     done = subprocess.run([sys.executable, *command, *SIZES], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -19,12 +19,12 @@ def printed(*command: str) -> str:
 
 def test_torchrun() -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    text = printed(*launcher, "-m", "benchmarks.encode_ranks")
+    text = run_benchmark(*launcher, "-m", "benchmarks.encode_ranks")
     for gpus, records in ((1, 16), (2, 32)):
         assert re.search(rf"\nencode on {gpus} GPU\(s\): .* \({records} in ", text)
 
 
 def test_ray() -> None:
     pytest.importorskip("ray")
-    text = printed("-m", "benchmarks.encode_ray")
+    text = run_benchmark("-m", "benchmarks.encode_ray")
     assert re.search(r"\nencode --engine ray, no GPU\(s\): \d+\.\d records/s .*, 16 records\n", text)

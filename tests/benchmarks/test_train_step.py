@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.exposed import length, union
+from benchmarks.device import covered_time, merge_spans
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def printed(*command: str) -> str:
+def run_benchmark(*command: str) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -23,7 +23,7 @@ def printed(*command: str) -> str:
 
 @pytest.mark.parametrize(("launcher", "memory"), [([], "compact"), (TORCHRUN, "standard")])
 def test_train_step(launcher: list[str], memory: str) -> None:
-    text = printed(*launcher, "-m", "benchmarks.train_step", "--tiny", "--memory", memory, "--count", "10")
+    text = run_benchmark(*launcher, "-m", "benchmarks.train_step", "--tiny", "--memory", memory, "--count", "10")
     for row in (
         "mean iteration: ",
         "phases of a mean iteration: ",
@@ -38,11 +38,11 @@ def test_train_step(launcher: list[str], memory: str) -> None:
 
 def test_adapters_with_inputs_in_host_memory() -> None:
     options = ("--tiny", "--memory", "standard", "--lora", "4", "--keep", "offload", "--only", "updates")
-    assert "\nmean iteration: " in printed("-m", "benchmarks.train_step", *options)
+    assert "\nmean iteration: " in run_benchmark("-m", "benchmarks.train_step", *options)
 
 
 def test_modes_on_two_ranks() -> None:
-    text = printed(*TORCHRUN, "-m", "benchmarks.modes", "--tiny", "--modes", "alone,compact,hsdp,checkpoint")
+    text = run_benchmark(*TORCHRUN, "-m", "benchmarks.modes", "--tiny", "--modes", "alone,compact,hsdp,checkpoint")
     alone = float(re.search(r"\nalone, mean iteration: ([\d.]+)", text)[1])
     for mode, kind in (("compact", "all_gather"), ("hsdp", "all_reduce")):
         assert re.search(rf"\n{mode}, critic update of 2 ranks, communication: 0\.\d+ s of .*gloo:{kind}", text)
@@ -54,15 +54,15 @@ def test_modes_on_two_ranks() -> None:
 
 
 def test_time_in_overlapping_spans() -> None:
-    assert union([(5, 6), (0, 2), (1, 3), (2, 2.5)]) == [(0, 3), (5, 6)]
-    assert length([(5, 6), (0, 2), (1, 3)]) == 4
+    assert merge_spans([(5, 6), (0, 2), (1, 3), (2, 2.5)]) == [(0, 3), (5, 6)]
+    assert covered_time([(5, 6), (0, 2), (1, 3)]) == 4
 
 
 def test_network(tmp_path: Path) -> None:
-    text = printed("-m", "benchmarks.network", "--tiny", "--out", str(tmp_path))
+    text = run_benchmark("-m", "benchmarks.network", "--tiny", "--out", str(tmp_path))
     assert "ours, keep attention" in text
     assert (tmp_path / "backward.txt").stat().st_size > 0
 
 
 def test_loading() -> None:
-    assert "three roles opened: " in printed("-m", "benchmarks.loading", "--tiny")
+    assert "three roles opened: " in run_benchmark("-m", "benchmarks.loading", "--tiny")

@@ -1,4 +1,4 @@
-"""The analyser reads true clips without a fault, and finds every kind of fault that a bad sampler makes."""
+"""The analyser reads true clips without a fault, and detects every kind of fault of a bad sampler."""
 
 import pytest
 import torch
@@ -60,12 +60,12 @@ def test_each_answer_is_wrong_where_its_subject_is(true_clips: tuple[Tensor, lis
 
 def test_held_out_combinations_are_never_trained_on() -> None:
     train, held = (draw_scenes(5, torch.arange(512), held=flag) for flag in (False, True))
-    there = train.entry[:, :2] < NEVER
+    visible = train.entry[:, :2] < NEVER
     seen = set(
         zip(
-            train.shape[:, :2][there].tolist(),
-            train.colour[:, :2][there].tolist(),
-            train.motion[there].tolist(),
+            train.shape[:, :2][visible].tolist(),
+            train.colour[:, :2][visible].tolist(),
+            train.motion[visible].tolist(),
             strict=True,
         )
     )

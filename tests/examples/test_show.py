@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.video import VideoSpec
 from examples.nano.render import render
-from examples.nano.show import COLUMNS, contest, sheet
+from examples.nano.show import COLUMNS, compared_clips, sheet
 from examples.nano.world import RGB, draw_scenes
 from shards.comparison import LATENTS_STORE, Candidate, Comparison, latent_set_name, write_comparison
 from shards.latent_store import LatentGroup, create_group, write_latents
@@ -28,17 +28,17 @@ def test_small_objects_keep_their_colours(tmp_path: Path) -> None:
         assert numpy.abs(rows - wanted)[inside].mean() < 3, colour
 
 
-def test_an_evaluation_is_drawn_contestant_by_contestant(tmp_path: Path) -> None:
+def test_evaluation_is_drawn_candidate_by_candidate(tmp_path: Path) -> None:
     kinds = tuple(
         Candidate(name, name, 4, name) for name in ("teacher", "teacher-few", "undistilled", "student", "more")
     )
     write_comparison(tmp_path, Comparison(kinds, (3, 4), (4, 3), 2, 1.5))
     spec = VideoSpec(17, 64, 96, fps=12)
-    for place, one in enumerate(kinds):
-        group = LatentGroup(latent_set_name(one, 3), spec, ("a", "b"), ("p", "q"), (3, 3))
+    for index, candidate in enumerate(kinds):
+        group = LatentGroup(latent_set_name(candidate, 3), spec, ("a", "b"), ("p", "q"), (3, 3))
         create_group(tmp_path / LATENTS_STORE, group)
-        write_latents(tmp_path / LATENTS_STORE, group.step, [0, 1], torch.full((2, *spec.latent_shape), float(place)))
-    clips = contest(tmp_path, 2)
+        write_latents(tmp_path / LATENTS_STORE, group.step, [0, 1], torch.full((2, *spec.latent_shape), float(index)))
+    clips = compared_clips(tmp_path, 2)
     assert clips.shape == (8, 17, 64, 96, 3)
     assert torch.equal(clips[:4], clips[4:]), "both conditions hold the same latents"
     assert len({clip.float().mean().item() for clip in clips[:4]}) == 4

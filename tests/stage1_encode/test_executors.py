@@ -82,8 +82,8 @@ def test_the_example_of_a_job_array_asks_for_ranges_that_meet(tmp_path: Path) ->
         command = ["bash", str(ROOT / "examples/slurm_encode.sh"), "my clips.csv", "MODEL", "DATA"]
         environment = os.environ | {"PATH": path, "SLURM_ARRAY_TASK_ID": str(job), "PER_JOB": "7"}
         said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        assert said.startswith("encode --data my clips.csv --model MODEL --out DATA --shards ")
-        asked.append(configure(Path("a"), Path("b"), Path("c"), shards=said.split()[-2]).shard_bounds)
+        assert said.startswith("encode --data my clips.csv --model MODEL --out DATA --shard-range ")
+        asked.append(configure(Path("a"), Path("b"), Path("c"), shard_range=said.split()[-2]).shard_bounds)
     assert asked == [(0, 7), (7, 14), (14, 21)]
 
 
