@@ -14,9 +14,9 @@ from common.condition import Condition
 from common.files import has_foreign_files
 from common.model_folder import fingerprint_folder, locate_model
 from common.options import read_yaml, rename_old_keys, write_config
-from shards.dataset import DataSet, RecordStream, prefetch_ordered
+from shards.dataset import DataSet, prefetch_ordered
 from shards.manifest import Manifest, check_manifest
-from shards.mixture import DataSetMixture, open_data_sets
+from shards.mixture import DataSetMixture, RecordStream, open_data_sets
 from stage2_distill.build import build_trainer
 from stage2_distill.checkpointing.format import SAMPLER_KIND, StudentFacts, list_checkpoints
 from stage2_distill.checkpointing.writer import CheckpointWriter

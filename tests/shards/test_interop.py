@@ -12,8 +12,9 @@ import torch
 import webdataset
 from safetensors.torch import load
 
-from shards.dataset import RecordStream, open_data_set
+from shards.dataset import open_data_set
 from shards.manifest import read_manifest
+from shards.mixture import RecordStream
 from tests.shards.data_sets import make_data_set, make_record
 
 COUNTS = [3, 2]

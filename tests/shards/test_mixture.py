@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from common.video import VideoSpec
-from shards.dataset import DataSet, RecordStream, open_data_set
-from shards.mixture import DataSetMixture, open_data_sets, parse_weight
+from shards.dataset import DataSet, open_data_set
+from shards.mixture import DataSetMixture, RecordStream, open_data_sets, parse_weight
 from tests.shards.data_sets import ENCODER, make_data_set, make_record
 
 
@@ -42,7 +42,7 @@ def test_weights_are_parsed(text, prefix, weight):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("a:0", "between 1/1000"), ("a:1001", "and 1000"), ("a:1.2.3", "no weight")]
+    ("text", "says"), [("a:0", "between 1/1000"), ("a:1001", "and 1000"), ("a:1.2.3", "is not a number")]
 )
 def test_bad_weights_are_refused(text, says):
     with pytest.raises(ValueError, match=f"shards={text}: .*{says}"):
@@ -110,5 +110,5 @@ def test_one_data_set_is_itself(folders):
 )
 def test_what_was_made_otherwise_does_not_mix(folders, tmp_path, change, says):
     other = make_data_set(tmp_path / "other", [2], **change)
-    with pytest.raises(ValueError, match=f"other cannot mix with .*: .*{says}"):
+    with pytest.raises(ValueError, match=f"other: cannot be mixed with .*: .*{says}"):
         open_data_sets([folders[0], str(other)])

@@ -13,8 +13,10 @@ from tests.shards.data_sets import ENCODER, SPEC, TEXT_DIM, make_shards
 SHARDS, RECORDS = 200_000, 500
 SCRIPT = """
 import resource, sys
+from pathlib import Path
 from shards.storage.open import LocalStorage
-from shards.dataset import MAX_CACHED_RECORDS, RecordStream, open_data_set
+from shards.dataset import MAX_CACHED_RECORDS, open_data_set
+from shards.mixture import RecordStream
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
@@ -25,17 +27,14 @@ opened = peak()
 
 class OneShard(LocalStorage):
     def read(self, name, *span, fresh=False):
-        return super().read("shard-000000.json", *span)
-
-    def read_into(self, name, *span, fresh=False):
-        super().read_into("shard-000000.tar", *span)
+        return super().read(f"shard-000000{Path(name).suffix}", *span)
 
 data.storage = OneShard(sys.argv[1])
 stream = RecordStream(data, seed=1)
 seen = [stream.record_index(position * 99_991) for position in range(600)]
 keys = [stream.data.read_record(index).key for index in seen]
 assert keys == [f"clip-{index % 500:06d}" for index in seen]
-assert len(data._offset_cache) == MAX_CACHED_RECORDS // 500 < len({index // 500 for index in seen})
+assert data._load_offsets.cache_info().currsize == MAX_CACHED_RECORDS // 500 < len({index // 500 for index in seen})
 print(data.num_records, len(set(seen)), round(opened - imported), round(peak() - opened))
 """
 

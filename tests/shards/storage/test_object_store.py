@@ -7,10 +7,11 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
-from shards.dataset import RecordStream, open_data_set, prefetch_ordered
+from shards.dataset import open_data_set, prefetch_ordered
+from shards.mixture import RecordStream
 from shards.storage import object_store, open
 from shards.storage.cache import DiskCache
-from shards.storage.object_store import ObjectStore, RetryPolicy
+from shards.storage.object_store import ObjectStore
 from shards.storage.open import open_storage, url_scheme
 from tests.shards.data_sets import make_data_set, make_record
 from tests.shards.server import serve
@@ -33,15 +34,14 @@ def server(folder):
 def quick(monkeypatch, tmp_path):
     """Short pauses, and a cache of this test's own."""
     monkeypatch.setattr(object_store, "STALL_SECONDS", 0.5)
-    monkeypatch.setattr(
-        object_store.ObjectStore.__init__, "__kwdefaults__", {"retry": RetryPolicy(max_attempts=4, first_delay=0.01)}
-    )
+    monkeypatch.setattr(object_store, "MAX_ATTEMPTS", 4)
+    monkeypatch.setattr(object_store, "FIRST_DELAY", 0.01)
     monkeypatch.setattr(open, "cache_folder", lambda: tmp_path / "cache")
 
 
 def same(data, indices=range(RECORDS)):
     for index in indices:
-        record, made = data.record(index), make_record(index)
+        record, made = data.read_record(index), make_record(index)
         assert (record.key, record.source) == (made.key, made.source)
         assert torch.equal(record.first_frame, made.first_frame) and torch.equal(record.text, made.text)
     return True
@@ -61,13 +61,12 @@ def test_a_fault_that_passes_changes_nothing(server, fault):
     assert same(open_data_set(server.url, cache_bytes=0), range(3) if fault == "stall" else range(RECORDS))
 
 
-def test_random_faults_under_threads(server):
+def test_random_faults_under_threads(server, monkeypatch):
     draw = random.Random(0)
     server.fault = lambda name, number: draw.choice(["", "503", "cut", "reset"]) if number % 4 else ""
     data = open_data_set(server.url, cache_bytes=0)
-    data.storage.retry = RetryPolicy(
-        max_attempts=12, first_delay=0.001
-    )  # threads that ask for one range share its faults
+    monkeypatch.setattr(object_store, "MAX_ATTEMPTS", 12)  # threads that ask for one range share its faults
+    monkeypatch.setattr(object_store, "FIRST_DELAY", 0.001)
     stream = RecordStream(data, seed=5)
     plans = [[p, p + 1, p + 2] for p in range(0, 48, 3)]
     batches = list(prefetch_ordered(stream.read_batch, plans, depth=4, threads=4))
@@ -92,9 +91,9 @@ def test_a_lost_server_is_named_after_the_last_try(server, caplog):
 def test_pauses_double(monkeypatch, tmp_path):
     slept = []
     monkeypatch.setattr(object_store.time, "sleep", slept.append)
-    nowhere = ObjectStore(
-        "http://127.0.0.1:9/data", cache=DiskCache(tmp_path, 0), retry=RetryPolicy(max_attempts=5, first_delay=0.5)
-    )
+    monkeypatch.setattr(object_store, "MAX_ATTEMPTS", 5)
+    monkeypatch.setattr(object_store, "FIRST_DELAY", 0.5)
+    nowhere = ObjectStore("http://127.0.0.1:9/data", cache=DiskCache(tmp_path, 0))
     with pytest.raises(ConnectionError):
         nowhere.read("manifest.json")
     assert slept == [0.5, 1, 2, 4]
@@ -127,7 +126,7 @@ def test_a_damaged_or_missing_opening_is_refused(server, folder, damaged):
 
 def test_a_server_without_ranges_is_refused(server):
     server.fault = lambda name, number: "whole"
-    with pytest.raises(ValueError, match="whole files where ranges are asked for"):
+    with pytest.raises(ValueError, match="whole files instead of byte ranges"):
         open_data_set(server.url).read_record(0)
 
 
@@ -206,13 +205,13 @@ def test_s3_gives_the_records_and_names_damage(s3, folder, monkeypatch):
 @pytest.mark.parametrize("bad", ["pipe:cat /etc/hostname", "pipe:rm -rf x", "|cat x", "ssh://host/x", "sftp://host/x"])
 @pytest.mark.parametrize("opened", [open_data_set, lambda prefix: open_storage(prefix, cache_bytes=0)])
 def test_what_runs_a_program_is_refused(bad, opened):
-    with pytest.raises(ValueError, match="is not read; give a folder or one of https://"):
+    with pytest.raises(ValueError, match="cannot be read; give a folder or one of https://"):
         opened(bad)
 
 
 @pytest.mark.parametrize("bad", ["file:///etc", "simplecache::s3://b/x", "s3://b/x::zip://y", "s3:bucket", "ftp://h/x"])
 def test_other_schemes_are_refused(bad):
-    with pytest.raises(ValueError, match="is not read"):
+    with pytest.raises(ValueError, match="cannot be read"):
         url_scheme(bad)
 
 
