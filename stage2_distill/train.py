@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from common.condition import Condition
-from common.files import has_foreign_files
+from common.files import refuse_foreign_files
 from common.model_folder import fingerprint_folder, locate_model
 from common.options import read_yaml, rename_old_keys, write_config
 from shards.dataset import DataSet, prefetch_ordered
@@ -83,8 +83,8 @@ def open_run_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
 
     Until its first iteration is done any option may change; only a preview would be of the old ones.
     """
-    if has_foreign_files(out, RUN_CONFIG_FILE):
-        raise ValueError(f"out={out}: holds something that is not a run of distill; name an empty folder")
+    if not (out / RUN_CONFIG_FILE).is_file():
+        refuse_foreign_files(out, lambda name: name == f"{RUN_CONFIG_FILE}.partial")
     changed = changed_options(out / RUN_CONFIG_FILE, config) if (out / RUN_CONFIG_FILE).is_file() else []
     if changed and (complete_lines(out / METRICS_FILE) or list_checkpoints(out)):
         raise ValueError(f"out={out}: holds a run with other options: {'; '.join(changed)}")
