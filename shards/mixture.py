@@ -24,9 +24,9 @@ WEIGHT_RESOLUTION = 1000  # weights are rounded to a thousandth
 
 def parse_weight(text: str) -> tuple[str, float]:
     """Split `PREFIX` or `PREFIX:WEIGHT` into its prefix and its weight (default 1); ValueError for a bad weight."""
-    prefix, colon, tail = text.rpartition(":")
-    # The colon of `https://host:8000` precedes a port, not a weight.
-    if not colon or not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", tail) or re.fullmatch(r"[a-z0-9]+://[^/]*", prefix):
+    prefix, _, tail = text.rpartition(":")
+    is_port = re.fullmatch(r"[a-z0-9]+://[^/]*", prefix)  # of https://host:8000
+    if not prefix or is_port or not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", tail):
         return text, 1.0
     try:
         weight = float(tail)

@@ -14,7 +14,7 @@ from shards.dataset import read_shard_index
 from shards.manifest import Manifest, ShardInfo
 from shards.record import METADATA_SUFFIX, TENSORS_SUFFIX, Record, from_members
 from shards.storage.open import Storage
-from shards.writer import ShardIndex, TarMember, index_file_name
+from shards.writer import RowFailure, ShardIndex, TarMember, index_file_name
 
 MAX_READS = 3  # of a shard with problems: the connection may be at fault
 STATISTICS = ("prompt characters", "text rows", "text rms", "first frame rms")
@@ -42,7 +42,7 @@ class ShardReport:
     problems: list[DataProblem] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)  # of the CSV, records' and failures'
-    failures: list[tuple[int, str, str]] = field(default_factory=list)  # line, path, reason
+    failures: tuple[RowFailure, ...] = ()
     values: "dict[str, array[float]]" = field(default_factory=lambda: {name: array("f") for name in STATISTICS})
     sources: Counter[str] = field(default_factory=Counter)  # records by kind and size of the source file
 
@@ -52,7 +52,7 @@ class ShardReport:
 
 
 def check_shard(storage: Storage, manifest: Manifest, shard: ShardInfo) -> ShardReport:
-    """Read a whole shard and report what is wrong with it in each of `MAX_READS` attempts."""
+    """Read a whole shard and report its problems; those that a second or third read does not show are ignored."""
     report = _check_shard_once(storage, manifest, shard)
     for _ in range(MAX_READS - 1):
         if report.problems:
@@ -69,7 +69,7 @@ def _check_shard_once(storage: Storage, manifest: Manifest, shard: ShardInfo) ->
         return report
     if (len(index.members), len(index.failures)) != (2 * shard.records, shard.rows - shard.records):
         report.add_problem(sidecar, "", f"does not describe {shard.records} records of {shard.rows} rows")
-    report.failures = [(failure.line, failure.path, failure.reason) for failure in index.failures]
+    report.failures = index.failures
     report.lines = [failure.line for failure in index.failures]
     try:
         _check_tar(storage, manifest, index, report)

@@ -120,13 +120,12 @@ def _failure_problems(
     try:
         text = str(storage.read(FAILURES_FILE, fresh=True), "utf-8")
         rows = list(csv.reader(io.StringIO(text, newline="")))
-    except FileNotFoundError:
+    except FileNotFoundError:  # a copy for people may be deleted
         return
     except (UnicodeDecodeError, csv.Error) as error:
-        yield DataProblem(FAILURES_FILE, "", f"is damaged ({error})")
-        return
-    if rows != [["line", "path", "reason"], *([str(line), path, reason] for line, path, reason in failures)]:
-        yield DataProblem(FAILURES_FILE, "", "differs from the failures in the sidecars")
+        rows = [[str(error)]]
+    if rows != [["line", "path", "reason"], *([str(item.line), item.path, item.reason] for item in failures)]:
+        yield DataProblem(FAILURES_FILE, "", "is not the list of the failures in the sidecars")
 
 
 def _unlisted_shards(storage: Storage, manifest: Manifest) -> Iterator[DataProblem]:

@@ -21,15 +21,15 @@ PINNED, PINNED_LARGE = [5, 1, 0, 4, 6, 9, 3, 2, 8, 7], 47_609_603
 
 def random_runs(seed, number):
     """Random sizes, ranks, batch sizes and stop points."""
-    draw = random.Random(seed)
+    generator = random.Random(seed)
     for _ in range(number):
-        per_rank, accumulation = draw.randint(1, 4), draw.randint(1, 3)
+        per_rank, accumulation = generator.randint(1, 4), generator.randint(1, 3)
         yield (
-            draw.randint(1, 300),
-            draw.randint(1, 9),
+            generator.randint(1, 300),
+            generator.randint(1, 9),
             per_rank * accumulation,
-            draw.randint(0, 40),
-            draw.randint(0, 99),
+            generator.randint(0, 40),
+            generator.randint(0, 99),
         )
 
 
@@ -54,9 +54,9 @@ def test_order_is_a_bijection(count):
 
 
 def test_order_is_fair():
-    seen = Counter(tuple(permute_index(i, count=4, seed=seed, epoch=0) for i in range(4)) for seed in range(4800))
-    assert set(seen) == set(permutations(range(4)))
-    assert min(seen.values()) > 130 and max(seen.values()) < 270  # 200 each, five standard deviations
+    counts = Counter(tuple(permute_index(i, count=4, seed=seed, epoch=0) for i in range(4)) for seed in range(4800))
+    assert set(counts) == set(permutations(range(4)))
+    assert min(counts.values()) > 130 and max(counts.values()) < 270  # 200 each, five standard deviations
 
 
 def test_order_is_pinned():
@@ -96,22 +96,22 @@ def test_every_record_once_an_epoch_over_all_ranks():
 def test_an_update_reads_the_same_set_on_any_number_of_ranks_and_after_any_stop():
     for records, world, per_rank, stop, seed in random_runs(2, 60):
         size = 12 * per_rank
-        whole = [RecordStream(SizedDataSet(records), seed=seed).record_index(p) for p in range(size * (stop + 2))]
+        all_indices = [RecordStream(SizedDataSet(records), seed=seed).record_index(p) for p in range(size * (stop + 2))]
         for ranks in {w for w in (1, 2, 3, 4, 6, 12) if w <= max(1, world)}:
             resumed = RecordStream(SizedDataSet(records), seed=seed)
             update = [
                 resumed.record_index(stop * size + i) for r in range(ranks) for i in range(size) if i % ranks == r
             ]
-            assert sorted(update) == sorted(whole[stop * size : (stop + 1) * size])
+            assert sorted(update) == sorted(all_indices[stop * size : (stop + 1) * size])
 
 
 def test_records_come_back_as_written(folder):
     data = open_data_set(folder)
     assert data.num_records == data.manifest.records == 17
     for index in (0, 4, 5, 6, 16):
-        record, made = data.read_record(index), make_record(index)
-        assert (record.key, record.source) == (made.key, made.source)
-        assert torch.equal(record.first_frame, made.first_frame) and torch.equal(record.text, made.text)
+        record, expected = data.read_record(index), make_record(index)
+        assert (record.key, record.source) == (expected.key, expected.source)
+        assert torch.equal(record.first_frame, expected.first_frame) and torch.equal(record.text, expected.text)
     assert data.negative.shape == (4, 8)
     for outside in (-1, 17):
         with pytest.raises(IndexError, match=f"record {outside} of 17"):
@@ -145,10 +145,10 @@ def test_a_tar_cut_short_is_named(folder, tmp_path):
 def test_batch_is_collated_in_the_order_of_positions(folder):
     stream = RecordStream(open_data_set(folder), seed=3)
     batch = stream.read_batch([20, 4, 33])
-    made = [make_record(stream.record_index(position)) for position in (20, 4, 33)]
-    assert batch.keys == tuple(record.key for record in made)
-    assert torch.equal(batch.condition.first_frame[2], made[2].first_frame)
-    assert batch.condition.text.shape == (3, 512, 8) and not batch.condition.text[0, len(made[0].text) :].any()
+    expected = [make_record(stream.record_index(position)) for position in (20, 4, 33)]
+    assert batch.keys == tuple(record.key for record in expected)
+    assert torch.equal(batch.condition.first_frame[2], expected[2].first_frame)
+    assert batch.condition.text.shape == (3, 512, 8) and not batch.condition.text[0, len(expected[0].text) :].any()
 
 
 def test_sidecars_are_read_when_first_touched_and_only_a_bounded_number_is_held(folder, monkeypatch):
