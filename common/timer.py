@@ -48,7 +48,7 @@ class PhaseTimer:
     def _record_event(self) -> torch.Event | None:
         if not self.on_gpu:
             return None
-        event = torch.Event("cuda", enable_timing=True)
+        event = torch.Event("cuda", enable_timing=True)  # without timing, elapsed_time fails
         event.record()
         return event
 

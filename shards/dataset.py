@@ -39,7 +39,7 @@ class DataSet:
         self.num_records = manifest.records
         self._first_records = array("q", accumulate((shard.records for shard in manifest.shards), initial=0))
         max_cached_shards = max(1, MAX_CACHED_RECORDS * len(manifest.shards) // self.num_records)
-        self._load_offsets = lru_cache(max_cached_shards)(self._read_offsets)
+        self._load_offsets = lru_cache(max_cached_shards)(self._read_offsets)  # safe for threads
 
     def read_record(self, index: int) -> Record:
         """Record `index` of 0..num_records-1, its checksums verified. Safe to call from several threads.
@@ -111,9 +111,9 @@ def prefetch_ordered(load_item: Callable[[T], R], items: Iterable[T], *, depth: 
     try:
         for item in items:
             pending.append(pool.submit(load_item, item))
-            if len(pending) > depth:
+            if len(pending) > depth:  # bounds the memory of finished items
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # also when the consumer stops early

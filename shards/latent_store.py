@@ -36,6 +36,7 @@ def create_group(path: Path, group: LatentGroup, *, videos_per_chunk: int = 1) -
     """
     zarr_group = zarr.open_group(path, mode="a").create_group(group.step, overwrite=True)
     shape, chunks = (len(group.keys), *group.spec.latent_shape), (videos_per_chunk, *group.spec.latent_shape)
+    # Latents are close to noise, which compression does not make smaller.
     zarr_group.create_array("latents", shape=shape, chunks=chunks, dtype="float32", compressors=None)
     attributes = asdict(group) | {"done": False}
     del attributes["step"]  # is the group's name

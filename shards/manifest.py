@@ -79,7 +79,7 @@ def write_manifest(folder: Path, manifest: Manifest, negative: Tensor) -> None:
     signed = asdict(manifest) | {"negative_sha256": hashlib.sha256(embedding).hexdigest()}
     unsigned = json.dumps({"sha256": ZERO_HASH} | signed, indent=1, ensure_ascii=False) + "\n"
     digest = hashlib.sha256(unsigned.encode()).hexdigest()
-    write_file(folder / NEGATIVE_FILE, embedding)
+    write_file(folder / NEGATIVE_FILE, embedding)  # before the manifest, whose presence means "finished"
     write_file(folder / MANIFEST_FILE, unsigned.replace(ZERO_HASH, digest, 1).encode())
 
 

@@ -63,7 +63,7 @@ class DataSetMixture:
         self.data_sets, self.negative = tuple(data_sets), first.negative
         self.manifest = first.manifest  # only its spec and encoder are those of all
         rounded = [round(weight * WEIGHT_RESOLUTION) for weight in weights]
-        self.draws_per_cycle = tuple(share // math.gcd(*rounded) for share in rounded)
+        self.draws_per_cycle = tuple(share // math.gcd(*rounded) for share in rounded)  # 1000 and 300: 10 and 3
         self._first_records = array("q", accumulate((data.num_records for data in data_sets), initial=0))
         self.num_records = self._first_records[-1]
 
@@ -79,7 +79,7 @@ class DataSetMixture:
         cycle, position_in_cycle = divmod(position, sum(self.draws_per_cycle))
         data_set_index, draw_index = cycle_draws(self.draws_per_cycle, seed, cycle)[position_in_cycle]
         own_position = cycle * self.draws_per_cycle[data_set_index] + draw_index
-        own_seed = derive_seed(seed, 0, data_set_index, "data set")
+        own_seed = derive_seed(seed, 0, data_set_index, "data set")  # else equal sizes would share one order
         own_index = self.data_sets[data_set_index].record_index(own_position, seed=own_seed)
         return self._first_records[data_set_index] + own_index
 

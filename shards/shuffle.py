@@ -29,7 +29,7 @@ def _permute_bits(value: int, bits: int, keys: tuple[int, ...]) -> int:
     low_bits = bits // 2
     low, high = value & ((1 << low_bits) - 1), value >> low_bits
     for round_index, key in enumerate(keys):
-        if round_index % 2:
+        if round_index % 2:  # the halves differ by one bit if `bits` is odd
             high ^= mix_bits(low ^ key) >> (64 - (bits - low_bits))
         else:
             low ^= mix_bits(high ^ key) >> (64 - low_bits)

@@ -71,7 +71,7 @@ def read_with_retry(
     Raises ValueError naming the file and its damaged parts if the second read is bad too.
     """
     damage: list[str] = []
-    for fresh in (False, True):
+    for fresh in (False, True):  # the first may come from a stale cache or a bad transfer
         data = read_bytes(fresh)
         damage = find_damage(data)
         if not damage:

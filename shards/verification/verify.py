@@ -31,7 +31,7 @@ def verify_data_set(prefix: str | Path) -> VerifyReport:
 
     Raises ValueError only if there is no data set.
     """
-    storage = open_storage(str(prefix), cache_bytes=0)
+    storage = open_storage(str(prefix), cache_bytes=0)  # what is stored, not what was cached
     try:
         manifest = load_manifest(storage)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -101,7 +101,7 @@ def _row_problems(shard_reports: Sequence[ShardReport]) -> Iterator[DataProblem]
     last_line = 0
     for report in shard_reports:
         lines, shard = sorted(report.lines), report.shard
-        if report.problems or not lines:
+        if report.problems or not lines:  # a damaged shard lacks the lines of its unreadable records
             continue
         if len(set(lines)) != shard.rows or lines[0] <= last_line:
             reason = f"CSV lines {lines[0]} to {lines[-1]} are not {shard.rows} rows, each once"
