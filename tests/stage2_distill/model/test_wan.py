@@ -181,5 +181,5 @@ def test_fewer_text_rows_are_the_same_numbers(net: torch.nn.Module) -> None:
     whole = denoise(net, x_t, sigma, Condition(frame, text), dtype=torch.float32)
     few = denoise(net, x_t, sigma, Condition(frame, text[:, :16]), dtype=torch.float32)
     torch.testing.assert_close(few, whole, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="text_rows=9: a prompt has 9 tokens; give at least 10"):
+    with pytest.raises(ValueError, match="max_text_tokens=9: a prompt has 9 tokens; give at least 10"):
         pad_text(text[1, :9], 9)

@@ -12,8 +12,7 @@ import torch
 from common.condition import Condition
 from common.options import write_config
 from common.timer import PhaseTimer
-from shards.dataset import RecordStream
-from shards.mixture import open_data_sets
+from shards.mixture import RecordStream, open_data_sets
 from shards.record import Record
 from stage2_distill import build, train, trainer
 from stage2_distill.checkpointing.format import newest_checkpoint
