@@ -221,7 +221,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_prunes_nothing
     at({3: limit})
     config = make_config(shards, model, tmp_path / "run", **OPTIONS | {"iterations": 4, "keep_last": 1})
     try:
-        with pytest.raises(SaveError, match="step-000004 could not be written .* give the same command again"):
+        with pytest.raises(SaveError, match="step-000004 could not be written .* repeat the same command"):
             run_here(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
