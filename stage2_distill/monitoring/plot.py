@@ -1,4 +1,4 @@
-"""`plot`: the curves of a run as one picture, RUN/curves.png, from metrics.jsonl alone."""
+"""Draws the curves of a run as one picture, RUN/curves.png, from metrics.jsonl alone."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

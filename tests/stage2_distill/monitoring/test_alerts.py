@@ -84,7 +84,7 @@ def healthy(iteration: int) -> dict[str, float]:
         ({"latent_temporal_variance": 0.0}, "stand still"),
         ({"latent_first_frame_distance": 2.0}, "leave their first frame"),
         ({"critic_teacher_gap": 9.0}, "far from the teacher"),
-        ({"critic_loss": 1.5}, "the critic loses the student"),
+        ({"critic_loss": 1.5}, "no longer tracks the student"),
     ],
 )
 def test_a_drift_warns_once_in_plain_words(drift: dict[str, float], words: str) -> None:
@@ -142,7 +142,7 @@ def test_one_bad_rank_stops_all_and_is_named(model: Path, tmp_path: Path) -> Non
     """Two ranks, a record of infinite embeddings on one of them."""
     bad = 13
     shards = make_shards(tmp_path / "data", model, change=lambda n, record: spoil(record) if n == bad else record)
-    config = make_config(shards, model, tmp_path / "run", checkpoint_every=1, keep=99)
+    config = make_config(shards, model, tmp_path / "run", checkpoint_every=1, keep_last=99)
     seeds = (dataclasses.replace(config, seed=seed) for seed in range(50))
     config = next(c for c in seeds if first_meeting(c, bad, 2)[0] == 1 and first_meeting(c, bad, 2)[1] == 1)
     write_config(tmp_path / "config.yaml", config)

@@ -96,14 +96,14 @@ def test_stopped_inside_a_preview_and_resumed(
             raise KeyboardInterrupt
         good(store, step, rows, videos)
 
-    monkeypatch.setattr(preview.latent_store, "write", stop)
+    monkeypatch.setattr(preview.latent_store, "write_latents", stop)
     with pytest.raises(KeyboardInterrupt):
         run_here(config)
     store = tmp_path / "run" / "previews.zarr"
     assert latent_store.complete_groups(store) == ["step-000000", "step-000002"]
     assert not latent_store.is_store_complete(store)
     before = (store / "step-000002" / "zarr.json").stat().st_mtime_ns
-    monkeypatch.setattr(preview.latent_store, "write", good)
+    monkeypatch.setattr(preview.latent_store, "write_latents", good)
     run_here(config)
     assert latent_store.complete_groups(store) == ["step-000000", "step-000002", "step-000004"]
     assert (store / "step-000002" / "zarr.json").stat().st_mtime_ns == before
