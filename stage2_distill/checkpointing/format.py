@@ -98,7 +98,7 @@ def newest_checkpoint(folder: Path) -> Path:
 
 def resolve_checkpoint(folder: Path) -> Path:
     """`folder` itself if it is a checkpoint, else the run's best (file `best`, logged), else its newest checkpoint."""
-    best_name = None if (folder / STUDENT_FILE).is_file() else read_best(folder)
+    best_name = read_best(folder)  # None for a checkpoint, which holds no such file
     if best_name is None:
         return newest_checkpoint(folder)
     if not (folder / best_name / STUDENT_FILE).is_file():

@@ -31,11 +31,9 @@ def start_process_group(device: str, *, replicate: int = 1) -> RankContext:
     if not dist.is_initialized():
         # checkpoints and stop signals use gloo beside NCCL
         backend = "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo"
-        if "WORLD_SIZE" in os.environ:
-            store, rank, world = next(dist.rendezvous("env://"))
-            dist.init_process_group(backend, store=restart_store(store), rank=rank, world_size=world)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = (dist.HashStore(), 0, 1)  # without torchrun: a store within this process
+        store, rank, world = next(dist.rendezvous("env://")) if "WORLD_SIZE" in os.environ else alone
+        dist.init_process_group(backend, store=restart_store(store), rank=rank, world_size=world)
     rank, world = dist.get_rank(), dist.get_world_size()
     return RankContext(rank, world, torch_device, build_mesh(torch_device.type, world, replicate))
 

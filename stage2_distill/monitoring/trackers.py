@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from stage2_distill.config import DistillConfig
 
@@ -49,7 +49,7 @@ def open_tensorboard(out: Path, start: int) -> "SummaryWriter | None":
     except ImportError:
         logging.warning("tensorboard: not installed, curves go to metrics.jsonl only; %s", TENSORBOARD_INSTALL)
         return None
-    return SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=start)
+    return SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=start)  # hides what will run again
 
 
 def open_wandb(out: Path, config: DistillConfig) -> "wandb.Run":
@@ -61,13 +61,12 @@ def open_wandb(out: Path, config: DistillConfig) -> "wandb.Run":
         import wandb
     except ImportError as error:
         raise ValueError("wandb: is not installed; pip install 'ti2v-distill[wandb]', or leave --wandb off") from error
-    mode: Literal["offline", "online"] = "offline" if config.wandb == "offline" else "online"
     # derived from the path, so that a resumed run finds its own entry; names of folders alone are not unique
     run_id = hashlib.blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()
     try:
         return wandb.init(
-            project=WANDB_PROJECT, id=run_id, name=out.name, dir=str(out), mode=mode, resume="allow",
-            config=asdict(config),
+            project=WANDB_PROJECT, id=run_id, name=out.name, dir=str(out),
+            mode=config.wandb, resume="allow", config=asdict(config),
         )  # fmt: skip
     except wandb.Error as error:
         reason = " ".join(str(error).split())

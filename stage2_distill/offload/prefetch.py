@@ -9,10 +9,9 @@ Group n uses staging buffer n mod 3, so that one group arrives while one is used
 The CPU queues all of this far ahead of the GPU; only streams wait, through events.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import cache
-from itertools import cycle
+from itertools import chain, cycle, pairwise
 from typing import Self, TypeAlias
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from stage2_distill.offload.pinned_memory import aligned_bytes
 
-STAGING_BUFFERS = 3
+STAGING_BUFFERS = 3  # see the timeline
 TensorGroup: TypeAlias = dict[str, Tensor]
 
 
@@ -93,7 +92,9 @@ def prefetched_groups(
     main, (load_stream, store_stream) = torch.cuda.current_stream(device), copy_streams(device)
     load_stream.wait_stream(main)
     buffers = cycle([StagingBuffer(device) for _ in range(STAGING_BUFFERS)])
-    for buffer in with_lookahead(next(buffers).acquire(group) for group in groups):
+    acquired = (next(buffers).acquire(group) for group in groups)
+    for buffer, _ in pairwise(chain(acquired, [None])):  # acquires the next group before it yields this one
+        assert buffer is not None
         if buffer.arrival_event is None:
             yield buffer.device_group
             continue
@@ -101,16 +102,6 @@ def prefetched_groups(
         yield buffer.device_group
         buffer.release(main, write_back=write_back)
     main.wait_stream(store_stream)  # the memory of the buffers is freed to `main`
-
-
-def with_lookahead(buffers: Iterable[StagingBuffer]) -> Iterator[StagingBuffer]:
-    """Yield each buffer after the next one has been acquired."""
-    acquired = deque[StagingBuffer]()
-    for buffer in buffers:
-        acquired.append(buffer)
-        if len(acquired) > 1:
-            yield acquired.popleft()
-    yield from acquired
 
 
 def copy_group(source: TensorGroup, target: TensorGroup, stream: torch.cuda.Stream) -> torch.cuda.Event:
