@@ -109,9 +109,9 @@ class CheckpointWriter:
         self.cpu_mesh = build_cpu_mesh(ranks)
         self.allocator = ThreadPoolExecutor(1)  # one thread, so that allocations follow each other
         self.host_buffers: HostBuffers = {}
-        self.job: CheckpointJob | None = None  # of the last save, as are:
+        self.job: CheckpointJob | None = None  # of the last save, like its thread
         self.thread: threading.Thread | None = None
-        self.staged: StagedState | None = None
+        self.staged: StagedState | None = None  # until the thread ends
 
     def prepare_buffers(self, tensors: Mapping[str, Tensor]) -> Future[None]:
         """Start allocating host memory for copies of `tensors`, so that the first `save` need not wait for it."""
@@ -155,6 +155,8 @@ class CheckpointWriter:
             if self.ranks.rank == 0 or isinstance(error, OSError):
                 logging.warning("%s; older checkpoints are kept and training continues", job.failure)
             return
+        finally:
+            self.staged = None  # it refers to the whole state, which may be replaced
         job.failure = None
         if self.ranks.rank == 0:
             prune_checkpoints(self.run_folder, self.config.keep_last, self.config.keep_every)
@@ -166,14 +168,16 @@ class CheckpointWriter:
             optimizer.register_step_pre_hook(partial(self._before_step, role, clock))
 
     def _before_step(self, role: str, clock: PhaseTimer, *_: object) -> None:
-        if self.staged is not None and self.staged.is_pending(role):
+        staged = self.staged  # read once: the job's thread resets it
+        if staged is not None and staged.is_pending(role):
             with clock("checkpoint"):
-                self.staged.wait_for_role(role)
+                staged.wait_for_role(role)
 
     def wait_for_copies(self) -> None:
         """Wait until all tensors of the last save may change."""
-        if self.staged is not None:
-            self.staged.wait_for_all()
+        staged = self.staged
+        if staged is not None:
+            staged.wait_for_all()
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until the last checkpoint has ended, successfully or not, or for `seconds`."""

@@ -109,10 +109,11 @@ def test_a_step_waits_for_the_copies_of_its_role_alone(
         writer.save({name: torch.ones(3) for name in names}, facts)  # after iteration 1: no turn of the student
         optimizers[CRITIC].step()
         assert started[:2] == ["critic.w", "critic_optimizer.w"]
-        assert sum(not task.done() for task in writer.staged.host_tasks[STUDENT]) == 3
+        staged = writer.staged
+        assert sum(not task.done() for task in staged.host_tasks[STUDENT]) == 3
         threading.Timer(0.2, may_copy.set).start()
         optimizers[STUDENT].step()
-        assert not writer.staged.is_pending(STUDENT)
+        assert not staged.is_pending(STUDENT)
         writer.finish()
 
 
