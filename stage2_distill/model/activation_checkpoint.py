@@ -24,7 +24,7 @@ from stage2_distill.model.layers import (
     block_forward,
     feed_forward_part,
 )
-from stage2_distill.offload.activations import offload_activations
+from stage2_distill.offload.activations import ActivationOffloader
 
 BlockFunction: TypeAlias = Callable[..., Tensor]
 
@@ -66,6 +66,7 @@ def checkpoint_in_pieces(one_piece: BlockFunction, plan: ExecutionPlan) -> Block
     in host memory the feed-forward takes half of the tokens at a time.
     """
     count = 2 if plan.checkpointing == KEEP_HOST else 1
+    offloader = ActivationOffloader()
     attend_part = partial(attention_part, plan=plan)
     attention_piece = maybe_compile(lambda *inputs: checkpoint(attend_part, *inputs, use_reentrant=False), plan)
     feed_forward_piece = maybe_compile(
@@ -75,7 +76,7 @@ def checkpoint_in_pieces(one_piece: BlockFunction, plan: ExecutionPlan) -> Block
     def run_block(block: nn.Module, x: Tensor, text: Tensor, temb: Tensor, rope: RotaryEmbedding, given: int) -> Tensor:
         if not torch.is_grad_enabled():
             return one_piece(block, x, text, temb, rope, given)
-        with offload_activations(x) if plan.checkpointing == KEEP_HOST else nullcontext():
+        with offloader.saved_tensors(x) if plan.checkpointing == KEEP_HOST else nullcontext():
             x = attention_piece(block, x, text, temb, rope, given)
             done = []
             for part in x.chunk(count, dim=1):

@@ -10,7 +10,6 @@ import torch
 
 from benchmarks.ranks import MODEL, make_data
 from common.video import VideoSpec
-from stage2_distill.model import activation_checkpoint
 from stage2_distill.model.attention import choose_kernel, dot_product_attention, enable_determinism
 from stage2_distill.model.layers import ExecutionPlan, apply_rotary_emb
 from stage2_distill.model.transformer import convert_transformer
@@ -189,14 +188,15 @@ def test_activations_in_host_memory_give_the_same_gradients(monkeypatch: pytest.
     chosen = Case(VideoSpec(17, 128, 128), torch.device("cuda"), torch.bfloat16, fields)
     net, given, found = random_network(chosen), inputs(chosen), []
     backward = backward_of(convert_transformer(net, ExecutionPlan(kernel="math", checkpointing="offload")), given)
-    lifted = mock.Mock(wraps=activations.offload_tensor)
-    monkeypatch.setattr(activations, "offload_tensor", lifted)
-    for at_home in (activation_checkpoint.offload_activations, lambda _: nullcontext()):
-        monkeypatch.setattr(activation_checkpoint, "offload_activations", at_home)
+    offloader = activations.ActivationOffloader
+    offload = mock.Mock(side_effect=offloader.offload)
+    monkeypatch.setattr(offloader, "offload", lambda *arguments: offload(*arguments))
+    for saved_tensors in (offloader.saved_tensors, lambda *_: nullcontext()):
+        monkeypatch.setattr(offloader, "saved_tensors", saved_tensors)
         backward()
         found.append([p.grad.clone() for p in net.parameters()])
         net.zero_grad()
-    assert lifted.call_count >= 2 * fields["num_layers"], "an input of each piece"
+    assert offload.call_count >= 2 * fields["num_layers"], "an input of each piece"
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
