@@ -54,7 +54,7 @@ class EvaluationSetup:
 
     config: EvaluateConfig
     facts: StudentFacts  # of the first checkpoint
-    records: tuple[Record, ...]  # N
+    records: tuple[Record, ...]  # N, the conditions
     negative_text: Tensor  # (L D)
     records_digest: str
     guidance_scale: float
@@ -201,17 +201,17 @@ def sample_set(setting: EvaluationSetup, sampler: CandidateSampler, denoiser: De
     group = latent_store.LatentGroup(name, setting.facts.spec, keys, prompts, (seed,) * len(records))
     video_bytes = 4 * math.prod(group.spec.latent_shape)  # float32
     latent_store.create_group(store, group, videos_per_chunk=max(1, CHUNK_BYTES // video_bytes))
-    seconds = []
+    seconds = []  # per video; their median leaves out the first batch, which is slower
     with ProgressBar(len(records), label=f"sample {name}") as progress:
         for rows in group_by_first_frame(records, setting.config.batch_size):
-            start_time = time.perf_counter()
+            start_time = time.perf_counter()  # `.cpu()` below waits for the GPU
             x0 = sample_rows(setting, sampler, denoiser, rows, seed).cpu()
             seconds.append((time.perf_counter() - start_time) / len(rows))
             if not torch.isfinite(x0).all():
                 raise ValueError(f"{sampler.checkpoint or setting.config.model}: produces latents that are not finite")
             latent_store.write_latents(store, name, rows, x0)
             progress.advance(count=len(rows))
-    facts = {"digest": set_digest(setting, sampler, seed), "seconds": median(seconds)}
+    facts: dict[str, str | float] = {"digest": set_digest(setting, sampler, seed), "seconds": median(seconds)}
     latent_store.finish_group(store, name, facts=facts)
 
 

@@ -18,7 +18,7 @@ from common.progress import ProgressBar
 from shards import latent_store
 from shards.comparison import Comparison, latent_set_name
 
-RANDOM_FEATURE_SEED, HIDDEN_WIDTH, FEATURE_WIDTH = 20261123, 128, 64
+RANDOM_FEATURE_SEED, HIDDEN_WIDTH, FEATURE_WIDTH = 20261123, 128, 64  # changing one changes every distance
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 % points, 1..10 degrees
 BATCH_BYTES = 2**28  # bytes of latents in memory
 
@@ -38,18 +38,13 @@ def latent_features(latents: Tensor) -> Tensor:
     return functional.relu(functional.conv3d(hidden, second)).mean(dim=(2, 3, 4))
 
 
-def matrix_square_root(matrix: Tensor) -> Tensor:
-    """Symmetric square root (D D) of a positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # rounding can make zero eigenvalues negative
-
-
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared Frechet distance of Gaussians fitted to a (N D) and b (M D), in float64 (Dowson & Landau 1982)."""
     a, b = a.double().cpu(), b.double().cpu()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    root = matrix_square_root(cov_a)
-    # trace of sqrt(cov_a cov_b), from the symmetric matrix with the same eigenvalues
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # rounding can make zero eigenvalues negative
+    # The trace of sqrt(cov_a cov_b), from the symmetric matrix with the same eigenvalues.
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
@@ -143,8 +138,7 @@ def collect_sums(store: Path, comparison: Comparison) -> ScoreSums:
     with ProgressBar(comparison.count, label="compare latents") as progress:
         for start in range(0, comparison.count, step):
             stop = min(start + step, comparison.count)
-            rows = {name: latent_store.read_latent_rows(store, name, start, stop) for name in names}
-            add_rows(sums, comparison, rows)
+            add_rows(sums, comparison, {n: latent_store.read_latent_rows(store, n, start, stop) for n in names})
             progress.advance(count=stop - start)
     return sums
 
@@ -152,7 +146,7 @@ def collect_sums(store: Path, comparison: Comparison) -> ScoreSums:
 def add_rows(sums: ScoreSums, comparison: Comparison, rows: dict[str, Tensor]) -> None:
     """Add some rows (B C T H W) of every set."""
     for name, videos in rows.items():
-        sums.features[name].append(latent_features(videos))
+        sums.features[name].append(latent_features(videos))  # small, unlike the latents, which are dropped again
     for candidate in comparison.contestants:
         sets = [rows[latent_set_name(candidate, seed)] for seed in comparison.seeds]
         for videos, seed in zip(sets, comparison.seeds, strict=True):

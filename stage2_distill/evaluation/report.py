@@ -29,11 +29,12 @@ from stage2_distill.evaluation.latent_metrics import (
 
 REPORT_FILE, PAGE_FILE, VIDEOS_FOLDER = "report.json", "report.html", "videos"
 PIXELS_FILE, I3D_FILE = "pixels.json", "i3d.safetensors"  # written by stage1_encode/video_metrics
+# Columns of the page's first table, and their titles.
 LATENT_METRICS = ("frechet", "times_floor", "to_teacher", "diversity", "evaluations", "seconds")
 LATENT_TITLES = ("distance", "times the floor", "to teacher, same noise", "diversity", "evaluations", "s per video")
 ABSOLUTE_METRICS, RATIO_METRICS = ("psnr", "clip"), ("motion", "saturation", "contrast")  # ratios to the teacher's
 MIN_CONDITIONS = 2048  # with 192, 4 steps of a teacher could not be told from 50
-SMALLEST_DIVISOR = 1e-12
+SMALLEST_DIVISOR = 1e-12  # a teacher without motion, say, must not fail the report
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--paper:#fff;--soft:#6a737d;--line:#d8dee4}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e8eb;--paper:#14171a;--soft:#9aa4ae;--line:#343b42}}
@@ -45,6 +46,7 @@ th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:6
 .row{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:.7rem}figure{margin:0}
 figcaption,.soft{font-size:.85rem;color:var(--soft)}video{width:100%;display:block;border-radius:4px}
 """
+# Browsers may ignore `autoplay`, so the script starts the videos too.
 SCRIPT = "for(const v of document.querySelectorAll('video'))v.play().catch(()=>{});"
 
 Metric: TypeAlias = SeedStatistics | float | None  # None = not measured
@@ -87,7 +89,9 @@ def build_report(out: Path, *, with_videos: bool, with_selection: bool) -> Evalu
     comparison = read_comparison(out)
     scores = score_candidates(out / LATENTS_STORE, comparison)
     teacher = scores[comparison.teacher.name]
-    pixels = json.loads((out / PIXELS_FILE).read_bytes()) if with_videos else {"videos": 0, "shown": 0}
+    pixels: dict[str, Any] = {"videos": 0, "shown": 0}
+    if with_videos:
+        pixels = json.loads((out / PIXELS_FILE).read_bytes())
     features = load_tensors((out / I3D_FILE).read_bytes()) if pixels.get("i3d") else {}
     candidates = []
     for candidate in comparison.contestants:

@@ -31,13 +31,13 @@ def block_runner(plan: ExecutionPlan) -> BlockFunction:
 
 def keep_everything(plan: ExecutionPlan) -> BlockFunction:
     """Strategy `off`: autograd keeps every activation of the block."""
-    compute = partial(block_forward, plan=plan)
+    compute: BlockFunction = partial(block_forward, plan=plan)
     return maybe_compile(lambda *inputs: compute(*inputs), plan)
 
 
 def keep_selected(plan: ExecutionPlan) -> BlockFunction:
     """Strategies `selective` and `selective-mlp`: keep what `checkpoint_policy` selects, recompute the rest."""
-    compute = partial(block_forward, plan=plan)
+    compute: BlockFunction = partial(block_forward, plan=plan)
     policy = partial(checkpoint_policy, plan.checkpointing == SELECTIVE_MLP)
     contexts = partial(create_selective_checkpoint_contexts, policy)
 

@@ -64,10 +64,7 @@ def choose_kernel(kernel: str, *, half_on_gpu: bool) -> str:
 
 
 def enable_determinism(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Enable deterministic kernels on a GPU; return whether attention is deterministic too.
-
-    A resumed run then has the same bits as an uninterrupted one. ValueError if the environment prevents it.
-    """
+    """Enable deterministic kernels on a GPU, for exact resumes; return whether attention is deterministic too."""
     if device.type != "cuda":
         return True
     workspace, default = os.environ[CUBLAS_WORKSPACE], DETERMINISTIC_WORKSPACES[0]

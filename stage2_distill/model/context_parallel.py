@@ -29,10 +29,11 @@ def _(x: Tensor) -> Tensor:
 
 def ulysses_attention(query: Tensor, key: Tensor, value: Tensor, kernel: str, ranks: int) -> Tensor:
     """Attention of this rank's queries over the keys and values of all ranks: (B n H d) each -> (B n H*d)."""
+    # Send each rank its heads of the local tokens; receive the own heads of all tokens, in one exchange for q, k and v.
     parts = rearrange(torch.stack([query, key, value]), "q b n (w h) d -> w q b n h d", w=ranks)
     query, key, value = rearrange(all_to_all(parts), "w q b n h d -> q b (w n) h d")
     out = dot_product_attention(query, key, value, kernel)
-    parts = rearrange(out, "b (w n) hd -> w b n hd", w=ranks)
+    parts = rearrange(out, "b (w n) hd -> w b n hd", w=ranks)  # and back: all heads of the local tokens
     return rearrange(all_to_all(parts), "w b n hd -> b n (w hd)")
 
 

@@ -32,10 +32,7 @@ def lora_settings(options: Mapping[str, object]) -> LoraSettings | None:
 
 
 class LoraLinear(nn.Module):
-    """peft's linear layer with a forward pass that does not look its adapter up by name.
-
-    All adapters then share one compiled graph, while names would make one graph each.
-    """
+    """peft's linear layer without its look-up of adapters by name, which would make one compiled graph per adapter."""
 
     base_layer: nn.Module
     scaling: dict[str, float]
@@ -51,8 +48,7 @@ class LoraLinear(nn.Module):
         return result + linear(linear(x, first.weight.to(x.dtype)), second.weight.to(x.dtype)) * weight
 
     def select_adapter(self, adapter: str | None) -> None:
-        """Activate an adapter, or none."""
-        # peft's own `set_adapter` would also change which parameters are trained.
+        """Activate an adapter, or none; peft's own `set_adapter` would also change which parameters are trained."""
         if adapter is None:
             self.active_factors = None
             return
@@ -62,10 +58,7 @@ class LoraLinear(nn.Module):
 
 
 def add_adapters(net: WanTransformer, adapter_names: Sequence[str], settings: LoraSettings) -> list[LoraLinear]:
-    """Freeze a network, add a trainable float32 adapter per name to every matrix of its blocks; return those layers.
-
-    Raises ValueError if peft is not installed.
-    """
+    """Freeze a network, add a trainable float32 adapter per name to every matrix of its blocks; return those layers."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
@@ -77,7 +70,7 @@ def add_adapters(net: WanTransformer, adapter_names: Sequence[str], settings: Lo
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are intended
         for name in adapter_names:
             inject_adapter_in_model(peft_config, net, name)
-    for name, parameter in net.named_parameters():
+    for name, parameter in net.named_parameters():  # peft leaves the base as it is and creates adapters in its dtype
         parameter.requires_grad_(".lora_" in name)
         if ".lora_" in name:
             parameter.data = parameter.data.float()

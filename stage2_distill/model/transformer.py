@@ -18,7 +18,7 @@ from stage2_distill.model.layers import ExecutionPlan, RotaryEmbedding, embed_pa
 class TransformerBlock(WanTransformerBlock):
     """A block whose modulation has one row per time."""
 
-    plan = ExecutionPlan()
+    plan = ExecutionPlan()  # replaced per instance by `convert_transformer`
 
     def forward(
         self,
@@ -55,7 +55,7 @@ class WanTransformer(WanTransformer3DModel):
             return super().forward(hidden_states, timestep, encoder_hidden_states, *rest)
         plan = self.blocks[0].plan
         frames, height, width = (s // p for s, p in zip(hidden_states.shape[2:], self.config.patch_size, strict=True))
-        first_frame_tokens = height * width if timestep.shape[1] == 2 else 0
+        first_frame_tokens = height * width if timestep.shape[1] == 2 else 0  # those with the first of two times
         rope = self.rope(hidden_states)
         rope = rope[0][..., 0::2].contiguous(), rope[1][..., 1::2].contiguous()  # diffusers stores each angle twice
         x = embed_patches(self.patch_embedding, hidden_states)
@@ -86,5 +86,5 @@ def convert_transformer(net: WanTransformer3DModel, plan: ExecutionPlan | None =
     net.__class__ = WanTransformer
     for block in net.blocks:
         block.__class__ = TransformerBlock
-        block.plan = plan or ExecutionPlan()
+        block.plan = plan or ExecutionPlan()  # equal plans share their compiled graphs
     return net

@@ -22,10 +22,7 @@ TIME_SCALE = 1000  # the network's time is 1000 sigma
 
 
 def build_meta_transformer(folder: Path, dtype: torch.dtype, plan: ExecutionPlan | None = None) -> WanTransformer:
-    """The transformer of a model folder on the meta device, parameters in `dtype`, no weights read.
-
-    Raises ValueError if it is not a Wan2.2-TI2V transformer.
-    """
+    """The transformer of a model folder on the meta device, in `dtype`; ValueError if it is not that of Wan2.2-TI2V."""
     try:
         config = WanTransformer3DModel.load_config(folder / "transformer")
     except (OSError, ValueError) as error:
@@ -33,9 +30,8 @@ def build_meta_transformer(folder: Path, dtype: torch.dtype, plan: ExecutionPlan
     with torch.device("meta"):
         net = WanTransformer3DModel.from_config(config)
     if net.config.in_channels != LATENT_CHANNELS or net.config.out_channels != LATENT_CHANNELS:
-        raise ValueError(
-            f"model={folder}: transformer has {net.config.in_channels} channels, TI2V needs {LATENT_CHANNELS}"
-        )
+        channels = f"{net.config.in_channels} channels, TI2V needs {LATENT_CHANNELS}"
+        raise ValueError(f"model={folder}: transformer has {channels}")
     return cast_parameters(convert_transformer(net, plan), dtype).eval()
 
 
@@ -63,7 +59,7 @@ def cast_parameters(net: WanTransformer, dtype: torch.dtype) -> WanTransformer:
 
 def denoise(net: nn.Module, x_t: Tensor, sigma: Tensor, condition: Condition, *, dtype: torch.dtype) -> Tensor:
     """Predict x0 (B C T H W) float32 from x_t at sigma (B); the network computes in `dtype`, the rest in float32."""
-    x_t = pin(x_t.float(), condition)
+    x_t = pin(x_t.float(), condition)  # a given first frame is never noised
     times = TIME_SCALE * frame_sigma(sigma.float(), condition)  # float32: bf16 would round 937.5 to 936
     text = condition.text.to(dtype)
     (velocity,) = net(hidden_states=x_t.to(dtype), timestep=times, encoder_hidden_states=text, return_dict=False)

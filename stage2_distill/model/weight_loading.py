@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # no public equivalent
 
 from stage2_distill.distributed.dtensor import local_tensor
 from stage2_distill.model.split_float32 import split_master
@@ -46,10 +46,10 @@ def read_weights(folder: Path, tensors: Mapping[str, Tensor], remainders: Mappin
     `remainders` of bf16 tensors receive the other bits of stored float32 numbers.
     Raises ValueError if names or shapes differ or a file is damaged.
     """
-    missing = set(tensors)
+    missing = set(tensors)  # names that no file has had yet
     for path in weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:  # maps the file; only requested parts are read
                 for name in file.keys():  # noqa: SIM118  # the file is not iterable itself
                     if name not in tensors:
                         raise ValueError(f"{path}: holds {name}, which the model of its config.json does not have")
@@ -92,4 +92,4 @@ def write_parameter(value: Tensor, target: Tensor, remainder: Tensor | None) -> 
         return
     high, low = split_master(value.to(target.device).float())
     target.copy_(high)
-    local_tensor(remainder).copy_(low)
+    local_tensor(remainder).copy_(low)  # target and remainder together hold the float32 number

@@ -6,10 +6,10 @@ from common.flow import timestep_sigmas
 from common.options import check_fields, device_option, max_text_tokens_option, option
 from common.video import VideoSpec
 
-DTYPES = ("float32", "bfloat16")
-WEIGHT_SETS = ("ema", "student")
+DTYPES = ("float32", "bfloat16")  # of the network
+WEIGHT_SETS = ("ema", "student")  # prefixes of the tensors of a checkpoint
 VAE_DTYPES = ("auto", "float32", "bfloat16")
-VRAM_CHOICES = ("auto", "full", "24gb", "16gb")
+VRAM_CHOICES = ("auto", "full", "24gb", "16gb")  # what stays on the GPU: stage1_encode/generation/generate.py
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,7 @@ class SampleConfig:
     max_text_tokens: int = max_text_tokens_option(advanced=True, old_name="text_rows")
     dtype: str = option("bfloat16", "Precision of the network.", choices=DTYPES, group="model", advanced=True)
     vae_dtype: str = option(
-        "auto",
-        "VAE precision; auto: bfloat16 on a GPU, else float32.",
-        choices=VAE_DTYPES,
-        group="model",
-        advanced=True,
+        "auto", "VAE precision; auto: bfloat16 on GPUs, else float32.", choices=VAE_DTYPES, group="model", advanced=True
     )
     compile: bool = option(
         False, "Compile first (under a minute, then cached); for many videos.", group="speed", advanced=True
@@ -50,7 +46,7 @@ class SampleConfig:
     width: int | None = option(None, "Width in pixels, a multiple of 32; default: as in training.", group="size")
     vram: str = option(
         "auto",
-        "GPU memory: full needs 40 GB; auto fits the GPU.",
+        "What stays on the GPU: full needs 40 GB; auto chooses by the GPU's memory.",
         choices=VRAM_CHOICES,
         group="memory",
         old_name="memory",

@@ -46,13 +46,12 @@ class LeaderSampler:
 
 def broadcast_request(condition: Condition, seeds: Sequence[int], segment: int) -> None:
     """Send a condition, its seeds and its segment to all other ranks."""
-    text, frame = condition.text.contiguous(), condition.first_frame
-    header = (len(seeds), segment, text.shape[1], int(frame is not None))  # all that decides the other shapes
-    for values in (header, list(seeds)):
-        dist.broadcast(torch.tensor(values, device=text.device), 0)
-    dist.broadcast(text, 0)
-    if frame is not None:
-        dist.broadcast(frame.contiguous(), 0)
+    text, frame = condition.text, condition.first_frame
+    header = (len(seeds), segment, text.shape[1], int(frame is not None))  # decides the shapes of the rest
+    numbers = (torch.tensor(values, device=text.device) for values in (header, list(seeds)))
+    for tensor in (*numbers, text, frame):
+        if tensor is not None:
+            dist.broadcast(tensor.contiguous(), 0)
 
 
 def receive_request(student: StudentSampler) -> tuple[Condition, list[int], int] | None:

@@ -43,9 +43,9 @@ class StudentSampler:
 
     net: WanTransformer
     spec: VideoSpec
-    sigmas: tuple[float, ...]
-    dtype: torch.dtype
-    max_text_tokens: int = TEXT_LENGTH
+    sigmas: tuple[float, ...]  # noise levels of the steps, falling
+    dtype: torch.dtype  # in which the network computes
+    max_text_tokens: int = TEXT_LENGTH  # rows of padded text: fewer are faster
 
     @property
     def device(self) -> torch.device:
@@ -141,6 +141,6 @@ def load_merged(net: WanTransformer, checkpoint: Path, weights: str, settings: L
     adapter = dict(AdapterView(net, layers, weights).named_parameters())
     load_checkpoint(checkpoint, {f"{weights}.{name}": value.data for name, value in adapter.items()})
     for name, layer in [(name, module) for name, module in net.named_modules() if module in layers]:
-        layer.merge(False, [weights])
+        layer.merge(False, [weights])  # False: without peft's check for non-finite weights
         net.set_submodule(name, layer.base_layer)  # the plain layer again, now with the sum
     net.requires_grad_(False)
