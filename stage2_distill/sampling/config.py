@@ -9,7 +9,7 @@ from common.video import VideoSpec
 DTYPES = ("float32", "bfloat16")  # of the network
 WEIGHT_SETS = ("ema", "student")  # prefixes of the tensors of a checkpoint
 VAE_DTYPES = ("auto", "float32", "bfloat16")
-VRAM_CHOICES = ("auto", "full", "24gb", "16gb")  # what stays on the GPU: stage1_encode/generation/generate.py
+VRAM_CHOICES = ("auto", "full", "24gb", "16gb")
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,7 @@ def check_model(model: str, facts: StudentFacts, parts: Sequence[str]) -> None:
     """Raise ValueError if a part of a model is not the one that the student was distilled with."""
     for part in parts:
         if fingerprint_folder(locate_model(model, (part,)) / part) != vars(facts)[part]:
-            raise ValueError(
-                f"model={model}: its {part} is not the one that the student was distilled with; use {facts.base_model}"
-            )
+            raise ValueError(f"model={model}: its {part} is not the one of the distillation; use {facts.base_model}")
 
 
 def load_student(

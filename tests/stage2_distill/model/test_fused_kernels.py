@@ -189,19 +189,17 @@ def test_offloaded_activations_give_equal_gradients(monkeypatch: pytest.MonkeyPa
 
     fields = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
     chosen = Case(VideoSpec(17, 128, 128), torch.device("cuda"), torch.bfloat16, fields)
-    net, network_inputs, results = random_network(chosen), inputs(chosen), []
-    backward = backward_of(
-        convert_transformer(net, ExecutionPlan(kernel="math", checkpointing="offload")), network_inputs
-    )
-    offloaded = mock.Mock(wraps=activations.offload_tensor)
-    monkeypatch.setattr(activations, "offload_tensor", offloaded)
-    for context in (activation_checkpoint.offload_activations, lambda _: nullcontext()):
-        monkeypatch.setattr(activation_checkpoint, "offload_activations", context)
+    net, given, found = random_network(chosen), inputs(chosen), []
+    backward = backward_of(convert_transformer(net, ExecutionPlan(kernel="math", checkpointing="offload")), given)
+    lifted = mock.Mock(wraps=activations.offload_tensor)
+    monkeypatch.setattr(activations, "offload_tensor", lifted)
+    for at_home in (activation_checkpoint.offload_activations, lambda _: nullcontext()):
+        monkeypatch.setattr(activation_checkpoint, "offload_activations", at_home)
         backward()
-        results.append([p.grad.clone() for p in net.parameters()])
+        found.append([p.grad.clone() for p in net.parameters()])
         net.zero_grad()
-    assert offloaded.call_count >= 2 * fields["num_layers"], "the input of each piece"
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert lifted.call_count >= 2 * fields["num_layers"], "an input of each piece"
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def check_resumed_run(shards: Path, model: Path, folder: Path, **options: object) -> None:
