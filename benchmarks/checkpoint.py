@@ -58,8 +58,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     yield "state", f"{size:10.3f} GB"
     with CheckpointWriter(folder, config, ranks) as writer:
         began = time.perf_counter()
-        writer.prepare_buffers(tensors)
-        writer.wait_for_buffers(tensors)
+        writer.prepare_buffers(tensors).result()
         yield "room for copies, once in a run, beside training", format_rate(time.perf_counter() - began, size)
         began = time.perf_counter()
         writer.save(tensors, facts)
