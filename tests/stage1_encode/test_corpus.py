@@ -145,12 +145,12 @@ def test_a_child_ends_with_its_parent_gone() -> None:
     child._wait_until_ready()
     child.connection.close()  # what the system does when the parent is killed
     assert child.process.wait(10) == 0
-    children.pool.shutdown()
+    children.threads.shutdown()
 
 
 def test_the_whole_corpus_goes_through_one_run(corpus: Path, model: Path, tmp_path: Path) -> None:
     table = tiny_models.write_csv(tmp_path / "rows.csv", [(corpus / kind.name, f"a {kind.name}") for kind in KINDS])
-    report = encode(configure(table, model, tmp_path / "out", shard_size=16, max_failures=1.0))
+    report = encode(configure(table, model, tmp_path / "out", shard_size=16, max_failure_rate=1.0))
     assert (report.records, report.failures) == (len(KINDS) - len(BROKEN), len(BROKEN))
     assert [Path(record.source.path).name for record in records(tmp_path / "out")] == [
         kind.name for kind in VIDEOS + PICTURES
@@ -177,7 +177,7 @@ PROMPTS = {
 def test_prompts_of_every_kind(clips: Path, model: Path, tmp_path: Path) -> None:
     rows = [(clips / "clip-0.mp4", prompt) for prompt in PROMPTS]
     table = tiny_models.write_csv(tmp_path / "rows.csv", rows)
-    encode(configure(table, model, tmp_path / "out", shard_size=16, max_failures=1.0))
+    encode(configure(table, model, tmp_path / "out", shard_size=16, max_failure_rate=1.0))
     assert [record.source.prompt for record in records(tmp_path / "out")] == [p for p in PROMPTS.values() if p]
     assert [row["reason"] for row in failures(tmp_path / "out")] == ["the prompt is empty"] * 3
 
@@ -210,7 +210,7 @@ def test_bad_lines_of_a_table_are_reported_one_by_one(clips: Path, model: Path, 
     (tmp_path / "rows.csv").write_bytes(
         "\n".join(["video,prompt", *lines, ""]).encode() + CLIP.encode() + b",caf\xe9\n"
     )
-    encode(configure(tmp_path / "rows.csv", model, tmp_path / "out", shard_size=16, max_failures=1.0))
+    encode(configure(tmp_path / "rows.csv", model, tmp_path / "out", shard_size=16, max_failure_rate=1.0))
     found = [(int(row["line"]), row["reason"]) for row in failures(tmp_path / "out")]
     assert [line for line, _ in found] == [3, 4, 10]
     assert "3 columns where the header has 2" in found[0][1]

@@ -15,9 +15,9 @@ import pytest
 
 from shards.manifest import read_manifest
 from shards.verification.verify import verify_data_set
-from stage1_encode.dataset_folder import lock_shards, open_lock_file
+from stage1_encode.dataset_folder import lock_shard, open_lock_file
 from stage1_encode.encode import TooManyFailuresError, encode
-from stage1_encode.executors import EXECUTORS, read_tasks
+from stage1_encode.executors import LocalExecutor
 from tests import tiny_models
 from tests.stage1_encode.test_encode import configure, hashes
 
@@ -57,19 +57,17 @@ def test_ranks_share_the_shards(clips: Path, model: Path, tmp_path: Path, monkey
 def test_a_job_array_makes_its_ranges(
     whole: Path, clips: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2)
-    assert not encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="1:3")).is_complete
+    assert not encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shard_range="1:3")).is_complete
     with pytest.raises(ValueError, match="is unfinished"):
         read_manifest(tmp_path / "out")
-    assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="0:1")).is_complete
+    assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shard_range="0:1")).is_complete
     assert hashes(tmp_path / "out") == hashes(whole)
     caplog.set_level(logging.INFO)
-    beyond = encode(configure(clips / "clips.csv", model, tmp_path / "new", shard_size=2, shards="3:9"))
+    beyond = encode(configure(clips / "clips.csv", model, tmp_path / "new", shard_size=2, shard_range="3:9"))
     assert (beyond.records, beyond.shards, beyond.is_complete) == (0, 0, False)
-    assert "shards=3:9: the CSV gives shards 0:3 only; nothing to do" in caplog.messages
+    assert "shard_range=3:9: the CSV gives shards 0:3 only; nothing to do" in caplog.messages
     with pytest.raises(ValueError, match="two whole numbers A:B"):
-        configure(clips / "clips.csv", model, tmp_path / "out", shards="3:1")
-    assert [task.number for task in read_tasks(config, [0, 2])] == [0, 2]
+        configure(clips / "clips.csv", model, tmp_path / "out", shard_range="3:1")
 
 
 def test_the_example_of_a_job_array_asks_for_ranges_that_meet(tmp_path: Path) -> None:
@@ -83,7 +81,7 @@ def test_the_example_of_a_job_array_asks_for_ranges_that_meet(tmp_path: Path) ->
         environment = os.environ | {"PATH": path, "SLURM_ARRAY_TASK_ID": str(job), "PER_JOB": "7"}
         said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         assert said.startswith("encode --data my clips.csv --model MODEL --out DATA --shards ")
-        asked.append(configure(Path("a"), Path("b"), Path("c"), shards=said.split()[-2]).shard_bounds)
+        asked.append(configure(Path("a"), Path("b"), Path("c"), shard_range=said.split()[-2]).shard_bounds)
     assert asked == [(0, 7), (7, 14), (14, 21)]
 
 
@@ -92,7 +90,7 @@ def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_pa
     child = os.fork()
     if not child:
         with open_lock_file(tmp_path / "out") as lock:
-            lock_shards(lock, tmp_path / "out", range(1, 2))
+            lock_shard(lock, tmp_path / "out", 1)
             os.write(ready_to, b"x")
             time.sleep(60)
         os._exit(0)
@@ -100,7 +98,7 @@ def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_pa
     config = configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2)
     with pytest.raises(ValueError, match="another encode is working on it"):
         encode(config)
-    assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="0:1")).shards == 1
+    assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shard_range="0:1")).shards == 1
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert encode(config).records == 6
@@ -118,7 +116,7 @@ def test_a_full_disk_is_one_line_and_leaves_whole_shards(
     out.mkdir()
     (out / f"{name}.partial").symlink_to("/dev/full")
     config = configure(clips / "clips.csv", model, out, shard_size=2)
-    with pytest.raises(ValueError, match="^out=.*: No space left on device; mend that and run the same command again$"):
+    with pytest.raises(ValueError, match="^out=.*: No space left on device; fix this and rerun the same command$"):
         encode(config)
     first = out / "shard-000000.tar"
     assert first.is_file() == kept and not (out / "manifest.json").exists()
@@ -144,28 +142,6 @@ def test_a_read_only_folder_is_one_line(clips: Path, model: Path, tmp_path: Path
         encode(configure(clips / "clips.csv", model, tmp_path / "out"))
 
 
-def test_an_input_that_vanishes_is_one_line_and_leaves_whole_shards(
-    whole: Path, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table = tmp_path / "rows.csv"
-    rows = [(clips / f"clip-{i}.mp4", tiny_models.PROMPTS[i]) for i in range(6)]
-    tiny_models.write_csv(table, rows)
-    config = configure(table, model, tmp_path / "out", shard_size=2)
-    encode(configure(table, model, tmp_path / "out", shard_size=2, shards="0:1"))
-    engine = EXECUTORS["local"]
-
-    def vanish(*given: object, **named: object) -> None:
-        table.unlink()
-        engine(*given, **named)
-
-    monkeypatch.setitem(EXECUTORS, "local", vanish)
-    with pytest.raises(ValueError, match="^data=.*: No such file or directory$"):
-        encode(config)
-    monkeypatch.setitem(EXECUTORS, "local", engine)
-    tiny_models.write_csv(table, rows)
-    assert encode(config).records == 6 and verify_data_set(tmp_path / "out").problems == ()
-
-
 def test_failed_rows_are_tried_again_when_asked(
     clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +157,7 @@ def test_failed_rows_are_tried_again_when_asked(
     with pytest.raises(TooManyFailuresError):
         encode(config)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="^retry_failures: not under torchrun; "):
+    with pytest.raises(ValueError, match="^retry_failures=True: not under torchrun; "):
         encode(replace(config, **again))
     monkeypatch.delenv("WORLD_SIZE")
     report = encode(replace(config, **again))
@@ -192,30 +168,36 @@ def test_failed_rows_are_tried_again_when_asked(
     assert "retry_failures: false" in (tmp_path / "whole/encode.yaml").read_text()
 
 
-@pytest.mark.parametrize("change", [1, -1])
-def test_a_csv_that_changes_while_it_is_read(
-    change: int, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rows_after", [4, 2, None])
+def test_csv_is_read_once(
+    rows_after: int | None, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rows added or removed, or a CSV deleted, after the survey do not change the run."""
     rows = [(clips / f"clip-{i}.mp4", tiny_models.PROMPTS[i]) for i in range(6)]
     table = tiny_models.write_csv(tmp_path / "rows.csv", rows[:3])
     config = configure(table, model, tmp_path / "out", shard_size=2)
-    engine = EXECUTORS["local"]
+    load = LocalExecutor.load
 
-    def change_rows(*given: object, **named: object) -> None:
-        tiny_models.write_csv(table, rows[: 3 + change])
-        engine(*given, **named)
+    def change_csv(executor: LocalExecutor) -> None:
+        table.unlink()
+        if rows_after is not None:
+            tiny_models.write_csv(table, rows[:rows_after])
+        load(executor)
 
-    def wait(seconds: float) -> None:
+    def fail_to_sleep(seconds: float) -> None:
         raise AssertionError("waits for itself")
 
-    monkeypatch.setitem(EXECUTORS, "local", change_rows)
-    monkeypatch.setattr("stage1_encode.encode.time", SimpleNamespace(sleep=wait))
-    if change < 0:
-        with pytest.raises(ValueError, match=r"^data=.*: lost rows while encode read it; run the same command again$"):
-            encode(config)
-        return
+    monkeypatch.setattr(LocalExecutor, "load", change_csv)
+    monkeypatch.setattr("stage1_encode.encode.time", SimpleNamespace(sleep=fail_to_sleep))
     assert encode(config).records == 3
-    assert encode(config).records == 4 and verify_data_set(tmp_path / "out").problems == ()
+    monkeypatch.setattr(LocalExecutor, "load", load)
+    if rows_after == 4:
+        assert encode(config).records == 4
+    else:
+        message = "No such file or directory" if rows_after is None else "lines 4 to 4 changed|fewer rows"
+        with pytest.raises(ValueError, match=f"^data=.*: .*({message})"):
+            encode(config)
+    assert verify_data_set(tmp_path / "out").problems == ()
 
 
 def test_an_engine_that_is_not_installed_is_named(

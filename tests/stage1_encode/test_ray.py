@@ -25,7 +25,7 @@ def cluster() -> Iterator[None]:
 
 
 def workers() -> list[int]:
-    """Processes in which a `Worker` of this cluster lives, without what such a process forks (it has the name too)."""
+    """Processes in which a `LocalExecutor` of this cluster lives, without what such a process forks (it has the name too)."""
     found: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -33,7 +33,7 @@ def workers() -> list[int]:
             parent = path.with_name("stat").read_text().rpartition(")")[2].split()[1]
         except OSError:
             continue
-        if name.startswith(b"ray::Worker"):
+        if name.startswith(b"ray::LocalExecutor"):
             found[int(path.parent.name)] = int(parent)
     return [process for process, parent in found.items() if parent not in found]
 
@@ -100,5 +100,5 @@ def test_a_model_that_does_not_load_is_one_line(clips: Path, model: Path, tmp_pa
 def test_a_mistake_in_a_worker_is_one_line(clips: Path, model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / (shard_file_name(1) + ".partial")).mkdir()  # a shard that cannot be written
-    with pytest.raises(ValueError, match=r"^out=.*: Is a directory; mend that and run the same command again$"):
+    with pytest.raises(ValueError, match=r"^out=.*: Is a directory; fix this and rerun the same command$"):
         encode(configure(clips / "clips.csv", model, tmp_path / "out", engine="ray"))

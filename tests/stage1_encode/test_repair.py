@@ -31,7 +31,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: Path) ->
     rows = [(clips / f"clip-{i}.mp4", f"prompt {i}") for i in range(5)]
     folder = tmp_path_factory.mktemp("mend")
     table = tiny_models.write_csv(folder / "rows.csv", [*rows, (folder / "gone.mp4", "lost")])
-    encode(configure(table, model, folder / "set", shard_size=2, max_failures=0.5))
+    encode(configure(table, model, folder / "set", shard_size=2, max_failure_rate=0.5))
     return folder / "set"
 
 
@@ -63,7 +63,7 @@ def test_only_what_is_broken_is_made_again(name: str, made_again: set[str], whol
 
 
 def test_a_repair_computes_in_the_batches_of_the_command(clips: Path, model: Path, tmp_path: Path) -> None:
-    made = configure(clips / "clips.csv", model, tmp_path / "set", batch_size=3, text_tokens=50)
+    made = configure(clips / "clips.csv", model, tmp_path / "set", batch_size=3, text_batch_tokens=50)
     encode(made)
     asked = original_config(tmp_path / "set", CPU)
     assert (asked.batch_size, asked.text_batch_tokens) == (3, 50)
