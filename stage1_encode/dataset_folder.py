@@ -227,21 +227,22 @@ def read_finished_index(folder: Path, number: int, min_rows: int = 0) -> ShardIn
 
 
 def finish_data_set(
-    folder: Path, plan: EncodingPlan, row_counts: list[int], own_indices: dict[int, ShardIndex]
-) -> tuple[list[ShardIndex], bool]:
+    folder: Path, plan: EncodingPlan, row_counts: list[int], known: dict[int, ShardIndex]
+) -> tuple[dict[int, ShardIndex], bool]:
     """Write `failures.csv` and the manifest if all shards and the negative prompt's embedding are finished.
 
-    Returns the sidecars of the finished shards, in order, and whether the data set is complete. Sidecars of other
-    processes' shards are read here, because those processes may have replaced them since the survey.
+    Returns the sidecars of the finished shards by number, and whether the data set is complete. Those that are not
+    `known` belong to other processes, which may have replaced them since the survey, and are read here.
     """
-    all_indices = [
-        own_indices.get(number) or read_finished_index(folder, number, rows) for number, rows in enumerate(row_counts)
-    ]
-    indices = [index for index in all_indices if index is not None]
+    candidates = {
+        number: known.get(number) or read_finished_index(folder, number, rows) for number, rows in enumerate(row_counts)
+    }
+    indices = {number: index for number, index in candidates.items() if index}
     if len(indices) < len(row_counts) or not (folder / NEGATIVE_FILE).is_file():
         return indices, False
-    failures = [failure for index in indices for failure in index.failures]
-    manifest = Manifest(plan.schema, plan.spec, plan.encoder, tuple(index.shard for index in indices), len(failures))
+    failures = [failure for index in indices.values() for failure in index.failures]
+    shards = tuple(index.shard for index in indices.values())
+    manifest = Manifest(plan.schema, plan.spec, plan.encoder, shards, len(failures))
     if not _is_manifest_written(folder, manifest):
         write_file(folder / FAILURES_FILE, _failures_csv(failures))
         write_manifest(folder, manifest, read_negative_embedding(folder))

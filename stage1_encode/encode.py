@@ -49,16 +49,11 @@ def encode(config: EncodeConfig) -> EncodeReport:
     dataset_folder.check_data_set_folder(folder)
     dataset_folder.check_plan(folder, plan)
     shards = read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=config.text_only)
-    first_shard = next(shards)  # reports an unusable CSV before the folder is created
+    shards = chain([next(shards)], shards)  # reports an unusable CSV before the folder is created
     with dataset_folder.open_lock_file(folder) as lock:
-        survey = dataset_folder.survey_shards(
-            folder, config, chain([first_shard], shards), assigned=assigned, lock=lock
-        )
+        survey = dataset_folder.survey_shards(folder, config, shards, assigned=assigned, lock=lock)
         indices = survey.finished | encode_unfinished(config, plan, survey, embed_negative=0 in assigned, lock=lock)
-        if rank_and_world()[0] == 0 and not config.shard_range:
-            indices |= wait_for_other_ranks(folder, survey.row_counts, indices)
-        with dataset_folder.lock_for_writing(lock, dataset_folder.MANIFEST_BYTE, folder):
-            finished, is_complete = dataset_folder.finish_data_set(folder, plan, survey.row_counts, indices)
+        finished, is_complete = finish(config, plan, survey.row_counts, indices, lock)
     return build_report(config, finished, total_rows=sum(survey.row_counts), is_complete=is_complete)
 
 
@@ -111,20 +106,25 @@ def commit_plan(
             dataset_folder.mark_unfinished(folder, survey.unfinished)
 
 
-def wait_for_other_ranks(
-    folder: Path, row_counts: list[int], own_indices: dict[int, ShardIndex]
-) -> dict[int, ShardIndex]:
-    """Wait for the shards of all other ranks and return their sidecars; torchrun ends every rank if one dies."""
-    indices: dict[int, ShardIndex] = {}
-    missing = [number for number in range(len(row_counts)) if number not in own_indices]
-    while missing:
-        for number in missing:
-            if index := dataset_folder.read_finished_index(folder, number, row_counts[number]):
-                indices[number] = index
-        missing = [number for number in missing if number not in indices]
-        if missing:
-            time.sleep(POLL_SECONDS)
-    return indices
+def finish(
+    config: EncodeConfig,
+    plan: dataset_folder.EncodingPlan,
+    row_counts: list[int],
+    indices: dict[int, ShardIndex],
+    lock: int,
+) -> tuple[list[ShardIndex], bool]:
+    """Complete the data set if no shard is missing; the first rank waits for the shards of the others.
+
+    Returns the sidecars of all finished shards, and whether the data set is complete.
+    """
+    folder, (rank, world) = Path(config.out), rank_and_world()
+    waits = rank == 0 and world > 1 and not config.shard_range
+    while True:
+        with dataset_folder.lock_for_writing(lock, dataset_folder.MANIFEST_BYTE, folder):
+            indices, is_complete = dataset_folder.finish_data_set(folder, plan, row_counts, indices)
+        if is_complete or not waits:
+            return list(indices.values()), is_complete
+        time.sleep(POLL_SECONDS)  # without end: torchrun stops every rank if one dies
 
 
 def build_report(

@@ -7,7 +7,7 @@ Shapes: B batch, C channels, H W latent size, L text rows, X Y pixel height and 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -45,6 +45,10 @@ class RowEncoder:
         """The cleaned prompts of rows, and their token ids."""
         prompts = [text_encoder.clean_prompt(row.prompt) for row in rows]
         return prompts, text_encoder.tokenize_prompts(self.text, prompts)
+
+    def embed_tokens(self, tokens: Sequence[Sequence[int]], *, max_tokens: int) -> list[Tensor]:
+        """Embeddings (L D) bf16 on the CPU, perhaps still in transfer, with `max_tokens` per batch."""
+        return text_encoder.embed_prompts(self.text, tokens, max_tokens=max_tokens)
 
     def encode_pictures(self, pixels: Tensor) -> Tensor:
         """First-frame latents (B C 1 H W) bf16, on the VAE's device, of pictures (B X Y 3) uint8."""
@@ -146,57 +150,48 @@ def start_jobs(
 def encode_shard(config: EncodeConfig, encoder: RowEncoder, job: ShardJob) -> EncodedShard:
     """Begin to encode a job: on a GPU the tensors are computed after this returns, see `ready_event`."""
     prompts, tokens = job.prompts.result()
-    texts = text_encoder.embed_prompts(encoder.text, tokens, max_tokens=config.text_batch_tokens)
-    batcher = FrameBatcher(encoder, config.batch_size)
+    texts = encoder.embed_tokens(tokens, max_tokens=config.text_batch_tokens)
     records: list[Record] = []
     failures: list[RowFailure] = []
+    pictures: dict[int, numpy.ndarray] = {}  # by record index; one batch, so that few are in memory
+    latents: dict[int, Tensor] = {}
     for row, prompt, text, pending_frame in zip(job.rows, prompts, texts, job.frames, strict=True):
-        problem, frame = row.problem_with(prompt), None
-        try:
-            frame = pending_frame.result() if pending_frame else None
-        except UnreadableError as error:
-            problem = problem or str(error)
+        frame, problem = wait_for_frame(row, prompt, pending_frame)
         if problem:
             failures.append(RowFailure(row.line, row.path, problem))
             continue
         if frame:
-            batcher.add_picture(len(records), frame.pixels)
+            pictures[len(records)] = frame.pixels
         source = RecordSource(prompt, row.path, row.line, 0, frame.size if frame else None, row.seed)
         records.append(Record(row.key, source, None, text))
-    for index, latent in batcher.finish_batches().items():
+        if len(pictures) == config.batch_size:
+            latents |= encode_batch(encoder, pictures)
+            pictures = {}
+    latents |= encode_batch(encoder, pictures)
+    for index, latent in latents.items():
         records[index] = replace(records[index], first_frame=latent)
     return EncodedShard(records, failures, record_event(encoder.text.model.device))
 
 
-@dataclass(frozen=True)
-class FrameBatcher:
-    """Collects the pictures of a shard into batches for the VAE, so that few of them are in memory."""
+def wait_for_frame(row: Row, prompt: str, pending_frame: "Future[FirstFrame] | None") -> tuple[FirstFrame | None, str]:
+    """A row's first frame, if it has one, and why the row cannot be encoded; "" = it can."""
+    problem = row.problem_with(prompt)
+    try:
+        return (pending_frame.result() if pending_frame else None), problem
+    except UnreadableError as error:
+        return None, problem or str(error)
 
-    encoder: RowEncoder
-    batch_size: int
-    pending: dict[int, numpy.ndarray] = field(default_factory=dict)  # pictures (X Y 3) uint8 by record index
-    latents: dict[int, Tensor] = field(default_factory=dict)  # (C 1 H W) bf16 by record index
 
-    def add_picture(self, index: int, pixels: numpy.ndarray) -> None:
-        """Add the picture (X Y 3) uint8 of one record; a full batch is encoded."""
-        self.pending[index] = pixels
-        if len(self.pending) == self.batch_size:
-            self._encode_batch()
-
-    def finish_batches(self) -> dict[int, Tensor]:
-        """Encode the rest; returns the latents (C 1 H W) bf16 on the CPU by record index, perhaps still in transfer."""
-        if self.pending:
-            self._encode_batch()
-        return self.latents
-
-    def _encode_batch(self) -> None:
-        pictures = list(self.pending.values())
-        on_gpu = self.encoder.vae.mean.device.type == "cuda"
-        pixels = torch.empty((len(pictures), *pictures[0].shape), dtype=torch.uint8, pin_memory=on_gpu)
-        numpy.stack(pictures, out=pixels.numpy())
-        latents = copy_async(self.encoder.encode_pictures(pixels), torch.device("cpu"))
-        self.latents.update(zip(self.pending, latents, strict=True))
-        self.pending.clear()
+def encode_batch(encoder: RowEncoder, pictures: dict[int, numpy.ndarray]) -> dict[int, Tensor]:
+    """Begin to encode pictures (X Y 3) uint8 into latents (C 1 H W) bf16 on the CPU; the keys stay."""
+    if not pictures:
+        return {}
+    on_gpu = encoder.vae.mean.device.type == "cuda"
+    shape = (len(pictures), *next(iter(pictures.values())).shape)
+    pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)
+    numpy.stack(list(pictures.values()), out=pixels.numpy())  # straight into pinned memory
+    latents = copy_async(encoder.encode_pictures(pixels), torch.device("cpu"))
+    return dict(zip(pictures, latents, strict=True))
 
 
 def save_shard(config: EncodeConfig, job: ShardJob, encoded: EncodedShard) -> ShardIndex:

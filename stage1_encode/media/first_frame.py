@@ -1,8 +1,8 @@
 """Video or picture file -> its first frame, upright, resized and cropped. Shapes: H W pixel height and width.
 
-decord reads ordinary local mp4 and mov files. PyAV reads what decord cannot (AV1, GIF, files on which it fails), may get
-wrong (transparency, non-square pixels, rotated frames, several videos) or would scan as a whole before it returns a
-frame (files over `MAX_SCANNED_BYTES`, web addresses).
+decord reads ordinary local mp4 and mov files. PyAV reads what decord cannot (AV1, GIF, files on which it fails), may
+get wrong (transparency, non-square pixels, rotated frames, several videos) or would scan as a whole before it returns
+a frame (files over `MAX_SCANNED_BYTES`, web addresses).
 """
 
 import struct
