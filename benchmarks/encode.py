@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import numpy
@@ -43,10 +44,9 @@ from benchmarks.report import append
 from common.device import copy_async, pick_device
 from common.video import TEXT_LENGTH, VideoSpec
 from stage1_encode.config import EncodeConfig
-from stage1_encode.executors import read_tasks
 from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import text_encoder, vae
-from stage1_encode.pipeline import EncoderModels, make_shards, prepare_encoders, start_readers, write_negative_embedding
+from stage1_encode.pipeline import RowEncoder, make_shards, prepare_encoders, start_readers, write_negative_embedding
 
 READY = 4.0  # seconds in which the processes that read files are there
 SOURCE = "tests/data/bigbuckbunny.mp4"
@@ -73,7 +73,7 @@ def write_rows(folder: Path, paths: list[Path], count: int) -> Path:
     return table
 
 
-def alone(config: EncodeConfig, encoders: EncoderModels, pixels: Tensor) -> float:
+def alone(config: EncodeConfig, encoders: RowEncoder, pixels: Tensor) -> float:
     """Seconds that the two models alone take for the rows of a CSV, in the same batches, all inputs being there."""
     device, batches, count = encoders.vae.mean.device, [], 0
     for shard in read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=False):
@@ -95,18 +95,18 @@ def alone(config: EncodeConfig, encoders: EncoderModels, pixels: Tensor) -> floa
     return time.perf_counter() - began
 
 
-def from_end_to_end(config: EncodeConfig, encoders: EncoderModels, pixels: Tensor) -> Iterator[Row]:
+def from_end_to_end(config: EncodeConfig, encoders: RowEncoder, pixels: Tensor) -> Iterator[Row]:
     """Shards made by the product, against the models alone on the same batches in the same run."""
     write_negative_embedding(config, encoders)  # warms the text encoder up
     vae.encode_frames(encoders.vae, pixels[: config.batch_size])
-    shards = list(read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=False))
-    numbers, rows = range(len(shards)), sum(len(shard) for shard in shards)
+    shards = dict(enumerate(read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=False)))
+    rows = sum(len(shard) for shard in shards.values())
     models = alone(config, encoders, pixels)
     memory()
     with closing(start_readers(config)) as readers:
         time.sleep(READY)  # a real run loads its models meanwhile
         began = time.perf_counter()
-        made = list(make_shards(config, encoders, readers, read_tasks(config, numbers), total=rows))
+        made = [index for _, index in make_shards(config, encoders, readers, shards)]
         took = time.perf_counter() - began
     records, size = sum(index.shard.records for index in made), sum(index.shard.size for index in made)
     name = f"{config.vae_dtype}, batch {config.batch_size}{', compiled' if config.compile else ''}"
@@ -115,12 +115,14 @@ def from_end_to_end(config: EncodeConfig, encoders: EncoderModels, pixels: Tenso
     yield f"encode from end to end, {name}", f"{figure}, {models / took:.2f} of the models alone, {memory()}"
 
 
-def idle(config: EncodeConfig, encoders: EncoderModels) -> Iterator[Row]:
+def idle(config: EncodeConfig, encoders: RowEncoder) -> Iterator[Row]:
     """Share of the time between the first and the last piece of GPU work in which the GPU did nothing."""
     gpu = torch.cuda.is_available()
     activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
+    rows = read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=False)
+    shards = dict(enumerate(islice(rows, 3)))
     with closing(start_readers(config)) as readers, profile(activities=[activity]) as seen:
-        for _ in make_shards(config, encoders, readers, read_tasks(config, range(3)), total=3 * config.shard_size):
+        for _ in make_shards(config, encoders, readers, shards):
             pass
         settle()
     found = [event for event in seen.events() if not gpu or event.device_type == DeviceType.CUDA]
@@ -190,10 +192,10 @@ def measure(given: argparse.Namespace, work: Path, began: float) -> Iterator[Row
     yield "clips made after", f"{time.perf_counter() - began:.1f} s"
     if "eager" in given.parts:
         config = make_config(work, table, given, "eager", vae_dtype=given.vae_dtype)
-        encoders = EncoderModels(fresh(base, config.vae_dtype), encoder)
+        encoders = RowEncoder(fresh(base, config.vae_dtype), encoder)
         yield from from_end_to_end(config, encoders, pixels)
     if "idle" in given.parts:
-        encoders = EncoderModels(fresh(base, given.vae_dtype), encoder)
+        encoders = RowEncoder(fresh(base, given.vae_dtype), encoder)
         yield from idle(make_config(work, table, given, "idle", vae_dtype=given.vae_dtype), encoders)
     if "reference" in given.parts:
         yield from reference(make_config(work, table, given, "reference"), base, encoder, paths)

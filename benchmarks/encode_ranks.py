@@ -23,10 +23,10 @@ from benchmarks.random_models import TINY, TRUE, random_text, random_vae
 from benchmarks.report import append
 from common.device import pick_device
 from stage1_encode.config import EncodeConfig
-from stage1_encode.encode import assigned_shards
-from stage1_encode.executors import rank_and_world, read_tasks
+from stage1_encode.executors import rank_and_world
+from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import vae
-from stage1_encode.pipeline import EncoderModels, make_shards, start_readers, write_negative_embedding
+from stage1_encode.pipeline import RowEncoder, make_shards, start_readers, write_negative_embedding
 
 Row = tuple[str, str]
 
@@ -38,15 +38,16 @@ def make_rows(work: Path, count: int, rows: int) -> Path:
     return write_rows(work, [clips.clip_path(work / "clips", number) for number in range(count)], rows)
 
 
-def encode(config: EncodeConfig, encoders: EncoderModels, numbers: range) -> tuple[int, float]:
+def encode(config: EncodeConfig, encoders: RowEncoder, numbers: range) -> tuple[int, float]:
     """Make shards; how many records, and seconds until the slowest rank has made its own."""
     with closing(start_readers(config)) as readers:
         time.sleep(4)  # a real run loads its models meanwhile
         dist.barrier()
         began = time.perf_counter()
-        rows = len(numbers) * config.shard_size
-        made = list(make_shards(config, encoders, readers, read_tasks(config, numbers), total=rows)) if numbers else []
-        records = torch.tensor(sum(index.shard.records for index in made))
+        rows = read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=False)
+        shards = {number: shard for number, shard in enumerate(rows) if number in numbers}
+        made = make_shards(config, encoders, readers, shards)
+        records = torch.tensor(sum(index.shard.records for _, index in made))
         dist.barrier()
         took = time.perf_counter() - began
     dist.all_reduce(records)
@@ -64,13 +65,13 @@ def measure(given: argparse.Namespace, work: Path) -> Iterator[Row]:
     config = make_config(work, work / "rows.csv", given, f"out-{rank}", workers=2 if given.tiny else 16)
     encoder = random_text(size, device)
     encoder.model.bfloat16()
-    encoders = EncoderModels(fresh(random_vae(size, device), config.vae_dtype), encoder)
+    encoders = RowEncoder(fresh(random_vae(size, device), config.vae_dtype), encoder)
     write_negative_embedding(config, encoders)  # warms up, as the frames do
     vae.encode_frames(encoders.vae, pictures(size, config.batch_size, device))
     yield "clips and models made after", f"{time.perf_counter() - start:.1f} s"
     shards = -(-given.rows // given.shard_size)
     rates = []
-    for ranks, numbers in ((1, range(0 if rank else shards)), (world, assigned_shards(config, shards * world))):
+    for ranks, numbers in ((1, range(0 if rank else shards)), (world, range(shards * world)[rank::world])):
         records, took = encode(config, encoders, numbers)
         rates.append(records / took / ranks)
         yield f"encode on {ranks} GPU(s)", f"{records / took:.1f} records/s ({records} in {took:.1f} s), {memory()}"

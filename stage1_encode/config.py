@@ -8,7 +8,7 @@ from common.options import MODEL_HELP, check_fields, device_option, option, size
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
-VAE_DTYPES = ("float32", "tf32", "float16", "bfloat16")
+VAE_DTYPES = ("float32", "tf32", "float16", "bfloat16")  # tf32: float32 weights, convolutions in TF32
 ENGINES = ("local", "ray")
 NEGATIVE_PROMPT = (  # the official one of Wan2.2; do not translate it
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -28,6 +28,7 @@ class EncodeConfig:
     height: int = size_option("height")
     width: int = size_option("width")
     fps: int = size_option("fps", advanced=True)
+    # A data set keeps the next value and those of `batch_size`, `text_batch_tokens`, `compile`: see EncodingPlan.
     shard_size: int = option(256, "CSV rows per shard.", minimum=1, group="output", advanced=True)
     batch_size: int = option(8, "Clips encoded at once.", minimum=1, group="speed")
     max_failure_rate: float = option(
@@ -85,6 +86,7 @@ class EncodeConfig:
     @property
     def with_absolute_paths(self) -> "EncodeConfig":
         """The same options with absolute paths, for use in another working directory; a hub name stays."""
+        # `model` may be a hub name, which looks like a relative path
         data, out = (str(Path(path).absolute()) for path in (self.data, self.out))
         model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
         return replace(self, data=data, out=out, model=model)

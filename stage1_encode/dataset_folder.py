@@ -75,7 +75,7 @@ def make_encoding_plan(config: EncodeConfig, model: Path) -> EncodingPlan:
         text_dim=read_text_width(model),
         negative_prompt=config.negative_prompt,
     )
-    return EncodingPlan(
+    return EncodingPlan(  # the field names are those of plan.json and must stay
         SCHEMA_VERSION,
         config.spec,
         encoder,
@@ -121,20 +121,9 @@ def report_write_errors(folder: Path) -> Iterator[None]:
         raise ValueError(f"out={folder}: {error.strerror}; fix this and rerun the same command") from error
 
 
-@contextmanager
-def lock_for_writing(descriptor: int, offset: int, folder: Path) -> Iterator[None]:
-    """Wait for one byte of the lock file and hold it; OSErrors become ValueErrors."""
-    fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, offset)
-    try:
-        with report_write_errors(folder):
-            yield
-    finally:
-        fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, offset)
-
-
 def lock_shard(descriptor: int, folder: Path, number: int) -> None:
     """Lock a shard until the lock file is closed; ValueError if another process has locked it."""
-    try:
+    try:  # lockf, not flock: it works on NFS and locks single bytes
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, FIRST_SHARD_BYTE + number)
     except (BlockingIOError, PermissionError) as error:  # which of the two depends on the system
         raise ValueError(f"out={folder}: another encode is working on it; wait for it to end") from error
@@ -144,7 +133,7 @@ def check_plan(folder: Path, plan: EncodingPlan) -> None:
     """Raise ValueError if a data set with another plan was begun in the folder; the message names the differences."""
     path = folder / PLAN_FILE
     if not path.is_file():
-        if (folder / shard_file_name(0)).exists():
+        if (folder / shard_file_name(0)).exists():  # its settings are unknown
             raise ValueError(f"out={folder}: holds shards and no {PLAN_FILE}; give a new folder")
         return
     try:
@@ -156,13 +145,6 @@ def check_plan(folder: Path, plan: EncodingPlan) -> None:
         raise ValueError(f"out={folder}: was begun with other settings: {'; '.join(differences)}; give a new folder")
 
 
-def write_plan(folder: Path, config: EncodeConfig, plan: EncodingPlan) -> None:
-    """Write the plan and the resolved configuration of a new data set; one that was begun keeps its own."""
-    if not (folder / PLAN_FILE).is_file():
-        write_config(folder / ENCODE_CONFIG_FILE, replace(config, retry_failures=False))  # a repair retries nothing
-        write_file(folder / PLAN_FILE, (json.dumps(asdict(plan), indent=1, ensure_ascii=False) + "\n").encode())
-
-
 def _flatten_fields(fields: dict[str, object]) -> dict[str, object]:
     """The fields with the names of nested ones joined, as `encoder.vae`."""
     flattened: dict[str, object] = {}
@@ -170,48 +152,6 @@ def _flatten_fields(fields: dict[str, object]) -> dict[str, object]:
         nested = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
         flattened |= nested
     return flattened
-
-
-def survey_shards(
-    folder: Path,
-    config: EncodeConfig,
-    shards: Iterable[list[Row]],
-    *,
-    assigned: range = range(0),
-    lock: int = -1,
-    broken_files: Collection[str] = (),
-) -> ShardSurvey:
-    """Lock the assigned shards, then compare all sidecars but the broken ones with the rows of the CSV's shards.
-
-    Raises ValueError if another process holds a shard, or if rows were changed or removed since they were encoded.
-    """
-    survey = ShardSurvey([], {}, {})
-    for number, rows in enumerate(shards):
-        if number in assigned:
-            lock_shard(lock, folder, number)
-        is_broken = index_file_name(shard_file_name(number)) in broken_files
-        index = None if is_broken else read_finished_index(folder, number)
-        if index is not None and rows_digest(rows[: index.shard.rows]) != index.rows_sha256:
-            raise ValueError(
-                f"data={config.data}: lines {rows[0].line} to {rows[-1].line} changed since {folder} was begun; "
-                "rows may only be added at the end: undo the change or give a new folder"
-            )
-        survey.row_counts.append(len(rows))
-        if number not in assigned:
-            continue
-        if index is None or index.shard.rows < len(rows) or (config.retry_failures and index.failures):
-            survey.unfinished[number] = rows
-        else:
-            survey.finished[number] = index
-    if (folder / shard_file_name(len(survey.row_counts))).exists():
-        raise ValueError(f"data={config.data}: has fewer rows than {folder} was made from; give a new folder")
-    return survey
-
-
-def mark_unfinished(folder: Path, numbers: Iterable[int]) -> None:
-    """Delete the sidecars of these shards, which marks them as incomplete until they are encoded again."""
-    for number in numbers:
-        (folder / index_file_name(shard_file_name(number))).unlink(missing_ok=True)
 
 
 def read_finished_index(folder: Path, number: int, min_rows: int = 0) -> ShardIndex | None:
@@ -226,27 +166,96 @@ def read_finished_index(folder: Path, number: int, min_rows: int = 0) -> ShardIn
     return replace(index, members=())  # a large data set has millions of members
 
 
-def finish_data_set(
-    folder: Path, plan: EncodingPlan, row_counts: list[int], known: dict[int, ShardIndex]
-) -> tuple[dict[int, ShardIndex], bool]:
-    """Write `failures.csv` and the manifest if all shards and the negative prompt's embedding are finished.
+@dataclass(frozen=True)
+class DataSetFolder:
+    """A data set that this process encodes, with its lock file open."""
 
-    Returns the sidecars of the finished shards by number, and whether the data set is complete. Those that are not
-    `known` belong to other processes, which may have replaced them since the survey, and are read here.
-    """
-    candidates = {
-        number: known.get(number) or read_finished_index(folder, number, rows) for number, rows in enumerate(row_counts)
-    }
-    indices = {number: index for number, index in candidates.items() if index}
-    if len(indices) < len(row_counts) or not (folder / NEGATIVE_FILE).is_file():
-        return indices, False
-    failures = [failure for index in indices.values() for failure in index.failures]
-    shards = tuple(index.shard for index in indices.values())
-    manifest = Manifest(plan.schema, plan.spec, plan.encoder, shards, len(failures))
-    if not _is_manifest_written(folder, manifest):
-        write_file(folder / FAILURES_FILE, _failures_csv(failures))
-        write_manifest(folder, manifest, read_negative_embedding(folder))
-    return indices, True
+    path: Path
+    config: EncodeConfig
+    plan: EncodingPlan
+    lock: int  # descriptor of the lock file
+
+    def survey_shards(
+        self, shards: Iterable[list[Row]], *, assigned: range = range(0), broken_files: Collection[str] = ()
+    ) -> ShardSurvey:
+        """Lock the assigned shards, then compare all sidecars but the broken ones with the rows of the CSV's shards.
+
+        Raises ValueError if another process holds a shard, or if rows were changed or removed since they were encoded.
+        """
+        survey = ShardSurvey([], {}, {})
+        for number, rows in enumerate(shards):
+            if number in assigned:
+                lock_shard(self.lock, self.path, number)
+            is_broken = index_file_name(shard_file_name(number)) in broken_files
+            index = None if is_broken else read_finished_index(self.path, number)
+            if index is not None:
+                self._check_rows_unchanged(rows, index)
+            survey.row_counts.append(len(rows))
+            if number not in assigned:  # its rows are not kept: a large CSV does not fit into every rank's memory
+                continue
+            if index is None or index.shard.rows < len(rows) or (self.config.retry_failures and index.failures):
+                survey.unfinished[number] = rows
+            else:
+                survey.finished[number] = index
+        # a shard beyond the last one would stay in the folder without being in the manifest
+        if (self.path / shard_file_name(len(survey.row_counts))).exists():
+            raise ValueError(
+                f"data={self.config.data}: has fewer rows than {self.path} was made from; give a new folder"
+            )
+        return survey
+
+    def _check_rows_unchanged(self, rows: list[Row], index: ShardIndex) -> None:
+        if rows_digest(rows[: index.shard.rows]) != index.rows_sha256:
+            raise ValueError(
+                f"data={self.config.data}: lines {rows[0].line} to {rows[-1].line} changed since {self.path} was "
+                "begun; rows may only be added at the end: undo the change or give a new folder"
+            )
+
+    def commit_plan(self, survey: ShardSurvey) -> None:
+        """Write the plan and the options of a new data set, and mark the data set as incomplete."""
+        with self._hold_byte(PLAN_BYTE):
+            check_plan(self.path, self.plan)  # another job may have begun the data set meanwhile
+            if not (self.path / PLAN_FILE).is_file():
+                options = replace(self.config.with_absolute_paths, retry_failures=False)  # `repair` retries nothing
+                write_config(self.path / ENCODE_CONFIG_FILE, options)
+                plan = json.dumps(asdict(self.plan), indent=1, ensure_ascii=False) + "\n"
+                write_file(self.path / PLAN_FILE, plan.encode())
+            (self.path / MANIFEST_FILE).unlink(missing_ok=True)
+            if self.config.retry_failures:  # a shard without a sidecar is unfinished, also if this run is killed
+                for number in survey.unfinished:
+                    (self.path / index_file_name(shard_file_name(number))).unlink(missing_ok=True)
+
+    def finish(self, row_counts: list[int], known: dict[int, ShardIndex]) -> tuple[dict[int, ShardIndex], bool]:
+        """Write `failures.csv` and the manifest if all shards and the negative prompt's embedding are finished.
+
+        Returns the sidecars of the finished shards by number, and whether the data set is complete. Those that are not
+        `known` belong to other processes, which may have replaced them since the survey, and are read here.
+        """
+        with self._hold_byte(MANIFEST_BYTE):
+            read = {
+                number: known.get(number) or read_finished_index(self.path, number, rows)
+                for number, rows in enumerate(row_counts)
+            }
+            indices = {number: index for number, index in read.items() if index}
+            if len(indices) < len(row_counts) or not (self.path / NEGATIVE_FILE).is_file():
+                return indices, False
+            failures = [failure for index in indices.values() for failure in index.failures]
+            shards = tuple(index.shard for index in indices.values())
+            manifest = Manifest(self.plan.schema, self.plan.spec, self.plan.encoder, shards, len(failures))
+            if not _is_manifest_written(self.path, manifest):  # an unchanged data set keeps its files and their times
+                write_file(self.path / FAILURES_FILE, _failures_csv(failures))
+                write_manifest(self.path, manifest, read_negative_embedding(self.path))
+        return indices, True
+
+    @contextmanager
+    def _hold_byte(self, offset: int) -> Iterator[None]:
+        """Wait for one byte of the lock file and hold it while writing; OSErrors become ValueErrors."""
+        fcntl.lockf(self.lock, fcntl.LOCK_EX, 1, offset)
+        try:
+            with report_write_errors(self.path):
+                yield
+        finally:
+            fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, offset)
 
 
 def _is_manifest_written(folder: Path, manifest: Manifest) -> bool:
@@ -254,6 +263,7 @@ def _is_manifest_written(folder: Path, manifest: Manifest) -> bool:
         written = read_manifest(folder)
     except ValueError:
         return False
+    # the hash of the embedding is added only when the manifest is written
     return replace(written, negative_sha256="") == manifest and (folder / FAILURES_FILE).is_file()
 
 

@@ -10,10 +10,18 @@ from pathlib import Path
 
 from common.device import pick_device
 from common.model_folder import locate_model
-from shards.manifest import MANIFEST_FILE, NEGATIVE_FILE
+from shards.manifest import NEGATIVE_FILE
 from shards.writer import ShardIndex
-from stage1_encode import dataset_folder
 from stage1_encode.config import EncodeConfig
+from stage1_encode.dataset_folder import (
+    FAILURES_FILE,
+    DataSetFolder,
+    ShardSurvey,
+    check_data_set_folder,
+    check_plan,
+    make_encoding_plan,
+    open_lock_file,
+)
 from stage1_encode.executors import EXECUTORS, rank_and_world
 from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.pipeline import ENCODER_PARTS
@@ -32,8 +40,8 @@ class EncodeReport:
 
     folder: Path
     records: int
-    failures: int
-    shards: int
+    failures: int  # rows without a record
+    shards: int  # finished ones
     is_complete: bool  # False = shards of other jobs are still missing
 
 
@@ -45,16 +53,20 @@ def encode(config: EncodeConfig) -> EncodeReport:
     folder, assigned = Path(config.out), assigned_shards(config)
     if config.engine == "local":
         pick_device(config.device)  # reports a missing GPU before anything is written
-    plan = dataset_folder.make_encoding_plan(config, locate_model(config.model, ENCODER_PARTS))
-    dataset_folder.check_data_set_folder(folder)
-    dataset_folder.check_plan(folder, plan)
+    plan = make_encoding_plan(config, locate_model(config.model, ENCODER_PARTS))
+    check_data_set_folder(folder)
+    check_plan(folder, plan)
     shards = read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=config.text_only)
     shards = chain([next(shards)], shards)  # reports an unusable CSV before the folder is created
-    with dataset_folder.open_lock_file(folder) as lock:
-        survey = dataset_folder.survey_shards(folder, config, shards, assigned=assigned, lock=lock)
-        indices = survey.finished | encode_unfinished(config, plan, survey, embed_negative=0 in assigned, lock=lock)
-        finished, is_complete = finish(config, plan, survey.row_counts, indices, lock)
-    return build_report(config, finished, total_rows=sum(survey.row_counts), is_complete=is_complete)
+    with open_lock_file(folder) as lock:
+        data_set = DataSetFolder(folder, config, plan, lock)
+        survey = data_set.survey_shards(shards, assigned=assigned)
+        indices = survey.finished | encode_unfinished(data_set, survey, embed_negative=0 in assigned)
+        indices, is_complete = data_set.finish(survey.row_counts, indices)
+        while waits_for_ranks(config) and not is_complete:  # torchrun ends this process if another rank dies
+            time.sleep(POLL_SECONDS)
+            indices, is_complete = data_set.finish(survey.row_counts, indices)
+    return build_report(config, list(indices.values()), total_rows=sum(survey.row_counts), is_complete=is_complete)
 
 
 def assigned_shards(config: EncodeConfig) -> range:
@@ -65,66 +77,30 @@ def assigned_shards(config: EncodeConfig) -> range:
             "retry_failures=True: not under torchrun; use one process, --engine ray, or jobs with --shard-range"
         )
     start, end = config.shard_bounds
+    # The number of shards is known only once the CSV has been read, so the range has no end.
     return range(start, sys.maxsize if end is None else end)[rank::world]
 
 
-def encode_unfinished(
-    config: EncodeConfig,
-    plan: dataset_folder.EncodingPlan,
-    survey: dataset_folder.ShardSurvey,
-    *,
-    embed_negative: bool,
-    lock: int,
-) -> dict[int, ShardIndex]:
-    """Encode this process's unfinished shards and, if it is missing, the negative prompt; the new sidecars."""
-    folder, shard_count = Path(config.out), len(survey.row_counts)
+def waits_for_ranks(config: EncodeConfig) -> bool:
+    """Whether this process waits for other ranks: the first rank does, unless other jobs have a part of the shards."""
+    rank, world = rank_and_world()
+    return rank == 0 and world > 1 and not config.shard_range
+
+
+def encode_unfinished(data_set: DataSetFolder, survey: ShardSurvey, *, embed_negative: bool) -> dict[int, ShardIndex]:
+    """Encode this process's unfinished shards and the negative prompt, unless it is embedded; the new sidecars."""
+    config, shard_count = data_set.config, len(survey.row_counts)
     if config.shard_bounds[0] >= shard_count:
         log.info("shard_range=%s: the CSV gives shards 0:%d only; nothing to do", config.shard_range, shard_count)
-    embed_negative = embed_negative and not (folder / NEGATIVE_FILE).is_file()
+    embed_negative = embed_negative and not (data_set.path / NEGATIVE_FILE).is_file()
     if not (survey.unfinished or embed_negative):
         return {}
     with closing(EXECUTORS[config.engine](config, len(survey.unfinished))) as executor:
         executor.load()
-        commit_plan(config, plan, survey, lock)  # after the models: one that cannot be read leaves no plan
+        data_set.commit_plan(survey)  # after the models: one that cannot be read leaves no plan
         if embed_negative:
             executor.embed_negative()
         return executor.run(survey.unfinished)
-
-
-def commit_plan(
-    config: EncodeConfig, plan: dataset_folder.EncodingPlan, survey: dataset_folder.ShardSurvey, lock: int
-) -> None:
-    """Write the plan of a new data set, and mark the data set as incomplete."""
-    folder = Path(config.out)
-    with dataset_folder.lock_for_writing(lock, dataset_folder.PLAN_BYTE, folder):
-        dataset_folder.check_plan(
-            folder, plan
-        )  # another job may have begun the data set while this one loaded its models
-        dataset_folder.write_plan(folder, config.with_absolute_paths, plan)
-        (folder / MANIFEST_FILE).unlink(missing_ok=True)
-        if config.retry_failures:
-            dataset_folder.mark_unfinished(folder, survey.unfinished)
-
-
-def finish(
-    config: EncodeConfig,
-    plan: dataset_folder.EncodingPlan,
-    row_counts: list[int],
-    indices: dict[int, ShardIndex],
-    lock: int,
-) -> tuple[list[ShardIndex], bool]:
-    """Complete the data set if no shard is missing; the first rank waits for the shards of the others.
-
-    Returns the sidecars of all finished shards, and whether the data set is complete.
-    """
-    folder, (rank, world) = Path(config.out), rank_and_world()
-    waits = rank == 0 and world > 1 and not config.shard_range
-    while True:
-        with dataset_folder.lock_for_writing(lock, dataset_folder.MANIFEST_BYTE, folder):
-            indices, is_complete = dataset_folder.finish_data_set(folder, plan, row_counts, indices)
-        if is_complete or not waits:
-            return list(indices.values()), is_complete
-        time.sleep(POLL_SECONDS)  # without end: torchrun stops every rank if one dies
 
 
 def build_report(
@@ -136,7 +112,7 @@ def build_report(
     if is_complete and failures > config.max_failure_rate * total_rows:
         raise TooManyFailuresError(
             f"{failures} of {total_rows} rows failed, more than max_failure_rate={config.max_failure_rate:g} allows; "
-            f"the reasons are in {folder / dataset_folder.FAILURES_FILE}, the other {records} records are in place; "
+            f"the reasons are in {folder / FAILURES_FILE}, the other {records} records are in place; "
             "--retry-failures tries the failed rows again"
         )
     return EncodeReport(folder, records, failures, len(indices), is_complete)

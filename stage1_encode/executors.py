@@ -12,7 +12,7 @@ from shards.writer import ShardIndex
 from stage1_encode.config import EncodeConfig
 from stage1_encode.dataset_folder import read_finished_index
 from stage1_encode.media.rows import Row
-from stage1_encode.pipeline import RowEncoder, encode_shards, load_encoders, start_readers, write_negative_embedding
+from stage1_encode.pipeline import RowEncoder, load_encoders, make_shards, start_readers, write_negative_embedding
 
 SHARDS_PER_CHUNK = 4  # per call of a Ray worker, so that reading, models and writing overlap
 
@@ -51,7 +51,7 @@ class LocalExecutor:
         candidates = {number: read_finished_index(folder, number, len(rows)) for number, rows in shards.items()}
         finished = {number: index for number, index in candidates.items() if index}
         unfinished = {number: rows for number, rows in shards.items() if number not in finished}
-        return finished | dict(encode_shards(self.config, self.encoders, self.readers, unfinished))
+        return finished | dict(make_shards(self.config, self.encoders, self.readers, unfinished))
 
     def close(self) -> None:
         """End the processes that read files."""
@@ -71,6 +71,7 @@ class RayExecutor:
         except ImportError as error:
             raise ValueError("engine=ray: Ray is not installed; pip install 'ti2v-distill[ray]'") from error
         self.ray = ray
+        # The address is taken from RAY_ADDRESS.
         ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
         gpus = 0 if config.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
         if config.device == "cuda" and not gpus:
@@ -96,6 +97,7 @@ class RayExecutor:
         total = sum(len(rows) for rows in shards.values())
         with self._worker_errors(), ProgressBar(total, label="encode") as progress:
             while len(indices) < len(shards):
+                # has_free first: a chunk that is taken from the iterator must be submitted
                 while pool.has_free() and (chunk := dict(islice(remaining, SHARDS_PER_CHUNK))):
                     pool.submit(lambda worker, chunk: worker.run.remote(chunk), chunk)
                 new_indices = pool.get_next_unordered()

@@ -96,7 +96,7 @@ def write_negative_embedding(config: EncodeConfig, encoder: RowEncoder) -> None:
     tokens = text_encoder.tokenize_prompts(encoder.text, [text_encoder.clean_prompt(config.negative_prompt)])
     embedding = text_encoder.embed_prompts(encoder.text, tokens, max_tokens=config.text_batch_tokens)[0]
     if event := record_event(encoder.text.model.device):
-        event.synchronize()
+        event.synchronize()  # the embedding is copied asynchronously
     folder = Path(config.out)
     with report_write_errors(folder):
         write_file(folder / NEGATIVE_FILE, save({"text": embedding}))
@@ -107,7 +107,7 @@ def start_readers(config: EncodeConfig) -> ReaderPool:
     return ReaderPool(config.workers or default_worker_count(), config.spec, config.read_timeout)
 
 
-def encode_shards(
+def make_shards(
     config: EncodeConfig, encoder: RowEncoder, readers: ReaderPool, shards: Mapping[int, list[Row]]
 ) -> Iterator[tuple[int, ShardIndex]]:
     """Encode shards {number: rows} one after the other; yields each one's number and sidecar, without its members."""
@@ -119,7 +119,7 @@ def encode_shards(
     ):
         for job in start_jobs(config, encoder, readers, shards, tokenizer):
             written.append((job.number, writers.submit(save_shard, config, job, encode_shard(config, encoder, job))))
-            if len(written) > WRITER_THREADS:
+            if len(written) > WRITER_THREADS:  # bounds the finished shards in memory
                 number, index = written.popleft()
                 yield number, index.result()
         for number, index in written:
@@ -162,6 +162,7 @@ def encode_shard(config: EncodeConfig, encoder: RowEncoder, job: ShardJob) -> En
             continue
         if frame:
             pictures[len(records)] = frame.pixels
+        # The latent follows when its batch is full; the frame index is 0, as this is the first frame.
         source = RecordSource(prompt, row.path, row.line, 0, frame.size if frame else None, row.seed)
         records.append(Record(row.key, source, None, text))
         if len(pictures) == config.batch_size:

@@ -18,7 +18,13 @@ from shards.record import Record
 from shards.verification.statistics import VerifyReport
 from shards.verification.verify import delete_broken_files
 from stage1_encode.config import EncodeConfig, VerifyConfig
-from stage1_encode.dataset_folder import ENCODE_CONFIG_FILE, check_plan, make_encoding_plan, survey_shards
+from stage1_encode.dataset_folder import (
+    ENCODE_CONFIG_FILE,
+    DataSetFolder,
+    check_plan,
+    make_encoding_plan,
+    open_lock_file,
+)
 from stage1_encode.encode import EncodeReport, encode
 from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import vae
@@ -37,11 +43,14 @@ def repair_data_set(report: VerifyReport, config: VerifyConfig) -> EncodeReport:
     if not folder.is_dir():
         raise ValueError(f"shards={report.location}: only a local folder is repaired; copy it, or encode it again")
     options = original_config(folder, config)
-    check_plan(folder, make_encoding_plan(options, locate_model(options.model, ENCODER_PARTS)))
+    plan = make_encoding_plan(options, locate_model(options.model, ENCODER_PARTS))
+    check_plan(folder, plan)
     pick_device(options.device)
     shards = read_shard_rows(Path(options.data), shard_size=options.shard_size, text_only=options.text_only)
-    survey_shards(folder, options, shards, broken_files={problem.file for problem in report.problems})
-    delete_broken_files(report)
+    with open_lock_file(folder) as lock:
+        data_set = DataSetFolder(folder, options, plan, lock)
+        data_set.survey_shards(shards, broken_files={problem.file for problem in report.problems})
+    delete_broken_files(report)  # only now: everything that `encode` would refuse has been checked
     return encode(options)
 
 
@@ -51,6 +60,7 @@ def original_config(folder: Path, config: VerifyConfig) -> EncodeConfig:
         raise ValueError(f"shards={folder}: holds no {ENCODE_CONFIG_FILE}; encode it again")
     options = {"config": str(folder / ENCODE_CONFIG_FILE), "out": str(folder), "model": config.model}
     encode_config = resolve_config(EncodeConfig, options)
+    # The exit code of a repair does not depend on rows that failed before.
     return replace(encode_config, shard_range="", engine="local", max_failure_rate=1.0, device=config.device)
 
 

@@ -41,14 +41,14 @@ def serve_first_frames(connection: Connection, height: int, width: int, time_lim
     while True:
         path = connection.recv_bytes().decode()
         signal.setitimer(signal.ITIMER_REAL, time_limit)  # its default action ends the process, inside a decoder too
-        body = b""
+        header, body = dict[str, object](), b""
         try:
             frame = read_first_frame(path, height=height, width=width)
-            header, body = {"size": frame.size}, frame.pixels.tobytes()
+            header["size"], body = frame.size, frame.pixels.tobytes()
         except UnreadableError as error:
-            header = {"reason": str(error)}
+            header["reason"] = str(error)
         except MemoryError:
-            header = {"reason": f"needs more than {MEMORY_LIMIT_BYTES >> 30} GiB of memory"}
+            header["reason"] = f"needs more than {MEMORY_LIMIT_BYTES >> 30} GiB of memory"
         signal.setitimer(signal.ITIMER_REAL, 0)
         # JSON and bytes, not pickle: a file that takes over the decoder must not take over the run
         connection.send_bytes(json.dumps(header).encode())
@@ -69,7 +69,7 @@ class ReaderProcess:
         self.process = subprocess.Popen(
             command, cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL, pass_fds=(child_end.fileno(),)
         )
-        child_end.close()
+        child_end.close()  # otherwise a dead child would not close the connection
         self.is_ready = False
 
     def _wait_until_ready(self) -> None:
@@ -82,7 +82,7 @@ class ReaderProcess:
 
     def read(self, path: str) -> FirstFrame:
         """Read one file's first frame; `UnreadableError` says why it cannot."""
-        self._wait_until_ready()
+        self._wait_until_ready()  # the time limit does not include the start
         try:
             self.connection.send_bytes(path.encode())
             if not self.connection.poll(self.time_limit + GRACE_SECONDS):
@@ -140,7 +140,7 @@ class ReaderPool:
         """End all children; files that are not yet begun are dropped."""
         self.threads.shutdown(cancel_futures=True)
         for _ in range(self.count):
-            self.idle_processes.get().close()
+            self.idle_processes.get().close()  # after the shutdown, all of them are idle
 
 
 def default_worker_count() -> int:

@@ -1,4 +1,4 @@
-"""Every kind of file and prompt is either encoded correctly or reported with a reason, whatever the decoder does."""
+"""Every kind of file and prompt is encoded correctly or reported with a reason, also if the decoder crashes."""
 
 import os
 import threading
@@ -57,18 +57,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def readers() -> Iterator[ReaderPool]:
-    children = ReaderPool(1, SPEC, 20.0)
-    yield children
-    children.close()
+    pool = ReaderPool(1, SPEC, 20.0)
+    yield pool
+    pool.close()
 
 
 def shows_the_quarters(frame: FirstFrame, kind: Kind) -> bool:
     height, width = frame.pixels.shape[:2]
-    off = []
+    differences = []
     for (y, x), colour in QUARTERS.items():
-        wanted = [luminance(colour)] * 3 if kind.grey else colour
-        off.append(abs(frame.pixels[int(y * height), int(x * width)] - numpy.array(wanted)).max())
-    return max(off) <= kind.within
+        expected = [luminance(colour)] * 3 if kind.grey else colour
+        differences.append(abs(frame.pixels[int(y * height), int(x * width)] - numpy.array(expected)).max())
+    return max(differences) <= kind.within
 
 
 def test_there_are_at_least_thirty_kinds() -> None:
@@ -126,26 +126,26 @@ def test_a_crashing_or_hanging_decoder_costs_one_file(tmp_path: Path, monkeypatc
     names = ["good", "segfault", "hang", "exit", "greedy", "good-after"]
     for name in names:
         tiny_models.make_clip(tmp_path / f"{name}.mp4", seed=0)
-    children = ReaderPool(1, VideoSpec(9, 64, 96), 2.0)
-    began = time.monotonic()
-    found = [children.submit(str(tmp_path / f"{name}.mp4")) for name in names]
-    said = [str(future.exception()) for future in found]
-    children.close()
-    assert time.monotonic() - began < 30
-    assert found[0].exception() is None and found[5].exception() is None
-    assert said[1] == "crashes the decoder (SIGSEGV)"
-    assert said[2] == "took longer than 2 s"
-    assert said[3] == "crashes the decoder (exit code 3)"
-    assert "GiB of memory" in said[4]
+    pool = ReaderPool(1, VideoSpec(9, 64, 96), 2.0)
+    start = time.monotonic()
+    results = [pool.submit(str(tmp_path / f"{name}.mp4")) for name in names]
+    reasons = [str(future.exception()) for future in results]
+    pool.close()
+    assert time.monotonic() - start < 30
+    assert results[0].exception() is None and results[5].exception() is None
+    assert reasons[1] == "crashes the decoder (SIGSEGV)"
+    assert reasons[2] == "took longer than 2 s"
+    assert reasons[3] == "crashes the decoder (exit code 3)"
+    assert "GiB of memory" in reasons[4]
 
 
 def test_a_child_ends_with_its_parent_gone() -> None:
-    children = ReaderPool(1, SPEC, 20.0)
-    child = children.idle_processes.get()
+    pool = ReaderPool(1, SPEC, 20.0)
+    child = pool.idle_processes.get()
     child._wait_until_ready()
     child.connection.close()  # what the system does when the parent is killed
     assert child.process.wait(10) == 0
-    children.threads.shutdown()
+    pool.threads.shutdown()
 
 
 def test_the_whole_corpus_goes_through_one_run(corpus: Path, model: Path, tmp_path: Path) -> None:
@@ -199,8 +199,8 @@ def test_tables_of_every_kind(kind: str, clips: Path, model: Path, tmp_path: Pat
     (tmp_path / "rows.csv").write_bytes(TABLES[kind])
     encode(configure(tmp_path / "rows.csv", model, tmp_path / "out"))
     (record,) = records(tmp_path / "out")
-    wanted = {"semicolons": "a, b", "tabs": "a, b", "more columns": 'a "b", c', "embedded new line": "a b"}
-    assert record.source.prompt == wanted.get(kind, "a")
+    expected = {"semicolons": "a, b", "tabs": "a, b", "more columns": 'a "b", c', "embedded new line": "a b"}
+    assert record.source.prompt == expected.get(kind, "a")
     assert record.source.line == 2
 
 
@@ -211,10 +211,10 @@ def test_bad_lines_of_a_table_are_reported_one_by_one(clips: Path, model: Path, 
         "\n".join(["video,prompt", *lines, ""]).encode() + CLIP.encode() + b",caf\xe9\n"
     )
     encode(configure(tmp_path / "rows.csv", model, tmp_path / "out", shard_size=16, max_failure_rate=1.0))
-    found = [(int(row["line"]), row["reason"]) for row in failures(tmp_path / "out")]
-    assert [line for line, _ in found] == [3, 4, 10]
-    assert "3 columns where the header has 2" in found[0][1]
-    assert [reason for _, reason in found[1:]] == ["the prompt is empty", "the line is not UTF-8"]
-    kept = records(tmp_path / "out")
-    assert [record.source.line for record in kept] == [2, 6, 8, 9]
-    assert len({record.key for record in kept}) == 4  # rows said twice are two records
+    results = [(int(row["line"]), row["reason"]) for row in failures(tmp_path / "out")]
+    assert [line for line, _ in results] == [3, 4, 10]
+    assert "3 columns where the header has 2" in results[0][1]
+    assert [reason for _, reason in results[1:]] == ["the prompt is empty", "the line is not UTF-8"]
+    encoded = records(tmp_path / "out")
+    assert [record.source.line for record in encoded] == [2, 6, 8, 9]
+    assert len({record.key for record in encoded}) == 4  # equal rows are two records

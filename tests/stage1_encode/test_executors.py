@@ -1,4 +1,4 @@
-"""Nothing lost: killed runs, ranks, shard ranges, the lock, a full disk, a vanished input."""
+"""Executors: killed runs, ranks, shard ranges, the lock, a full disk, a CSV that changes during the run."""
 
 import logging
 import os
@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: Path) -> Path:
-    """An unbroken run, three shards of two."""
+def complete_set(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: Path) -> Path:
+    """A data set of an uninterrupted run: three shards of two records."""
     out = tmp_path_factory.mktemp("whole") / "set"
     encode(configure(clips / "clips.csv", model, out, shard_size=2))
     return out
@@ -34,16 +34,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: Path) ->
 
 @pytest.mark.parametrize(("kills", "world"), [(30, 1), (6, 2)])
 def test_kill_at_any_moment_and_the_bytes_are_the_same(
-    kills: int, world: int, whole: Path, clips: Path, model: Path, tmp_path: Path
+    kills: int, world: int, complete_set: Path, clips: Path, model: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, str(Path(__file__).with_name("kill_worker.py")), str(model), str(clips / "clips.csv")]
     command += [str(tmp_path / "out"), str(kills), str(world)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) >= kills
-    found = {name: digest for name, digest in hashes(tmp_path / "out").items() if not name.endswith(".partial")}
-    assert found == hashes(whole)
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    assert int(completed.stdout) >= kills
+    resumed = {name: digest for name, digest in hashes(tmp_path / "out").items() if not name.endswith(".partial")}
+    assert resumed == hashes(complete_set)
 
 
 def test_ranks_share_the_shards(clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,13 +55,15 @@ def test_ranks_share_the_shards(clips: Path, model: Path, tmp_path: Path, monkey
 
 
 def test_a_job_array_makes_its_ranges(
-    whole: Path, clips: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    complete_set: Path, clips: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert not encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shard_range="1:3")).is_complete
+    assert not encode(
+        configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shard_range="1:3")
+    ).is_complete
     with pytest.raises(ValueError, match="is unfinished"):
         read_manifest(tmp_path / "out")
     assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shard_range="0:1")).is_complete
-    assert hashes(tmp_path / "out") == hashes(whole)
+    assert hashes(tmp_path / "out") == hashes(complete_set)
     caplog.set_level(logging.INFO)
     beyond = encode(configure(clips / "clips.csv", model, tmp_path / "new", shard_size=2, shard_range="3:9"))
     assert (beyond.records, beyond.shards, beyond.is_complete) == (0, 0, False)
@@ -74,15 +76,15 @@ def test_the_example_of_a_job_array_asks_for_ranges_that_meet(tmp_path: Path) ->
     stub = tmp_path / "ti2v-distill"
     stub.write_text('#!/bin/sh\necho "$@"\n')
     stub.chmod(0o755)
-    asked = []
+    ranges = []
     for job in range(3):
         path = f"{tmp_path}:{os.environ['PATH']}"
         command = ["bash", str(ROOT / "examples/slurm_encode.sh"), "my clips.csv", "MODEL", "DATA"]
         environment = os.environ | {"PATH": path, "SLURM_ARRAY_TASK_ID": str(job), "PER_JOB": "7"}
-        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        assert said.startswith("encode --data my clips.csv --model MODEL --out DATA --shards ")
-        asked.append(configure(Path("a"), Path("b"), Path("c"), shard_range=said.split()[-2]).shard_bounds)
-    assert asked == [(0, 7), (7, 14), (14, 21)]
+        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert output.startswith("encode --data my clips.csv --model MODEL --out DATA --shards ")
+        ranges.append(configure(Path("a"), Path("b"), Path("c"), shard_range=output.split()[-2]).shard_bounds)
+    assert ranges == [(0, 7), (7, 14), (14, 21)]
 
 
 def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_path: Path) -> None:
@@ -106,11 +108,11 @@ def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_pa
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize(
-    ("name", "kept"),
+    ("name", "is_kept"),
     [("shard-000001.tar", True), ("negative.safetensors", False), ("plan.json", False), ("manifest.json", True)],
 )
 def test_a_full_disk_is_one_line_and_leaves_whole_shards(
-    name: str, kept: bool, whole: Path, clips: Path, model: Path, tmp_path: Path
+    name: str, is_kept: bool, complete_set: Path, clips: Path, model: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -119,12 +121,12 @@ def test_a_full_disk_is_one_line_and_leaves_whole_shards(
     with pytest.raises(ValueError, match="^out=.*: No space left on device; fix this and rerun the same command$"):
         encode(config)
     first = out / "shard-000000.tar"
-    assert first.is_file() == kept and not (out / "manifest.json").exists()
-    before = first.stat().st_mtime_ns if kept else 0
+    assert first.is_file() == is_kept and not (out / "manifest.json").exists()
+    before = first.stat().st_mtime_ns if is_kept else 0
     (out / f"{name}.partial").unlink()
     encode(config)
-    assert hashes(out) == hashes(whole)
-    assert not kept or first.stat().st_mtime_ns == before
+    assert hashes(out) == hashes(complete_set)
+    assert not is_kept or first.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("folder", ["/sys/ti2v", "/proc/ti2v", "FILE/set"])
@@ -147,23 +149,23 @@ def test_failed_rows_are_tried_again_when_asked(
 ) -> None:
     rows = [(clips / f"clip-{i}.mp4", f"prompt {i}") for i in range(5)]
     table = tiny_models.write_csv(tmp_path / "rows.csv", [*rows, (tmp_path / "late.mp4", "late")])
-    config, again = configure(table, model, tmp_path / "out"), {"retry_failures": True}
+    config, retry = configure(table, model, tmp_path / "out"), {"retry_failures": True}
     with pytest.raises(
         TooManyFailuresError, match="5 records are in place; --retry-failures tries the failed rows again$"
     ):
         encode(config)
     shutil.copy(clips / "clip-5.mp4", tmp_path / "late.mp4")
-    kept = (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns
+    first_mtime = (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns
     with pytest.raises(TooManyFailuresError):
         encode(config)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="^retry_failures=True: not under torchrun; "):
-        encode(replace(config, **again))
+        encode(replace(config, **retry))
     monkeypatch.delenv("WORLD_SIZE")
-    report = encode(replace(config, **again))
+    report = encode(replace(config, **retry))
     assert (report.records, report.failures, report.is_complete) == (6, 0, True)
-    assert (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns == kept
-    encode(configure(table, model, tmp_path / "whole", **again))
+    assert (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns == first_mtime
+    encode(configure(table, model, tmp_path / "whole", **retry))
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
     assert "retry_failures: false" in (tmp_path / "whole/encode.yaml").read_text()
 
