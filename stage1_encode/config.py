@@ -28,7 +28,6 @@ class EncodeConfig:
     height: int = size_option("height")
     width: int = size_option("width")
     fps: int = size_option("fps", advanced=True)
-    # A data set keeps the next value and those of `batch_size`, `text_batch_tokens`, `compile`: see EncodingPlan.
     shard_size: int = option(256, "CSV rows per shard.", minimum=1, group="output", advanced=True)
     batch_size: int = option(8, "Clips encoded at once.", minimum=1, group="speed")
     max_failure_rate: float = option(
@@ -44,6 +43,7 @@ class EncodeConfig:
     read_timeout: float = option(
         30.0, "Seconds per file to read it.", above=0, group="failures", advanced=True, old_name="time_limit"
     )
+    # plan.json keeps the dtypes, batch sizes and `compile`: they change the bytes of a data set.
     negative_prompt: str = option(NEGATIVE_PROMPT, "Prompt of the unconditional branch.", group="model", advanced=True)
     vae_dtype: str = option(
         "tf32", "Precision of the VAE; tf32 is float32 on a CPU.", choices=VAE_DTYPES, group="precision", advanced=True

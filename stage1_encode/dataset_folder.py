@@ -123,7 +123,7 @@ def report_write_errors(folder: Path) -> Iterator[None]:
 
 def lock_shard(descriptor: int, folder: Path, number: int) -> None:
     """Lock a shard until the lock file is closed; ValueError if another process has locked it."""
-    try:  # lockf, not flock: it works on NFS and locks single bytes
+    try:  # lockf and not flock, which locks whole files only
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, FIRST_SHARD_BYTE + number)
     except (BlockingIOError, PermissionError) as error:  # which of the two depends on the system
         raise ValueError(f"out={folder}: another encode is working on it; wait for it to end") from error

@@ -112,12 +112,9 @@ def make_shards(
 ) -> Iterator[tuple[int, ShardIndex]]:
     """Encode shards {number: rows} one after the other; yields each one's number and sidecar, without its members."""
     written: deque[tuple[int, Future[ShardIndex]]] = deque()
-    with (
-        ThreadPoolExecutor(1) as tokenizer,
-        # one torch thread each: more of them would wait for the busy cores
-        ThreadPoolExecutor(WRITER_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as writers,
-    ):
-        for job in start_jobs(config, encoder, readers, shards, tokenizer):
+    # one torch thread per writer: more of them would wait for the busy cores
+    with ThreadPoolExecutor(WRITER_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as writers:
+        for job in start_jobs(config, encoder, readers, shards):
             written.append((job.number, writers.submit(save_shard, config, job, encode_shard(config, encoder, job))))
             if len(written) > WRITER_THREADS:  # bounds the finished shards in memory
                 number, index = written.popleft()
@@ -127,24 +124,20 @@ def make_shards(
 
 
 def start_jobs(
-    config: EncodeConfig,
-    encoder: RowEncoder,
-    readers: ReaderPool,
-    shards: Mapping[int, list[Row]],
-    tokenizer: ThreadPoolExecutor,
+    config: EncodeConfig, encoder: RowEncoder, readers: ReaderPool, shards: Mapping[int, list[Row]]
 ) -> Iterator[ShardJob]:
     """Yield the jobs of shards {number: rows}; the prompts of the next one are tokenized meanwhile."""
     depth = 2 * (readers.count + config.batch_size)  # frames held in memory, across the borders of shards
     rows_ahead = read_frames_ahead(chain.from_iterable(shards.values()), readers, Path(config.data), depth=depth)
     frames = track_progress(rows_ahead, total=sum(len(rows) for rows in shards.values()), label="encode")
-    waiting: ShardJob | None = None
-    for number, rows in shards.items():
-        prompts = tokenizer.submit(encoder.tokenize_rows, rows)
-        if waiting:
-            yield waiting
-        waiting = ShardJob(number, rows, islice(frames, len(rows)), prompts)
-    if waiting:
-        yield waiting
+    waiting: deque[ShardJob] = deque()
+    with ThreadPoolExecutor(1) as tokenizer:
+        for number, rows in shards.items():
+            prompts = tokenizer.submit(encoder.tokenize_rows, rows)
+            waiting.append(ShardJob(number, rows, islice(frames, len(rows)), prompts))
+            if len(waiting) > 1:
+                yield waiting.popleft()
+        yield from waiting
 
 
 def encode_shard(config: EncodeConfig, encoder: RowEncoder, job: ShardJob) -> EncodedShard:

@@ -100,10 +100,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _check_readable_file(path: Path) -> None:
     try:
-        if not path.is_file():
-            raise UnreadableError(
-                "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
-            )
+        if not path.exists():
+            raise UnreadableError("does not exist")
+        if not path.is_file():  # opening a pipe would wait for a writer
+            raise UnreadableError("is a folder" if path.is_dir() else "is no ordinary file")
         with path.open("rb") as file:
             if not file.read(1):
                 raise UnreadableError("is empty")

@@ -4,11 +4,9 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO
 
 # Accepted column names; if a CSV has several of them, the first counts.
 VIDEO_COLUMNS, PROMPT_COLUMNS, SEED_COLUMNS = ("video", "path", "image"), ("prompt", "text"), ("seed",)
@@ -75,19 +73,13 @@ def read_shard_rows(csv_path: Path, *, shard_size: int, text_only: bool) -> Iter
         shard = list(islice(rows, shard_size))
 
 
-@contextmanager
-def _open_csv(csv_path: Path) -> Iterator[IO[str]]:
+def _read_rows(csv_path: Path, text_only: bool) -> Iterator[Row]:
     try:
         # surrogateescape keeps bytes that are not UTF-8, so that only their own row fails
         file = csv_path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
     except OSError as error:
         raise ValueError(f"data={csv_path}: {error.strerror or error}") from error
     with file:
-        yield file
-
-
-def _read_rows(csv_path: Path, text_only: bool) -> Iterator[Row]:
-    with _open_csv(csv_path) as file:
         columns = find_columns(csv_path, file.readline(), text_only)
         reader = csv.reader(file, delimiter=columns.delimiter, strict=True)
         number, line = 0, 2
