@@ -46,7 +46,8 @@ from common.video import TEXT_LENGTH, VideoSpec
 from stage1_encode.config import EncodeConfig
 from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import text_encoder, vae
-from stage1_encode.pipeline import RowEncoder, make_shards, prepare_encoders, start_readers, write_negative_embedding
+from stage1_encode.models.row_encoder import RowEncoder
+from stage1_encode.pipeline import make_shards, prepare_encoders, start_readers, write_negative_embedding
 
 READY = 4.0  # seconds in which the processes that read files are there
 SOURCE = "tests/data/bigbuckbunny.mp4"

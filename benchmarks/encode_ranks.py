@@ -26,7 +26,8 @@ from stage1_encode.config import EncodeConfig
 from stage1_encode.executors import rank_and_world
 from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import vae
-from stage1_encode.pipeline import RowEncoder, make_shards, start_readers, write_negative_embedding
+from stage1_encode.models.row_encoder import RowEncoder
+from stage1_encode.pipeline import make_shards, start_readers, write_negative_embedding
 
 Row = tuple[str, str]
 

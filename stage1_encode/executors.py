@@ -12,7 +12,8 @@ from shards.writer import ShardIndex
 from stage1_encode.config import EncodeConfig
 from stage1_encode.dataset_folder import read_finished_index
 from stage1_encode.media.rows import Row
-from stage1_encode.pipeline import RowEncoder, load_encoders, make_shards, start_readers, write_negative_embedding
+from stage1_encode.models.row_encoder import RowEncoder
+from stage1_encode.pipeline import load_encoders, make_shards, start_readers, write_negative_embedding
 
 SHARDS_PER_CHUNK = 4  # per call of a Ray worker, so that reading, models and writing overlap
 

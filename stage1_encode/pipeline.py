@@ -5,7 +5,7 @@ Shapes: B batch, C channels, H W latent size, L text rows, X Y pixel height and 
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -29,30 +29,10 @@ from stage1_encode.media.first_frame import FirstFrame, UnreadableError
 from stage1_encode.media.reader_pool import ReaderPool, default_worker_count, read_frames_ahead
 from stage1_encode.media.rows import Row, rows_digest
 from stage1_encode.models import text_encoder, vae
+from stage1_encode.models.row_encoder import RowEncoder
 
 ENCODER_PARTS = ("vae", "text_encoder", "tokenizer")
 WRITER_THREADS = 2  # shards hashed and written at once
-
-
-@dataclass(frozen=True)
-class RowEncoder:
-    """Both models of stage one, and the steps from a row to its record."""
-
-    vae: vae.FrameEncoder
-    text: text_encoder.TextEncoder
-
-    def tokenize_rows(self, rows: Sequence[Row]) -> tuple[list[str], list[list[int]]]:
-        """The cleaned prompts of rows, and their token ids."""
-        prompts = [text_encoder.clean_prompt(row.prompt) for row in rows]
-        return prompts, text_encoder.tokenize_prompts(self.text, prompts)
-
-    def embed_tokens(self, tokens: Sequence[Sequence[int]], *, max_tokens: int) -> list[Tensor]:
-        """Embeddings (L D) bf16 on the CPU, perhaps still in transfer, with `max_tokens` per batch."""
-        return text_encoder.embed_prompts(self.text, tokens, max_tokens=max_tokens)
-
-    def encode_pictures(self, pixels: Tensor) -> Tensor:
-        """First-frame latents (B C 1 H W) bf16, on the VAE's device, of pictures (B X Y 3) uint8."""
-        return vae.encode_frames(self.vae, pixels).to(torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -93,8 +73,8 @@ def prepare_encoders(config: EncodeConfig, autoencoder: vae.WanVae, text: text_e
 
 def write_negative_embedding(config: EncodeConfig, encoder: RowEncoder) -> None:
     """Embed the negative prompt and write its file."""
-    tokens = text_encoder.tokenize_prompts(encoder.text, [text_encoder.clean_prompt(config.negative_prompt)])
-    embedding = text_encoder.embed_prompts(encoder.text, tokens, max_tokens=config.text_batch_tokens)[0]
+    _, tokens = encoder.tokenize_prompts([config.negative_prompt])
+    embedding = encoder.embed_tokens(tokens, max_tokens=config.text_batch_tokens)[0]
     if event := record_event(encoder.text.model.device):
         event.synchronize()  # the embedding is copied asynchronously
     folder = Path(config.out)
@@ -133,7 +113,7 @@ def start_jobs(
     waiting: deque[ShardJob] = deque()
     with ThreadPoolExecutor(1) as tokenizer:
         for number, rows in shards.items():
-            prompts = tokenizer.submit(encoder.tokenize_rows, rows)
+            prompts = tokenizer.submit(encoder.tokenize_prompts, [row.prompt for row in rows])
             waiting.append(ShardJob(number, rows, islice(frames, len(rows)), prompts))
             if len(waiting) > 1:
                 yield waiting.popleft()

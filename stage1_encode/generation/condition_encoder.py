@@ -19,8 +19,8 @@ from shards.record import Record, RecordSource
 from stage1_encode.media.first_frame import UnreadableError, read_first_frame
 from stage1_encode.media.rows import Row, locate_file
 from stage1_encode.models import text_encoder, vae
+from stage1_encode.models.row_encoder import RowEncoder
 from stage1_encode.models.vae import FrameEncoder, WanVae
-from stage1_encode.pipeline import RowEncoder
 
 TEXT_BATCH_TOKENS = 8192  # embedded at once
 PICTURE_THREADS = 8  # pictures read at once, while the texts are embedded
@@ -69,7 +69,7 @@ def encode_conditions(
     ValueError names the first row that cannot be used.
     """
     row_encoder = RowEncoder(encoder.frames, encoder.text)
-    prompts, tokens = row_encoder.tokenize_rows(rows)
+    prompts, tokens = row_encoder.tokenize_prompts([row.prompt for row in rows])
     with ThreadPoolExecutor(PICTURE_THREADS) as pool:
         pending_pictures = pool.map(lambda row, prompt: read_row_picture(row, prompt, table, spec), rows, prompts)
         encoder.text_tensors.move_to(encoder.device)
