@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import numpy
@@ -42,10 +43,10 @@ from benchmarks.runner import RANDOM_WEIGHTS, Row, parse_arguments, peak_text, r
 from common.device import copy_async, pick_device
 from common.video import TEXT_LENGTH, VideoSpec
 from stage1_encode.config import EncodeConfig
-from stage1_encode.executors import read_tasks
 from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import text_encoder, vae
-from stage1_encode.pipeline import EncoderModels, make_shards, prepare_encoders, start_readers, write_negative_embedding
+from stage1_encode.models.row_encoder import RowEncoder
+from stage1_encode.pipeline import make_shards, prepare_encoders, start_readers, write_negative_embedding
 
 READER_START = 4.0  # seconds until the reader processes are ready; a real run loads its models meanwhile
 SOURCE = "tests/data/bigbuckbunny.mp4"
@@ -75,7 +76,7 @@ def wait_for_clips(makers: list["subprocess.Popen[bytes]"]) -> None:
     assert all(maker.wait() == 0 for maker in makers), "the clips cannot be made"
 
 
-def time_models_alone(config: EncodeConfig, encoders: EncoderModels, pixels: Tensor) -> float:
+def time_models_alone(config: EncodeConfig, encoders: RowEncoder, pixels: Tensor) -> float:
     """Return the seconds that the two models take for the rows of a CSV, in the same batches, with inputs ready."""
     device, batches, count = encoders.vae.mean.device, [], 0
     for shard in read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=False):
@@ -93,18 +94,18 @@ def time_models_alone(config: EncodeConfig, encoders: EncoderModels, pixels: Ten
     return sync() - began
 
 
-def end_to_end_rows(config: EncodeConfig, encoders: EncoderModels, pixels: Tensor) -> Iterator[Row]:
+def end_to_end_rows(config: EncodeConfig, encoders: RowEncoder, pixels: Tensor) -> Iterator[Row]:
     """Time the product's shards against the models alone on the same batches in the same run."""
     write_negative_embedding(config, encoders)  # warms the text encoder up
     vae.encode_frames(encoders.vae, pixels[: config.batch_size])
-    shards = list(read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=False))
-    numbers, rows = range(len(shards)), sum(len(shard) for shard in shards)
+    shards = dict(enumerate(read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=False)))
+    rows = sum(len(shard) for shard in shards.values())
     models = time_models_alone(config, encoders, pixels)
     peak_text()
     with closing(start_readers(config)) as readers:
         time.sleep(READER_START)
         began = time.perf_counter()
-        made = list(make_shards(config, encoders, readers, read_tasks(config, numbers), total=rows))
+        made = [index for _, index in make_shards(config, encoders, readers, shards)]
         took = time.perf_counter() - began
     records, size = sum(index.shard.records for index in made), sum(index.shard.size for index in made)
     name = f"{config.vae_dtype}, batch {config.batch_size}{', compiled' if config.compile else ''}"
@@ -113,12 +114,14 @@ def end_to_end_rows(config: EncodeConfig, encoders: EncoderModels, pixels: Tenso
     yield f"encode from end to end, {name}", f"{figure}, {models / took:.2f} of the models alone, {peak_text()}"
 
 
-def idle_rows(config: EncodeConfig, encoders: EncoderModels) -> Iterator[Row]:
+def idle_rows(config: EncodeConfig, encoders: RowEncoder) -> Iterator[Row]:
     """Measure for how much of the time between its first and its last work the GPU was idle."""
     gpu = torch.cuda.is_available()
     activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
+    rows = read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=False)
+    shards = dict(enumerate(islice(rows, 3)))
     with closing(start_readers(config)) as readers, profile(activities=[activity]) as profiler:
-        for _ in make_shards(config, encoders, readers, read_tasks(config, range(3)), total=3 * config.shard_size):
+        for _ in make_shards(config, encoders, readers, shards):
             pass
         sync()
     events = [event for event in profiler.events() if not gpu or event.device_type == DeviceType.CUDA]
@@ -184,10 +187,10 @@ def measure(options: argparse.Namespace, folder: Path, began: float) -> Iterator
     yield "clips made after", f"{time.perf_counter() - began:.1f} s"
     if "eager" in options.parts:
         config = make_config(options, table, folder / "eager", vae_dtype=options.vae_dtype)
-        encoders = EncoderModels(make_frame_encoder(base, config.vae_dtype), encoder)
+        encoders = RowEncoder(make_frame_encoder(base, config.vae_dtype), encoder)
         yield from end_to_end_rows(config, encoders, pixels)
     if "idle" in options.parts:
-        encoders = EncoderModels(make_frame_encoder(base, options.vae_dtype), encoder)
+        encoders = RowEncoder(make_frame_encoder(base, options.vae_dtype), encoder)
         yield from idle_rows(make_config(options, table, folder / "idle", vae_dtype=options.vae_dtype), encoders)
     if "reference" in options.parts:
         yield from reference_rows(make_config(options, table, folder / "reference"), base, encoder, paths)

@@ -21,21 +21,23 @@ from benchmarks.random_models import TINY, TRUE, random_text_encoder, random_vae
 from benchmarks.runner import RANDOM_WEIGHTS, Row, parse_arguments, peak_text, run_benchmark
 from common.device import pick_device
 from stage1_encode.config import EncodeConfig
-from stage1_encode.encode import assigned_shards
-from stage1_encode.executors import rank_and_world, read_tasks
+from stage1_encode.executors import rank_and_world
+from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import vae
-from stage1_encode.pipeline import EncoderModels, make_shards, start_readers, write_negative_embedding
+from stage1_encode.models.row_encoder import RowEncoder
+from stage1_encode.pipeline import make_shards, start_readers, write_negative_embedding
 
 
-def time_shards(config: EncodeConfig, encoders: EncoderModels, numbers: range) -> tuple[int, float]:
+def time_shards(config: EncodeConfig, encoders: RowEncoder, numbers: range) -> tuple[int, float]:
     """Make shards; returns the records of all ranks, and the seconds until the slowest rank has made its own."""
     with closing(start_readers(config)) as readers:
         time.sleep(READER_START)
         dist.barrier()
         began = time.perf_counter()
-        rows = len(numbers) * config.shard_size
-        made = list(make_shards(config, encoders, readers, read_tasks(config, numbers), total=rows)) if numbers else []
-        records = torch.tensor(sum(index.shard.records for index in made))
+        rows = read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=False)
+        shards = {number: shard for number, shard in enumerate(rows) if number in numbers}
+        made = make_shards(config, encoders, readers, shards)
+        records = torch.tensor(sum(index.shard.records for _, index in made))
         dist.barrier()
         took = time.perf_counter() - began
     dist.all_reduce(records)
@@ -56,13 +58,13 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     config = make_config(options, folder / "rows.csv", folder / f"out-{rank}", workers=workers)
     encoder = random_text_encoder(size, device)
     encoder.model.bfloat16()
-    encoders = EncoderModels(make_frame_encoder(random_vae(size, device), config.vae_dtype), encoder)
+    encoders = RowEncoder(make_frame_encoder(random_vae(size, device), config.vae_dtype), encoder)
     write_negative_embedding(config, encoders)  # warms the text encoder up
     vae.encode_frames(encoders.vae, make_pictures(size, config.batch_size, device))
     yield "clips and models made after", f"{time.perf_counter() - start:.1f} s"
     shards = -(-options.rows // options.shard_size)
     rates = []
-    for ranks, numbers in ((1, range(0 if rank else shards)), (world, assigned_shards(config, shards * world))):
+    for ranks, numbers in ((1, range(0 if rank else shards)), (world, range(shards * world)[rank::world])):
         records, took = time_shards(config, encoders, numbers)
         rates.append(records / took / ranks)
         figure = f"{records / took:.1f} records/s ({records} in {took:.1f} s), {peak_text()}"

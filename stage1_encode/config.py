@@ -1,4 +1,4 @@
-"""Options of stage one."""
+"""Options of the commands `encode`, `verify` and `decode`."""
 
 import re
 from dataclasses import dataclass, replace
@@ -8,18 +8,18 @@ from common.options import MODEL_HELP, check_fields, device_option, option, size
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")
-VAE_DTYPES = ("float32", "tf32", "float16", "bfloat16")
+VAE_DTYPES = ("float32", "tf32", "float16", "bfloat16")  # tf32: float32 weights, convolutions in TF32
 ENGINES = ("local", "ray")
-NEGATIVE_PROMPT = (
+NEGATIVE_PROMPT = (  # the official one of Wan2.2; do not translate it
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
     "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)  # the official one of Wan2.2
+)
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """What `encode` makes of a CSV."""
+    """Options of `encode`."""
 
     data: str = option(help="CSV with columns video (or path) and prompt (or text).", group="data")
     model: str = option(help=MODEL_HELP, group="model")
@@ -28,56 +28,42 @@ class EncodeConfig:
     height: int = size_option("height")
     width: int = size_option("width")
     fps: int = size_option("fps", advanced=True)
-    shard_size: int = option(256, "CSV rows a shard.", minimum=1, group="output", advanced=True)
+    shard_size: int = option(256, "CSV rows per shard.", minimum=1, group="output", advanced=True)
     batch_size: int = option(8, "Clips encoded at once.", minimum=1, group="speed")
     max_failure_rate: float = option(
         0.05,
-        "Share of failed rows above which encode ends with exit code 1.",
+        "Exit with code 1 if more rows fail than this share.",
         minimum=0,
         group="failures",
         old_name="max_failures",
     )
     retry_failures: bool = option(
-        False, "Make shards with failed rows again, as once a disk is there that was not.", group="failures"
+        False, "Re-encode shards with failed rows, e.g. after a missing disk was mounted.", group="failures"
     )
     read_timeout: float = option(
-        30.0,
-        "Seconds a file may take to give its first frame.",
-        above=0,
-        group="failures",
-        advanced=True,
-        old_name="time_limit",
+        30.0, "Seconds per file to read it.", above=0, group="failures", advanced=True, old_name="time_limit"
     )
-    negative_prompt: str = option(
-        NEGATIVE_PROMPT, "Prompt of the unconditional branch, embedded once.", group="model", advanced=True
-    )
+    # plan.json keeps the dtypes, batch sizes and `compile`: they change the bytes of a data set.
+    negative_prompt: str = option(NEGATIVE_PROMPT, "Prompt of the unconditional branch.", group="model", advanced=True)
     vae_dtype: str = option(
         "tf32", "Precision of the VAE; tf32 is float32 on a CPU.", choices=VAE_DTYPES, group="precision", advanced=True
     )
     text_dtype: str = option(
         "bfloat16", "Precision of the text encoder.", choices=DTYPES, group="precision", advanced=True
     )
-    compile: bool = option(
-        False, "Compile both encoders first (about a minute): faster from some thousand clips on.", group="speed"
-    )
-    text_only: bool = option(
-        False, "Allow rows without a video; they become records without a first frame.", group="data"
-    )
+    compile: bool = option(False, "Compile the encoders (a minute); faster from some thousand clips on.", group="speed")
+    text_only: bool = option(False, "Allow rows without a video: their records have no first frame.", group="data")
     text_batch_tokens: int = option(
-        8192,
-        "Prompt tokens embedded at once, padding included.",
-        minimum=1,
-        group="speed",
-        advanced=True,
+        8192, "Prompt tokens embedded at once, with padding.", minimum=1, group="speed", advanced=True,
         old_name="text_tokens",
-    )
-    workers: int = option(0, "Processes that read files; 0 = one a CPU core, at most 16.", minimum=0, group="speed")
+    )  # fmt: skip
+    workers: int = option(0, "Processes that read files; 0 = one per CPU core, at most 16.", minimum=0, group="speed")
     engine: str = option(
-        "local", "Who encodes: this process (or torchrun's ranks), or a Ray cluster.", choices=ENGINES, group="devices"
+        "local", "Encode in this process (or torchrun's ranks) or on a Ray cluster.", choices=ENGINES, group="devices"
     )
     shard_range: str = option(
         "",
-        "Encode only shards A:B (B not included), as in a job array; empty = all.",
+        "Encode only shards A to B-1, given as A:B, for job arrays; empty = all.",
         group="devices",
         old_name="shards",
     )
@@ -85,40 +71,39 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _ = self.spec, self.shard_bounds
+        _ = self.spec, self.shard_bounds  # both raise ValueError for bad values
 
     @property
     def shard_bounds(self) -> tuple[int, int | None]:
-        """First shard to encode, and the one after the last; None = to the end."""
+        """The first shard to encode and the one after the last; None = to the end of the CSV."""
         if not self.shard_range:
             return 0, None
         match = re.fullmatch(r"(\d+):(\d+)", self.shard_range)
         if not match or int(match[1]) >= int(match[2]):
-            raise ValueError(f"shards={self.shard_range}: must be two whole numbers A:B with A < B, as 0:100")
+            raise ValueError(f"shard_range={self.shard_range}: must be two whole numbers A:B with A < B, as 0:100")
         return int(match[1]), int(match[2])
 
     @property
     def with_absolute_paths(self) -> "EncodeConfig":
-        """The same with absolute paths, for another working directory; a hub name stays."""
+        """The same options with absolute paths, for use in another working directory; a hub name stays."""
+        # `model` may be a hub name, which looks like a relative path
         data, out = (str(Path(path).absolute()) for path in (self.data, self.out))
         model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
         return replace(self, data=data, out=out, model=model)
 
     @property
     def spec(self) -> VideoSpec:
-        """Size of the videos."""
+        """Size and frame rate of the videos."""
         return VideoSpec(self.num_frames, self.height, self.width, self.fps)
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """What `verify` does besides checking a data set."""
+    """Options of `verify`."""
 
-    repair: bool = option(False, "Encode again just what is broken, by the command that made it.", group="repair")
-    model: str | None = option(
-        None, "Model folder or hub name: adds a picture of decoded first frames.", group="first-frames"
-    )
-    sheet: str = option("first-frames.png", "That picture's file.", group="first-frames")
+    repair: bool = option(False, "Re-encode broken shards with the options of their data set.", group="repair")
+    model: str | None = option(None, "Model folder or hub name: draws decoded first frames.", group="first-frames")
+    sheet: str = option("first-frames.png", "Image file for the decoded first frames.", group="first-frames")
     device: str = device_option()
 
     def __post_init__(self) -> None:
@@ -129,15 +114,13 @@ class VerifyConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """What `decode` makes of latents."""
+    """Options of `decode`."""
 
-    latents: str = option(help="Folder X.zarr of latents.", group="data")
-    model: str = option(help="Model folder or hub name; its VAE is used.", group="model")
+    latents: str = option(help="Latents: a folder X.zarr.", group="data")
+    model: str = option(help="Model folder or hub name of the VAE.", group="model")
     out: str = option(help="Folder for the mp4 files and the contact sheet.", group="output")
-    watch: bool = option(
-        False, "Wait for steps of a training run and decode each as it appears, until the run ends.", group="data"
-    )
-    columns: int = option(6, "Frames of each video on the contact sheet.", minimum=1, group="output", advanced=True)
+    watch: bool = option(False, "Decode the previews of a training run as they appear, until it ends.", group="data")
+    columns: int = option(6, "Frames per video on the contact sheet.", minimum=1, group="output", advanced=True)
     vae_dtype: str = option("float32", "Precision of the VAE.", choices=DTYPES, group="precision", advanced=True)
     device: str = device_option()
 

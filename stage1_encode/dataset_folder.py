@@ -1,7 +1,7 @@
-"""The folder of a data set while it is made: what may stand in it, what it is to hold, and who works on it.
+"""The folder of a data set while it is encoded: its plan, its lock, and which of its shards are finished.
 
-`plan.json` names all that changes what a record is, so that a later run continues only what it would have begun.
-A run holds a lock on the bytes of `encode.lock` that stand for its shards; the lock ends with its process.
+`plan.json` names everything that changes a record, so that a later run continues a data set only with equal settings.
+A run locks the bytes of `encode.lock` that stand for its shards; the system releases them when the process ends.
 """
 
 import csv
@@ -10,7 +10,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,41 +32,40 @@ from shards.manifest import (
 )
 from shards.writer import RowFailure, ShardIndex, index_file_name, read_index, shard_file_name
 from stage1_encode.config import EncodeConfig
-from stage1_encode.media.rows import Row, read_shard_rows, rows_digest
+from stage1_encode.media.rows import Row, rows_digest
 from stage1_encode.models.loading import read_text_width
 
 PLAN_FILE, ENCODE_CONFIG_FILE, FAILURES_FILE, LOCK_FILE = "plan.json", "encode.yaml", "failures.csv", "encode.lock"
-DATA_SET_FILES = re.compile(
-    rf"({PLAN_FILE}|{ENCODE_CONFIG_FILE}|{FAILURES_FILE}|{LOCK_FILE}|{MANIFEST_FILE}|{NEGATIVE_FILE}|shard-\d{{6,}}\.(tar|json))(\.partial)?"
-)
-ADDED_FIELDS = ("batch_size", "text_tokens")  # of a plan; those begun before may go on without them
-PLAN_BYTE, MANIFEST_BYTE, FIRST_SHARD_BYTE = 0, 1, 2  # bytes of the lock file
+FIXED_FILES = (PLAN_FILE, ENCODE_CONFIG_FILE, FAILURES_FILE, LOCK_FILE, MANIFEST_FILE, NEGATIVE_FILE)
+DATA_SET_FILES = re.compile(rf"({'|'.join(FIXED_FILES)}|shard-\d{{6,}}\.(tar|json))(\.partial)?")
+PLAN_BYTE, MANIFEST_BYTE, FIRST_SHARD_BYTE = 0, 1, 2  # offsets in the lock file
 
 
 @dataclass(frozen=True)
 class EncodingPlan:
-    """All that changes what a record is, apart from the rows."""
+    """Everything that changes a record, apart from the rows."""
 
     schema: int
     spec: VideoSpec
     encoder: EncoderInfo
     shard_size: int
     text_only: bool
-    compile: bool  # rounds otherwise, and so do the next two
+    compile: bool  # compiled kernels and other batches round differently
     batch_size: int
     text_tokens: int
 
 
 @dataclass(frozen=True)
 class ShardSurvey:
-    """What a CSV asks for, and what of it is not there yet."""
+    """The shards that a CSV asks for. A process holds the rows and sidecars of its own shards only."""
 
-    rows: tuple[int, ...]  # of each shard
-    unfinished: tuple[int, ...]  # numbers of shards
+    row_counts: list[int]  # of every shard
+    finished: dict[int, ShardIndex]  # by shard number, without members
+    unfinished: dict[int, list[Row]]  # by shard number
 
 
 def make_encoding_plan(config: EncodeConfig, model: Path) -> EncodingPlan:
-    """The plan that a configuration and a model folder amount to."""
+    """The plan of a configuration and a local model folder."""
     encoder = EncoderInfo(
         vae=fingerprint_folder(model / "vae"),
         text_encoder=fingerprint_folder(model / "text_encoder"),
@@ -76,27 +75,26 @@ def make_encoding_plan(config: EncodeConfig, model: Path) -> EncodingPlan:
         text_dim=read_text_width(model),
         negative_prompt=config.negative_prompt,
     )
-    return EncodingPlan(
-        schema=SCHEMA_VERSION,
-        spec=config.spec,
-        encoder=encoder,
-        shard_size=config.shard_size,
-        text_only=config.text_only,
-        compile=config.compile,
-        batch_size=config.batch_size,
-        text_tokens=config.text_batch_tokens,
+    return EncodingPlan(  # the field names are those of plan.json and must stay
+        SCHEMA_VERSION,
+        config.spec,
+        encoder,
+        config.shard_size,
+        config.text_only,
+        config.compile,
+        config.batch_size,
+        config.text_batch_tokens,
     )
 
 
 def check_data_set_folder(folder: Path) -> None:
-    """Refuse a folder that holds anything but a data set."""
+    """Raise ValueError if the folder is a file or holds anything but a data set."""
     refuse_foreign_files(folder, lambda name: DATA_SET_FILES.fullmatch(name) is not None)
 
 
 @contextmanager
 def open_lock_file(folder: Path) -> Iterator[int]:
-    """The folder, made if need be, and its lock file's descriptor; ValueError where it cannot be written."""
-    check_data_set_folder(folder)
+    """Create the folder if needed and yield its lock file's descriptor; ValueError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
@@ -105,134 +103,153 @@ def open_lock_file(folder: Path) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        os.close(descriptor)  # releases every lock of this process on the file
 
 
 @contextmanager
 def report_write_errors(folder: Path) -> Iterator[None]:
-    """Turn what keeps a file from being written, a full disk above all, into one clear line: ValueError."""
+    """Turn an OSError while writing, for example of a full disk, into a ValueError of one line."""
     try:
         yield
     except OSError as error:
-        raise ValueError(f"out={folder}: {error.strerror}; mend that and run the same command again") from error
+        raise ValueError(f"out={folder}: {error.strerror}; fix this and rerun the same command") from error
 
 
-@contextmanager
-def hold_lock_byte(descriptor: int, offset: int) -> Iterator[None]:
-    """Wait for one byte of the lock file and hold it."""
-    fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, offset)
-    try:
-        yield
-    finally:
-        fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, offset)
-
-
-def lock_shards(descriptor: int, folder: Path, numbers: range) -> None:
-    """Hold shards until this process ends; ValueError where another one works on any of them."""
-    ranges = [(numbers.start, len(numbers))] if numbers.step == 1 else [(number, 1) for number in numbers]
-    for first, count in ranges:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, max(count, 1), FIRST_SHARD_BYTE + first)
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"out={folder}: another encode is working on it; wait for it to end") from error
+def lock_shard(descriptor: int, folder: Path, number: int) -> None:
+    """Lock a shard until the lock file is closed; ValueError if another process has locked it."""
+    try:  # lockf and not flock, which locks whole files only
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, FIRST_SHARD_BYTE + number)
+    except (BlockingIOError, PermissionError) as error:  # which of the two depends on the system
+        raise ValueError(f"out={folder}: another encode is working on it; wait for it to end") from error
 
 
 def check_plan(folder: Path, plan: EncodingPlan) -> None:
-    """Refuse a folder in which a data set with another plan was begun, naming what differs."""
+    """Raise ValueError if a data set with another plan was begun in the folder; the message names the differences."""
     path = folder / PLAN_FILE
     if not path.is_file():
-        if (folder / shard_file_name(0)).exists():
+        if (folder / shard_file_name(0)).exists():  # its settings are unknown
             raise ValueError(f"out={folder}: holds shards and no {PLAN_FILE}; give a new folder")
         return
     try:
-        current = _flatten_fields(json.loads(_plan_to_json(plan)))
-        differences = list_differences(
-            current, {name: current[name] for name in ADDED_FIELDS} | _flatten_fields(json.loads(path.read_bytes()))
-        )
+        written = _flatten_fields(json.loads(path.read_bytes()))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: is damaged; give a new folder") from error
+    differences = list_differences(_flatten_fields(asdict(plan)), written)
     if differences:
         raise ValueError(f"out={folder}: was begun with other settings: {'; '.join(differences)}; give a new folder")
 
 
-def write_plan(folder: Path, config: EncodeConfig, plan: EncodingPlan) -> None:
-    """Write the plan and the resolved configuration of a new data set."""
-    if not (folder / PLAN_FILE).is_file():
-        write_config(
-            folder / ENCODE_CONFIG_FILE, replace(config, retry_failures=False)
-        )  # which is no part of what is made
-        write_file(folder / PLAN_FILE, _plan_to_json(plan))
-
-
-def _plan_to_json(plan: EncodingPlan) -> bytes:
-    return (json.dumps(asdict(plan), indent=1, ensure_ascii=False) + "\n").encode()
-
-
 def _flatten_fields(fields: dict[str, object]) -> dict[str, object]:
-    """Nested names joined, as `encoder.vae`."""
+    """The fields with the names of nested ones joined, as `encoder.vae`."""
     flattened: dict[str, object] = {}
     for name, value in fields.items():
-        nested = value if isinstance(value, dict) else None
-        flattened |= {name: value} if nested is None else {f"{name}.{key}": item for key, item in nested.items()}
+        nested = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        flattened |= nested
     return flattened
 
 
-def survey_shards(folder: Path, config: EncodeConfig) -> ShardSurvey:
-    """Compare the CSV with the finished shards; ValueError where rows were changed or removed since they were made."""
-    counts, unfinished = [], []
-    shards = read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=config.text_only)
-    for number, rows in enumerate(shards):
-        index = read_finished_index(folder, number)
-        if index is not None:
-            _check_rows_unchanged(config, rows, index)
-        if index is None or index.shard.rows < len(rows) or (config.retry_failures and index.failures):
-            unfinished.append(number)
-        counts.append(len(rows))
-    if (folder / shard_file_name(len(counts))).exists():
-        raise ValueError(f"data={config.data}: has fewer rows than {folder} was made from; give a new folder")
-    return ShardSurvey(tuple(counts), tuple(unfinished))
-
-
-def mark_unfinished(folder: Path, numbers: Iterable[int]) -> None:
-    """Make shards unfinished, so that nobody takes them for made before they are made again."""
-    for number in numbers:
-        (folder / index_file_name(shard_file_name(number))).unlink(missing_ok=True)
-
-
-def _check_rows_unchanged(config: EncodeConfig, rows: list[Row], index: ShardIndex) -> None:
-    if rows_digest(rows[: index.shard.rows]) != index.rows_sha256:
-        raise ValueError(
-            f"data={config.data}: lines {rows[0].line} to {rows[-1].line} changed since {config.out} was begun; "
-            "rows may only be added at the end: undo the change or give a new folder"
-        )
-
-
-def read_finished_index(folder: Path, number: int, rows: int = 0) -> ShardIndex | None:
-    """The sidecar of a shard that is there with at least `rows` rows; None where it is to be made (again)."""
+def read_finished_index(folder: Path, number: int, min_rows: int = 0) -> ShardIndex | None:
+    """The sidecar of a finished shard, without its members; None if the shard is missing, damaged or too short."""
     name = shard_file_name(number)
     try:
         index = read_index(folder, name)
-    except (ValueError, KeyError, TypeError):  # damaged
+    except (ValueError, KeyError, TypeError):  # the sidecar is damaged
         return None
-    if index is None or (folder / name).stat().st_size != index.shard.size:
+    if index is None or index.shard.rows < min_rows or (folder / name).stat().st_size != index.shard.size:
         return None
-    return index if index.shard.rows >= rows else None
+    return replace(index, members=())  # a large data set has millions of members
 
 
-def finish_data_set(folder: Path, plan: EncodingPlan, shard_survey: ShardSurvey) -> Manifest | None:
-    """Write `failures.csv` and the manifest once all shards and the negative prompt are there; None before that."""
-    indices = [read_finished_index(folder, number, rows) for number, rows in enumerate(shard_survey.rows)]
-    complete_indices = [index for index in indices if index is not None]
-    if len(complete_indices) < len(indices) or not (folder / NEGATIVE_FILE).is_file():
-        return None
-    failures = [failure for index in complete_indices for failure in index.failures]
-    manifest = Manifest(
-        plan.schema, plan.spec, plan.encoder, tuple(index.shard for index in complete_indices), len(failures)
-    )
-    if not _is_manifest_written(folder, manifest):
-        write_file(folder / FAILURES_FILE, _failures_csv(failures))
-        write_manifest(folder, manifest, read_negative_embedding(folder))
-    return manifest
+@dataclass(frozen=True)
+class DataSetFolder:
+    """A data set that this process encodes, with its lock file open."""
+
+    path: Path
+    config: EncodeConfig
+    plan: EncodingPlan
+    lock: int  # descriptor of the lock file
+
+    def survey_shards(
+        self, shards: Iterable[list[Row]], *, assigned: range = range(0), broken_files: Collection[str] = ()
+    ) -> ShardSurvey:
+        """Lock the assigned shards, then compare all sidecars but the broken ones with the rows of the CSV's shards.
+
+        Raises ValueError if another process holds a shard, or if rows were changed or removed since they were encoded.
+        """
+        survey = ShardSurvey([], {}, {})
+        for number, rows in enumerate(shards):
+            if number in assigned:
+                lock_shard(self.lock, self.path, number)
+            is_broken = index_file_name(shard_file_name(number)) in broken_files
+            index = None if is_broken else read_finished_index(self.path, number)
+            if index is not None:
+                self._check_rows_unchanged(rows, index)
+            survey.row_counts.append(len(rows))
+            if number not in assigned:  # its rows are not kept: a large CSV does not fit into every rank's memory
+                continue
+            if index is None or index.shard.rows < len(rows) or (self.config.retry_failures and index.failures):
+                survey.unfinished[number] = rows
+            else:
+                survey.finished[number] = index
+        # a shard beyond the last one would stay in the folder without being in the manifest
+        if (self.path / shard_file_name(len(survey.row_counts))).exists():
+            raise ValueError(
+                f"data={self.config.data}: has fewer rows than {self.path} was made from; give a new folder"
+            )
+        return survey
+
+    def _check_rows_unchanged(self, rows: list[Row], index: ShardIndex) -> None:
+        if rows_digest(rows[: index.shard.rows]) != index.rows_sha256:
+            raise ValueError(
+                f"data={self.config.data}: lines {rows[0].line} to {rows[-1].line} changed since {self.path} was "
+                "begun; rows may only be added at the end: undo the change or give a new folder"
+            )
+
+    def commit_plan(self, survey: ShardSurvey) -> None:
+        """Write the plan and the options of a new data set, and mark the data set as incomplete."""
+        with self._hold_byte(PLAN_BYTE):
+            check_plan(self.path, self.plan)  # another job may have begun the data set meanwhile
+            if not (self.path / PLAN_FILE).is_file():
+                options = replace(self.config.with_absolute_paths, retry_failures=False)  # `repair` retries nothing
+                write_config(self.path / ENCODE_CONFIG_FILE, options)
+                plan = json.dumps(asdict(self.plan), indent=1, ensure_ascii=False) + "\n"
+                write_file(self.path / PLAN_FILE, plan.encode())
+            (self.path / MANIFEST_FILE).unlink(missing_ok=True)
+            if self.config.retry_failures:  # a shard without a sidecar is unfinished, also if this run is killed
+                for number in survey.unfinished:
+                    (self.path / index_file_name(shard_file_name(number))).unlink(missing_ok=True)
+
+    def finish(self, row_counts: list[int], known: dict[int, ShardIndex]) -> tuple[dict[int, ShardIndex], bool]:
+        """Write `failures.csv` and the manifest if all shards and the negative prompt's embedding are finished.
+
+        Returns the sidecars of the finished shards by number, and whether the data set is complete. Those that are not
+        `known` belong to other processes, which may have replaced them since the survey, and are read here.
+        """
+        with self._hold_byte(MANIFEST_BYTE):
+            read = {
+                number: known.get(number) or read_finished_index(self.path, number, rows)
+                for number, rows in enumerate(row_counts)
+            }
+            indices = {number: index for number, index in read.items() if index}
+            if len(indices) < len(row_counts) or not (self.path / NEGATIVE_FILE).is_file():
+                return indices, False
+            failures = [failure for index in indices.values() for failure in index.failures]
+            shards = tuple(index.shard for index in indices.values())
+            manifest = Manifest(self.plan.schema, self.plan.spec, self.plan.encoder, shards, len(failures))
+            if not _is_manifest_written(self.path, manifest):  # an unchanged data set keeps its files and their times
+                write_file(self.path / FAILURES_FILE, _failures_csv(failures))
+                write_manifest(self.path, manifest, read_negative_embedding(self.path))
+        return indices, True
+
+    @contextmanager
+    def _hold_byte(self, offset: int) -> Iterator[None]:
+        """Wait for one byte of the lock file and hold it while writing; OSErrors become ValueErrors."""
+        fcntl.lockf(self.lock, fcntl.LOCK_EX, 1, offset)
+        try:
+            with report_write_errors(self.path):
+                yield
+        finally:
+            fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, offset)
 
 
 def _is_manifest_written(folder: Path, manifest: Manifest) -> bool:
@@ -240,6 +257,7 @@ def _is_manifest_written(folder: Path, manifest: Manifest) -> bool:
         written = read_manifest(folder)
     except ValueError:
         return False
+    # the hash of the embedding is added only when the manifest is written
     return replace(written, negative_sha256="") == manifest and (folder / FAILURES_FILE).is_file()
 
 

@@ -1,155 +1,121 @@
-"""Who runs the shard tasks. An engine makes the shards that a survey found unfinished; what it leaves undone because
-its process died, the next run does.
-"""
+"""Who encodes the shards: this process or a Ray cluster. Shards that a dead process leaves are left to the next run."""
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 from common.progress import ProgressBar
+from shards.writer import ShardIndex
 from stage1_encode.config import EncodeConfig
 from stage1_encode.dataset_folder import read_finished_index
-from stage1_encode.media.rows import read_shard_rows
-from stage1_encode.pipeline import (
-    EncoderModels,
-    ShardTask,
-    load_encoders,
-    make_shards,
-    start_readers,
-    write_negative_embedding,
-)
+from stage1_encode.media.rows import Row
+from stage1_encode.models.row_encoder import RowEncoder
+from stage1_encode.pipeline import load_encoders, make_shards, start_readers, write_negative_embedding
 
-SHARDS_PER_CHUNK = 4  # shards that a Ray worker is given at once, so that reading, models and writing overlap
-
-
-class ShardExecutor(Protocol):
-    """Makes shards {number: rows}, and before them the negative prompt's embedding where it is asked to."""
-
-    def __call__(
-        self,
-        config: EncodeConfig,
-        shard_rows: Mapping[int, int],
-        *,
-        embed_negative: bool,
-        before_writing: Callable[[], None],
-    ) -> None:
-        """Return when all is made; `begin` is called once the models are there and nothing is written yet."""
+SHARDS_PER_CHUNK = 4  # per call of a Ray worker, so that reading, models and writing overlap
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Which of how many processes this is, as torchrun says."""
+    """This process's rank and the number of processes, as torchrun sets them; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def read_tasks(config: EncodeConfig, numbers: Collection[int]) -> Iterator[ShardTask]:
-    """The rows of these shards, read as they are asked for."""
-    shards = read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=config.text_only)
-    for number, rows in enumerate(shards):
-        if number in numbers:
-            yield ShardTask(number, rows)
+class LocalExecutor:
+    """Encodes shards with the models of one device, in this process or as an actor of a Ray cluster.
 
-
-def surveyed_tasks(config: EncodeConfig, shard_rows: Mapping[int, int]) -> Iterator[ShardTask]:
-    """The first rows of shards {number: rows}; those that the CSV has won since it was surveyed are the next run's.
-
-    ValueError where it has lost some.
+    Call `load`, then `embed_negative` and `run`, at last `close`. One device needs no `shard_count`.
     """
-    remaining = dict(shard_rows)
-    for task in read_tasks(config, shard_rows):
-        rows = remaining[task.number]
-        if len(task.rows) >= rows:
-            del remaining[task.number]
-            yield ShardTask(task.number, task.rows[:rows])
-    if remaining:
-        raise ValueError(f"data={config.data}: lost rows while encode read it; run the same command again")
 
-
-def run_local(
-    config: EncodeConfig, shard_rows: Mapping[int, int], *, embed_negative: bool, before_writing: Callable[[], None]
-) -> None:
-    """Make the shards in this process."""
-    with closing(start_readers(config)) as readers:
-        encoders = load_encoders(config)
-        before_writing()
-        if embed_negative:
-            write_negative_embedding(config, encoders)
-        for _ in make_shards(
-            config, encoders, readers, surveyed_tasks(config, shard_rows), total=sum(shard_rows.values())
-        ):
-            pass
-
-
-class EncodeWorker:
-    """Holds the models of one GPU, or of one CPU worker, and makes shards; an actor of a Ray cluster."""
-
-    def __init__(self, config: EncodeConfig) -> None:
+    def __init__(self, config: EncodeConfig, shard_count: int = 1) -> None:
         self.config = config
         self.readers = start_readers(config)
 
     @cached_property
-    def encoders(self) -> EncoderModels:
-        """The models."""
-        return load_encoders(self.config)
+    def encoders(self) -> RowEncoder:
+        """Both models."""
+        return load_encoders(self.config)  # here and not in `load`, which Ray does not repeat after a restart
 
-    def load_models(self) -> None:
-        """Read the models; a mistake comes out here and not with the end of the actor."""
+    def load(self) -> None:
+        """Load the models; nothing is written yet. ValueError if one cannot be read."""
         _ = self.encoders
 
     def embed_negative(self) -> None:
-        """Embed the negative prompt."""
+        """Write the negative prompt's embedding."""
         write_negative_embedding(self.config, self.encoders)
 
-    def encode_chunk(self, chunk: Sequence[ShardTask]) -> int:
-        """Make some shards, those left out that a lost worker finished; the number of rows that they stand for."""
-        rows = sum(len(task.rows) for task in chunk)
-        unfinished = [
-            task for task in chunk if read_finished_index(Path(self.config.out), task.number, len(task.rows)) is None
-        ]
-        for _ in make_shards(self.config, self.encoders, self.readers, unfinished, total=rows):
-            pass
-        return rows
+    def run(self, shards: Mapping[int, list[Row]]) -> dict[int, ShardIndex]:
+        """Encode shards {number: rows}; those that a lost Ray worker has finished are only read."""
+        folder = Path(self.config.out)
+        candidates = {number: read_finished_index(folder, number, len(rows)) for number, rows in shards.items()}
+        finished = {number: index for number, index in candidates.items() if index}
+        unfinished = {number: rows for number, rows in shards.items() if number not in finished}
+        return finished | dict(make_shards(self.config, self.encoders, self.readers, unfinished))
+
+    def close(self) -> None:
+        """End the processes that read files."""
+        self.readers.close()
 
 
-def run_on_ray_cluster(
-    config: EncodeConfig, shard_rows: Mapping[int, int], *, embed_negative: bool, before_writing: Callable[[], None]
-) -> None:
-    """Make the shards on the Ray cluster of RAY_ADDRESS, or on this machine, with one worker a GPU.
+class RayExecutor:
+    """Encodes on the Ray cluster of RAY_ADDRESS, or on this machine, with a `LocalExecutor` per GPU.
 
-    A lost worker is started again and its shards made again. ValueError without Ray, or without a GPU where one is due.
+    Ray restarts a lost worker and repeats its call. Raises ValueError if Ray is not
+    installed, or if `device` is cuda and the cluster has no GPU.
     """
-    try:
-        import ray
-        from ray.util import ActorPool
-    except ImportError as error:
-        raise ValueError("engine=ray: Ray is not installed; pip install 'ti2v-distill[ray]'") from error
-    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
-    gpus = 0 if config.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
-    if config.device == "cuda" and not gpus:
-        raise ValueError("device=cuda: the Ray cluster has no GPU; give --device cpu")
-    actor_class = ray.remote(num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=-1)(EncodeWorker)
-    workers = [
-        actor_class.remote(config.with_absolute_paths)
-        for _ in range(min(gpus or 1, max(1, -(-len(shard_rows) // SHARDS_PER_CHUNK))))
-    ]
-    pool, pending_tasks = ActorPool(workers), surveyed_tasks(config, shard_rows)
-    try:
-        ray.get([worker.load.remote() for worker in workers])
-        before_writing()
-        if embed_negative:
-            ray.get(workers[0].embed_negative.remote())
-        with ProgressBar(sum(shard_rows.values()), label="encode") as progress:
-            while chunk := list(islice(pending_tasks, SHARDS_PER_CHUNK)):
-                if not pool.has_free():
-                    progress.advance(count=pool.get_next_unordered())
-                pool.submit(lambda worker, chunk: worker.make.remote(chunk), chunk)
-            while pool.has_next():
-                progress.advance(count=pool.get_next_unordered())
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None  # as this process would have said it
+
+    def __init__(self, config: EncodeConfig, shard_count: int) -> None:
+        try:
+            import ray.util
+        except ImportError as error:
+            raise ValueError("engine=ray: Ray is not installed; pip install 'ti2v-distill[ray]'") from error
+        self.ray = ray
+        # The address is taken from RAY_ADDRESS.
+        ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
+        gpus = 0 if config.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+        if config.device == "cuda" and not gpus:
+            raise ValueError("device=cuda: the Ray cluster has no GPU; give --device cpu")
+        chunks = max(1, -(-shard_count // SHARDS_PER_CHUNK))  # rounded up
+        actor = ray.remote(num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=-1)(LocalExecutor)
+        self.workers = [actor.remote(config.with_absolute_paths) for _ in range(min(gpus or 1, chunks))]
+
+    def load(self) -> None:
+        """Load the models of all workers."""
+        with self._worker_errors():
+            self.ray.get([worker.load.remote() for worker in self.workers])
+
+    def embed_negative(self) -> None:
+        """Write the negative prompt's embedding, on one worker."""
+        with self._worker_errors():
+            self.ray.get(self.workers[0].embed_negative.remote())
+
+    def run(self, shards: Mapping[int, list[Row]]) -> dict[int, ShardIndex]:
+        """Encode shards {number: rows}, a chunk per call; returns their sidecars."""
+        pool, remaining = self.ray.util.ActorPool(self.workers), iter(shards.items())
+        indices: dict[int, ShardIndex] = {}
+        total = sum(len(rows) for rows in shards.values())
+        with self._worker_errors(), ProgressBar(total, label="encode") as progress:
+            while len(indices) < len(shards):
+                # has_free first: a chunk that is taken from the iterator must be submitted
+                while pool.has_free() and (chunk := dict(islice(remaining, SHARDS_PER_CHUNK))):
+                    pool.submit(lambda worker, chunk: worker.run.remote(chunk), chunk)
+                new_indices = pool.get_next_unordered()
+                indices |= new_indices
+                progress.advance(count=sum(index.shard.rows for index in new_indices.values()))
+        return indices
+
+    def close(self) -> None:
+        """Drop the workers: Ray ends an actor that nothing refers to."""
+        self.workers.clear()
+
+    @contextmanager
+    def _worker_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from None  # as a local run would raise it
 
 
-EXECUTORS: dict[str, ShardExecutor] = {"local": run_local, "ray": run_on_ray_cluster}
+EXECUTORS: dict[str, type[LocalExecutor] | type[RayExecutor]] = {"local": LocalExecutor, "ray": RayExecutor}

@@ -1,12 +1,14 @@
-"""Rows -> shards on one device. Files are read and prompts tokenised ahead, in other processes and threads; shards are
-written behind; in between the two models work on batches. Shapes: B batch, C channels, H W latent size, L text rows.
+"""Rows -> shards on one device. Files are read and prompts tokenized ahead, in other processes and threads; the two
+models work on batches; shards are written behind.
+
+Shapes: B batch, C channels, H W latent size, L text rows, X Y pixel height and width.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import chain, tee
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy
@@ -27,222 +29,163 @@ from stage1_encode.media.first_frame import FirstFrame, UnreadableError
 from stage1_encode.media.reader_pool import ReaderPool, default_worker_count, read_frames_ahead
 from stage1_encode.media.rows import Row, rows_digest
 from stage1_encode.models import text_encoder, vae
+from stage1_encode.models.row_encoder import RowEncoder
 
 ENCODER_PARTS = ("vae", "text_encoder", "tokenizer")
 WRITER_THREADS = 2  # shards hashed and written at once
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """One shard to make."""
+class ShardJob:
+    """A shard to encode. Take exactly its frames before the next job's: all jobs share one reader pool."""
 
     number: int
     rows: list[Row]
+    frames: Iterator["Future[FirstFrame] | None"]  # one per row, read ahead; None = row without a usable file
+    prompts: "Future[tuple[list[str], list[list[int]]]]"  # cleaned prompts and token ids
 
 
 @dataclass(frozen=True)
-class PreparedTask:
-    """A task with its prompts ready for the text encoder."""
+class EncodedShard:
+    """The records and failures of a shard; the records' tensors may be read after `ready_event`."""
 
-    task: ShardTask
-    prompts: list[str]  # clean
-    tokens: list[list[int]]
-
-
-@dataclass(frozen=True)
-class EncoderModels:
-    """The two models of stage one."""
-
-    vae: vae.FrameEncoder
-    text: text_encoder.TextEncoder
+    records: list[Record]
+    failures: list[RowFailure]
+    ready_event: torch.cuda.Event | None  # None on a CPU
 
 
-def load_encoders(config: EncodeConfig) -> EncoderModels:
-    """Read both models onto the device."""
+def load_encoders(config: EncodeConfig) -> RowEncoder:
+    """Load both models onto the device; ValueError if one cannot be read."""
     folder, device = locate_model(config.model, ENCODER_PARTS), pick_device(config.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # or pinned memory and events would open the first GPU too
+        torch.cuda.set_device(device)  # otherwise pinned memory and events would open the first GPU, too
     autoencoder = vae.load_vae(folder, dtype=vae.parse_vae_dtype(config.vae_dtype), device=device)
-    return prepare_encoders(
-        config,
-        autoencoder,
-        text_encoder.load_text_encoder(folder, dtype=getattr(torch, config.text_dtype), device=device),
-    )
+    text = text_encoder.load_text_encoder(folder, dtype=getattr(torch, config.text_dtype), device=device)
+    return prepare_encoders(config, autoencoder, text)
 
 
-def prepare_encoders(config: EncodeConfig, autoencoder: vae.WanVae, prompts: text_encoder.TextEncoder) -> EncoderModels:
-    """Fit two loaded models to their work, which for the VAE is single frames."""
-    tf32 = config.vae_dtype == vae.TF32
-    if not config.compile:
-        return EncoderModels(vae.make_frame_encoder(autoencoder, tf32=tf32), prompts)
-    return EncoderModels(
-        vae.make_frame_encoder(autoencoder, compiled_batch=config.batch_size, tf32=tf32),
-        text_encoder.compile_blocks(prompts),
-    )
+def prepare_encoders(config: EncodeConfig, autoencoder: vae.WanVae, text: text_encoder.TextEncoder) -> RowEncoder:
+    """Turn two loaded models into a `RowEncoder`, compiled if `compile` is set; the VAE must not be used after."""
+    compiled_batch = config.batch_size if config.compile else 0
+    frames = vae.make_frame_encoder(autoencoder, compiled_batch=compiled_batch, tf32=config.vae_dtype == vae.TF32)
+    return RowEncoder(frames, text_encoder.compile_blocks(text) if config.compile else text)
 
 
-def write_negative_embedding(config: EncodeConfig, encoders: EncoderModels) -> None:
-    """Embed the negative prompt."""
-    tokens = text_encoder.tokenize_prompts(encoders.text, [text_encoder.clean_prompt(config.negative_prompt)])
-    embedding = text_encoder.embed_prompts(encoders.text, tokens, max_tokens=config.text_batch_tokens)[0]
-    if event := record_event(encoders.text.model.device):
-        event.synchronize()
+def write_negative_embedding(config: EncodeConfig, encoder: RowEncoder) -> None:
+    """Embed the negative prompt and write its file."""
+    _, tokens = encoder.tokenize_prompts([config.negative_prompt])
+    embedding = encoder.embed_tokens(tokens, max_tokens=config.text_batch_tokens)[0]
+    if event := record_event(encoder.text.model.device):
+        event.synchronize()  # the embedding is copied asynchronously
     folder = Path(config.out)
     with report_write_errors(folder):
         write_file(folder / NEGATIVE_FILE, save({"text": embedding}))
 
 
 def start_readers(config: EncodeConfig) -> ReaderPool:
-    """Start the processes that read files: best before the models load. To be closed."""
+    """Start the processes that read files, best before the models load; the caller closes them."""
     return ReaderPool(config.workers or default_worker_count(), config.spec, config.read_timeout)
 
 
 def make_shards(
-    config: EncodeConfig, encoders: EncoderModels, readers: ReaderPool, tasks: Iterable[ShardTask], *, total: int
-) -> Iterator[ShardIndex]:
-    """Make shards one after the other and yield their sidecars' content; `total` rows are shown as progress."""
-    reader_tasks, encoder_tasks = tee(tasks)
-    rows = chain.from_iterable(task.rows for task in reader_tasks)
-    depth = 2 * (readers.count + config.batch_size)
-    frames = track_progress(
-        read_frames_ahead(rows, readers, Path(config.data), depth=depth), total=total, label="encode"
-    )
-    written: deque[Future[ShardIndex]] = deque()
-    with (
-        ThreadPoolExecutor(1) as preparer,
-        ThreadPoolExecutor(WRITER_THREADS, initializer=limit_torch_threads) as writers,
-    ):
-        for prepared in prepare_tasks_ahead(encoder_tasks, encoders.text, preparer):
-            encoded = encode_shard(config, encoders, prepared, frames)
-            written.append(writers.submit(save_shard, config, prepared.task, encoded))
-            if len(written) > WRITER_THREADS:
-                yield written.popleft().result()
-        while written:
-            yield written.popleft().result()
+    config: EncodeConfig, encoder: RowEncoder, readers: ReaderPool, shards: Mapping[int, list[Row]]
+) -> Iterator[tuple[int, ShardIndex]]:
+    """Encode shards {number: rows} one after the other; yields each one's number and sidecar, without its members."""
+    written: deque[tuple[int, Future[ShardIndex]]] = deque()
+    # one torch thread per writer: more of them would wait for the busy cores
+    with ThreadPoolExecutor(WRITER_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as writers:
+        for job in start_jobs(config, encoder, readers, shards):
+            written.append((job.number, writers.submit(save_shard, config, job, encode_shard(config, encoder, job))))
+            if len(written) > WRITER_THREADS:  # bounds the finished shards in memory
+                number, index = written.popleft()
+                yield number, index.result()
+        for number, index in written:
+            yield number, index.result()
 
 
-def limit_torch_threads() -> None:
-    """Let torch's small work in a thread begun now stay in it: threads of its own would wait for busy cores."""
-    torch.set_num_threads(1)
+def start_jobs(
+    config: EncodeConfig, encoder: RowEncoder, readers: ReaderPool, shards: Mapping[int, list[Row]]
+) -> Iterator[ShardJob]:
+    """Yield the jobs of shards {number: rows}; the prompts of the next one are tokenized meanwhile."""
+    depth = 2 * (readers.count + config.batch_size)  # frames held in memory, across the borders of shards
+    rows_ahead = read_frames_ahead(chain.from_iterable(shards.values()), readers, Path(config.data), depth=depth)
+    frames = track_progress(rows_ahead, total=sum(len(rows) for rows in shards.values()), label="encode")
+    waiting: deque[ShardJob] = deque()
+    with ThreadPoolExecutor(1) as tokenizer:
+        for number, rows in shards.items():
+            prompts = tokenizer.submit(encoder.tokenize_prompts, [row.prompt for row in rows])
+            waiting.append(ShardJob(number, rows, islice(frames, len(rows)), prompts))
+            if len(waiting) > 1:
+                yield waiting.popleft()
+        yield from waiting
 
 
-def prepare_task(task: ShardTask, encoder: text_encoder.TextEncoder) -> PreparedTask:
-    """Clean and tokenise the prompts of a task."""
-    prompts = [text_encoder.clean_prompt(row.prompt) for row in task.rows]
-    return PreparedTask(task, prompts, text_encoder.tokenize_prompts(encoder, prompts))
-
-
-def prepare_tasks_ahead(
-    tasks: Iterable[ShardTask], encoder: text_encoder.TextEncoder, preparer: ThreadPoolExecutor
-) -> Iterator[PreparedTask]:
-    """Each task prepared, the next one being prepared meanwhile."""
-    pending: Future[PreparedTask] | None = None
-    for task in tasks:
-        next_pending = preparer.submit(prepare_task, task, encoder)
-        if pending:
-            yield pending.result()
-        pending = next_pending
-    if pending:
-        yield pending.result()
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """A row that becomes a record."""
-
-    row: Row
-    prompt: str
-    text: Tensor  # (L D)
-    size: tuple[int, int] | None  # of the upright source frame; None = text only
-
-
-@dataclass(frozen=True)
-class EncodedShard:
-    """What a task gives; its tensors may be read after `ready`."""
-
-    rows: list[EncodedRow]
-    latents: list[Tensor]  # (C 1 H W) of those with a frame, in order
-    failures: list[RowFailure]
-    ready_event: torch.cuda.Event | None
-
-
-def encode_shard(
-    config: EncodeConfig,
-    encoders: EncoderModels,
-    prepared: PreparedTask,
-    frames: Iterator[tuple[Row, "Future[FirstFrame] | None"]],
-) -> EncodedShard:
-    """Begin to encode one task; takes exactly its rows from `frames`."""
-    texts = text_encoder.embed_prompts(encoders.text, prepared.tokens, max_tokens=config.text_batch_tokens)
-    encoded_rows: list[EncodedRow] = []
+def encode_shard(config: EncodeConfig, encoder: RowEncoder, job: ShardJob) -> EncodedShard:
+    """Begin to encode a job: on a GPU the tensors are computed after this returns, see `ready_event`."""
+    prompts, tokens = job.prompts.result()
+    texts = encoder.embed_tokens(tokens, max_tokens=config.text_batch_tokens)
+    records: list[Record] = []
     failures: list[RowFailure] = []
-    batches = FrameBatcher(encoders.vae, config.batch_size)
-    for prompt, embedding, (row, pending_frame) in zip(prepared.prompts, texts, frames, strict=False):
-        problem = row.problem or ("" if prompt else "the prompt is empty")
-        try:
-            frame = pending_frame.result() if pending_frame else None
-        except UnreadableError as error:
-            problem = problem or str(error)
+    pictures: dict[int, numpy.ndarray] = {}  # by record index; one batch, so that few are in memory
+    latents: dict[int, Tensor] = {}
+    for row, prompt, text, pending_frame in zip(job.rows, prompts, texts, job.frames, strict=True):
+        frame, problem = wait_for_frame(row, prompt, pending_frame)
         if problem:
             failures.append(RowFailure(row.line, row.path, problem))
             continue
-        encoded_rows.append(EncodedRow(row, prompt, embedding, frame.size if frame else None))
         if frame:
-            batches.add_picture(frame.pixels)
-    return EncodedShard(encoded_rows, batches.encode_remaining(), failures, record_event(encoders.text.model.device))
+            pictures[len(records)] = frame.pixels
+        # The latent follows when its batch is full; the frame index is 0, as this is the first frame.
+        source = RecordSource(prompt, row.path, row.line, 0, frame.size if frame else None, row.seed)
+        records.append(Record(row.key, source, None, text))
+        if len(pictures) == config.batch_size:
+            latents |= encode_batch(encoder, pictures)
+            pictures = {}
+    latents |= encode_batch(encoder, pictures)
+    for index, latent in latents.items():
+        records[index] = replace(records[index], first_frame=latent)
+    return EncodedShard(records, failures, record_event(encoder.text.model.device))
 
 
-def build_records(config: EncodeConfig, encoded_rows: list[EncodedRow], latents: list[Tensor]) -> list[Record]:
-    """Join rows with their latents (C 1 H W); ValueError where a precision was too small for a model."""
-    remaining_latents, records = iter(latents), []
-    for encoded_row in encoded_rows:
-        latent = next(remaining_latents) if encoded_row.size else None
-        for name, tensor, dtype in (("vae", latent, config.vae_dtype), ("text", encoded_row.text, config.text_dtype)):
-            if tensor is not None and not tensor.isfinite().all():
-                raise ValueError(
-                    f"{name}_dtype={dtype}: line {encoded_row.row.line} overflows; choose float32 or bfloat16"
-                )
-        source = RecordSource(
-            encoded_row.prompt, encoded_row.row.path, encoded_row.row.line, 0, encoded_row.size, encoded_row.row.seed
-        )
-        records.append(Record(encoded_row.row.key, source, latent, encoded_row.text))
-    return records
+def wait_for_frame(row: Row, prompt: str, pending_frame: "Future[FirstFrame] | None") -> tuple[FirstFrame | None, str]:
+    """A row's first frame, if it has one, and why the row cannot be encoded; "" = it can."""
+    problem = row.problem_with(prompt)
+    try:
+        return (pending_frame.result() if pending_frame else None), problem
+    except UnreadableError as error:
+        return None, problem or str(error)
 
 
-class FrameBatcher:
-    """Pictures collected into batches for the VAE."""
-
-    def __init__(self, model: vae.FrameEncoder, size: int) -> None:
-        self.model, self.size = model, size
-        self.pending: list[numpy.ndarray] = []
-        self.latents: list[Tensor] = []
-
-    def add_picture(self, pixels: numpy.ndarray) -> None:
-        """Take one picture (X Y 3) uint8, and encode once there are enough."""
-        self.pending.append(pixels)
-        if len(self.pending) == self.size:
-            self._encode_batch()
-
-    def _encode_batch(self) -> None:
-        shape = (len(self.pending), *self.pending[0].shape)
-        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.model.mean.device.type == "cuda")
-        numpy.stack(self.pending, out=pixels.numpy())
-        latents = vae.encode_frames(self.model, pixels).to(torch.bfloat16)
-        self.latents += list(copy_async(latents, torch.device("cpu")))
-        self.pending = []
-
-    def encode_remaining(self) -> list[Tensor]:
-        """The latents (C 1 H W) bf16 on the CPU of all pictures in order, perhaps not there yet."""
-        if self.pending:
-            self._encode_batch()
-        return self.latents
+def encode_batch(encoder: RowEncoder, pictures: dict[int, numpy.ndarray]) -> dict[int, Tensor]:
+    """Begin to encode pictures (X Y 3) uint8 into latents (C 1 H W) bf16 on the CPU; the keys stay."""
+    if not pictures:
+        return {}
+    on_gpu = encoder.vae.mean.device.type == "cuda"
+    shape = (len(pictures), *next(iter(pictures.values())).shape)
+    pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)
+    numpy.stack(list(pictures.values()), out=pixels.numpy())  # straight into pinned memory
+    latents = copy_async(encoder.encode_pictures(pixels), torch.device("cpu"))
+    return dict(zip(pictures, latents, strict=True))
 
 
-def save_shard(config: EncodeConfig, task: ShardTask, encoded: EncodedShard) -> ShardIndex:
-    """Wait for the models and write one shard; ValueError where the folder cannot take it."""
+def save_shard(config: EncodeConfig, job: ShardJob, encoded: EncodedShard) -> ShardIndex:
+    """Wait for the models, write one shard and return its sidecar without members.
+
+    Raises ValueError if the folder cannot be written or a tensor has overflowed.
+    """
     if encoded.ready_event:
         encoded.ready_event.synchronize()
-    records = build_records(config, encoded.rows, encoded.latents)
-    folder, name, digest = Path(config.out), shard_file_name(task.number), rows_digest(task.rows)
+    for record in encoded.records:
+        check_finite(config, record)
+    folder, name = Path(config.out), shard_file_name(job.number)
     with report_write_errors(folder):
-        return write_shard(folder, name, records, failures=encoded.failures, rows_sha256=digest)
+        index = write_shard(folder, name, encoded.records, failures=encoded.failures, rows_sha256=rows_digest(job.rows))
+    return replace(index, members=())  # a large data set has millions of members
+
+
+def check_finite(config: EncodeConfig, record: Record) -> None:
+    """Raise ValueError if a tensor of a record is not finite, which means that a model's precision is too small."""
+    tensors = (("vae", record.first_frame, config.vae_dtype), ("text", record.text, config.text_dtype))
+    for name, tensor, dtype in tensors:
+        if tensor is not None and not tensor.isfinite().all():
+            raise ValueError(f"{name}_dtype={dtype}: line {record.source.line} overflows; choose float32 or bfloat16")

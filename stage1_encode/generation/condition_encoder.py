@@ -19,6 +19,7 @@ from shards.record import Record, RecordSource
 from stage1_encode.media.first_frame import UnreadableError, read_first_frame
 from stage1_encode.media.rows import Row, locate_file
 from stage1_encode.models import text_encoder, vae
+from stage1_encode.models.row_encoder import RowEncoder
 from stage1_encode.models.vae import FrameEncoder, WanVae
 
 TEXT_BATCH_TOKENS = 8192  # embedded at once
@@ -67,13 +68,12 @@ def encode_conditions(
 
     ValueError names the first row that cannot be used.
     """
-    prompts = [text_encoder.clean_prompt(row.prompt) for row in rows]
+    row_encoder = RowEncoder(encoder.frames, encoder.text)
+    prompts, tokens = row_encoder.tokenize_prompts([row.prompt for row in rows])
     with ThreadPoolExecutor(PICTURE_THREADS) as pool:
         pending_pictures = pool.map(lambda row, prompt: read_row_picture(row, prompt, table, spec), rows, prompts)
         encoder.text_tensors.move_to(encoder.device)
-        embeddings = text_encoder.embed_prompts(
-            encoder.text, text_encoder.tokenize_prompts(encoder.text, prompts), max_tokens=TEXT_BATCH_TOKENS
-        )
+        embeddings = row_encoder.embed_tokens(tokens, max_tokens=TEXT_BATCH_TOKENS)
         pictures = list(pending_pictures)
     unusable_rows = [(row, picture) for row, picture in zip(rows, pictures, strict=True) if isinstance(picture, str)]
     problems = [f"line {row.line}, {row.path}: {picture}" for row, picture in unusable_rows]
@@ -92,8 +92,8 @@ def encode_conditions(
 
 def read_row_picture(row: Row, prompt: str, table: Path, spec: VideoSpec) -> Tensor | str | None:
     """The first frame (X Y 3) uint8 of a row, None where it names none, or why the row cannot be used."""
-    if row.problem or not prompt:
-        return row.problem or "the prompt is empty"
+    if problem := row.problem_with(prompt):
+        return problem
     if not row.path:
         return None
     try:
@@ -105,4 +105,4 @@ def read_row_picture(row: Row, prompt: str, table: Path, spec: VideoSpec) -> Ten
 
 def encode_picture(encoder: ConditionEncoder, pixels: Tensor) -> Tensor:
     """The latent (C 1 H W) bf16, on the VAE's device, of a picture (X Y 3) uint8 on any device."""
-    return vae.encode_frames(encoder.frames, pixels[None])[0].to(torch.bfloat16)
+    return RowEncoder(encoder.frames, encoder.text).encode_pictures(pixels[None])[0]

@@ -1,8 +1,8 @@
-"""Video or picture file -> its first frame, upright, cropped to the wanted size. Shapes: H W pixels.
+"""Video or picture file -> its first frame, upright, resized and cropped. Shapes: H W pixel height and width.
 
-decord reads ordinary local mp4 and mov files. PyAV reads what decord cannot (AV1, GIF, whatever it gives up on), may
-get wrong (transparency, wide pixels, turned or mirrored frames, one of several videos) or would scan whole before it
-gives a frame (files over `SCANNED` bytes, web addresses).
+decord reads ordinary local mp4 and mov files. PyAV reads what decord cannot (AV1, GIF, files on which it fails), may
+get wrong (transparency, non-square pixels, rotated frames, several videos) or would scan as a whole before it returns
+a frame (files over `MAX_SCANNED_BYTES`, web addresses).
 """
 
 import struct
@@ -23,23 +23,22 @@ try:
 
     decord.logging.set_level(decord.logging.QUIET)
     DECORD_ERRORS: tuple[type[Exception], ...] = (decord.DECORDError, RuntimeError, IndexError)
-except ImportError:  # no wheel for this machine
+except ImportError:  # there is no wheel for every machine
     decord = None
     DECORD_ERRORS = ()
 
-# PyAV 19 keeps bytes that are no UTF-8 and has no option for it; before, they made a file unreadable
+# PyAV accepts metadata that are not UTF-8 since version 19; before, it needs this option
 open_leniently = av.open if int(av.__version__.split(".")[0]) >= 19 else partial(av.open, metadata_errors="ignore")
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "PPM")  # EPS and the like would start a program
-HEIC_BRANDS = ("heic", "heix", "hevc", "hevx", "mif1", "msf1")  # brands; FFmpeg would give one tile of the picture
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "PPM")  # no EPS: Pillow would start Ghostscript
+HEIC_BRANDS = ("heic", "heix", "hevc", "hevx", "mif1", "msf1")  # FFmpeg would return one tile of the picture
 PICTURE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp9", "mjpeg")
-COVER_ART = av.stream.Disposition.attached_pic  # of an album: no video
-MAX_SCANNED_BYTES = (
-    4 * 2**20
-)  # bytes up to which decord may read the whole file to find one frame: a fifth more time at most
-MAX_PIXELS = 2**27  # more than any camera makes; above it a header lies
-UPRIGHT_MATRIX = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)  # a display matrix of an mp4
-ORIENTATION_TRANSPOSES = {  # whether a display matrix swaps x and y, and turns round the new x and y
+COVER_ART = av.stream.Disposition.attached_pic  # a picture of an album, no video
+MAX_SCANNED_BYTES = 4 * 2**20  # decord reads the whole file for one frame: up to here this takes a fifth longer at most
+MAX_PIXELS = 2**27  # more than any camera has; larger values mean a corrupt header
+UPRIGHT_MATRIX = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)  # display matrix of an upright mp4
+REMOTE_TIMEOUT_SECONDS = 10.0  # without an answer
+ORIENTATION_TRANSPOSES = {  # whether a display matrix swaps x and y, mirrors the new x, mirrors the new y
     (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
     (False, False, True): Image.Transpose.FLIP_TOP_BOTTOM,
     (False, True, True): Image.Transpose.ROTATE_180,
@@ -48,23 +47,22 @@ ORIENTATION_TRANSPOSES = {  # whether a display matrix swaps x and y, and turns 
     (True, True, False): Image.Transpose.ROTATE_270,
     (True, True, True): Image.Transpose.TRANSVERSE,
 }
-REMOTE_TIMEOUT_SECONDS = 10.0  # seconds without an answer
 
 
 class UnreadableError(ValueError):
-    """A file that gives no first frame, and why."""
+    """A file has no readable first frame; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class FirstFrame:
-    """A first frame."""
+    """A resized first frame."""
 
     pixels: numpy.ndarray  # (H W 3) uint8
     size: tuple[int, int]  # (height, width) of the upright source frame
 
 
 def read_first_frame(path: str, *, height: int, width: int) -> FirstFrame:
-    """Read the first frame of a video or picture file; `UnreadableError` says why it cannot."""
+    """Read the first frame of a video or picture file or web address; `UnreadableError` says why it cannot."""
     if not path.startswith(URL_PREFIXES):
         _check_readable_file(Path(path))
         picture = _read_picture(path)
@@ -75,26 +73,22 @@ def read_first_frame(path: str, *, height: int, width: int) -> FirstFrame:
 
 
 def resize_and_crop(image: Image.Image, *, height: int, width: int, aspect: float = 1.0) -> numpy.ndarray:
-    """Resize an image so that it covers (height, width), aspect kept, and crop around its centre; (H W 3) uint8.
+    """Resize an image to cover (height, width), keeping its aspect, and crop around its centre: (H W 3) uint8.
 
-    `aspect` is the width of one source pixel over its height. Antialiased bicubic.
+    `aspect` is the width of a source pixel divided by its height. The filter is antialiased bicubic.
     """
     scale = max(width / (image.width * aspect), height / image.height)
     crop_width, crop_height = width / (scale * aspect), height / scale
-    crop_left, crop_top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
-    box = (
-        max(crop_left, 0.0),
-        max(crop_top, 0.0),
-        min(crop_left + crop_width, image.width),
-        min(crop_top + crop_height, image.height),
-    )
+    left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
+    right, bottom = min(left + crop_width, image.width), min(top + crop_height, image.height)
+    box = (max(left, 0.0), max(top, 0.0), right, bottom)  # rounding must not leave the image
     return numpy.asarray(_to_rgb(image).resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB; 16-bit greys are scaled, transparency lies on white."""
+    """Convert to 8-bit RGB: 16-bit greys are scaled, transparent pixels show white."""
     if image.mode.startswith("I"):
-        grey = numpy.asarray(image).astype(numpy.float32) / 257
+        grey = numpy.asarray(image).astype(numpy.float32) / 257  # 65535 / 255
         image = Image.fromarray(grey.round().clip(0, 255).astype(numpy.uint8))
     if image.mode == "F":
         raise UnreadableError("is a floating-point picture, whose white is unknown")
@@ -106,10 +100,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _check_readable_file(path: Path) -> None:
     try:
-        if not path.is_file():
-            raise UnreadableError(
-                "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
-            )
+        if not path.exists():
+            raise UnreadableError("does not exist")
+        if not path.is_file():  # opening a pipe would wait for a writer
+            raise UnreadableError("is a folder" if path.is_dir() else "is no ordinary file")
         with path.open("rb") as file:
             if not file.read(1):
                 raise UnreadableError("is empty")
@@ -123,23 +117,21 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def _read_picture(path: str) -> Image.Image | None:
-    """The picture in a file, upright; None where it is no picture."""
+    """The upright picture in a file; None if it is no picture."""
     try:
-        image = Image.open(path, formats=PICTURE_FORMATS)
+        with Image.open(path, formats=PICTURE_FORMATS) as image:
+            _check_pixels(image.width, image.height)
+            return ImageOps.exif_transpose(_to_rgb(image) if image.mode.startswith("I") else image)
     except Image.UnidentifiedImageError:
         return None
+    except UnreadableError:  # a ValueError, too
+        raise
     except PICTURE_ERRORS as error:
         raise UnreadableError(f"is a broken picture: {error}") from error
-    with image:
-        _check_pixels(image.width, image.height)
-        try:
-            return ImageOps.exif_transpose(_to_rgb(image) if image.mode.startswith("I") else image)
-        except PICTURE_ERRORS as error:
-            raise UnreadableError(f"is a broken picture: {error}") from error
 
 
 def _read_video(path: str) -> tuple[Image.Image, float]:
-    """The first frame of a video, upright, and the width of its pixels over their height."""
+    """The upright first frame of a video, and the width of its pixels divided by their height."""
     try:
         with _open_container(path) as file:
             stream = _select_video_stream(file)
@@ -150,7 +142,7 @@ def _read_video(path: str) -> tuple[Image.Image, float]:
                 raise UnreadableError("is cut off within its first frame")
         try:
             return _read_with_decord(path), 1.0
-        except DECORD_ERRORS:  # it cannot read all that it should
+        except DECORD_ERRORS:  # it fails on some files that FFmpeg reads
             with _open_container(path) as file:
                 return _read_with_av(file, _select_video_stream(file))
     except av.FFmpegError as error:
@@ -158,7 +150,7 @@ def _read_video(path: str) -> tuple[Image.Image, float]:
 
 
 def _open_container(path: str) -> av.container.InputContainer:
-    """Open a container by what its header says; decode a part of it only where that is too little."""
+    """Open a container by its header alone; FFmpeg probes further only if the header lacks the size."""
     timeout = REMOTE_TIMEOUT_SECONDS if path.startswith(URL_PREFIXES) else None
     try:
         file = open_leniently(path, options={"probesize": "32"}, timeout=timeout)
@@ -182,7 +174,7 @@ def _select_video_stream(file: av.container.InputContainer) -> VideoStream:
 
 
 def _is_decord_safe(path: str, file: av.container.InputContainer) -> bool:
-    """Whether decord gives the right frame of a video and finds it without reading for long."""
+    """Whether decord returns the right frame of a video and finds it quickly."""
     if decord is None or path.startswith(URL_PREFIXES) or Path(path).stat().st_size > MAX_SCANNED_BYTES:
         return False
     if not file.format.name.startswith("mov,") or len(file.streams.video) > 1 or not _is_upright(Path(path)):
@@ -193,20 +185,20 @@ def _is_decord_safe(path: str, file: av.container.InputContainer) -> bool:
 
 
 def _is_upright(path: Path) -> bool:
-    """Whether nothing turns or mirrors the tracks of an mp4 file; PyAV tells only once it has decoded a frame."""
+    """Whether no track of an mp4 file is rotated or mirrored; PyAV knows only after it has decoded a frame."""
     data = path.read_bytes()
-    return data.count(UPRIGHT_MATRIX) > data.count(b"tkhd")  # the file has a matrix, too
+    return data.count(UPRIGHT_MATRIX) > data.count(b"tkhd")  # one matrix per track header, one of the whole file
 
 
 def _read_with_decord(path: str) -> Image.Image:
     reader = decord.VideoReader(path, num_threads=1)
     pixels = reader[0].asnumpy().copy()
-    del reader  # an open one decodes ahead without bound
+    del reader  # an open reader decodes ahead without limit
     return Image.fromarray(pixels)
 
 
 def _read_with_av(file: av.container.InputContainer, stream: VideoStream) -> tuple[Image.Image, float]:
-    """The first frame by PyAV, upright, and the width of its pixels over their height."""
+    """The upright first frame by PyAV, and the width of its pixels divided by their height."""
     frame = _decode_first_frame(file, stream)
     _check_pixels(frame.width, frame.height)
     has_alpha = any(part.is_alpha for part in frame.format.components)
@@ -217,7 +209,7 @@ def _read_with_av(file: av.container.InputContainer, stream: VideoStream) -> tup
 
 
 def _display_orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """Whether a frame's display matrix swaps x and y, and turns round the new x and y."""
+    """Whether a frame's display matrix swaps x and y, mirrors the new x, and mirrors the new y."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if not isinstance(matrix, Buffer):
         return False, False, False
@@ -227,14 +219,14 @@ def _display_orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
 
 def _decode_first_frame(file: av.container.InputContainer, stream: VideoStream) -> av.VideoFrame:
-    stream.thread_type = "NONE"  # threads decode ahead
+    stream.thread_type = "NONE"  # threads would decode further frames
     decoder = stream.codec_context
     for packet in file.demux(stream):
         if packet.is_corrupt:
             raise UnreadableError("is cut off within its first frame")
         frames = decoder.decode(packet)
         if not frames and packet.is_keyframe and packet.pts is not None and packet.pts == stream.start_time:
-            frames = decoder.decode(None)  # nothing is shown before it: do not wait for the frames after it
+            frames = decoder.decode(None)  # no frame is shown before this one, so it is returned without the next ones
             decoder.flush_buffers()
         if frames and frames[0].is_corrupt:
             raise UnreadableError("is damaged within its first frame")

@@ -1,4 +1,4 @@
-"""Frames -> H.264 in an mp4 file that plays in a browser. Shapes: F frames, X Y pixel height and width."""
+"""Frames -> H.264 in an mp4 file that browsers play. Shapes: F frames, X Y pixel height and width."""
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,19 +16,19 @@ from common.device import copy_async, record_event
 
 H264_OPTIONS = {
     "crf": "16",  # visually lossless
-    "preset": "veryfast",  # 85 frames of 1280x704 a second on two cores, at the size of slower ones
+    "preset": "veryfast",  # 85 frames of 1280x704 per second on two cores; slower presets save no space
     "threads": "8",
-    # its lookahead does not repeat itself bit for bit; slices do, for any number of cores
+    # x264's lookahead is not reproducible bit for bit; slices are, for any number of cores
     "x264-params": "b-adapt=0:scenecut=0:rc-lookahead=0:mbtree=0:sliced-threads=1",
 }
-LUMA_RED, LUMA_BLUE = 0.2126, 0.0722  # of the brightness, BT.709; the rest is green
-MAX_PENDING = 4  # pieces that may wait for the encoder
+LUMA_RED, LUMA_BLUE = 0.2126, 0.0722  # weights of BT.709; green has the rest
+MAX_PENDING = 4  # calls of `add_frames` that may wait for the encoder
 
 
 class VideoWriter:
-    """An mp4 file that is written by a thread while its frames are being made; whole or not at all.
+    """Writes an mp4 file in a thread while its frames are computed: completely, or not at all.
 
-    The same pixels give the same bytes. Use it as a context: leaving it completes the file.
+    Use it as a context, whose end completes the file. Equal pixels give equal bytes.
     """
 
     def __init__(self, path: Path, *, fps: int) -> None:
@@ -39,7 +39,7 @@ class VideoWriter:
         self.thread, self.pending, self.is_finished = ThreadPoolExecutor(1), deque[Future[None]](), False
 
     def add_frames(self, frames: Tensor) -> None:
-        """Append frames (F X Y 3) uint8, on any device; they must not be changed after."""
+        """Append frames (F X Y 3) uint8, on any device; do not change them afterwards."""
         if not len(frames):
             return
         planes = copy_async(torch.stack([rgb_to_yuv420(frame) for frame in frames]), torch.device("cpu"))
@@ -51,7 +51,7 @@ class VideoWriter:
         if event:
             event.synchronize()
         context = self.stream.codec_context
-        if not context.is_open:
+        if not context.is_open:  # the first frame sets the size
             self.stream.height, self.stream.width = planes.shape[1] * 2 // 3, planes.shape[2]
             self.stream.pix_fmt = "yuv420p"
             context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
@@ -60,7 +60,7 @@ class VideoWriter:
             self.file.mux(self.stream.encode(av.VideoFrame.from_ndarray(frame, format="yuv420p")))
 
     def finish_file(self) -> Path:
-        """Wait for the encoder and give the file its name; asked again, nothing more is done."""
+        """Wait for the encoder, give the file its name and return its path; a second call only returns the path."""
         if self.is_finished:
             return self.path
         try:
@@ -74,17 +74,15 @@ class VideoWriter:
         return self.path
 
     def close(self) -> None:
-        """Let go of the thread and of the file, complete or not."""
+        """Release the thread and the file, complete or not."""
         self.thread.shutdown(cancel_futures=True)
         self.file.close()
 
     def __enter__(self) -> "VideoWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if kind is None:
             self.finish_file()
             return
         self.close()
@@ -99,12 +97,13 @@ def write_video(path: Path, pixels: numpy.ndarray, *, fps: int) -> Path:
 
 
 def rgb_to_yuv420(pixels: Tensor) -> Tensor:
-    """A frame (X Y 3) uint8 in the colours that the file says it has, BT.709 in the range of television.
+    """Convert a frame (X Y 3) uint8 to BT.709 in video range: (3X/2 Y) uint8, luma above the two chroma planes.
 
-    (3X/2 Y) uint8: brightness, then blue and red of every four places. On a GPU it is done before the encoder waits.
+    A GPU does this before the encoder, which would convert on the CPU.
     """
     red, green, blue = pixels.float().unbind(2)
     luma = LUMA_RED * red + (1 - LUMA_RED - LUMA_BLUE) * green + LUMA_BLUE * blue
+    # video range: luma in 16 to 235, chroma in 16 to 240 around 128
     chroma = torch.stack([(blue - luma) / (1 - LUMA_BLUE), (red - luma) / (1 - LUMA_RED)]) * (112 / 255)
     planes = [luma * (219 / 255) + 16, functional.avg_pool2d(chroma[None], 2)[0] + 128]
     return torch.cat([plane.flatten() for plane in planes]).round().to(torch.uint8).view(-1, pixels.shape[1])

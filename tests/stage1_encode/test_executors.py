@@ -1,4 +1,4 @@
-"""Nothing lost: killed runs, ranks, shard ranges, the lock, a full disk, a vanished input."""
+"""Executors: killed runs, ranks, shard ranges, the lock, a full disk, a CSV that changes during the run."""
 
 import logging
 import os
@@ -15,9 +15,9 @@ import pytest
 
 from shards.manifest import read_manifest
 from shards.verification.verify import verify_data_set
-from stage1_encode.dataset_folder import lock_shards, open_lock_file
+from stage1_encode.dataset_folder import lock_shard, open_lock_file
 from stage1_encode.encode import TooManyFailuresError, encode
-from stage1_encode.executors import EXECUTORS, read_tasks
+from stage1_encode.executors import LocalExecutor
 from tests import tiny_models
 from tests.stage1_encode.test_encode import configure, hashes
 
@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: Path) -> Path:
-    """An unbroken run, three shards of two."""
+def complete_set(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: Path) -> Path:
+    """A data set of an uninterrupted run: three shards of two records."""
     out = tmp_path_factory.mktemp("whole") / "set"
     encode(configure(clips / "clips.csv", model, out, shard_size=2))
     return out
@@ -34,16 +34,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: Path) ->
 
 @pytest.mark.parametrize(("kills", "world"), [(30, 1), (6, 2)])
 def test_kill_at_any_moment_and_the_bytes_are_the_same(
-    kills: int, world: int, whole: Path, clips: Path, model: Path, tmp_path: Path
+    kills: int, world: int, complete_set: Path, clips: Path, model: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, str(Path(__file__).with_name("kill_worker.py")), str(model), str(clips / "clips.csv")]
     command += [str(tmp_path / "out"), str(kills), str(world)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) >= kills
-    found = {name: digest for name, digest in hashes(tmp_path / "out").items() if not name.endswith(".partial")}
-    assert found == hashes(whole)
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    assert int(completed.stdout) >= kills
+    resumed = {name: digest for name, digest in hashes(tmp_path / "out").items() if not name.endswith(".partial")}
+    assert resumed == hashes(complete_set)
 
 
 def test_ranks_share_the_shards(clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,36 +55,36 @@ def test_ranks_share_the_shards(clips: Path, model: Path, tmp_path: Path, monkey
 
 
 def test_a_job_array_makes_its_ranges(
-    whole: Path, clips: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    complete_set: Path, clips: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2)
-    assert not encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="1:3")).is_complete
+    assert not encode(
+        configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shard_range="1:3")
+    ).is_complete
     with pytest.raises(ValueError, match="is unfinished"):
         read_manifest(tmp_path / "out")
-    assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="0:1")).is_complete
-    assert hashes(tmp_path / "out") == hashes(whole)
+    assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shard_range="0:1")).is_complete
+    assert hashes(tmp_path / "out") == hashes(complete_set)
     caplog.set_level(logging.INFO)
-    beyond = encode(configure(clips / "clips.csv", model, tmp_path / "new", shard_size=2, shards="3:9"))
+    beyond = encode(configure(clips / "clips.csv", model, tmp_path / "new", shard_size=2, shard_range="3:9"))
     assert (beyond.records, beyond.shards, beyond.is_complete) == (0, 0, False)
-    assert "shards=3:9: the CSV gives shards 0:3 only; nothing to do" in caplog.messages
+    assert "shard_range=3:9: the CSV gives shards 0:3 only; nothing to do" in caplog.messages
     with pytest.raises(ValueError, match="two whole numbers A:B"):
-        configure(clips / "clips.csv", model, tmp_path / "out", shards="3:1")
-    assert [task.number for task in read_tasks(config, [0, 2])] == [0, 2]
+        configure(clips / "clips.csv", model, tmp_path / "out", shard_range="3:1")
 
 
 def test_the_example_of_a_job_array_asks_for_ranges_that_meet(tmp_path: Path) -> None:
     stub = tmp_path / "ti2v-distill"
     stub.write_text('#!/bin/sh\necho "$@"\n')
     stub.chmod(0o755)
-    asked = []
+    ranges = []
     for job in range(3):
         path = f"{tmp_path}:{os.environ['PATH']}"
         command = ["bash", str(ROOT / "examples/slurm_encode.sh"), "my clips.csv", "MODEL", "DATA"]
         environment = os.environ | {"PATH": path, "SLURM_ARRAY_TASK_ID": str(job), "PER_JOB": "7"}
-        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        assert said.startswith("encode --data my clips.csv --model MODEL --out DATA --shard-range ")
-        asked.append(configure(Path("a"), Path("b"), Path("c"), shard_range=said.split()[-2]).shard_bounds)
-    assert asked == [(0, 7), (7, 14), (14, 21)]
+        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert output.startswith("encode --data my clips.csv --model MODEL --out DATA --shard-range ")
+        ranges.append(configure(Path("a"), Path("b"), Path("c"), shard_range=output.split()[-2]).shard_bounds)
+    assert ranges == [(0, 7), (7, 14), (14, 21)]
 
 
 def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_pa
     child = os.fork()
     if not child:
         with open_lock_file(tmp_path / "out") as lock:
-            lock_shards(lock, tmp_path / "out", range(1, 2))
+            lock_shard(lock, tmp_path / "out", 1)
             os.write(ready_to, b"x")
             time.sleep(60)
         os._exit(0)
@@ -100,7 +100,7 @@ def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_pa
     config = configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2)
     with pytest.raises(ValueError, match="another encode is working on it"):
         encode(config)
-    assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shards="0:1")).shards == 1
+    assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shard_range="0:1")).shards == 1
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert encode(config).records == 6
@@ -108,25 +108,25 @@ def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_pa
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize(
-    ("name", "kept"),
+    ("name", "is_kept"),
     [("shard-000001.tar", True), ("negative.safetensors", False), ("plan.json", False), ("manifest.json", True)],
 )
 def test_a_full_disk_is_one_line_and_leaves_whole_shards(
-    name: str, kept: bool, whole: Path, clips: Path, model: Path, tmp_path: Path
+    name: str, is_kept: bool, complete_set: Path, clips: Path, model: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / f"{name}.partial").symlink_to("/dev/full")
     config = configure(clips / "clips.csv", model, out, shard_size=2)
-    with pytest.raises(ValueError, match="^out=.*: No space left on device; mend that and run the same command again$"):
+    with pytest.raises(ValueError, match="^out=.*: No space left on device; fix this and rerun the same command$"):
         encode(config)
     first = out / "shard-000000.tar"
-    assert first.is_file() == kept and not (out / "manifest.json").exists()
-    before = first.stat().st_mtime_ns if kept else 0
+    assert first.is_file() == is_kept and not (out / "manifest.json").exists()
+    before = first.stat().st_mtime_ns if is_kept else 0
     (out / f"{name}.partial").unlink()
     encode(config)
-    assert hashes(out) == hashes(whole)
-    assert not kept or first.stat().st_mtime_ns == before
+    assert hashes(out) == hashes(complete_set)
+    assert not is_kept or first.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("folder", ["/sys/ti2v", "/proc/ti2v", "FILE/set"])
@@ -144,78 +144,62 @@ def test_a_read_only_folder_is_one_line(clips: Path, model: Path, tmp_path: Path
         encode(configure(clips / "clips.csv", model, tmp_path / "out"))
 
 
-def test_an_input_that_vanishes_is_one_line_and_leaves_whole_shards(
-    whole: Path, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table = tmp_path / "rows.csv"
-    rows = [(clips / f"clip-{i}.mp4", tiny_models.PROMPTS[i]) for i in range(6)]
-    tiny_models.write_csv(table, rows)
-    config = configure(table, model, tmp_path / "out", shard_size=2)
-    encode(configure(table, model, tmp_path / "out", shard_size=2, shards="0:1"))
-    engine = EXECUTORS["local"]
-
-    def vanish(*given: object, **named: object) -> None:
-        table.unlink()
-        engine(*given, **named)
-
-    monkeypatch.setitem(EXECUTORS, "local", vanish)
-    with pytest.raises(ValueError, match="^data=.*: No such file or directory$"):
-        encode(config)
-    monkeypatch.setitem(EXECUTORS, "local", engine)
-    tiny_models.write_csv(table, rows)
-    assert encode(config).records == 6 and verify_data_set(tmp_path / "out").problems == ()
-
-
 def test_failed_rows_are_tried_again_when_asked(
     clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [(clips / f"clip-{i}.mp4", f"prompt {i}") for i in range(5)]
     table = tiny_models.write_csv(tmp_path / "rows.csv", [*rows, (tmp_path / "late.mp4", "late")])
-    config, again = configure(table, model, tmp_path / "out"), {"retry_failures": True}
+    config, retry = configure(table, model, tmp_path / "out"), {"retry_failures": True}
     with pytest.raises(
         TooManyFailuresError, match="5 records are in place; --retry-failures tries the failed rows again$"
     ):
         encode(config)
     shutil.copy(clips / "clip-5.mp4", tmp_path / "late.mp4")
-    kept = (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns
+    first_mtime = (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns
     with pytest.raises(TooManyFailuresError):
         encode(config)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="^retry_failures: not under torchrun; "):
-        encode(replace(config, **again))
+    with pytest.raises(ValueError, match="^retry_failures=True: not under torchrun; "):
+        encode(replace(config, **retry))
     monkeypatch.delenv("WORLD_SIZE")
-    report = encode(replace(config, **again))
+    report = encode(replace(config, **retry))
     assert (report.records, report.failures, report.is_complete) == (6, 0, True)
-    assert (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns == kept
-    encode(configure(table, model, tmp_path / "whole", **again))
+    assert (tmp_path / "out/shard-000000.tar").stat().st_mtime_ns == first_mtime
+    encode(configure(table, model, tmp_path / "whole", **retry))
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
     assert "retry_failures: false" in (tmp_path / "whole/encode.yaml").read_text()
 
 
-@pytest.mark.parametrize("change", [1, -1])
-def test_a_csv_that_changes_while_it_is_read(
-    change: int, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rows_after", [4, 2, None])
+def test_csv_is_read_once(
+    rows_after: int | None, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rows added or removed, or a CSV deleted, after the survey do not change the run."""
     rows = [(clips / f"clip-{i}.mp4", tiny_models.PROMPTS[i]) for i in range(6)]
     table = tiny_models.write_csv(tmp_path / "rows.csv", rows[:3])
     config = configure(table, model, tmp_path / "out", shard_size=2)
-    engine = EXECUTORS["local"]
+    load = LocalExecutor.load
 
-    def change_rows(*given: object, **named: object) -> None:
-        tiny_models.write_csv(table, rows[: 3 + change])
-        engine(*given, **named)
+    def change_csv(executor: LocalExecutor) -> None:
+        table.unlink()
+        if rows_after is not None:
+            tiny_models.write_csv(table, rows[:rows_after])
+        load(executor)
 
-    def wait(seconds: float) -> None:
+    def fail_to_sleep(seconds: float) -> None:
         raise AssertionError("waits for itself")
 
-    monkeypatch.setitem(EXECUTORS, "local", change_rows)
-    monkeypatch.setattr("stage1_encode.encode.time", SimpleNamespace(sleep=wait))
-    if change < 0:
-        with pytest.raises(ValueError, match=r"^data=.*: lost rows while encode read it; run the same command again$"):
-            encode(config)
-        return
+    monkeypatch.setattr(LocalExecutor, "load", change_csv)
+    monkeypatch.setattr("stage1_encode.encode.time", SimpleNamespace(sleep=fail_to_sleep))
     assert encode(config).records == 3
-    assert encode(config).records == 4 and verify_data_set(tmp_path / "out").problems == ()
+    monkeypatch.setattr(LocalExecutor, "load", load)
+    if rows_after == 4:
+        assert encode(config).records == 4
+    else:
+        message = "No such file or directory" if rows_after is None else "lines 4 to 4 changed|fewer rows"
+        with pytest.raises(ValueError, match=f"^data=.*: .*({message})"):
+            encode(config)
+    assert verify_data_set(tmp_path / "out").problems == ()
 
 
 def test_an_engine_that_is_not_installed_is_named(

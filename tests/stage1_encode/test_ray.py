@@ -1,4 +1,4 @@
-"""A Ray cluster of this machine: its worker is killed in the middle, and the bytes are those of an unbroken run."""
+"""A Ray cluster on this machine: after its worker is killed, the bytes equal those of an uninterrupted run."""
 
 import os
 import shutil
@@ -25,17 +25,17 @@ def cluster() -> Iterator[None]:
 
 
 def workers() -> list[int]:
-    """Processes in which a `Worker` of this cluster lives, without what such a process forks (it has the name too)."""
-    found: dict[int, int] = {}
+    """Processes that run a `LocalExecutor` of this cluster, without their forks, which have the same name."""
+    parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             name = path.read_bytes()
             parent = path.with_name("stat").read_text().rpartition(")")[2].split()[1]
         except OSError:
             continue
-        if name.startswith(b"ray::Worker"):
-            found[int(path.parent.name)] = int(parent)
-    return [process for process, parent in found.items() if parent not in found]
+        if name.startswith(b"ray::LocalExecutor"):
+            parents[int(path.parent.name)] = int(parent)
+    return [process for process, parent in parents.items() if parent not in parents]
 
 
 def test_a_killed_worker_costs_nothing(clips: Path, model: Path, tmp_path: Path) -> None:
@@ -61,20 +61,20 @@ def test_a_killed_worker_costs_nothing(clips: Path, model: Path, tmp_path: Path)
 
 
 def test_one_worker_a_gpu(clips: Path, model: Path, tmp_path: Path) -> None:
-    """Ray is told of two GPUs; the workers find none and compute on the CPU."""
+    """Ray is told that there are two GPUs; the workers see none and compute on the CPU."""
     encode(configure(clips / "clips.csv", model, tmp_path / "whole", shard_size=1))
     seen: set[int] = set()
-    done = threading.Event()
+    finished = threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.05):
+        while not finished.wait(0.05):
             seen.update(workers())
 
     watcher = threading.Thread(target=watch, daemon=True)
     before = set(workers())
     watcher.start()
     encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=1, engine="ray", device="auto"))
-    done.set()
+    finished.set()
     watcher.join()
     assert len(seen - before) == 2
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
@@ -100,5 +100,5 @@ def test_a_model_that_does_not_load_is_one_line(clips: Path, model: Path, tmp_pa
 def test_a_mistake_in_a_worker_is_one_line(clips: Path, model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / (shard_file_name(1) + ".partial")).mkdir()  # a shard that cannot be written
-    with pytest.raises(ValueError, match=r"^out=.*: Is a directory; mend that and run the same command again$"):
+    with pytest.raises(ValueError, match=r"^out=.*: Is a directory; fix this and rerun the same command$"):
         encode(configure(clips / "clips.csv", model, tmp_path / "out", engine="ray"))

@@ -1,4 +1,4 @@
-"""`verify --repair` and its picture: just what is broken is made again, and the picture shows the records."""
+"""`verify --repair` encodes only what is broken; the contact sheet shows the records."""
 
 import shutil
 from pathlib import Path
@@ -26,12 +26,12 @@ CPU = VerifyConfig(device="cpu")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: Path) -> Path:
+def complete_set(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: Path) -> Path:
     """Three shards of two rows, one of which failed."""
     rows = [(clips / f"clip-{i}.mp4", f"prompt {i}") for i in range(5)]
-    folder = tmp_path_factory.mktemp("mend")
+    folder = tmp_path_factory.mktemp("repair")
     table = tiny_models.write_csv(folder / "rows.csv", [*rows, (folder / "gone.mp4", "lost")])
-    encode(configure(table, model, folder / "set", shard_size=2, max_failures=0.5))
+    encode(configure(table, model, folder / "set", shard_size=2, max_failure_rate=0.5))
     return folder / "set"
 
 
@@ -42,7 +42,7 @@ def flip(path: Path, position: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "made_again"),
+    ("name", "rewritten"),
     [
         ("shard-000001.tar", {"shard-000001.tar", "shard-000001.json"}),
         ("shard-000002.json", {"shard-000002.tar", "shard-000002.json"}),
@@ -51,30 +51,30 @@ def flip(path: Path, position: int) -> None:
         ("failures.csv", set()),
     ],
 )
-def test_only_what_is_broken_is_made_again(name: str, made_again: set[str], whole: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(whole, tmp_path / "set")
+def test_only_what_is_broken_is_made_again(name: str, rewritten: set[str], complete_set: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(complete_set, tmp_path / "set")
     flip(folder / name, (folder / name).stat().st_size // 2)
     report = verify_data_set(folder)
     assert {problem.file for problem in report.problems} == {name}
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     repair_data_set(report, CPU)
-    assert hashes(folder) == hashes(whole) and verify_data_set(folder).problems == ()
-    assert {path for path in before if (folder / path).stat().st_mtime_ns != before[path]} == made_again
+    assert hashes(folder) == hashes(complete_set) and verify_data_set(folder).problems == ()
+    assert {path for path in before if (folder / path).stat().st_mtime_ns != before[path]} == rewritten
 
 
 def test_a_repair_computes_in_the_batches_of_the_command(clips: Path, model: Path, tmp_path: Path) -> None:
-    made = configure(clips / "clips.csv", model, tmp_path / "set", batch_size=3, text_tokens=50)
-    encode(made)
-    asked = original_config(tmp_path / "set", CPU)
-    assert (asked.batch_size, asked.text_batch_tokens) == (3, 50)
+    config = configure(clips / "clips.csv", model, tmp_path / "set", batch_size=3, text_batch_tokens=50)
+    encode(config)
+    options = original_config(tmp_path / "set", CPU)
+    assert (options.batch_size, options.text_batch_tokens) == (3, 50)
     before = hashes(tmp_path / "set")
     flip(tmp_path / "set" / "shard-000001.tar", 3000)
     repair_data_set(verify_data_set(tmp_path / "set"), CPU)
     assert hashes(tmp_path / "set") == before
 
 
-def test_nothing_is_deleted_where_the_command_cannot_run(whole: Path, clips: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(whole, tmp_path / "set")
+def test_nothing_is_deleted_where_the_command_cannot_run(complete_set: Path, clips: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(complete_set, tmp_path / "set")
     flip(folder / "shard-000001.tar", 3000)
     report, before = verify_data_set(folder), hashes(folder)
     with pytest.raises(ValueError, match="no such folder"):
@@ -94,14 +94,14 @@ def test_nothing_is_deleted_where_the_command_cannot_run(whole: Path, clips: Pat
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [(None, "No such file"), ([("clip-0.mp4", "another")] * 6, "lines 2 to 3 changed"), ([("a", "b")], "fewer rows")],
 )
 def test_nothing_is_deleted_where_a_sidecar_is_damaged_and_the_csv_does_not_fit(
-    rows: list[tuple[str, str]] | None, said: str, whole: Path, tmp_path: Path
+    rows: list[tuple[str, str]] | None, message: str, complete_set: Path, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(whole, tmp_path / "set")
-    broken = {"shard-000000.json", "shard-000001.json"} if said == "fewer rows" else {"shard-000001.json"}
+    folder = shutil.copytree(complete_set, tmp_path / "set")
+    broken = {"shard-000000.json", "shard-000001.json"} if message == "fewer rows" else {"shard-000001.json"}
     for name in broken:
         flip(folder / name, 300)
     if rows is not None:
@@ -110,13 +110,13 @@ def test_nothing_is_deleted_where_a_sidecar_is_damaged_and_the_csv_does_not_fit(
     (folder / "encode.yaml").write_text("\n".join([f"data: {tmp_path / 'rows.csv'}", *settings]))
     report, before = verify_data_set(folder), hashes(folder)
     assert {problem.file for problem in report.problems} == broken
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         repair_data_set(report, CPU)
     assert hashes(folder) == before
 
 
 def test_relative_paths_are_mended_from_another_folder(
-    whole: Path, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    complete_set: Path, clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "model").symlink_to(model)
@@ -131,8 +131,8 @@ def test_relative_paths_are_mended_from_another_folder(
     assert configure(Path("x"), Path("OWNER/NAME"), Path("y")).with_absolute_paths.model == "OWNER/NAME"
 
 
-def test_the_picture_shows_each_record(whole: Path, model: Path, tmp_path: Path) -> None:
-    report = verify_data_set(whole)
+def test_the_picture_shows_each_record(complete_set: Path, model: Path, tmp_path: Path) -> None:
+    report = verify_data_set(complete_set)
     path = draw_contact_sheet(
         report, VerifyConfig(model=str(model), sheet=str(tmp_path / "a" / "sheet.png"), device="cpu")
     )
@@ -140,14 +140,14 @@ def test_the_picture_shows_each_record(whole: Path, model: Path, tmp_path: Path)
     height = CELL_WIDTH * 64 // 96
     assert sheet.shape == (height + LABEL_HEIGHT, PICTURES_PER_ROW * CELL_WIDTH, 3)
     cells = [sheet[:height, i * CELL_WIDTH : (i + 1) * CELL_WIDTH].astype(float) for i in range(PICTURES_PER_ROW)]
-    assert open_data_set(whole).num_records == 5
+    assert open_data_set(complete_set).num_records == 5
     assert all(cell.std() > 1 for cell in cells[:5]), "pictures"
     assert all((cell == 255).all() for cell in cells[5:]), "the rest is empty"
     assert any((cells[0] != cell).any() for cell in cells[1:5])
 
 
-def test_a_broken_record_is_left_out_of_the_picture(whole: Path, model: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(whole, tmp_path / "set")
+def test_a_broken_record_is_left_out_of_the_picture(complete_set: Path, model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(complete_set, tmp_path / "set")
     (folder / "shard-000000.tar").unlink()
     config = VerifyConfig(model=str(model), sheet=str(tmp_path / "sheet.png"), device="cpu")
     sheet = numpy.asarray(Image.open(draw_contact_sheet(verify_data_set(folder), config)))
@@ -159,11 +159,11 @@ def test_a_broken_record_is_left_out_of_the_picture(whole: Path, model: Path, tm
     ]
 
 
-def test_another_vae_draws_nothing(whole: Path, tmp_path: Path) -> None:
+def test_another_vae_draws_nothing(complete_set: Path, tmp_path: Path) -> None:
     other = tiny_models.make_model(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match="its VAE is not the one"):
         draw_contact_sheet(
-            verify_data_set(whole), VerifyConfig(model=str(other), sheet=str(tmp_path / "s.png"), device="cpu")
+            verify_data_set(complete_set), VerifyConfig(model=str(other), sheet=str(tmp_path / "s.png"), device="cpu")
         )
     with pytest.raises(ValueError, match=r"must end in \.png or \.jpg"):
         VerifyConfig(sheet="sheet")

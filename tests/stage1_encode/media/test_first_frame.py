@@ -1,4 +1,4 @@
-"""First frames: upright, aspect kept, cropped around the centre; both readers agree."""
+"""First frames: upright, with their aspect, cropped around the centre; both readers agree."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -18,8 +18,8 @@ RED, GREEN, BLUE = (220, 20, 20), (20, 200, 20), (20, 20, 220)
 def stripes(height: int, width: int) -> numpy.ndarray:
     """Left third red, middle green, right blue."""
     image = numpy.empty((height, width, 3), numpy.uint8)
-    for place, colour in enumerate((RED, GREEN, BLUE)):
-        image[:, place * width // 3 : (place + 1) * width // 3] = colour
+    for index, colour in enumerate((RED, GREEN, BLUE)):
+        image[:, index * width // 3 : (index + 1) * width // 3] = colour
     return image
 
 
@@ -76,21 +76,21 @@ def test_both_readers_turn_a_video_upright_and_agree(rotation: int, tmp_path: Pa
     by_decord = numpy.asarray(frames._read_with_decord(path))
     with av.open(path) as file:
         by_av, _ = frames._read_with_av(file, file.streams.video[0])
-    wanted = numpy.rot90(stripes(64, 96), rotation // 90)  # the display matrix counts against the clock
-    assert by_decord.shape == wanted.shape
+    expected = numpy.rot90(stripes(64, 96), rotation // 90)  # the display matrix counts against the clock
+    assert by_decord.shape == expected.shape
     assert numpy.array_equal(by_decord, numpy.asarray(by_av))
     for y, x in ((8, 8), (8, -8), (-8, 8), (-8, -8)):
-        assert close(by_decord[y, x], tuple(wanted[y, x]))
-    height, width = wanted.shape[:2]
+        assert close(by_decord[y, x], tuple(expected[y, x]))
+    height, width = expected.shape[:2]
     assert read_first_frame(path, height=64, width=64).size == (height, width)
 
 
 def test_decord_reads_an_ordinary_video_and_no_other(tmp_path: Path) -> None:
-    found = {}
+    is_safe = {}
     for name, rotation in (("a.mp4", 0), ("a.mov", 0), ("turned.mp4", 90), ("a.mkv", 0)):
         with av.open(path := video(tmp_path / name, stripes(64, 96), rotation=rotation)) as file:
-            found[name] = frames._is_decord_safe(path, file)
-    assert found == {"a.mp4": True, "a.mov": True, "turned.mp4": False, "a.mkv": False}
+            is_safe[name] = frames._is_decord_safe(path, file)
+    assert is_safe == {"a.mp4": True, "a.mov": True, "turned.mp4": False, "a.mkv": False}
 
 
 @pytest.mark.parametrize("decord", [True, False])
@@ -113,9 +113,9 @@ def test_a_mirrored_video_is_mirrored_back(turn: tuple[int, ...], swapped: bool,
     if swapped:
         stored, turn = stored.transpose(1, 0, 2), (0, turn[3], turn[0], 0)
     path = video(tmp_path / "mirrored.mp4", numpy.ascontiguousarray(stored), turn=turn)
-    found = read_first_frame(path, height=64, width=96)
-    assert found.size == (64, 96)
-    assert abs(found.pixels.astype(int) - upright).mean() < 4
+    frame = read_first_frame(path, height=64, width=96)
+    assert frame.size == (64, 96)
+    assert abs(frame.pixels.astype(int) - upright).mean() < 4
 
 
 def test_of_several_videos_the_main_one_is_read(tmp_path: Path) -> None:
@@ -156,9 +156,9 @@ def test_a_picture_is_turned_by_its_orientation(orientation: int, tmp_path: Path
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "photo.jpg", quality=100, subsampling=0, exif=exif)
-    found = read_first_frame(str(tmp_path / "photo.jpg"), height=64, width=96)
-    assert found.size == (64, 96)
-    assert abs(found.pixels.astype(int) - upright).mean() < 3
+    frame = read_first_frame(str(tmp_path / "photo.jpg"), height=64, width=96)
+    assert frame.size == (64, 96)
+    assert abs(frame.pixels.astype(int) - upright).mean() < 3
 
 
 def test_transparency_lies_on_white(tmp_path: Path) -> None:
