@@ -60,11 +60,11 @@ def autoencoder(size: Size, device: torch.device, decoder: int) -> AutoencoderKL
     return model.eval().requires_grad_(False)
 
 
-def plain(model: AutoencoderKLWan, device: torch.device, compiled: bool = False) -> vae.WanVae:
+def plain(model: AutoencoderKLWan, device: torch.device) -> vae.WanVae:
     """A VAE whose latents need no scaling."""
     mean, std = (torch.full((LATENT_CHANNELS,), value, device=device) for value in (0.0, 1.0))
     mean, std = (rearrange(values, "c -> 1 c 1 1 1") for values in (mean, std))
-    return vae.WanVae(model, mean, std, compiled)
+    return vae.WanVae(model, mean, std)
 
 
 def umt5(size: Size, device: torch.device) -> UMT5EncoderModel:
@@ -97,14 +97,14 @@ def random_text(size: Size, device: torch.device) -> text_encoder.TextEncoder:
 
 
 def make_models(folder: Path, small: bool, device: torch.device) -> ConditionEncoder:
-    """Encoders and decoder of sampling, the decoder compiled."""
+    """Encoders and decoder of sampling."""
     tiny_models.make_tokenizer(folder / "tokenizer")
     size, dtype = (SMALL, torch.float32) if small else (TRUE, torch.bfloat16)
     prompts = umt5(size, device).to(dtype)
     model = autoencoder(size, device, decoder=8 if small else 256).to(dtype)
     encoder = text_encoder.TextEncoder(prompts, AutoTokenizer.from_pretrained(folder / "tokenizer"))
     frames = vae.make_frame_encoder(plain(fresh(model), device))
-    return ConditionEncoder(encoder, plain(model, device, True), frames, device)
+    return ConditionEncoder(encoder, plain(model, device), frames, device)
 
 
 def fresh(model: AutoencoderKLWan) -> AutoencoderKLWan:

@@ -10,7 +10,6 @@ import argparse
 import csv
 import statistics
 import tempfile
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,10 +30,8 @@ from shards.record import Record, collate_records
 from stage1_encode.generation.condition_encoder import encode_conditions
 from stage1_encode.generation.generate import (
     GROUP_NAME,
-    MEMORY_PLANS,
     GenerationRequest,
     LatentSampler,
-    MemoryPlan,
     generate_videos,
 )
 from stage1_encode.media.rows import read_shard_rows
@@ -70,7 +67,6 @@ class Bench:
         """What `sample` does without --compile."""
         for block in self.student.net.blocks:
             block.plan = ExecutionPlan()
-        self.models = replace(self.models, vae=replace(self.models.vae, compiled=False))
 
     def note(self, what: str, figure: str) -> None:
         """Keep a figure, and print it at once."""
@@ -85,9 +81,9 @@ class Bench:
         (self.folder / f"{count}").mkdir(exist_ok=True)
         return GenerationRequest(table, out, self.folder / f"{count}.zarr", self.spec, 0)
 
-    def make(self, count: int, placing: MemoryPlan) -> None:
+    def make(self, count: int, *, offload: bool = False) -> None:
         """Make videos."""
-        generate_videos(self.order(count), self.models, self.sampler, placing)
+        generate_videos(self.order(count), self.models, self.sampler, offload=offload)
 
     def records(self) -> list[Record]:
         """The records of one row."""
@@ -97,10 +93,10 @@ class Bench:
 
     def whole(self, how: str = "") -> None:
         """Prompt and picture to file, and the parts of the same videos."""
-        first = times(lambda: self.make(1, MemoryPlan()), 1)[0]
+        first = times(lambda: self.make(1), 1)[0]
         self.note(f"{how}first video, compilation included", f"{first:.2f} s")
         peak()
-        found = [self.watch.videos(lambda: self.make(1, MemoryPlan()))[0] for _ in range(self.repeats)]
+        found = [self.watch.videos(lambda: self.make(1))[0] for _ in range(self.repeats)]
         parts, spread = medians(found), [one.whole for one in found]
         self.single, span = parts.whole, f"{min(spread):.2f}-{max(spread):.2f}"
         self.note(f"{how}prompt + picture -> mp4", f"{self.single:.2f} s ({span}), peak {peak():.1f} GiB")
@@ -162,24 +158,23 @@ class Bench:
         return read_latents(self.order(1).store, GROUP_NAME, 0)
 
     def small_cards(self) -> None:
-        """The paths for smaller cards."""
+        """The path for smaller cards."""
         if not self.order(1).store.exists():
-            self.make(1, MemoryPlan())
+            self.make(1)
         full = self.latents()
         self.theirs = self.models.vae.model.decoder.to("cpu")  # `sample` lets go of it, diffusers will want it again
         self.models.vae.release_diffusers_decoder()
-        self.make(1, MEMORY_PLANS["24gb"])  # the first move to host memory, which copies, is not part of a video
-        for name in ("24gb", "16gb"):
-            self.models.vae.decoder.release()
-            peak()
-            found = times(lambda name=name: self.make(1, MEMORY_PLANS[name]), self.repeats)
-            same = f"same latents {torch.equal(self.latents(), full)}"
-            self.note(f"--memory {name}", f"{statistics.median(found):.2f} s, peak {peak():.1f} GiB, {same}")
+        self.make(1, offload=True)  # the first move to host memory, which copies, is not part of a video
+        self.models.vae.decoder.free_memory()
+        peak()
+        seconds = times(lambda: self.make(1, offload=True), self.repeats)
+        same = f"same latents {torch.equal(self.latents(), full)}"
+        self.note("--vram 16gb", f"{statistics.median(seconds):.2f} s, peak {peak():.1f} GiB, {same}")
         self.student.move_to(self.device)
 
     def many(self) -> None:
         """The rate over many rows."""
-        found = self.watch.videos(lambda: self.make(self.count, MemoryPlan()))
+        found = self.watch.videos(lambda: self.make(self.count))
         rate, parts, first = sum(one.whole for one in found) / self.count, medians(found[1:]), found[0].before
         self.note(f"{self.count} rows", f"{3600 / rate:.0f} videos an hour, x{self.single / rate:.2f} of one at a time")
         told = f"denoising {parts.denoising:.3f} s, decode {parts.decode:.3f} s, between videos {parts.before:.3f} s"

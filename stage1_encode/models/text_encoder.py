@@ -28,11 +28,6 @@ class TextEncoder:
     model: UMT5EncoderModel
     tokenizer: PreTrainedTokenizerBase
 
-    @property
-    def text_width(self) -> int:
-        """Return D."""
-        return self.model.config.d_model
-
 
 def load_text_encoder(folder: Path, *, dtype: torch.dtype, device: torch.device) -> TextEncoder:
     """Load the text encoder of a model folder; ValueError if it is broken or not a UMT5."""

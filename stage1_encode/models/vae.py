@@ -118,13 +118,11 @@ def parse_vae_dtype(precision: str) -> torch.dtype:
 def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device) -> WanVae:
     """Load the VAE of a model folder; ValueError if it is broken or not that of Wan2.2."""
     logging.set_verbosity_error()  # missing weights are reported by `check_missing_weights`
-    with report_load_errors(folder / "vae"):
-        model, loading_info = AutoencoderKLWan.from_pretrained(
-            folder / "vae", torch_dtype=dtype, output_loading_info=True
-        )
-    check_missing_weights(folder / "vae", loading_info)
-    if model.config.z_dim != LATENT_CHANNELS:
-        channels = model.config.z_dim
+    path = folder / "vae"
+    with report_load_errors(path):
+        model, loading_info = AutoencoderKLWan.from_pretrained(path, torch_dtype=dtype, output_loading_info=True)
+    check_missing_weights(path, loading_info)
+    if (channels := model.config.z_dim) != LATENT_CHANNELS:
         raise ValueError(f"model={folder}: the VAE has {channels} channels, Wan2.2-TI2V-5B has {LATENT_CHANNELS}")
     mean, std = (
         rearrange(torch.tensor(values, device=device), "c -> 1 c 1 1 1")

@@ -28,7 +28,7 @@ from stage2_distill.monitoring.metrics_log import METRICS_FILE, complete_lines
 
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 RATIO_METRICS = ("motion", "saturation", "contrast")  # stated relative to the teacher's
-ABSOLUTE_METRICS = ("psnr", "perceptual", "clip")
+ABSOLUTE_METRICS = ("psnr", "clip")
 MIN_CONDITIONS = 2048  # conditions; 192 could not tell 4 steps of a teacher from 50
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--paper:#fff;--soft:#6a737d;--line:#d8dee4;--mark:#0b6bcb}
@@ -180,14 +180,8 @@ def pixel_table(report: dict[str, Any]) -> str:
         for one in rows
     ]
     names = [f"{kind} / teacher's" if kind in RATIO_METRICS else kind for kind in kinds]
-    note = (
-        f'<p class="soft">Of {report["videos"]} videos a set. psnr and perceptual compare frame 0 with the given one '
-    )
-    return (
-        note
-        + "as the VAE shows it; perceptual is LPIPS with random features.</p>"
-        + html_table(("", *names, *questions), lines)
-    )
+    note = f"Of {report['videos']} videos per set. psnr compares frame 0 with the given one as the VAE decodes it."
+    return f'<p class="soft">{note}</p>' + html_table(("", *names, *questions), lines)
 
 
 def video_section(config: EvaluateConfig, comparison: Comparison, rows: int) -> str:
