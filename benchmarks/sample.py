@@ -143,11 +143,7 @@ class Bench:
         )
         self.note("diffusers, 50 guided steps, projected", f"{guided:.0f} s, x{guided / ours:.1f} of ours")
         pixels = torch.cat(
-            list(
-                vae_decoder.stream_frames(
-                    self.models.vae.decoder, found.latents[0], max_frames=vae.DEFAULT_CHUNK_FRAMES
-                )
-            )
+            list(vae_decoder.stream_frames(self.models.vae.decoder, found.latents[0], max_frames=vae.CHUNK_FRAMES))
         )
         wanted = ((found.video[0].float().clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
         psnr = -10 * float(((pixels.float() - wanted).square().mean() / 255**2).log10())

@@ -51,7 +51,7 @@ def load_condition_encoder(
     folder = locate_model(model, ENCODER_PARTS)
     dtype_name = ("bfloat16" if device.type == "cuda" else "float32") if precision == "auto" else precision
     autoencoder = vae.load_vae(folder, dtype=getattr(torch, dtype_name), device=device)
-    autoencoder.release_diffusers_decoder()
+    autoencoder.release_diffusers_decoder()  # the larger half of the VAE, which would lie unused
     text_device = device if keep_text_on_device else torch.device("cpu")
     text = text_encoder.load_text_encoder(folder, dtype=torch.bfloat16, device=text_device)
     return ConditionEncoder(text, autoencoder, vae.make_frame_encoder(autoencoder), device)
@@ -66,7 +66,7 @@ def encode_conditions(
     first row that cannot be used.
     """
     prompts = [text_encoder.clean_prompt(row.prompt) for row in rows]
-    with ThreadPoolExecutor(PICTURE_THREADS) as pool:
+    with ThreadPoolExecutor(PICTURE_THREADS) as pool:  # PIL and decord release the interpreter lock
         pending_pictures = pool.map(lambda row, prompt: read_row_picture(row, prompt, table, spec), rows, prompts)
         encoder.text_tensors.move_to(encoder.device)
         embeddings = text_encoder.embed_prompts(

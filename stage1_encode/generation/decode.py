@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy
 import torch
 from PIL import Image
+from torch import Tensor
 
 from common.device import pick_device
 from common.files import write_file
@@ -21,6 +22,7 @@ from stage1_encode.media.video_writer import write_video
 from stage1_encode.models import vae
 
 CONTACT_SHEET, DECODE_CONFIG_FILE = "contact.png", "decode.yaml"
+# what decode, sample and an interrupted run of either may leave in a folder
 VIDEO_FOLDER_FILES = re.compile(
     r"(contact(-\d+)?\.png|.*\.mp4|(decode|sample|.*\.mp4)\.yaml)(\.partial)?|sample|.*\.zarr|step-.*"
 )
@@ -92,15 +94,22 @@ def decode_step(config: DecodeConfig, model: vae.WanVae, step: str, folder: Path
     folder.mkdir(exist_ok=True)
     files, sheet_rows = [], []
     for row, key in enumerate(track_progress(group.keys, total=len(group.keys), label="decode")):
-        latents = latent_store.read_latents(store, step, row)
-        if not torch.isfinite(latents).all():
-            raise ValueError(f"latents={store}: {step}/{key} is not finite; generate it again")
+        (latents,) = read_finite_latents(store, group, range(row, row + 1))
         pixels = vae.decode_video(model, latents).numpy()
         files.append(write_video(folder / f"{key}.mp4", pixels, fps=group.spec.fps))
         if row < MAX_SHEET_ROWS:  # a sheet of thousands of videos would fill the memory
             sheet_rows.append(make_thumbnails(pixels, columns=config.columns))
     # last, because `decode_as_written` takes a contact sheet for a finished step
     return [*files, write_contact_sheet(folder / CONTACT_SHEET, sheet_rows)]
+
+
+def read_finite_latents(store: Path, group: latent_store.LatentGroup, rows: range) -> Tensor:
+    """Return rows of a group (B C T H W); ValueError if a value is not finite."""
+    latents = latent_store.read_latent_rows(store, group.step, rows.start, rows.stop)
+    for key, video in zip(group.keys[rows.start : rows.stop], latents, strict=True):
+        if not video.isfinite().all():
+            raise ValueError(f"latents={store}: {group.step}/{key} is not finite; generate it again")
+    return latents
 
 
 def make_thumbnails(pixels: numpy.ndarray, *, columns: int) -> numpy.ndarray:

@@ -158,14 +158,12 @@ class VideoGenerator:
 
     def generate_rows(self, rows: Sequence[Row]) -> None:
         """Generate the videos of some rows; those of the last batch may still be being written."""
-        request = self.request
+        table, spec, batch_size = self.request.csv_path, self.request.spec, self.request.batch_size
         if self.offload:
-            self.sampler.move_to(CPU)
-        records = encode_conditions(
-            self.encoder, rows, request.csv_path, request.spec, keep_text_on_device=not self.offload
-        )
-        for indices in group_by_first_frame(records, request.batch_size):
-            previous_jobs = self.jobs[-request.batch_size :]
+            self.sampler.move_to(CPU)  # the text encoder takes its place
+        records = encode_conditions(self.encoder, rows, table, spec, keep_text_on_device=not self.offload)
+        for indices in group_by_first_frame(records, batch_size):
+            previous_jobs = self.jobs[-batch_size:]
             self.generate_batch([records[index] for index in indices])
             # only now, so that H.264 of a batch runs while the next one is denoised
             for job in previous_jobs:

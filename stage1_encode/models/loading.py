@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+# what diffusers, transformers and safetensors raise for broken files, as far as seen
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 MODEL_REMEDY = "copy it again, or give a folder like Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 
@@ -16,7 +17,7 @@ def read_text_width(folder: Path) -> int:
     """Return the embedding width from the config.json of a text encoder; ValueError if it is not a UMT5."""
     path = folder / "text_encoder" / "config.json"
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["d_model"])
+        return int(json.loads(path.read_text(encoding="utf-8"))["d_model"])  # without loading the weights
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"model={path}: does not describe a UMT5 text encoder; {MODEL_REMEDY}") from error
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import ftfy
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.activations import NewGELUActivation
 from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
@@ -48,7 +49,7 @@ def fuse_layers(model: UMT5EncoderModel) -> UMT5EncoderModel:
         parent, _, child = name.rpartition(".")
         if isinstance(module, UMT5LayerNorm):
             norm = nn.RMSNorm(module.weight.shape, module.variance_epsilon, elementwise_affine=False)
-            norm.weight = module.weight
+            norm.weight = module.weight  # the same parameter, no copy
             setattr(model.get_submodule(parent), child, norm)
         elif isinstance(module, NewGELUActivation):
             setattr(model.get_submodule(parent), child, nn.GELU("tanh"))
@@ -75,6 +76,7 @@ def tokenize_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> list[list[
 def group_by_length(tokens: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """Return batches of prompt indices, shortest first, of one prompt or at most `max_tokens` including padding."""
     batches: list[list[int]] = []
+    # sorted by length, so that little padding is computed and the last prompt of a batch is its longest
     for index in sorted(range(len(tokens)), key=lambda index: len(tokens[index])):
         if batches and (len(batches[-1]) + 1) * len(tokens[index]) <= max_tokens:
             batches[-1].append(index)
@@ -85,10 +87,9 @@ def group_by_length(tokens: Sequence[Sequence[int]], max_tokens: int) -> list[li
 
 def pad_tokens(tokens: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Return token ids padded to the longest prompt (B L) and the mask (B L), True at tokens."""
+    ids = pad_sequence([torch.tensor(line) for line in tokens], batch_first=True, padding_value=pad_id)
     lengths = torch.tensor([len(line) for line in tokens])
-    longest = int(lengths.max())
-    ids = torch.tensor([[*line, *[pad_id] * (longest - len(line))] for line in tokens])
-    return ids, torch.arange(longest) < lengths[:, None]
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]  # not ids != pad_id: a prompt may contain that token
 
 
 @torch.no_grad()
@@ -102,6 +103,7 @@ def embed_prompts(encoder: TextEncoder, tokens: Sequence[Sequence[int]], *, max_
     for batch in group_by_length(tokens, max_tokens):
         ids, mask = pad_tokens([tokens[index] for index in batch], encoder.tokenizer.pad_token_id)
         hidden = encoder.model(copy_async(ids, device), copy_async(mask, device)).last_hidden_state
+        # the next batch is queued before this copy has finished: the GPU never waits for Python
         hidden = copy_async(hidden.to(torch.bfloat16), torch.device("cpu"))
         for row, index in enumerate(batch):
             embeddings[index] = hidden[row, : len(tokens[index])]

@@ -22,7 +22,7 @@ from stage1_encode.models.vae_decoder import VideoDecoder, stream_frames
 from stage1_encode.models.vae_ops import NORM_EPS
 
 MEMORY_FORMAT = torch.channels_last_3d
-DEFAULT_CHUNK_FRAMES = 2  # latent frames decoded at once
+CHUNK_FRAMES = 2  # latent frames decoded at once; more take more memory and are hardly faster
 TF32 = "tf32"  # float32 whose convolutions round their inputs to 10 mantissa bits on a GPU
 
 
@@ -124,10 +124,8 @@ def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device) -> WanVa
     check_missing_weights(path, loading_info)
     if (channels := model.config.z_dim) != LATENT_CHANNELS:
         raise ValueError(f"model={folder}: the VAE has {channels} channels, Wan2.2-TI2V-5B has {LATENT_CHANNELS}")
-    mean, std = (
-        rearrange(torch.tensor(values, device=device), "c -> 1 c 1 1 1")
-        for values in (model.config.latents_mean, model.config.latents_std)
-    )
+    statistics = torch.tensor([model.config.latents_mean, model.config.latents_std], device=device)
+    mean, std = rearrange(statistics, "s c -> s 1 c 1 1 1")
     return WanVae(model.to(device).eval().requires_grad_(False), mean, std)
 
 
@@ -157,13 +155,10 @@ def encode_frames(encoder: FrameEncoder, pixels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def decode_stream(vae: WanVae, latents: Tensor, *, chunk_frames: int = DEFAULT_CHUNK_FRAMES) -> Iterator[Tensor]:
-    """Yield pixels (F X Y 3) uint8 on the VAE's device while one video's latents (C T H W) are decoded.
-
-    `chunk_frames` latent frames are decoded at once: more are faster and take more memory.
-    """
+def decode_stream(vae: WanVae, latents: Tensor) -> Iterator[Tensor]:
+    """Yield pixels (F X Y 3) uint8 on the VAE's device while one video's latents (C T H W) are decoded."""
     denormalized = rearrange(latents.to(vae.device).float(), "c t h w -> 1 c t h w") * vae.std + vae.mean
-    yield from stream_frames(vae.decoder, denormalized[0].to(vae.model.dtype), max_frames=chunk_frames)
+    yield from stream_frames(vae.decoder, denormalized[0].to(vae.model.dtype), max_frames=CHUNK_FRAMES)
 
 
 @torch.inference_mode()

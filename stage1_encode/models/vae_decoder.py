@@ -25,7 +25,7 @@ class Workspace:
     """Scratch buffer shared by the inputs of all convolutions."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0)
+        self.memory = torch.empty(0)  # its dtype and device are those of the first request
 
     def reserve_buffer(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return a tensor of this shape in the buffer, which grows if necessary; its previous content is lost."""
@@ -41,8 +41,9 @@ class FoldedConv(nn.Module):
     Usage: write the normalized input into `input_buffer(x)`, then call the module.
     """
 
-    def __init__(self, conv: nn.Conv3d | nn.Conv2d, workspace: Workspace, spec: ConvSpec) -> None:
+    def __init__(self, conv: nn.Conv3d | nn.Conv2d, workspace: Workspace, spec: ConvSpec | None = None) -> None:
         super().__init__()
+        spec = spec or ConvSpec(conv.in_channels, conv.out_channels)
         weight = conv.weight if conv.weight.dim() == 5 else conv.weight.unsqueeze(2)
         assert conv.bias is not None
         extra_outputs = spec.outputs * spec.time - len(weight)
@@ -84,10 +85,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, block: DiffusersModule, workspace: Workspace) -> None:
         super().__init__()
         self.first_scale, self.second_scale = norm_scale(block.norm1), norm_scale(block.norm2)
-        self.first, self.second = (
-            FoldedConv(conv, workspace, ConvSpec(conv.in_channels, conv.out_channels))
-            for conv in (block.conv1, block.conv2)
-        )
+        self.first, self.second = FoldedConv(block.conv1, workspace), FoldedConv(block.conv2, workspace)
         shortcut = block.conv_shortcut
         self.shortcut = pointwise_linear(shortcut) if isinstance(shortcut, nn.Conv3d) else nn.Identity()
 
@@ -140,7 +138,7 @@ class UpsampleBlock(nn.Module):
         if self.space is None:
             return y
         if self.time is not None and not first:
-            self.time.input_buffer(y).copy_(y)
+            self.time.input_buffer(y).copy_(y)  # no normalization here, so a plain copy
             y = self.time()
         return self.space.convolve(y, x)
 
@@ -153,7 +151,7 @@ def norm_scale(norm: DiffusersModule) -> nn.Parameter:
 def pointwise_linear(conv: nn.Conv3d | nn.Conv2d) -> nn.Linear:
     """Return a 1x1 convolution as a linear layer over C."""
     assert conv.bias is not None
-    layer = nn.Linear(conv.in_channels, conv.out_channels, device="meta")
+    layer = nn.Linear(conv.in_channels, conv.out_channels, device="meta")  # no memory for weights that are replaced
     layer.weight = nn.Parameter(conv.weight.detach().flatten(1), requires_grad=False)
     layer.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
     return layer
@@ -164,12 +162,10 @@ class VideoDecoder(nn.Module):
 
     def __init__(self, model: DiffusersModule) -> None:
         super().__init__()
-        decoder, middle, conv_in, conv_out = (
-            model.decoder, model.decoder.mid_block, model.decoder.conv_in, model.decoder.conv_out,
-        )  # fmt: skip
+        decoder, middle, conv_out = model.decoder, model.decoder.mid_block, model.decoder.conv_out
         self.patch, self.workspace, self.out_channels = model.config.patch_size or 1, Workspace(), conv_out.out_channels
         self.enter = pointwise_linear(model.post_quant_conv)
-        self.conv_in = FoldedConv(conv_in, self.workspace, ConvSpec(conv_in.in_channels, conv_in.out_channels))
+        self.conv_in = FoldedConv(decoder.conv_in, self.workspace)
         self.middle = nn.Sequential(
             ResidualBlock(middle.resnets[0], self.workspace),
             FrameAttention(middle.attentions[0]),
@@ -199,7 +195,7 @@ class VideoDecoder(nn.Module):
         for up in self.ups:
             x = up(x, first=first)
         norm_silu(x, self.scale, self.conv_out.input_buffer(x))
-        cells = self.conv_out()[..., : self.out_channels]
+        cells = self.conv_out()[..., : self.out_channels]  # a cell holds the patch x patch pixels of one place
         return rearrange(cells, "f x y (c q p) -> f (x p) (y q) c", p=self.patch, q=self.patch)
 
 
@@ -209,6 +205,7 @@ def split_latent_frames(frames: int, max_frames: int) -> list[range]:
     The frames of the last chunk come one by one, so that the video encoder has little left to do when decoding ends.
     """
     remaining = frames - 1
+    # one chunk size per video: cuDNN tunes itself anew for every shape
     size = next((size for size in range(max_frames, 0, -1) if remaining % size == 0), 1)
     first_single = max(1, frames - size)
     chunks = [range(start, start + size) for start in range(1, first_single, size)]

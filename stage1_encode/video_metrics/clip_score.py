@@ -31,14 +31,10 @@ def load_clip(folder: str, device: torch.device) -> ClipScorer:
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"clip_model={folder}: holds no config.json; give the folder of a CLIP model")
     if not list(Path(folder).glob("*.safetensors")):
-        raise ValueError(
-            f"clip_model={folder}: holds no .safetensors weights; convert pickled ones, which are not read"
-        )
+        raise ValueError(f"clip_model={folder}: holds no .safetensors weights; convert the pickled ones")
     preprocessor = json.loads(preprocessor_file.read_bytes()) if preprocessor_file.is_file() else {}
-    mean, std = (
-        rearrange(torch.tensor(values, device=device), "c -> c 1 1")
-        for values in (preprocessor.get("image_mean", CLIP_MEAN), preprocessor.get("image_std", CLIP_STD))
-    )
+    statistics = preprocessor.get("image_mean", CLIP_MEAN), preprocessor.get("image_std", CLIP_STD)
+    mean, std = rearrange(torch.tensor(statistics, device=device), "s c -> s c 1 1")
     model, loading_info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     missing = sorted(loading_info["missing_keys"])  # transformers would draw them at random
     if missing:

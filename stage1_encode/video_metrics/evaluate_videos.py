@@ -5,7 +5,6 @@ OUT/i3d.safetensors. Shapes: B videos, F frames, X Y pixels, D features.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +22,7 @@ from common.progress import ProgressBar
 from shards import latent_store
 from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
 from shards.dataset import DataSet, open_data_set
+from stage1_encode.generation.decode import read_finite_latents
 from stage1_encode.media.video_writer import write_video
 from stage1_encode.models import vae
 from stage1_encode.video_metrics import clip_score, custom_judge, frame_metrics, i3d_features
@@ -54,6 +54,25 @@ class SetResults:
     answers: list[custom_judge.JudgeAnswers] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)  # (D)
 
+    def add_batch(
+        self, tools: EvaluationTools, videos: Tensor, first_frames: list[Tensor | None], prompts: list[str]
+    ) -> None:
+        """Append what the tools say about videos (B F X Y 3) uint8."""
+        # a video without a given first frame is compared with itself, and its psnr dropped
+        pairs = list(zip(videos[:, 0], first_frames, strict=True))
+        psnr = frame_metrics.psnr(videos[:, 0], torch.stack([own if given is None else given for own, given in pairs]))
+        self.psnr.extend(value for value, (_, given) in zip(psnr.tolist(), pairs, strict=True) if given is not None)
+        self.motion.extend(frame_metrics.frame_motion(videos).tolist())
+        self.saturation.extend(frame_metrics.colour_saturation(videos).tolist())
+        self.contrast.extend(frame_metrics.frame_contrast(videos).tolist())
+        for video, prompt in zip(videos, prompts, strict=True):
+            if tools.clip:
+                self.clip.append(clip_score.clip_score(tools.clip, video.cpu().numpy(), prompt))
+            if tools.i3d:
+                self.features.append(i3d_features.extract_i3d_features(tools.i3d, video.cpu().numpy(), video.device))
+        if tools.judge:
+            self.answers.extend(tools.judge(videos, prompts))
+
     def summarize(self) -> dict[str, object]:
         """Return the mean of each metric, None if no video has it, and the share of true answers per question."""
         columns = {name: vars(self)[name] for name in ("psnr", "motion", "saturation", "contrast", "clip")}
@@ -67,7 +86,9 @@ def load_tools(
     """Load the VAE, the data set and what else is asked for; ValueError for any that cannot be used."""
     torch_device = pick_device(device)
     return EvaluationTools(
-        vae.load_vae(locate_model(model, ("vae",)), dtype=torch.float32, device=torch_device),
+        vae.load_vae(
+            locate_model(model, ("vae",)), dtype=torch.float32, device=torch_device
+        ),  # exact: metrics compare runs
         open_data_set(shards),
         custom_judge.load_judge(judge) if judge else None,
         i3d_features.load_i3d(i3d_model, torch_device) if i3d_model else None,
@@ -82,7 +103,7 @@ def measure_videos(out: Path, tools: EvaluationTools, *, max_videos: int, report
     """
     comparison, store = read_comparison(out), out / LATENTS_STORE
     count = min(max_videos, comparison.count)
-    first_frames = decode_first_frames(tools, count, batch_size)
+    first_frames = decode_first_frames(tools, count, batch_size)  # once, as every set starts from them
     report_names = [latent_set_name(candidate, comparison.seeds[0]) for candidate in comparison.contestants]
     results = {name: SetResults() for name in sets_to_measure(comparison, references=tools.i3d is not None)}
     with ProgressBar(count * len(results), label="measure videos") as progress:
@@ -90,15 +111,15 @@ def measure_videos(out: Path, tools: EvaluationTools, *, max_videos: int, report
             group = latent_store.describe_group(store, name)
             for start in range(0, count, batch_size):
                 rows = range(start, min(start + batch_size, count))
-                videos = decode_rows(tools.vae, store, name, rows)
-                measure_batch(tools, result, videos, first_frames[start : rows.stop], group.prompts[start : rows.stop])
+                videos = decode_latents(tools.vae, read_finite_latents(store, group, rows))
+                result.add_batch(tools, videos, first_frames[start : rows.stop], list(group.prompts[start : rows.stop]))
                 if name in report_names:
                     for row, video in zip(rows[: max(0, report_videos - start)], videos, strict=False):
                         write_report_video(out / VIDEOS_FOLDER / name / f"{row:03d}.mp4", video, fps=group.spec.fps)
                 progress.advance(count=len(rows))
     if tools.i3d:
         features = {name: torch.stack(result.features) for name, result in results.items()}
-        write_file(out / FEATURES_FILE, save(features))
+        write_file(out / FEATURES_FILE, save(features))  # the distance between sets is the report's work
     facts = {"videos": count, "shown": min(report_videos, count), "i3d": tools.i3d is not None}
     sets = {name: result.summarize() for name, result in results.items()}
     write_file(out / PIXELS_FILE, (json.dumps(facts | {"sets": sets}, indent=1) + "\n").encode())
@@ -113,16 +134,8 @@ def sets_to_measure(comparison: Comparison, *, references: bool) -> list[str]:
     return list(dict.fromkeys(names))  # a reference may be one of the teacher's own seeds
 
 
-def decode_rows(model: vae.WanVae, store: Path, name: str, rows: range) -> Tensor:
-    """Return rows of a set as pixels (B F X Y 3) uint8 on the VAE's device; ValueError if latents are not finite."""
-    latents = latent_store.read_latent_rows(store, name, rows.start, rows.stop)
-    if not torch.isfinite(latents).all():
-        raise ValueError(f"latents={store}: {name}, one of the rows {rows.start} to {rows.stop - 1} is not finite")
-    return decode_latents(model, latents)
-
-
 def decode_latents(model: vae.WanVae, latents: Tensor) -> Tensor:
-    """Return pixels (B F X Y 3) of latents (B C T H W)."""
+    """Return pixels (B F X Y 3) uint8 on the VAE's device of latents (B C T H W)."""
     if len(latents) > 1:
         return vae.decode_video_batch(model, latents)
     return vae.decode_video(model, latents[0])[None].to(model.device)  # streamed, so that a large video fits
@@ -135,30 +148,6 @@ def decode_first_frames(tools: EvaluationTools, count: int, batch_size: int) -> 
     batches = [present[start : start + batch_size] for start in range(0, len(present), batch_size)]
     pictures = (picture for batch in batches for picture in decode_latents(tools.vae, torch.stack(batch))[:, 0])
     return [None if frame is None else next(pictures) for frame in latents]
-
-
-def measure_batch(
-    tools: EvaluationTools,
-    result: SetResults,
-    videos: Tensor,
-    first_frames: Sequence[Tensor | None],
-    prompts: Sequence[str],
-) -> None:
-    """Append to the result of a set what the tools say about videos (B F X Y 3) uint8."""
-    # a video without a given first frame is compared with itself, and its psnr dropped
-    pairs = list(zip(videos[:, 0], first_frames, strict=True))
-    psnr = frame_metrics.psnr(videos[:, 0], torch.stack([own if given is None else given for own, given in pairs]))
-    result.psnr.extend(value for value, (_, given) in zip(psnr.tolist(), pairs, strict=True) if given is not None)
-    result.motion.extend(frame_metrics.frame_motion(videos).tolist())
-    result.saturation.extend(frame_metrics.colour_saturation(videos).tolist())
-    result.contrast.extend(frame_metrics.frame_contrast(videos).tolist())
-    for video, prompt in zip(videos, prompts, strict=True):
-        if tools.clip:
-            result.clip.append(clip_score.clip_score(tools.clip, video.cpu().numpy(), prompt))
-        if tools.i3d:
-            result.features.append(i3d_features.extract_i3d_features(tools.i3d, video.cpu().numpy(), video.device))
-    if tools.judge:
-        result.answers.extend(tools.judge(videos, list(prompts)))
 
 
 def write_report_video(path: Path, video: Tensor, *, fps: int) -> None:
