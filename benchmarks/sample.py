@@ -30,10 +30,8 @@ from shards.record import Record, collate_records
 from stage1_encode.generation.condition_encoder import encode_conditions
 from stage1_encode.generation.generate import (
     GROUP_NAME,
-    MEMORY_PLANS,
     GenerationRequest,
     LatentSampler,
-    MemoryPlan,
     generate_videos,
 )
 from stage1_encode.media.rows import read_shard_rows
@@ -75,10 +73,9 @@ class SampleBenchmark:
         (self.folder / f"{count}").mkdir(exist_ok=True)
         return GenerationRequest(table, out, self.folder / f"{count}.zarr", self.spec, 0)
 
-    def generate(self, count: int, memory: str = "full") -> None:
-        """Generate videos in a memory mode."""
-        plan = MemoryPlan() if memory == "full" else MEMORY_PLANS[memory]
-        generate_videos(self.request(count), self.models, self.sampler, plan)
+    def generate(self, count: int, *, offload: bool = False) -> None:
+        """Generate videos, with idle models in host memory if `offload`."""
+        generate_videos(self.request(count), self.models, self.sampler, offload=offload)
 
     def records(self) -> list[Record]:
         """Return the records of one row."""
@@ -139,7 +136,7 @@ class SampleBenchmark:
         figure = f"{stock.whole:.2f} s, x{stock.whole / ours:.2f} of ours; a step {stock.step:.2f} s"
         yield "diffusers, 4 steps", figure
         yield "diffusers, 50 guided steps, projected", f"{guided:.0f} s, x{guided / ours:.1f} of ours"
-        decoder, max_frames = self.models.vae.decoder, vae.DEFAULT_CHUNK_FRAMES
+        decoder, max_frames = self.models.vae.decoder, vae.CHUNK_FRAMES
         pixels = torch.cat(list(vae_decoder.stream_frames(decoder, stock.latents[0], max_frames=max_frames)))
         wanted = ((stock.video[0].float().clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
         psnr = -10 * float(((pixels.float() - wanted).square().mean() / 255**2).log10())
@@ -153,12 +150,12 @@ class SampleBenchmark:
         # `sample` drops diffusers' decoder, but the part stock needs it again
         self.diffusers_decoder = self.models.vae.model.decoder.to("cpu")
         self.models.vae.release_diffusers_decoder()
-        self.generate(1, "16gb")  # the first move to host memory, which copies, is not part of a video
+        self.generate(1, offload=True)  # the first move to host memory, which copies, is not part of a video
         self.models.vae.decoder.free_memory()
         peak_gib()
-        seconds = statistics.median(call_times(lambda: self.generate(1, "16gb"), self.repeats))
+        seconds = statistics.median(call_times(lambda: self.generate(1, offload=True), self.repeats))
         same = f"same latents {torch.equal(self.latents(), full)}"
-        yield "--memory 16gb", f"{seconds:.2f} s, peak {peak_gib():.1f} GiB, {same}"
+        yield "--vram 16gb", f"{seconds:.2f} s, peak {peak_gib():.1f} GiB, {same}"
         self.student.move_to(self.device)
 
     def many_rows(self) -> Iterator[Row]:
