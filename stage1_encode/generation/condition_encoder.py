@@ -69,15 +69,11 @@ def encode_conditions(
     with ThreadPoolExecutor(PICTURE_THREADS) as pool:  # PIL and decord release the interpreter lock
         pending_pictures = pool.map(lambda row, prompt: read_row_picture(row, prompt, table, spec), rows, prompts)
         encoder.text_tensors.move_to(encoder.device)
-        embeddings = text_encoder.embed_prompts(
-            encoder.text, text_encoder.tokenize_prompts(encoder.text, prompts), max_tokens=TEXT_BATCH_TOKENS
-        )
+        tokens = text_encoder.tokenize_prompts(encoder.text, prompts)
+        embeddings = text_encoder.embed_prompts(encoder.text, tokens, max_tokens=TEXT_BATCH_TOKENS)
         pictures = list(pending_pictures)
-    problems = [
-        f"line {row.line}, {row.path}: {picture}"
-        for row, picture in zip(rows, pictures, strict=True)
-        if isinstance(picture, str)
-    ]
+    pairs = zip(rows, pictures, strict=True)
+    problems = [f"line {row.line}, {row.path}: {picture}" for row, picture in pairs if isinstance(picture, str)]
     if problems:
         raise ValueError(f"{len(problems)} of {len(rows)} conditions cannot be used; {problems[0]}")
     latents = [encode_picture(encoder, picture) if isinstance(picture, Tensor) else None for picture in pictures]
