@@ -73,11 +73,8 @@ def encode_conditions(
         encoder.text_tensors.move_to(encoder.device)
         embeddings = row_encoder.embed_tokens(tokens, max_tokens=TEXT_BATCH_TOKENS)
         pictures = list(pending_pictures)
-    problems = [
-        f"line {row.line}, {row.path}: {picture}"
-        for row, picture in zip(rows, pictures, strict=True)
-        if isinstance(picture, str)
-    ]
+    pairs = zip(rows, pictures, strict=True)
+    problems = [f"line {row.line}, {row.path}: {picture}" for row, picture in pairs if isinstance(picture, str)]
     if problems:
         raise ValueError(f"{len(problems)} of {len(rows)} conditions cannot be used; {problems[0]}")
     latents = [encode_picture(encoder, picture) if isinstance(picture, Tensor) else None for picture in pictures]

@@ -180,14 +180,11 @@ class VideoGenerator:
             if self.offload:
                 self.sampler.move_to(CPU)
             self.store_latents(records, x0, segment)
-            last_frames = [
-                self.decode_segment(job, video, skip_first=segment > 0) for job, video in zip(jobs, x0, strict=True)
-            ]
+            pairs = zip(jobs, x0, strict=True)
+            last_frames = [self.decode_segment(job, video, skip_first=segment > 0) for job, video in pairs]
             if segment + 1 < self.request.segments:
-                records = [
-                    replace(record, first_frame=encode_picture(self.encoder, frame))
-                    for record, frame in zip(records, last_frames, strict=True)
-                ]
+                first_frames = [encode_picture(self.encoder, frame) for frame in last_frames]
+                records = [replace(old, first_frame=new) for old, new in zip(records, first_frames, strict=True)]
         self.jobs += jobs
 
     def start_job(self, record: Record) -> VideoJob:
@@ -214,15 +211,14 @@ class VideoGenerator:
         """Write latents (B C T H W) in the thread; returns when the previous ones are written, to bound the memory."""
         rows = [self.row_position(record) * self.request.segments + segment for record in records]
         previous = self.pending_store
-        self.pending_store = self.store_thread.submit(
-            self._write_latents, rows, copy_async(x0, CPU), record_event(x0.device)
-        )
+        copied = copy_async(x0, CPU)
+        self.pending_store = self.store_thread.submit(self._write_latents, rows, copied, record_event(x0.device))
         if previous:
             previous.result()
 
     def _write_latents(self, rows: Sequence[int], x0: Tensor, event: torch.cuda.Event | None) -> None:
         if event:
-            event.synchronize()
+            event.synchronize()  # here, not in the main thread, which queues the next work
         if not x0.isfinite().all():
             raise ValueError(f"the latents of row {rows[0]} are not finite; check the checkpoint")
         latent_store.write_latents(self.request.store, GROUP_NAME, rows, x0)
@@ -239,9 +235,7 @@ class VideoGenerator:
         files = [job.writer.finish_file() for job in jobs]
         if self.request.out.suffix == ".mp4":
             return files
-        sheet_rows = [
-            make_thumbnails(torch.stack(job.sheet_frames).numpy(), columns=SHEET_COLUMNS)
-            for job in jobs[:MAX_SHEET_ROWS]
-        ]
+        shown = [torch.stack(job.sheet_frames).numpy() for job in jobs[:MAX_SHEET_ROWS]]
+        sheet_rows = [make_thumbnails(frames, columns=SHEET_COLUMNS) for frames in shown]
         path = self.request.out / (f"contact-{self.request.rank}.png" if self.request.world > 1 else CONTACT_SHEET)
         return [*files, write_contact_sheet(path, sheet_rows)]

@@ -54,14 +54,12 @@ class SetResults:
     answers: list[custom_judge.JudgeAnswers] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)  # (D)
 
-    def add_batch(
-        self, tools: EvaluationTools, videos: Tensor, first_frames: list[Tensor | None], prompts: list[str]
-    ) -> None:
-        """Append what the tools say about videos (B F X Y 3) uint8."""
+    def add(self, tools: EvaluationTools, videos: Tensor, given: list[Tensor | None], prompts: list[str]) -> None:
+        """Append what the tools say about videos (B F X Y 3) uint8 and their given first frames (X Y 3) uint8."""
         # a video without a given first frame is compared with itself, and its psnr dropped
-        pairs = list(zip(videos[:, 0], first_frames, strict=True))
-        psnr = frame_metrics.psnr(videos[:, 0], torch.stack([own if given is None else given for own, given in pairs]))
-        self.psnr.extend(value for value, (_, given) in zip(psnr.tolist(), pairs, strict=True) if given is not None)
+        starts = [own if frame is None else frame for own, frame in zip(videos[:, 0], given, strict=True)]
+        psnr = frame_metrics.psnr(videos[:, 0], torch.stack(starts)).tolist()
+        self.psnr.extend(value for value, frame in zip(psnr, given, strict=True) if frame is not None)
         self.motion.extend(frame_metrics.frame_motion(videos).tolist())
         self.saturation.extend(frame_metrics.colour_saturation(videos).tolist())
         self.contrast.extend(frame_metrics.frame_contrast(videos).tolist())
@@ -84,11 +82,9 @@ def load_tools(
     model: str, shards: str, device: str, *, judge: str | None, i3d_model: str | None, clip_model: str | None
 ) -> EvaluationTools:
     """Load the VAE, the data set and what else is asked for; ValueError for any that cannot be used."""
-    torch_device = pick_device(device)
+    folder, torch_device = locate_model(model, ("vae",)), pick_device(device)
     return EvaluationTools(
-        vae.load_vae(
-            locate_model(model, ("vae",)), dtype=torch.float32, device=torch_device
-        ),  # exact: metrics compare runs
+        vae.load_vae(folder, dtype=torch.float32, device=torch_device),
         open_data_set(shards),
         custom_judge.load_judge(judge) if judge else None,
         i3d_features.load_i3d(i3d_model, torch_device) if i3d_model else None,
@@ -112,7 +108,7 @@ def measure_videos(out: Path, tools: EvaluationTools, *, max_videos: int, report
             for start in range(0, count, batch_size):
                 rows = range(start, min(start + batch_size, count))
                 videos = decode_latents(tools.vae, read_finite_latents(store, group, rows))
-                result.add_batch(tools, videos, first_frames[start : rows.stop], list(group.prompts[start : rows.stop]))
+                result.add(tools, videos, first_frames[start : rows.stop], list(group.prompts[start : rows.stop]))
                 if name in report_names:
                     for row, video in zip(rows[: max(0, report_videos - start)], videos, strict=False):
                         write_report_video(out / VIDEOS_FOLDER / name / f"{row:03d}.mp4", video, fps=group.spec.fps)
