@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -41,10 +41,9 @@ from stage2_distill.checkpointing.format import (
     write_index,
 )
 from stage2_distill.checkpointing.staging import HostBuffers, StagedState, allocate_host_buffers, build_cpu_mesh
-from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.dtensor import local_tensor
 from stage2_distill.distributed.process_group import RankContext
-from stage2_distill.dmd.schedule import first_role
+from stage2_distill.dmd.schedule import STUDENT
 
 FILE_BYTES = 2**30  # a rank's file; while it is written it stands in memory once more
 WRITE_TIMEOUT = timedelta(hours=2)  # that ranks wait for the slowest one's files
@@ -55,11 +54,20 @@ class SaveError(RuntimeError):
     """The last checkpoint of a run could not be written; the message says why and what is left."""
 
 
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Options of training that concern its checkpoints."""
+
+    async_checkpoint: bool
+    keep_last: int
+    keep_every: int
+
+
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time; all ranks make the same calls."""
 
-    def __init__(self, run: Path, config: DistillConfig, ranks: RankContext) -> None:
-        self.run_folder, self.config, self.ranks = run, config, ranks
+    def __init__(self, run: Path, options: CheckpointOptions, ranks: RankContext) -> None:
+        self.run_folder, self.options, self.ranks = run, options, ranks
         self.group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)  # its own: training talks at the same time
         self.cpu_mesh = build_cpu_mesh(ranks)
         self.thread: threading.Thread | None = None
@@ -68,13 +76,15 @@ class CheckpointWriter:
         self.snapshot: StagedState | None = None  # of the newest one
         self.failure: str | None = None  # why the newest one was not written
 
-    def save(self, tensors: Mapping[str, Tensor], facts: StudentFacts) -> None:
-        """Begin a checkpoint of live tensors; they may change once `copied` has returned."""
+    def save(self, tensors: Mapping[str, Tensor], facts: StudentFacts, *, first: str = STUDENT) -> None:
+        """Begin a checkpoint of live tensors; they may change once `wait_for_copies` has returned.
+
+        first: the role that is updated next, whose tensors are copied first.
+        """
         self.wait()
-        asynchronous = self.config.async_checkpoint
+        asynchronous = self.options.async_checkpoint
         if asynchronous:
             self.wait_for_buffers(tensors)
-        first = first_role(facts.iteration, self.config)
         self.snapshot = StagedState(tensors, self.cpu_mesh, self.host_buffers, first=first) if asynchronous else None
         self.thread = threading.Thread(
             target=self._write_checkpoint, args=(dict(tensors), facts), name="checkpoint", daemon=True
@@ -128,7 +138,7 @@ class CheckpointWriter:
         if self.failure is not None:
             raise SaveError(f"{self.failure}; make room and give the same command again")
         if self.ranks.rank == 0:  # an earlier run may have been killed after naming its last one and before this
-            prune_checkpoints(self.run_folder, self.config.keep_last, self.config.keep_every)
+            prune_checkpoints(self.run_folder, self.options.keep_last, self.options.keep_every)
 
     def __enter__(self) -> Self:
         return self
@@ -159,7 +169,7 @@ class CheckpointWriter:
             self.snapshot = None  # as large as all of the state
         self.failure = None
         if self.ranks.rank == 0:
-            prune_checkpoints(self.run_folder, self.config.keep_last, self.config.keep_every)
+            prune_checkpoints(self.run_folder, self.options.keep_last, self.options.keep_every)
             logging.info("checkpoint %s, written in %.1f s", name, time.perf_counter() - start_time)
 
 

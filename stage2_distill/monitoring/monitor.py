@@ -4,6 +4,7 @@ import logging
 import math
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,7 +12,6 @@ from typing import Self
 import torch
 
 from common.progress import ProgressBar
-from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import RankContext
 from stage2_distill.dmd.latent_stats import LATENT_STATS
 from stage2_distill.monitoring.alerts import MetricAlerts
@@ -48,16 +48,18 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class TrainingMonitor:
-    """Writes each iteration of a run that goes on from iteration `start`; all ranks but the first are silent."""
+    """Writes each iteration of a run that goes on from iteration `start` to `end`; all ranks but the first are silent."""
 
-    def __init__(self, out: Path, config: DistillConfig, ranks: RankContext, *, start: int) -> None:
+    def __init__(
+        self, out: Path, ranks: RankContext, *, start: int, end: int, wandb: str, options: Mapping[str, object]
+    ) -> None:
         self.device, self.is_main_rank = ranks.device, ranks.rank == 0
-        self.progress = ProgressBar(config.iterations, initial=start, label="distill", quiet=not self.is_main_rank)
+        self.progress = ProgressBar(end, initial=start, label="distill", quiet=not self.is_main_rank)
         self.alerts = MetricAlerts()
         if self.is_main_rank:
             self.metrics_log, self.trackers = (
                 MetricsLog(out / METRICS_FILE, start=start),
-                ExperimentTrackers(out, config, start=start),
+                ExperimentTrackers(out, start=start, wandb=wandb, options=options),
             )
             for line in self.metrics_log.lines:
                 self.alerts.check_line(line)

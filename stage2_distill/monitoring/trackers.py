@@ -3,11 +3,8 @@
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
-
-from stage2_distill.config import DistillConfig
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -29,9 +26,9 @@ class WandbRun(Protocol):
 class ExperimentTrackers:
     """Writes lines of metrics; a run that goes on from iteration `start` hides what was written after it."""
 
-    def __init__(self, out: Path, config: DistillConfig, *, start: int) -> None:
+    def __init__(self, out: Path, *, start: int, wandb: str, options: Mapping[str, object]) -> None:
         self.tensorboard = open_tensorboard(out, start)
-        self.wandb = None if config.wandb == "off" else open_wandb(out, config)
+        self.wandb = None if wandb == "off" else open_wandb(out, wandb, options)
 
     def write(self, line: Mapping[str, float]) -> None:
         """Add one iteration; `critic_loss` is the tag critic/loss."""
@@ -61,7 +58,7 @@ def open_tensorboard(out: Path, start: int) -> "SummaryWriter | None":
     return SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=start)
 
 
-def open_wandb(out: Path, config: DistillConfig) -> WandbRun:
+def open_wandb(out: Path, wandb_mode: str, options: Mapping[str, object]) -> WandbRun:
     """Start or go on with the run of this folder on W&B; ValueError where the package is not there.
 
     Entity, project and key come from W&B's own environment variables and login.
@@ -70,7 +67,7 @@ def open_wandb(out: Path, config: DistillConfig) -> WandbRun:
         import wandb
     except ImportError as error:
         raise ValueError("wandb: is not installed; pip install 'ti2v-distill[wandb]', or leave --wandb off") from error
-    mode: Literal["offline", "online"] = "offline" if config.wandb == "offline" else "online"
+    mode: Literal["offline", "online"] = "offline" if wandb_mode == "offline" else "online"
     name = hashlib.blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()
     try:
         run: WandbRun = wandb.init(
@@ -80,10 +77,8 @@ def open_wandb(out: Path, config: DistillConfig) -> WandbRun:
             dir=str(out),
             mode=mode,
             resume="allow",
-            config=asdict(config),
+            config=dict(options),
         )
     except wandb.Error as error:
-        raise ValueError(
-            f"wandb={config.wandb}: {' '.join(str(error).split())}; log in, or leave --wandb off"
-        ) from error
+        raise ValueError(f"wandb={wandb_mode}: {' '.join(str(error).split())}; log in, or leave --wandb off") from error
     return run

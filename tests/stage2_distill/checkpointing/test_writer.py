@@ -23,7 +23,7 @@ from stage2_distill.checkpointing.format import (
     read_facts,
     write_best,
 )
-from stage2_distill.checkpointing.writer import CheckpointWriter, SaveError
+from stage2_distill.checkpointing.writer import CheckpointOptions, CheckpointWriter, SaveError
 from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import start_process_group
 from stage2_distill.dmd.schedule import CRITIC, STUDENT
@@ -70,7 +70,7 @@ def test_training_goes_on_and_does_not_change_what_is_written(
     monkeypatch.setattr(module, "write_checkpoint", late)
     monkeypatch.setattr(staging.StagedState, "copy_from_host", slow)
     live = {"student.weight": torch.arange(6.0).view(2, 3), "student.step": torch.tensor(5.0)}
-    with CheckpointWriter(tmp_path, config, start_process_group("cpu")) as saver:
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as saver:
         saver.save(live, facts)
         assert not list_checkpoints(tmp_path)  # save has returned and nothing is written yet
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
@@ -104,9 +104,9 @@ def test_a_step_waits_for_the_copies_of_its_role_alone(
     clock, optimizers = PhaseTimer(torch.device("cpu")), {}
     for role in (STUDENT, CRITIC):
         optimizers[role] = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    with CheckpointWriter(tmp_path, replace(config, student_update_interval=5), start_process_group("cpu")) as saver:
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as saver:
         saver.register_step_hooks(optimizers, clock)
-        saver.save({name: torch.ones(3) for name in names}, facts)  # after iteration 1: no turn of the student
+        saver.save({name: torch.ones(3) for name in names}, facts, first=CRITIC)
         optimizers[CRITIC].step()
         assert begun[:2] == ["critic.w", "critic_optimizer.w"]
         assert len(saver.snapshot.pending_copies(STUDENT)) == 3
@@ -162,7 +162,7 @@ def test_what_reads_back_otherwise_gets_no_name_and_prunes_nothing(
         for path in tmp_path.glob("*.partial/*.safetensors"):
             flip(path)
 
-    with CheckpointWriter(tmp_path, config, start_process_group("cpu")) as saver:
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as saver:
         saver.save(live, facts)
         saver.finish()
         monkeypatch.setattr(module.dcp, "save", lossy)
@@ -177,7 +177,7 @@ def test_a_rank_splits_its_part_into_files_of_bounded_size(
 ) -> None:
     monkeypatch.setattr(module, "FILE_BYTES", 1000)
     live = {f"student.{n}": torch.full((100,), float(n)) for n in range(10)}
-    with CheckpointWriter(tmp_path, config, start_process_group("cpu")) as saver:
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as saver:
         saver.save(live, facts)
         saver.finish()
     files = sorted(list_checkpoints(tmp_path)[0].glob("*.safetensors"))
@@ -200,13 +200,16 @@ def test_pruning_keeps_the_newest_the_best_and_every_so_many(tmp_path: Path) -> 
 def test_what_a_killed_run_had_no_time_to_prune_goes_at_the_end_of_the_next(
     config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as killed, CheckpointWriter(tmp_path, config, start_process_group("cpu")) as saver:
+    with (
+        monkeypatch.context() as killed,
+        CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as saver,
+    ):
         killed.setattr(module, "prune_checkpoints", lambda *_: None)
         for iteration in (1, 2):
             saver.save({"student.weight": torch.arange(6.0)}, replace(facts, iteration=iteration))
         saver.wait()
     assert len(list_checkpoints(tmp_path)) == 2
-    with CheckpointWriter(tmp_path, config, start_process_group("cpu")) as saver:
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as saver:
         saver.finish()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002"]
 

@@ -15,7 +15,7 @@ from stage2_distill.model.layers import ExecutionPlan, final_norm_function
 from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters
 from stage2_distill.model.wan import load_transformer, make_denoiser
 from stage2_distill.sampling.student_sampler import load_merged, load_student
-from stage2_distill.trainer import Trainer
+from stage2_distill.trainer import Roles
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, run_worker, tensors
 
 LORA = {"lora_rank": 3, "lora_alpha": 6.0, "student_lr": 1e-2, "critic_lr": 1e-2, "iterations": 4}
@@ -27,22 +27,22 @@ def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened() -> list[Trainer]:
-    """The trainers of the runs made here."""
+def opened() -> list[Roles]:
+    """The roles of the runs made here."""
     return []
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory, opened: list[Trainer]) -> Path:
+def whole(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory, opened: list[Roles]) -> Path:
     """The last checkpoint of an unbroken run."""
-    real = build.build_trainer
+    real = build.build_roles
 
-    def remember(*given: object) -> Trainer:
+    def remember(*given: object) -> Roles:
         opened.append(real(*given))
         return opened[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "build_trainer", remember)
+        patch.setattr(train, "build_roles", remember)
         out = tmp_path_factory.mktemp("lora") / "run"
         return run_here(make_config(shards, model, out, checkpoint_every=2, preview_every=4, preview_count=1, **LORA))
 
@@ -57,9 +57,9 @@ def base_weights(model: Path) -> dict[str, torch.Tensor]:
     return load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def test_one_network_in_memory_and_its_weights_stay(whole: Path, model: Path, opened: list[Trainer]) -> None:
-    roles = opened[0].roles
-    assert roles.student.base is roles.teacher.base is roles.critic.base
+def test_one_network_in_memory_and_its_weights_stay(whole: Path, model: Path, opened: list[Roles]) -> None:
+    roles = opened[0]
+    assert roles.student.net.base is roles.teacher.base is roles.critic.net.base
     stored = base_weights(model)
     kept = {name: p for name, p in roles.teacher.base.named_parameters() if ".lora_" not in name}
     assert len(kept) == len(stored)

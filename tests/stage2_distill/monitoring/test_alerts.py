@@ -19,7 +19,7 @@ from stage2_distill import build, train, trainer
 from stage2_distill.checkpointing.format import newest_checkpoint
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.latent_stats import latent_stats
-from stage2_distill.dmd.schedule import micro_batches
+from stage2_distill.dmd.schedule import Schedule
 from stage2_distill.monitoring import alerts
 from stage2_distill.monitoring.alerts import WINDOW_ITERATIONS, MetricAlerts
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, run_ranks, tensors
@@ -131,7 +131,7 @@ def first_meeting(config: DistillConfig, bad: int, world: int) -> tuple[int, int
     met = [
         (part.iteration, part.role != "student", rank)
         for rank in range(world)
-        for part in micro_batches(config, start=0, rank=rank, world=world)
+        for part in Schedule.of(config, world).micro_batches(start=0, rank=rank)
         if any(stream.record_index(position) == bad for position in part.positions)
     ]
     iteration, _, rank = min(met)
@@ -159,14 +159,14 @@ def test_one_bad_rank_stops_all_and_is_named(model: Path, tmp_path: Path) -> Non
 def test_a_bad_update_is_not_taken(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """The loss, or only its gradient, is infinite: neither weights nor optimizer move."""
     shards = make_shards(tmp_path / "data", model)
-    opened: list[trainer.Trainer] = []
-    real, good = build.build_trainer, trainer.critic_loss
+    opened: list[trainer.Roles] = []
+    real, good = build.build_roles, trainer.critic_loss
 
-    def remember(*given: object) -> trainer.Trainer:
+    def remember(*given: object) -> trainer.Roles:
         opened.append(real(*given))
         return opened[-1]
 
-    monkeypatch.setattr(train, "build_trainer", remember)
+    monkeypatch.setattr(train, "build_roles", remember)
 
     def bad(x0: torch.Tensor, condition: Condition, **given: object) -> torch.Tensor:
         loss = good(x0, condition, **given)

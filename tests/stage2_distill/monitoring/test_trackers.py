@@ -59,7 +59,7 @@ def test_wandb_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match="pip install"):
-        open_wandb(tmp_path, make_config(tmp_path, tmp_path, tmp_path, wandb="online"))
+        open_wandb(tmp_path, "online", {})
 
 
 def test_missing_tensorboard_is_one_line_and_training_continues(
@@ -67,7 +67,7 @@ def test_missing_tensorboard_is_one_line_and_training_continues(
 ) -> None:
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    boards = ExperimentTrackers(tmp_path, make_config(tmp_path, tmp_path, tmp_path), start=0)
+    boards = ExperimentTrackers(tmp_path, start=0, wandb="off", options={})
     boards.write({"iteration": 0, "critic_loss": 1.0})
     boards.close()
     (message,) = caplog.messages
@@ -82,4 +82,4 @@ def test_wandb_that_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     wandb.init = Mock(side_effect=wandb.Error("api_key\nnot configured"))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with pytest.raises(ValueError, match=r"^wandb=online: api_key not configured; log in, or leave --wandb off$"):
-        open_wandb(tmp_path, make_config(tmp_path, tmp_path, tmp_path, wandb="online"))
+        open_wandb(tmp_path, "online", {})
