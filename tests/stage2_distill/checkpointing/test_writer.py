@@ -45,7 +45,7 @@ def other(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def config(tmp_path: Path) -> DistillConfig:
-    return make_config(tmp_path, tmp_path, tmp_path, keep=1)
+    return make_config(tmp_path, tmp_path, tmp_path, keep_last=1)
 
 
 @pytest.fixture
