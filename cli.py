@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from common.files import has_foreign_files
+from common.files import refuse_foreign_files
 from common.options import ConfigCommand, config_options, resolve_config, write_config
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
@@ -221,8 +221,8 @@ def prepare_output(out: Path, config: SampleConfig, *, is_first_rank: bool) -> N
     """
     is_single = config.prompt is not None
     config_path = out.with_name(out.name + ".yaml") if is_single else out / "sample.yaml"
-    if not is_single and has_foreign_files(out, config_path.name):
-        raise ValueError(f"out={out}: holds something that sample did not make; name an empty folder")
+    if not is_single and not config_path.is_file():
+        refuse_foreign_files(out, lambda name: name == f"{config_path.name}.partial")
     config_path.parent.mkdir(parents=True, exist_ok=True)
     if is_first_rank:
         write_config(config_path, config)

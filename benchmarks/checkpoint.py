@@ -48,8 +48,7 @@ def measure(gib: float, ranks: RankContext, folder: Path) -> Iterator[tuple[str,
     yield "state", size, "GB"
     with CheckpointWriter(folder, config, ranks) as saver:
         began = time.perf_counter()
-        saver.prepare_buffers(tensors)
-        saver.wait_for_buffers(tensors)
+        saver.prepare_buffers(tensors).result()
         room = time.perf_counter() - began
         yield "room for copies, once in a run, beside training", room, f"s ({size / room:.1f} GB/s)"
         began = time.perf_counter()

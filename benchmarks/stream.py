@@ -21,8 +21,9 @@ from safetensors.torch import load
 from benchmarks.report import append, peak
 from common.seed import make_generator
 from common.video import VideoSpec
-from shards.dataset import DataSet, RecordStream, open_data_set, prefetch_ordered
+from shards.dataset import DataSet, open_data_set, prefetch_ordered
 from shards.manifest import EncoderInfo, Manifest, ShardInfo, write_manifest
+from shards.mixture import RecordStream
 from shards.record import Record, RecordSource
 from shards.shuffle import permute_index
 from shards.writer import shard_file_name, write_shard

@@ -1,4 +1,4 @@
-"""Flow matching in sigma: x_t = (1 - sigma) x0 + sigma eps, v = eps - x0. Shapes: B batch, K ladder steps."""
+"""Flow matching in sigma: x_t = (1 - sigma) x0 + sigma eps, v = eps - x0. Shapes: B batch, K timesteps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from einops import rearrange
 
-if TYPE_CHECKING:  # torch stays out, so that a configuration can check its ladder and `--help` is quick
+if TYPE_CHECKING:  # importing torch takes seconds, which `--help` must not
     from torch import Tensor
 
 Number = TypeVar("Number", float, "Tensor")
@@ -19,7 +19,7 @@ def shift(u: Number, s: float) -> Number:
 
 
 def timestep_sigmas(timesteps: Sequence[float], *, s: float) -> tuple[float, ...]:
-    """Sigmas (K) of ladder indices in (0, 1000], strictly falling; ValueError otherwise."""
+    """Shifted sigmas (K) of timesteps; ValueError unless they are in (0, 1000] and strictly falling."""
     is_falling = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
     if not timesteps or not is_falling or timesteps[0] > 1000 or timesteps[-1] <= 0:
         raise ValueError(f"timesteps={list(timesteps)}: needs strictly falling numbers in (0, 1000]")
@@ -27,7 +27,7 @@ def timestep_sigmas(timesteps: Sequence[float], *, s: float) -> tuple[float, ...
 
 
 def per_sample(sigma: Tensor) -> Tensor:
-    """View sigma (B) so that it multiplies videos (B C T H W)."""
+    """View sigma (B) as (B 1 1 1 1), which broadcasts over videos (B C T H W)."""
     return rearrange(sigma, "b -> b 1 1 1 1")
 
 

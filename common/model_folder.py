@@ -1,4 +1,4 @@
-"""Finding a model folder or hub name, and telling two models apart without loading them."""
+"""Locating a model by its folder or hub name, and fingerprints that tell models apart without loading them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "transformer")
-BLOCK, MAX_BLOCKS = 4096, 256  # of each weight file: up to this many evenly spaced blocks of this many bytes
+BLOCK_BYTES, MAX_BLOCKS = 4096, 256  # of a weight file, up to this many evenly spaced blocks are hashed
 
 
 def locate_model(model: str, parts: Sequence[str]) -> Path:
     """Local folder of `model`, a folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers or a hub name.
 
-    Downloads only for a hub name, and only `parts`. Raises ValueError naming a part that is not there.
+    Only the `parts` of a hub name are downloaded. ValueError naming the first part that is missing.
     """
     folder = Path(model)
     if not folder.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
@@ -26,28 +26,26 @@ def locate_model(model: str, parts: Sequence[str]) -> Path:
     if not folder.is_dir():
         raise ValueError(f"model={model}: no such folder, and not a hub name of the form OWNER/NAME")
     for part in parts:
-        config = "tokenizer_config.json" if part == "tokenizer" else "config.json"
-        if not (folder / part / config).is_file():
-            raise ValueError(
-                f"model={model}: {part}/{config} is missing; a model folder holds {', '.join(MODEL_PARTS)}"
-            )
+        config = f"{part}/tokenizer_config.json" if part == "tokenizer" else f"{part}/config.json"
+        if not (folder / config).is_file():
+            raise ValueError(f"model={model}: {config} is missing; a model folder holds {', '.join(MODEL_PARTS)}")
         if part != "tokenizer" and not list((folder / part).glob("*.safetensors")):
             raise ValueError(f"model={model}: {part}/ holds no .safetensors weights")
     return folder
 
 
 def fingerprint_folder(folder: Path) -> str:
-    """Hex digest of one part of a model: names, sizes, small files whole, weight files by spaced blocks."""
+    """Hex digest (32 digits) of the names, sizes and contents of one part of a model; large files are sampled."""
     digest = hashlib.sha256()
-    files = [*folder.glob("*.json"), *folder.glob("*.model"), *folder.glob("*.safetensors")]
-    for path in sorted(files):
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.model"), *folder.glob("*.safetensors")]):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())
         with path.open("rb") as file:
-            if size <= BLOCK * MAX_BLOCKS:
+            if size <= BLOCK_BYTES * MAX_BLOCKS:
                 digest.update(file.read())
                 continue
+            # Fine-tuning changes every block, so 1 MB of a weight file tells it apart from any other.
             for block in range(MAX_BLOCKS):
-                file.seek(block * (size - BLOCK) // (MAX_BLOCKS - 1))
-                digest.update(file.read(BLOCK))
+                file.seek(block * (size - BLOCK_BYTES) // (MAX_BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Randomness as a pure function of (seed, iteration, sample, purpose), never of the rank or of what ran before."""
+"""Randomness as a pure function of (seed, iteration, sample, purpose), never of the rank or of earlier draws."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,24 +8,22 @@ from torch import Tensor
 
 
 def derive_seed(seed: int, iteration: int, sample: int, purpose: str) -> int:
-    """A 63-bit integer that depends on all four."""
+    """A 63-bit integer that depends on all four arguments."""
     text = f"{seed}/{iteration}/{sample}/{purpose}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1  # manual_seed is signed
 
 
 def make_generator(
     seed: int, iteration: int, sample: int, purpose: str, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A generator on `device` for one sample's draws for one purpose in one iteration."""
+    """A generator on `device` for the draws of one sample for one purpose in one iteration."""
     return torch.Generator(device).manual_seed(derive_seed(seed, iteration, sample, purpose))
 
 
 def draw_normal(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normal float32 draws (B *shape), sample b from generators[b]."""
-    draws = torch.empty(len(generators), *shape, device=generators[0].device)
-    for row, row_generator in zip(draws, generators, strict=True):
-        row.normal_(generator=row_generator)
-    return draws
+    # One generator per sample, so that a sample's noise does not depend on the batch that it is in.
+    return torch.stack([torch.randn(*shape, generator=g, device=g.device) for g in generators])
 
 
 def draw_uniform(generators: Sequence[torch.Generator]) -> Tensor:

@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 class PhaseTimer:
-    """Seconds by phase. On a GPU events measure them where the work is done; `read` gives what has ended by then."""
+    """Sums the seconds of each phase. On a GPU, events measure when the work runs, not when it is submitted."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -20,7 +20,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count what runs inside towards a phase."""
+        """Add the time of the block to a phase."""
         start_time, first = time.perf_counter(), self._record_event()
         yield
         last = self._record_event()
@@ -30,31 +30,25 @@ class PhaseTimer:
             self._add_seconds(phase, time.perf_counter() - start_time)
 
     def time_items(self, items: Iterator[Item], phase: str) -> Iterator[Item]:
-        """Yield `items` and count the wait for each, on the host."""
-        while True:
-            start_time = time.perf_counter()
-            try:
-                item = next(items)
-            except StopIteration:
-                return
+        """Yield `items` and add the time of waiting for each, on the CPU, to a phase."""
+        start_time = time.perf_counter()
+        for item in items:
             self._add_seconds(phase, time.perf_counter() - start_time)
             yield item
+            start_time = time.perf_counter()
 
     def read_seconds(self) -> dict[str, float]:
-        """Seconds by phase since the last reading; work that still runs is counted in the next."""
-        running = []
-        for phase, first, last in self.pending_events:
-            if last.query():
-                self._add_seconds(phase, first.elapsed_time(last) / 1000)
-            else:
-                running.append((phase, first, last))
-        sums, self.sums, self.pending_events = self.sums, {}, running
+        """Seconds by phase since the last call; work that is still running is part of the next."""
+        while self.pending_events and self.pending_events[0][2].query():  # complete; never waits
+            phase, first, last = self.pending_events.pop(0)
+            self._add_seconds(phase, first.elapsed_time(last) / 1000)
+        sums, self.sums = self.sums, {}
         return sums
 
     def _record_event(self) -> torch.Event | None:
         if not self.on_gpu:
             return None
-        event = torch.Event("cuda", enable_timing=True)
+        event = torch.Event("cuda", enable_timing=True)  # without timing, elapsed_time fails
         event.record()
         return event
 

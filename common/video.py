@@ -2,18 +2,18 @@
 
 from dataclasses import dataclass
 
-TIME_STRIDE = 4  # pixel frames a latent frame, after the first
-SPACE_STRIDE = 16  # pixels a latent, in height and in width
-PATCH_SIZE = 2  # latents a token, in height and in width
-LATENT_CHANNELS = 48  # latent channels
+TIME_STRIDE = 4  # pixel frames per latent frame, after the first
+SPACE_STRIDE = 16  # pixels per latent, in height and in width
+PATCH_SIZE = 2  # latents per token, in height and in width
+LATENT_CHANNELS = 48
 TEXT_LENGTH = 512  # text rows that the denoiser attends to, zero rows included
 
 
 @dataclass(frozen=True)
 class VideoSpec:
-    """Size of a video in pixels: `num_frames` of `height` x `width` at `fps` frames a second.
+    """Size of a video in pixels: `num_frames` of `height` x `width` at `fps` frames per second.
 
-    Raises ValueError where the VAE (4 frames, 16 pixels) or the patches (2 latents) cannot divide it.
+    Raises ValueError for a size that the VAE (4 frames, 16 pixels) or the patches (2 latents) do not divide.
     """
 
     num_frames: int = 121
@@ -53,7 +53,7 @@ class VideoSpec:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens the denoiser sees for one video."""
+        """Number of tokens of one video in the denoiser."""
         _, frames, height, width = self.latent_shape
         return frames * tokens_per_frame(height, width)
 

@@ -1,4 +1,4 @@
-"""Who is compared with whom, on which conditions and seeds: written by sampling, read by decoding and the report."""
+"""The comparison of students with their teacher: written by sampling, read by decoding and the report."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -15,23 +15,23 @@ class Candidate:
 
     name: str  # short, the same in every evaluation
     label: str  # for people
-    evaluations: int  # of the network, for one video
-    sets: str  # its sets in the store are named by this and the seed
+    evaluations: int  # of the network, per video
+    sets: str  # first part of the names of its sets in the store
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The sets that are compared; all start from the same noise."""
+    """The sets that are compared; all start from the same noise. The fields are the keys of `contest.json`."""
 
-    contestants: tuple[Candidate, ...]  # the teacher first: the others are measured against it
+    contestants: tuple[Candidate, ...]  # the teacher first
     seeds: tuple[int, ...]
-    references: tuple[int, ...]  # for each seed that of the teacher's independent set
+    references: tuple[int, ...]  # for each seed, that of the teacher's independent set
     count: int  # N, conditions
     guidance_scale: float
 
     @property
     def teacher(self) -> Candidate:
-        """The one that the others are measured against."""
+        """The candidate that the others are measured against."""
         return self.contestants[0]
 
 
@@ -48,6 +48,6 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
 def read_comparison(folder: Path) -> Comparison:
     """Read `contest.json`."""
     fields = json.loads((folder / COMPARISON_FILE).read_bytes())
-    fields["contestants"] = tuple(Candidate(**candidate) for candidate in fields["contestants"])
-    fields["seeds"], fields["references"] = tuple(fields["seeds"]), tuple(fields["references"])
-    return Comparison(**fields)
+    contestants = tuple(Candidate(**candidate) for candidate in fields["contestants"])
+    lists = {name: tuple(fields[name]) for name in ("seeds", "references")}  # JSON has no tuples
+    return Comparison(**fields | lists | {"contestants": contestants})

@@ -1,7 +1,7 @@
 """The zarr store of sampled latents: written by training and sampling, read by decoding.
 
-Layout: one group a step, holding `latents` (N C T H W) float32, a chunk a video, or a few. The group's attributes carry
-the `VideoSpec`, the keys, prompts and seeds, and `done`, written last: a group without it is still being written.
+Layout: one group per step with the array `latents` (N C T H W) float32, one or a few videos per chunk. The attributes
+of a group are the `VideoSpec`, the keys, prompts and seeds, and `done`, which is true once all latents are written.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from shards.record import is_plain_name
 
 @dataclass(frozen=True)
 class LatentGroup:
-    """The latents of one step."""
+    """The description of one step's latents."""
 
     step: str
     spec: VideoSpec
@@ -30,32 +30,24 @@ class LatentGroup:
 
 
 def create_group(path: Path, group: LatentGroup, *, videos_per_chunk: int = 1) -> None:
-    """Make room for one step's latents; an unfinished group of the same name is replaced.
+    """Create the array of one step; a group of the same name is replaced.
 
-    `together` videos share a chunk: many small ones are written and read faster, but by one process only.
+    With `videos_per_chunk` > 1, many small videos are written and read faster, but only one process may write.
     """
-    store = zarr.open_group(path, mode="a")
-    zarr_group = store.create_group(group.step, overwrite=True)
-    shape = (len(group.keys), *group.spec.latent_shape)
-    zarr_group.create_array(
-        "latents", shape=shape, chunks=(videos_per_chunk, *group.spec.latent_shape), dtype="float32", compressors=None
-    )
-    zarr_group.attrs.put(
-        {
-            "spec": asdict(group.spec),
-            "keys": list(group.keys),
-            "prompts": list(group.prompts),
-            "seeds": list(group.seeds),
-            "done": False,
-        }
-    )
+    zarr_group = zarr.open_group(path, mode="a").create_group(group.step, overwrite=True)
+    shape, chunks = (len(group.keys), *group.spec.latent_shape), (videos_per_chunk, *group.spec.latent_shape)
+    # Latents are close to noise, which compression does not make smaller.
+    zarr_group.create_array("latents", shape=shape, chunks=chunks, dtype="float32", compressors=None)
+    attributes = asdict(group) | {"done": False}
+    del attributes["step"]  # is the group's name
+    zarr_group.attrs.put(attributes)
 
 
 def write_latents(path: Path, step: str, rows: Sequence[int], latents: Tensor) -> None:
-    """Store latents (B C T H W) as the rows of a step; different ranks may write different rows."""
+    """Store latents (B C T H W) as these rows of a step; several ranks may write different rows at once."""
     array = zarr.open_array(path / step / "latents", mode="r+")
     videos = latents.detach().to("cpu", torch.float32).numpy()
-    if list(rows) == list(range(rows[0], rows[0] + len(videos))):
+    if list(rows) == list(range(rows[0], rows[0] + len(videos))):  # one write per chunk instead of one per video
         array[rows[0] : rows[0] + len(videos)] = videos
         return
     for row, video in zip(rows, videos, strict=True):
@@ -63,20 +55,18 @@ def write_latents(path: Path, step: str, rows: Sequence[int], latents: Tensor) -
 
 
 def finish_group(path: Path, step: str, *, facts: Mapping[str, str | float] | None = None) -> None:
-    """Mark a step as complete, and keep `facts` of it."""
+    """Mark a step as complete and store `facts` with it."""
     zarr.open_group(path / step, mode="r+").attrs.update({"facts": dict(facts or {}), "done": True})
 
 
 def read_group_facts(path: Path, step: str) -> dict[str, str | float]:
-    """What `finish` was told of a step; empty where the step is not there or not complete."""
-    if not (path / step / "zarr.json").is_file():
-        return {}
-    attributes: Mapping[str, Any] = zarr.open_group(path / step, mode="r").attrs.asdict()
+    """The facts that `finish_group` stored; empty if the step is missing or incomplete."""
+    attributes = _read_attributes(path / step)
     return dict(attributes.get("facts", {})) if attributes.get("done") else {}
 
 
 def complete_groups(path: Path) -> list[str]:
-    """Names of the complete steps, sorted; ValueError where `path` is no store of latents."""
+    """Names of the complete steps, sorted; ValueError if `path` is not a store of latents."""
     if not (path / "zarr.json").is_file():
         raise ValueError(f"latents={path}: not a zarr store of latents")
     groups = zarr.open_group(path, mode="r").groups()
@@ -84,24 +74,18 @@ def complete_groups(path: Path) -> list[str]:
 
 
 def describe_group(path: Path, step: str) -> LatentGroup:
-    """What a step holds; ValueError where a key would name a file in another folder."""
-    attributes: Mapping[str, Any] = zarr.open_group(path / step, mode="r").attrs.asdict()
+    """The description of a step; ValueError if a key would name a file in another folder."""
+    attributes = _read_attributes(path / step)
     for key in attributes["keys"]:
         if not is_plain_name(key):
-            raise ValueError(f"latents={path}: {step}: the key {key!r} holds a path, where a plain name must be")
-    return LatentGroup(
-        step,
-        VideoSpec(**attributes["spec"]),
-        tuple(attributes["keys"]),
-        tuple(attributes["prompts"]),
-        tuple(attributes["seeds"]),
-    )
+            raise ValueError(f"latents={path}: {step}: the key {key!r} holds a path; it must be a plain name")
+    keys, prompts, seeds = (tuple(attributes[name]) for name in ("keys", "prompts", "seeds"))
+    return LatentGroup(step, VideoSpec(**attributes["spec"]), keys, prompts, seeds)
 
 
 def read_latents(path: Path, step: str, row: int) -> Tensor:
     """One video's latents (C T H W) float32."""
-    video = zarr.open_array(path / step / "latents", mode="r")[row]
-    return torch.from_numpy(numpy.asarray(video))
+    return read_latent_rows(path, step, row, row + 1)[0]
 
 
 def read_latent_rows(path: Path, step: str, start: int, stop: int) -> Tensor:
@@ -111,10 +95,15 @@ def read_latent_rows(path: Path, step: str, start: int, stop: int) -> Tensor:
 
 
 def mark_store_complete(path: Path, complete: bool) -> None:
-    """Say of a whole store whether more steps will come."""
+    """Store whether no more steps will be added to the store."""
     zarr.open_group(path, mode="a").attrs.update({"complete": complete})
 
 
 def is_store_complete(path: Path) -> bool:
-    """Whether the store is there and no more steps will come."""
-    return (path / "zarr.json").is_file() and bool(zarr.open_group(path, mode="r").attrs.get("complete"))
+    """Whether the store exists and no more steps will be added."""
+    return bool(_read_attributes(path).get("complete"))
+
+
+def _read_attributes(group: Path) -> Mapping[str, Any]:
+    """The attributes of a group; empty if it does not exist."""
+    return zarr.open_group(group, mode="r").attrs.asdict() if (group / "zarr.json").is_file() else {}

@@ -1,8 +1,9 @@
-"""The manifest of a data set: what its shards are, what made them, and whether a model fits them."""
+"""The manifest of a data set: its shards, the encoders that made them, and whether a model fits them."""
 
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,18 @@ from torch import Tensor
 
 from common.files import write_file
 from common.video import VideoSpec
+from shards.storage.open import Storage, read_verified_file
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE, NEGATIVE_FILE = "manifest.json", "negative.safetensors"
 ZERO_HASH = "0" * 64  # stands for the manifest's own hash while that hash is taken
-SHARD_NAME_PATTERN = re.compile(r"shard-[0-9]{6,}\.tar")  # of a tar; nothing else is opened or deleted
+SHARD_NAME_PATTERN = re.compile(r"shard-[0-9]{6,}\.tar")  # nothing else is opened or deleted as a tar
 STATED_HASH_PATTERN = re.compile(rb'\{\s*"sha256": "([0-9a-f]{64})"')
 
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What made the latents and embeddings; two data sets mix only where all fields agree."""
+    """What made the latents and embeddings; data sets can be mixed only if all fields are equal."""
 
     vae: str  # fingerprint of the weights and configuration
     text_encoder: str
@@ -40,7 +42,7 @@ class ShardInfo:
 
     name: str
     records: int
-    rows: int  # CSV rows it stands for: records + failures
+    rows: int  # CSV rows it covers: records + failures
     sha256: str
     size: int  # bytes
     index_sha256: str = ""  # of the sidecar; empty within the sidecar itself
@@ -65,91 +67,95 @@ class Manifest:
         """Number of records in all shards."""
         return sum(shard.records for shard in self.shards)
 
+    @property
+    def encoding(self) -> dict[str, object]:
+        """The fields of spec and encoder, by name."""
+        return vars(self.spec) | vars(self.encoder)
+
 
 def write_manifest(folder: Path, manifest: Manifest, negative: Tensor) -> None:
-    """Finish a data set: the negative prompt's embedding (L D), then the manifest, which is written last."""
+    """Finish a data set: write the negative prompt's embedding (L D), then the manifest, which is always last."""
     embedding = save({"text": negative.contiguous()})
     signed = asdict(manifest) | {"negative_sha256": hashlib.sha256(embedding).hexdigest()}
     unsigned = json.dumps({"sha256": ZERO_HASH} | signed, indent=1, ensure_ascii=False) + "\n"
     digest = hashlib.sha256(unsigned.encode()).hexdigest()
-    write_file(folder / NEGATIVE_FILE, embedding)
+    write_file(folder / NEGATIVE_FILE, embedding)  # before the manifest, whose presence means "finished"
     write_file(folder / MANIFEST_FILE, unsigned.replace(ZERO_HASH, digest, 1).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished data set; ValueError where it is missing, unfinished, empty or of another schema."""
+    """The manifest in a local folder; ValueError if it is missing, damaged, empty or of another schema."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
         state = "is unfinished: run the same encode command again" if folder.is_dir() else "does not exist"
         raise ValueError(f"shards={folder}: {state} (no {MANIFEST_FILE})")
-    return parse_manifest(path.read_bytes(), str(folder))
+    return parse_manifest(memoryview(path.read_bytes()), str(folder))
 
 
-def _parse_shard_or_dict(fields: dict[str, Any]) -> object:
-    """Make each shard while parsing, so that 200,000 of them never stand in memory as dicts; another schema's stay."""
-    return ShardInfo(**fields) if fields.keys() == SHARD_FIELDS else fields
-
-
-def hash_matches(data: bytes) -> bool:
-    """Whether a manifest's bytes have the hash that they state, taken with the stated one zeroed."""
+def hash_matches(data: memoryview) -> bool:
+    """Whether a manifest's bytes have the hash that they state, taken with the stated one replaced by zeros."""
     stated = STATED_HASH_PATTERN.match(data)
     if stated is None:
         return False
-    digest, view = hashlib.sha256(data[: stated.start(1)]), memoryview(data)
+    digest = hashlib.sha256(data[: stated.start(1)])
     digest.update(ZERO_HASH.encode())
-    digest.update(view[stated.end(1) :])
+    digest.update(data[stated.end(1) :])
     return stated.group(1).decode() == digest.hexdigest()
 
 
-def parse_manifest(data: bytes, location: str) -> Manifest:
-    """The manifest in the bytes of its file; ValueError naming `where` when it is damaged, empty or too new."""
+def _parse_shard_or_dict(fields: dict[str, Any]) -> object:
+    # Called for each JSON object: 200,000 shards never exist as dicts, which take ten times the memory.
+    # The shards of another schema stay dicts, so that the error names the schema.
+    return ShardInfo(**fields) if fields.keys() == SHARD_FIELDS else fields
+
+
+def parse_manifest(data: memoryview, location: str) -> Manifest:
+    """The manifest in the bytes of its file; ValueError naming `location` if it is damaged, empty or too new."""
+    path = f"{location}/{MANIFEST_FILE}"
     if not hash_matches(data):
-        raise ValueError(
-            f"{location}/{MANIFEST_FILE}: is damaged (its hash differs), or none: run the encode command again"
-        )
+        raise ValueError(f"{path}: is damaged (its hash differs) or not a manifest; run the encode command again")
     try:
-        fields = json.loads(data, object_hook=_parse_shard_or_dict)
+        fields = json.loads(str(data, "utf-8"), object_hook=_parse_shard_or_dict)
         if fields["schema"] != SCHEMA_VERSION:
             remedy = f"this version reads only {SCHEMA_VERSION}; use the version that made it, or encode again"
-            raise ValueError(f"{location}/{MANIFEST_FILE}: has schema {fields['schema']}, {remedy}")
-        manifest = Manifest(
-            SCHEMA_VERSION,
-            VideoSpec(**fields["spec"]),
-            EncoderInfo(**fields["encoder"]),
-            tuple(fields["shards"]),
-            fields["failures"],
-            fields["negative_sha256"],
-        )
-        invalid_names = [shard.name for shard in manifest.shards if not SHARD_NAME_PATTERN.fullmatch(shard.name)]
+            raise ValueError(f"{path}: has schema {fields['schema']}, {remedy}")
+        spec, encoder = VideoSpec(**fields["spec"]), EncoderInfo(**fields["encoder"])
+        shards: tuple[ShardInfo, ...] = tuple(fields["shards"])
+        manifest = Manifest(SCHEMA_VERSION, spec, encoder, shards, fields["failures"], fields["negative_sha256"])
+        invalid_names = [shard.name for shard in shards if not SHARD_NAME_PATTERN.fullmatch(shard.name)]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{location}/{MANIFEST_FILE}: not a manifest ({error}); encode again") from error
-    if invalid_names:
-        raise ValueError(
-            f"{location}/{MANIFEST_FILE}: names a shard {invalid_names[0]!r}, which is no shard-NUMBER.tar; encode again"
-        )
+        raise ValueError(f"{path}: not a manifest ({error}); encode again") from error
+    if invalid_names:  # such as ../../victim, which verify --repair would delete
+        raise ValueError(f"{path}: names a shard {invalid_names[0]!r}, which is not shard-NUMBER.tar; encode again")
     if manifest.records == 0:
         raise ValueError(f"shards={location}: the data set is empty")
     return manifest
 
 
+def load_manifest(storage: Storage) -> Manifest:
+    """The manifest, never from a cache; ValueError if it is damaged, empty or of another schema."""
+    data = storage.read(MANIFEST_FILE, fresh=True)
+    if not hash_matches(data):  # perhaps the transfer was at fault
+        data = storage.read(MANIFEST_FILE, fresh=True)
+    return parse_manifest(data, storage.location)
+
+
+def load_negative_embedding(storage: Storage, manifest: Manifest) -> Tensor:
+    """The negative prompt's embedding (L D) bf16; ValueError if its hash is not the manifest's."""
+    return load(bytes(read_verified_file(storage, NEGATIVE_FILE, manifest.negative_sha256)))["text"]
+
+
 def read_negative_embedding(folder: Path) -> Tensor:
-    """The negative prompt's embedding (L D) bf16; ValueError where it is missing."""
+    """The negative prompt's embedding (L D) bf16 of a folder without a manifest; ValueError if it is missing."""
     path = folder / NEGATIVE_FILE
-    if not path.is_file():
-        raise ValueError(f"{path}: missing; it is made by encode and cannot be replaced by zeros")
-    return parse_negative_embedding(path.read_bytes(), str(folder))
-
-
-def parse_negative_embedding(data: bytes, location: str) -> Tensor:
-    """The embedding (L D) in the bytes of its file; ValueError when they hold none."""
     try:
-        return load(data)["text"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{location}/{NEGATIVE_FILE}: not an embedding ({error}); encode again") from error
+        return load(path.read_bytes())["text"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{path}: missing or damaged; delete it and run encode again ({error})") from error
 
 
-def list_differences(expected: dict[str, object], actual: dict[str, object]) -> list[str]:
-    """One line for each field in `expected` that `found` has otherwise."""
+def list_differences(expected: Mapping[str, object], actual: Mapping[str, object]) -> list[str]:
+    """One line for each field of `expected` whose value in `actual` is another or missing."""
     return [
         f"{name}: {actual.get(name)!r}, expected {value!r}"
         for name, value in expected.items()
@@ -157,17 +163,8 @@ def list_differences(expected: dict[str, object], actual: dict[str, object]) -> 
     ]
 
 
-def encoding_differences(expected: Manifest, actual: Manifest) -> list[str]:
-    """One line for each field of spec and encoder that two data sets do not share."""
-    return list_differences(asdict(expected.spec), asdict(actual.spec)) + list_differences(
-        asdict(expected.encoder), asdict(actual.encoder)
-    )
-
-
 def check_manifest(folder: Path | str, manifest: Manifest, *, spec: VideoSpec, encoder: dict[str, object]) -> None:
-    """Refuse shards of another size than `spec` or of other encoders than the known fields in `encoder`."""
-    differences = list_differences(asdict(spec), asdict(manifest.spec)) + list_differences(
-        encoder, asdict(manifest.encoder)
-    )
+    """Raise ValueError if shards have another size than `spec` or another encoder than the fields of `encoder`."""
+    differences = list_differences(vars(spec) | encoder, manifest.encoding)
     if differences:
-        raise ValueError(f"shards={folder}: made otherwise than this run expects: {'; '.join(differences)}")
+        raise ValueError(f"shards={folder}: encoded with other settings than this run needs: {'; '.join(differences)}")

@@ -1,7 +1,7 @@
-"""Several data sets as one: `A`, `B:0.3` draws three records of B for every ten of A.
+"""Several data sets read as one: `A`, `B:0.3` draws three records of B for every ten of A.
 
-Positions go in cycles (of 13 here) in which each data set has its exact share, at shuffled places. Within its share a
-data set keeps its own endless order, so each of its records is read once before any is read again.
+Positions come in cycles (of 13 in this example) in which each data set has its exact share, at shuffled positions.
+Each data set keeps its own endless order, so all of its records are read once before any is read again.
 """
 
 import math
@@ -10,26 +10,28 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate
 
 from common.seed import derive_seed
+from common.video import TEXT_LENGTH
 from shards.dataset import DEFAULT_CACHE_BYTES, DataSet, open_data_set
-from shards.manifest import Manifest, encoding_differences
-from shards.record import Record
+from shards.manifest import list_differences
+from shards.record import Batch, Record, collate_records
 from shards.shuffle import permute_index
 
 WEIGHT_RESOLUTION = 1000  # weights are rounded to a thousandth
 
 
 def parse_weight(text: str) -> tuple[str, float]:
-    """`PREFIX` or `PREFIX:WEIGHT` as its two parts; the colon of `https://host:8000` is a port's."""
-    prefix, colon, tail = text.rpartition(":")
-    if not colon or not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", tail) or re.fullmatch(r"[a-z0-9]+://[^/]*", prefix):
+    """Split `PREFIX` or `PREFIX:WEIGHT` into its prefix and its weight (default 1); ValueError for a bad weight."""
+    prefix, _, tail = text.rpartition(":")
+    is_port = re.fullmatch(r"[a-z0-9]+://[^/]*", prefix)  # of https://host:8000
+    if not prefix or is_port or not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", tail):
         return text, 1.0
     try:
         weight = float(tail)
     except ValueError as error:
-        raise ValueError(f"shards={text}: {tail} is no weight") from error
+        raise ValueError(f"shards={text}: the weight {tail} is not a number") from error
     if not 1 / WEIGHT_RESOLUTION <= weight <= WEIGHT_RESOLUTION:
         raise ValueError(f"shards={text}: the weight must be between 1/{WEIGHT_RESOLUTION} and {WEIGHT_RESOLUTION}")
     return prefix, weight
@@ -37,60 +39,69 @@ def parse_weight(text: str) -> tuple[str, float]:
 
 @lru_cache(maxsize=64)
 def cycle_draws(shares: tuple[int, ...], seed: int, cycle: int) -> tuple[tuple[int, int], ...]:
-    """For each place of a cycle: the data set that is drawn from, and how often it was in this cycle before."""
+    """For each position of a cycle: the index of its data set, and how many draws of it in this cycle precede."""
     size, bounds = sum(shares), list(accumulate(shares))
     key = derive_seed(seed, 0, 0, "mixture")
-    owners = [
-        bisect_right(bounds, permute_index(position, count=size, seed=key, epoch=cycle)) for position in range(size)
-    ]
-    drawn, draws = [0] * len(shares), []
-    for owner in owners:
-        draws.append((owner, drawn[owner]))
-        drawn[owner] += 1
+    draw_counts, draws = [0] * len(shares), []
+    for position in range(size):
+        owner = bisect_right(bounds, permute_index(position, count=size, seed=key, epoch=cycle))
+        draws.append((owner, draw_counts[owner]))
+        draw_counts[owner] += 1
     return tuple(draws)
 
 
 class DataSetMixture:
-    """Data sets read as one; records are numbered through all of them, in the order given."""
+    """Data sets read as one. Records are numbered through all of them, in the order of `data_sets`."""
 
     def __init__(self, data_sets: Sequence[DataSet], weights: Sequence[float]) -> None:
         first = data_sets[0]
         for other in data_sets[1:]:
-            differences = encoding_differences(first.manifest, other.manifest)
+            differences = "; ".join(list_differences(first.manifest.encoding, other.manifest.encoding))
             if differences:
-                raise ValueError(
-                    f"shards={other.storage.location} cannot mix with {first.storage.location}: {'; '.join(differences)}"
-                )
+                location = first.storage.location
+                raise ValueError(f"shards={other.storage.location}: cannot be mixed with {location}: {differences}")
         self.data_sets, self.negative = tuple(data_sets), first.negative
-        self.manifest: Manifest = first.manifest  # its spec and encoder are those of all
+        self.manifest = first.manifest  # only its spec and encoder are those of all
         rounded = [round(weight * WEIGHT_RESOLUTION) for weight in weights]
-        self.draws_per_cycle = tuple(share // math.gcd(*rounded) for share in rounded)  # draws a cycle
-        self._starts = array("q", chain([0], accumulate(data.num_records for data in data_sets)))
-
-    @property
-    def num_records(self) -> int:
-        """Number of records of all data sets."""
-        return self._starts[-1]
+        self.draws_per_cycle = tuple(share // math.gcd(*rounded) for share in rounded)  # 1000 and 300: 10 and 3
+        self._first_records = array("q", accumulate((data.num_records for data in data_sets), initial=0))
+        self.num_records = self._first_records[-1]
 
     def read_record(self, index: int) -> Record:
-        """Record `index` of 0..records-1."""
+        """Record `index` of 0..num_records-1; IndexError for another index."""
         if not 0 <= index < self.num_records:
             raise IndexError(f"record {index} of {self.num_records}")
-        data_set_index = bisect_right(self._starts, index) - 1
-        return self.data_sets[data_set_index].read_record(index - self._starts[data_set_index])
+        data_set_index = bisect_right(self._first_records, index) - 1
+        return self.data_sets[data_set_index].read_record(index - self._first_records[data_set_index])
 
     def record_index(self, position: int, *, seed: int) -> int:
-        """Number of the record at a position of the endless order that `seed` decides."""
+        """Number of the record at a position of the endless order of `seed`."""
         cycle, position_in_cycle = divmod(position, sum(self.draws_per_cycle))
         data_set_index, draw_index = cycle_draws(self.draws_per_cycle, seed, cycle)[position_in_cycle]
-        data_set_position = cycle * self.draws_per_cycle[data_set_index] + draw_index
-        return self._starts[data_set_index] + self.data_sets[data_set_index].record_index(
-            data_set_position, seed=derive_seed(seed, 0, data_set_index, "data set")
-        )
+        own_position = cycle * self.draws_per_cycle[data_set_index] + draw_index
+        own_seed = derive_seed(seed, 0, data_set_index, "data set")  # else equal sizes would share one order
+        own_index = self.data_sets[data_set_index].record_index(own_position, seed=own_seed)
+        return self._first_records[data_set_index] + own_index
+
+
+class RecordStream:
+    """The endless order of records that a seed decides, read in batches."""
+
+    def __init__(self, data: DataSet | DataSetMixture, *, seed: int, max_text_tokens: int = TEXT_LENGTH) -> None:
+        self.data, self.seed, self.max_text_tokens = data, seed, max_text_tokens
+
+    def record_index(self, position: int) -> int:
+        """Number of the record at a position."""
+        return self.data.record_index(position, seed=self.seed)
+
+    def read_batch(self, positions: Sequence[int]) -> Batch:
+        """The records at these positions, collated."""
+        records = [self.data.read_record(self.record_index(position)) for position in positions]
+        return collate_records(records, max_text_tokens=self.max_text_tokens)
 
 
 def open_data_sets(shards: Sequence[str], *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> DataSet | DataSetMixture:
-    """Open one data set, or several `PREFIX` or `PREFIX:WEIGHT` as one; ValueError where they do not fit together."""
+    """Open one data set, or several `PREFIX` or `PREFIX:WEIGHT` as one; ValueError if they cannot be mixed."""
     parts = [parse_weight(text) for text in shards]
     data_sets = [open_data_set(prefix, cache_bytes=cache_bytes) for prefix, _ in parts]
     return data_sets[0] if len(parts) == 1 else DataSetMixture(data_sets, [weight for _, weight in parts])

@@ -1,7 +1,7 @@
-"""The shuffled order of an epoch, computed one index at a time: nothing is stored, whatever the number of records.
+"""The shuffled order of an epoch, computed for one index at a time, so that no order is ever stored.
 
-A Feistel network permutes the numbers of just enough bits, and numbers outside range(count) are sent through again
-(cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+A Feistel network permutes all numbers of the smallest sufficient bit width. A result outside range(count) is permuted
+again until it is inside (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 """
 
 from functools import lru_cache
@@ -24,12 +24,12 @@ def mix_bits(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _shuffle_bits(value: int, bits: int, keys: tuple[int, ...]) -> int:
-    """A bijection on the numbers of `bits` bits: each round scrambles one half by the other."""
+def _permute_bits(value: int, bits: int, keys: tuple[int, ...]) -> int:
+    """Permute the numbers of `bits` bits: each round scrambles one half by the other, which can be undone."""
     low_bits = bits // 2
     low, high = value & ((1 << low_bits) - 1), value >> low_bits
     for round_index, key in enumerate(keys):
-        if round_index % 2:
+        if round_index % 2:  # the halves differ by one bit if `bits` is odd
             high ^= mix_bits(low ^ key) >> (64 - (bits - low_bits))
         else:
             low ^= mix_bits(high ^ key) >> (64 - low_bits)
@@ -37,17 +37,17 @@ def _shuffle_bits(value: int, bits: int, keys: tuple[int, ...]) -> int:
 
 
 def permute_index(index: int, *, count: int, seed: int, epoch: int) -> int:
-    """Where the shuffle of (seed, epoch) sends `index` of range(count): a bijection on range(count)."""
+    """Image of `index` under the permutation of range(count) that (seed, epoch) decides."""
     assert 0 <= index < count, (index, count)
-    bits = max(2, (count - 1).bit_length())
+    bits = max(2, (count - 1).bit_length())  # two halves of at least one bit
     keys = _round_keys(seed, epoch)
-    value = _shuffle_bits(index, bits, keys)
-    while value >= count:
-        value = _shuffle_bits(value, bits, keys)
+    value = _permute_bits(index, bits, keys)
+    while value >= count:  # half of the numbers at most are outside, if count > 2
+        value = _permute_bits(value, bits, keys)
     return value
 
 
 def shuffled_index(position: int, *, count: int, seed: int) -> int:
-    """The number in range(count) at a position of the endless order: each one exactly once in every epoch."""
+    """The number in range(count) at a position of the endless order, which has each number once in every epoch."""
     epoch, index = divmod(position, count)
     return permute_index(index, count=count, seed=seed, epoch=epoch)

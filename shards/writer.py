@@ -1,7 +1,7 @@
-"""Writing one tar shard: whole or not at all, and the same bytes for the same records.
+"""Writing one tar shard: completely or not at all, and with the same bytes for the same records.
 
-Beside `shard-000007.tar` stands `shard-000007.json`, written after it: the tar's hash, the offsets of its members,
-the failures of its rows, and a hash of those rows. A shard is finished where both are there.
+The sidecar `shard-000007.json` is written after `shard-000007.tar`. It holds the tar's hash, the offsets of its
+members, the failures of its CSV rows and a hash of those rows. A shard is finished if both files exist.
 """
 
 import hashlib
@@ -22,18 +22,18 @@ from shards.record import Record, to_members
 
 @dataclass(frozen=True)
 class TarMember:
-    """Where one member's bytes lie in its tar."""
+    """The position and the hashes of one member's data in its tar."""
 
     name: str
-    offset: int
-    size: int
+    offset: int  # bytes; the header before the data is not counted
+    size: int  # bytes
     crc32: int  # of the data; cheap enough to check at every read
-    sha256: str
+    sha256: str  # of the data; checked by verify
 
 
 @dataclass(frozen=True)
 class RowFailure:
-    """A CSV row that gave no record."""
+    """A CSV row without a record."""
 
     line: int
     path: str
@@ -45,8 +45,8 @@ class ShardIndex:
     """The sidecar of one shard."""
 
     shard: ShardInfo
-    rows_sha256: str  # of the CSV rows that it stands for
-    members: tuple[TarMember, ...]  # two a record, KEY.safetensors then KEY.json
+    rows_sha256: str  # of the CSV rows that it covers
+    members: tuple[TarMember, ...]  # two per record: KEY.safetensors, then KEY.json
     failures: tuple[RowFailure, ...]
 
 
@@ -60,49 +60,46 @@ def index_file_name(name: str) -> str:
     return name.removesuffix(".tar") + ".json"
 
 
-def index_path(folder: Path, name: str) -> Path:
-    """Path of the sidecar of the tar `name`."""
-    return folder / index_file_name(name)
-
-
 def write_shard(
     folder: Path, name: str, records: Iterable[Record], *, failures: Iterable[RowFailure], rows_sha256: str
 ) -> ShardIndex:
-    """Write `name` and its sidecar into `folder` and return the sidecar's content."""
-    buffer = io.BytesIO()
-    members: list[TarMember] = []
-    with webdataset.TarWriter(buffer, encoder=False, mtime=0) as tar:
-        for record in records:
-            for member, data in to_members(record).items():
-                key, extension = member.split(".", 1)
-                tar.write({"__key__": key, extension: data})
-                members.append(TarMember(member, 0, len(data), zlib.crc32(data), hashlib.sha256(data).hexdigest()))
-    buffer.seek(0)
-    with tarfile.open(fileobj=buffer) as tar:
-        offsets = [info.offset_data for info in tar]
-    tar_bytes = buffer.getbuffer()
-    located_members = tuple(replace(item, offset=offset) for item, offset in zip(members, offsets, strict=True))
-    row_failures = tuple(failures)
-    count = len(located_members) // 2
-    shard = ShardInfo(name, count, count + len(row_failures), hashlib.sha256(tar_bytes).hexdigest(), len(tar_bytes))
-    index = ShardIndex(shard, rows_sha256, located_members, row_failures)
-    write_file(folder / name, tar_bytes)
+    """Write the tar `name` and its sidecar into `folder` and return the sidecar's content."""
+    tar_bytes, members = build_tar(records)
+    num_records, row_failures = len(members) // 2, tuple(failures)
+    num_rows = num_records + len(row_failures)
+    shard = ShardInfo(name, num_records, num_rows, hashlib.sha256(tar_bytes).hexdigest(), len(tar_bytes))
+    index = ShardIndex(shard, rows_sha256, members, row_failures)
     sidecar = (json.dumps(asdict(index), ensure_ascii=False) + "\n").encode()
-    write_file(index_path(folder, name), sidecar)
+    write_file(folder / name, tar_bytes)
+    write_file(folder / index_file_name(name), sidecar)
     return parse_index(sidecar)
 
 
+def build_tar(records: Iterable[Record]) -> tuple[memoryview, tuple[TarMember, ...]]:
+    """The bytes of a tar of records, and its members."""
+    buffer, members = io.BytesIO(), list[TarMember]()
+    with webdataset.TarWriter(buffer, encoder=False, mtime=0) as writer:  # mtime 0, so that equal records = equal bytes
+        for record in records:
+            for name, data in to_members(record).items():
+                key, extension = name.split(".", 1)
+                writer.write({"__key__": key, extension: data})
+                members.append(TarMember(name, 0, len(data), zlib.crc32(data), hashlib.sha256(data).hexdigest()))
+    buffer.seek(0)
+    with tarfile.open(fileobj=buffer) as tar:  # webdataset does not report where it put the data
+        offsets = [entry.offset_data for entry in tar]
+    located = (replace(member, offset=offset) for member, offset in zip(members, offsets, strict=True))
+    return buffer.getbuffer(), tuple(located)
+
+
 def read_index(folder: Path, name: str) -> ShardIndex | None:
-    """The sidecar of a finished shard; None where the shard is not finished."""
-    sidecar, tar = index_path(folder, name), folder / name
-    if not sidecar.is_file() or not tar.is_file():
-        return None
-    return parse_index(sidecar.read_bytes())
+    """The sidecar of the tar `name`; None if the shard is not finished."""
+    sidecar = folder / index_file_name(name)
+    return parse_index(sidecar.read_bytes()) if sidecar.is_file() and (folder / name).is_file() else None
 
 
-def parse_index(data: bytes) -> ShardIndex:
-    """The content of a sidecar, its own hash added to the shard's facts."""
-    fields = json.loads(data)
+def parse_index(data: bytes | memoryview) -> ShardIndex:
+    """The content of a sidecar; `index_sha256` of its shard is the hash of `data`."""
+    fields = json.loads(str(data, "utf-8"))
     return ShardIndex(
         replace(ShardInfo(**fields["shard"]), index_sha256=hashlib.sha256(data).hexdigest()),
         fields["rows_sha256"],

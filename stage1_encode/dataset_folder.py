@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from common.files import write_file
+from common.files import refuse_foreign_files, write_file
 from common.model_folder import fingerprint_folder
 from common.options import write_config
 from common.video import VideoSpec
@@ -90,15 +90,7 @@ def make_encoding_plan(config: EncodeConfig, model: Path) -> EncodingPlan:
 
 def check_data_set_folder(folder: Path) -> None:
     """Refuse a folder that holds anything but a data set."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out={folder}: is a file; give a new folder")
-    unknown_files = (
-        sorted(path.name for path in folder.iterdir() if not DATA_SET_FILES.fullmatch(path.name))
-        if folder.is_dir()
-        else []
-    )
-    if unknown_files:
-        raise ValueError(f"out={folder}: holds something else ({', '.join(unknown_files[:3])}); give a new folder")
+    refuse_foreign_files(folder, lambda name: DATA_SET_FILES.fullmatch(name) is not None)
 
 
 @contextmanager

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 
 from common.condition import Condition
-from common.files import has_foreign_files
+from common.files import refuse_foreign_files
 from common.model_folder import fingerprint_folder, locate_model
 from common.options import read_yaml, rename_old_keys, write_config
-from shards.dataset import DataSet, RecordStream, prefetch_ordered
+from shards.dataset import DataSet, prefetch_ordered
 from shards.manifest import Manifest, check_manifest
-from shards.mixture import DataSetMixture, open_data_sets
+from shards.mixture import DataSetMixture, RecordStream, open_data_sets
 from shards.record import pad_text
 from stage2_distill.build import build_roles, build_trainer
 from stage2_distill.checkpointing.format import SAMPLER_KIND, StudentFacts, list_checkpoints
@@ -105,9 +105,10 @@ def open_run_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
 
     Until its first iteration is complete any option may change; then only a preview shows the old ones, and is deleted.
     """
-    if has_foreign_files(out, RUN_CONFIG_FILE):
-        raise ValueError(f"out={out}: holds something that is not a run of distill; name an empty folder")
-    changed = changed_options(out / RUN_CONFIG_FILE, config) if (out / RUN_CONFIG_FILE).is_file() else []
+    stored = out / RUN_CONFIG_FILE
+    if not stored.is_file():
+        refuse_foreign_files(out, lambda name: name == f"{RUN_CONFIG_FILE}.partial")
+    changed = changed_options(stored, config) if stored.is_file() else []
     if changed and (complete_lines(out / METRICS_FILE) or list_checkpoints(out)):
         raise ValueError(f"out={out}: holds a run with other options: {'; '.join(changed)}; name another folder")
     dist.barrier()  # every rank must have looked before the first one writes
@@ -115,7 +116,7 @@ def open_run_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if changed:
             shutil.rmtree(out / PREVIEW_STORE, ignore_errors=True)
-        write_config(out / RUN_CONFIG_FILE, config)
+        write_config(stored, config)
 
 
 def changed_options(stored: Path, config: DistillConfig) -> list[str]:

@@ -126,12 +126,12 @@ def test_csv_of_prompts_becomes_a_folder(run: Path, model: Path, tmp_path: Path)
 def test_readme_makes_the_same_from_python(run: Path, model: Path, tmp_path: Path) -> None:
     """The lines of the README, as they stand there, but for the precision."""
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert len(code.split("\n\n")[1].splitlines()) == 5
+    assert len(code.splitlines()) == 4
     table = write_csv(tmp_path / "prompts.csv", [("a", "first.png", 1)], ("prompt", "image", "seed"))
     shutil.copy(run / "first.png", tmp_path)
     sample(run, model, tmp_path / "wanted", "--data", table)
     (tmp_path / "RUN").symlink_to(run / "run")
-    code = code.replace("data=", "dtype='float32', data=").replace("student = ", f"MODEL = {str(model)!r}\nstudent = ")
+    code = code.replace("data=", "dtype='float32', data=").replace("videos = ", f"MODEL = {str(model)!r}\nvideos = ")
     command = [sys.executable, "-c", code]
     subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=300)
     found, wanted = ((tmp_path / name / "000000000.mp4").read_bytes() for name in ("videos", "wanted"))

@@ -19,9 +19,9 @@ import torch
 import yaml
 import zarr
 from safetensors.torch import load_file
-from shards.dataset import open_data_set
 from torch import Tensor
 
+from shards.dataset import open_data_set
 from tests.data.made_by_0_1.facts import digest, group_digests, machine
 
 ROOT = Path(__file__).parent.parent

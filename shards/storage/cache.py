@@ -1,6 +1,6 @@
 """A bounded folder of bytes read from an object store, shared by all ranks of a machine.
 
-What is kept is not trusted: the reader checks every hash, and asks the store again where one differs.
+Cached bytes are not trusted: the reader checks every hash, and reads from the store again if one differs.
 """
 
 import hashlib
@@ -10,36 +10,36 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-SCANS_PER_FILL = 16  # times that the folder is looked through while it fills once
+SCANS_PER_FILL = 16  # scans of the folder while it fills once
 
 log = logging.getLogger(__name__)
 
 
 class DiskCache:
-    """Holds up to `limit` bytes (and a sixteenth more for each process); what was used longest ago goes first."""
+    """Holds up to `max_bytes`, and a sixteenth more per process; what was used longest ago is removed first."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes
-        self._bytes_since_scan = max_bytes  # bytes written since the folder was last looked through: unknown at first
+        self._bytes_since_scan = max_bytes  # bytes written since the last scan; so many that the first write scans
         self._lock = threading.Lock()
 
     def _entry_path(self, key: str) -> Path:
         return self.folder / hashlib.sha256(key.encode()).hexdigest()[:40]
 
     def get(self, key: str) -> bytes | None:
-        """The bytes kept under `key`; None where there are none, or none that can be read."""
-        path = self._entry_path(key)
-        if not self.max_bytes:
+        """The bytes stored under `key`; None if there are none or they cannot be read."""
+        if not self.max_bytes:  # switched off, which does not empty the folder
             return None
+        path = self._entry_path(key)
         try:
             data = path.read_bytes()
-            os.utime(path)
+            os.utime(path)  # the time of the last use, which decides what is removed
         except OSError:
             return None
         return data
 
     def put(self, key: str, data: bytes) -> None:
-        """Keep `data`, as far as it fits; a folder that cannot be written costs time but stops nothing."""
+        """Store `data` unless it is too large; a folder that cannot be written only costs time."""
         if len(data) * SCANS_PER_FILL > self.max_bytes:
             return
         path = self._entry_path(key)
@@ -49,7 +49,7 @@ class DiskCache:
             partial.write_bytes(data)
             partial.replace(path)
         except OSError as error:
-            log.warning("cache %s: nothing kept: %s", self.folder, error)
+            log.warning("cache %s: cannot be written, so nothing is cached: %s", self.folder, error)
             with suppress(OSError):
                 partial.unlink()
 
@@ -62,13 +62,12 @@ class DiskCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         entries = []
         for path in self.folder.iterdir():
-            try:
-                entries.append((path.stat(), path))
-            except FileNotFoundError:
-                continue  # another process has just removed it
-        total = sum(stat.st_size for stat, _ in entries) + size
-        for stat, path in sorted(entries, key=lambda pair: pair[0].st_mtime_ns):
+            with suppress(FileNotFoundError):  # another process may just have removed it
+                stat = path.stat()
+                entries.append((stat.st_mtime_ns, stat.st_size, path))
+        total = sum(entry_size for _, entry_size, _ in entries) + size
+        for _, entry_size, path in sorted(entries):  # the oldest first
             if total <= self.max_bytes:
                 break
             path.unlink(missing_ok=True)
-            total -= stat.st_size
+            total -= entry_size

@@ -1,12 +1,11 @@
-"""Reading a data set from an object store through fsspec: ranges, retries, a bounded local cache.
+"""Reading a data set from an object store through fsspec: byte ranges, retries, a bounded local cache.
 
-Needs the extra `remote`; the clients take credentials and endpoints from the environment, as their tools do.
+Needs the extra `remote`. The clients take credentials and endpoints from the environment, as their tools do.
 """
 
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -14,8 +13,9 @@ import fsspec
 
 from shards.storage.cache import DiskCache
 
-CONNECT_SECONDS, STALL_SECONDS = 10, 30  # seconds to get a connection; seconds without a byte
-CLIENT_ERRORS: Mapping[str, tuple[tuple[str, str], ...]] = {  # what a lost connection raises beside OSError
+CONNECT_SECONDS, STALL_SECONDS = 10, 30  # to get a connection; without a byte
+MAX_ATTEMPTS, FIRST_DELAY = 7, 0.5  # of one read; seconds before the second attempt, doubled before each further one
+CLIENT_ERRORS: Mapping[str, tuple[tuple[str, str], ...]] = {  # besides OSError
     "https": (("aiohttp", "ClientError"),),
     "http": (("aiohttp", "ClientError"),),
     "s3": (("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError")),
@@ -26,16 +26,8 @@ CLIENT_ERRORS: Mapping[str, tuple[tuple[str, str], ...]] = {  # what a lost conn
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How often a read is tried, and the first pause in seconds; each pause doubles."""
-
-    max_attempts: int = 7
-    first_delay: float = 0.5
-
-
 def client_options(scheme: str) -> dict[str, Any]:
-    """Time limits in the words of each client."""
+    """Time limits, in the form that the client of a scheme takes; the default of others is finite already."""
     if scheme in ("http", "https"):
         timeout = import_module("aiohttp").ClientTimeout(
             total=None, sock_connect=CONNECT_SECONDS, sock_read=STALL_SECONDS
@@ -47,10 +39,10 @@ def client_options(scheme: str) -> dict[str, Any]:
 
 
 class ObjectStore:
-    """An object-store prefix."""
+    """Files by name below an object-store prefix."""
 
-    def __init__(self, location: str, *, cache: DiskCache, retry: RetryPolicy = RetryPolicy()) -> None:
-        self.location, self.cache, self.retry = location.rstrip("/"), cache, retry
+    def __init__(self, location: str, *, cache: DiskCache) -> None:
+        self.location, self.cache = location.rstrip("/"), cache
         scheme = location.split("://")[0]
         try:
             options = client_options(scheme)
@@ -60,43 +52,38 @@ class ObjectStore:
             raise ValueError(f"shards={location}: needs pip install 'ti2v-distill[remote]' ({error})") from error
         self.connection_errors: tuple[type[Exception], ...] = (OSError, *client_errors)
 
-    def read(self, name: str, start: int = 0, size: int | None = None, *, fresh: bool = False) -> bytes:
-        """See `Place.read`; ConnectionError where all tries fail."""
-        key = f"{self.location}/{name}:{start}:{size}"
-        cached = None if fresh else self.cache.get(key)
-        if cached is not None:
-            return cached
-        data = self._fetch_with_retries(name, start, size)
-        self.cache.put(key, data)
-        return data
+    def read(self, name: str, start: int = 0, size: int | None = None, *, fresh: bool = False) -> memoryview:
+        """`size` bytes of a file from `start` on (None = all); `fresh` bypasses the cache.
 
-    def read_into(self, name: str, start: int, buffer: memoryview, *, fresh: bool = False) -> None:
-        """See `Place.fill`; ConnectionError where all tries fail."""
-        buffer[:] = self.read(name, start, len(buffer), fresh=fresh)
+        Raises FileNotFoundError, and ConnectionError if all attempts fail.
+        """
+        key = f"{self.location}/{name}:{start}:{size}"
+        data = None if fresh else self.cache.get(key)
+        if data is None:
+            data = self._fetch_with_retries(name, start, size)
+            self.cache.put(key, data)
+        return memoryview(data)
 
     def _fetch_with_retries(self, name: str, start: int, size: int | None) -> bytes:
-        for attempt in range(self.retry.max_attempts):
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 return self._fetch_once(name, start, size)
-            except (FileNotFoundError, PermissionError):
+            except (FileNotFoundError, PermissionError):  # another attempt would not help
                 raise
             except self.connection_errors as error:
-                delay = self.retry.first_delay * 2**attempt
+                delay = FIRST_DELAY * 2**attempt
                 reason = f"{self.location}/{name}: {type(error).__name__}: {error}"
-                if attempt + 1 == self.retry.max_attempts:
-                    raise ConnectionError(f"{reason} (tried {self.retry.max_attempts} times)") from error
+                if attempt + 1 == MAX_ATTEMPTS:
+                    raise ConnectionError(f"{reason} (tried {MAX_ATTEMPTS} times)") from error
                 log.warning("%s; again in %.1f s", reason, delay)
                 time.sleep(delay)
-        raise AssertionError(self.retry)
+        raise AssertionError(MAX_ATTEMPTS)
 
     def _fetch_once(self, name: str, start: int, size: int | None) -> bytes:
-        path = f"{self.root}/{name}"
-        if size is None:
-            content: bytes = self.filesystem.cat_file(path, start=start) if start else self.filesystem.cat_file(path)
-            return content
-        data: bytes = self.filesystem.cat_file(path, start=start, end=start + size)
-        if len(data) > size:
-            raise ValueError(f"{self.location}: the server sends whole files where ranges are asked for")
-        if len(data) < size:
-            raise OSError(f"{len(data)} bytes came where {size} were asked for")
+        stop = None if size is None else start + size
+        data: bytes = self.filesystem.cat_file(f"{self.root}/{name}", start=start or None, end=stop)
+        if size is not None and len(data) > size:
+            raise ValueError(f"{self.location}: the server sends whole files instead of byte ranges")
+        if size is not None and len(data) < size:
+            raise OSError(f"received {len(data)} of {size} bytes")
         return data

@@ -1,34 +1,34 @@
-"""Checking one shard byte by byte: its sidecar, the members of its tar, what lies between them, and their records."""
+"""Checking one shard byte by byte: its sidecar, its tar, the members of the tar and their records."""
 
 import hashlib
-import tarfile
 from array import array
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from common.video import TEXT_LENGTH
+from shards.dataset import read_shard_index
 from shards.manifest import Manifest, ShardInfo
 from shards.record import METADATA_SUFFIX, TENSORS_SUFFIX, Record, from_members
 from shards.storage.open import Storage
-from shards.writer import ShardIndex, TarMember, index_file_name, parse_index
+from shards.writer import RowFailure, ShardIndex, TarMember, index_file_name
 
-BLOCK_BYTES = tarfile.BLOCKSIZE
-CHUNK_BYTES = 1 << 24
-MAX_READS = 3  # of a shard that looks broken: the connection may be at fault
+MAX_READS = 3  # of a shard with problems: the connection may be at fault
+STATISTICS = ("prompt characters", "text rows", "text rms", "first frame rms")
+FORMAT_ERRORS = (ValueError, KeyError, TypeError, AttributeError)  # what parsing bytes of another layout raises
 
 
 @dataclass(frozen=True)
 class DataProblem:
-    """Something broken: the file, and in a tar the member ("" = none in particular)."""
+    """Something broken: the file and, in a tar, the member ("" = none in particular)."""
 
     file: str
     member: str
     reason: str
-    shard: str = ""  # the tar to encode again; "" where no shard is at fault
+    shard: str = ""  # the tar to encode again; "" if no shard is at fault
 
     def __str__(self) -> str:
         return ": ".join(part for part in (self.file, self.member, self.reason) if part)
@@ -36,26 +36,23 @@ class DataProblem:
 
 @dataclass
 class ShardReport:
-    """What one shard holds; the arrays have one entry a readable record."""
+    """The content of one shard; `keys` and each of `values` have one entry per readable record."""
 
     shard: ShardInfo
     problems: list[DataProblem] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)  # of the CSV, records' and failures'
-    failures: list[tuple[int, str, str]] = field(default_factory=list)  # line, path, reason
-    latent_rms: "array[float]" = field(default_factory=lambda: array("f"))  # nan where there is no first frame
-    text_rms: "array[float]" = field(default_factory=lambda: array("f"))
-    text_rows: "array[int]" = field(default_factory=lambda: array("i"))
-    prompt_lengths: "array[int]" = field(default_factory=lambda: array("i"))  # characters
-    sources: Counter[str] = field(default_factory=Counter)  # kind and size of the source files
+    failures: tuple[RowFailure, ...] = ()
+    values: "dict[str, array[float]]" = field(default_factory=lambda: {name: array("f") for name in STATISTICS})
+    sources: Counter[str] = field(default_factory=Counter)  # records by kind and size of the source file
 
     def add_problem(self, file: str, member: str, reason: str) -> None:
-        """Note a problem that encoding this shard again would mend."""
+        """Note a problem that encoding this shard again repairs."""
         self.problems.append(DataProblem(file, member, reason, self.shard.name))
 
 
 def check_shard(storage: Storage, manifest: Manifest, shard: ShardInfo) -> ShardReport:
-    """Read a whole shard and say what is wrong with it each time."""
+    """Read a whole shard and report its problems; those that a second or third read does not show are ignored."""
     report = _check_shard_once(storage, manifest, shard)
     for _ in range(MAX_READS - 1):
         if report.problems:
@@ -64,118 +61,60 @@ def check_shard(storage: Storage, manifest: Manifest, shard: ShardInfo) -> Shard
 
 
 def _check_shard_once(storage: Storage, manifest: Manifest, shard: ShardInfo) -> ShardReport:
-    report = ShardReport(shard)
-    index = _check_sidecar(storage, report)
+    report, sidecar = ShardReport(shard), index_file_name(shard.name)
     try:
-        if index is not None:
-            _check_tar(storage, manifest, index, report)
-        elif _hash_tar(storage, shard) != shard.sha256:
-            report.add_problem(shard.name, "", "hash differs")
+        index = read_shard_index(storage, shard)
+    except (OSError, *FORMAT_ERRORS) as error:
+        report.add_problem(sidecar, "", _error_reason(error))
+        return report
+    if (len(index.members), len(index.failures)) != (2 * shard.records, shard.rows - shard.records):
+        report.add_problem(sidecar, "", f"does not describe {shard.records} records of {shard.rows} rows")
+    report.failures = index.failures
+    report.lines = [failure.line for failure in index.failures]
+    try:
+        _check_tar(storage, manifest, index, report)
     except OSError as error:
         report.add_problem(shard.name, "", _error_reason(error))
     return report
 
 
-def _error_reason(error: OSError) -> str:
+def _error_reason(error: Exception) -> str:
     return "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
 
 
-def _hash_tar(storage: Storage, shard: ShardInfo) -> str:
-    digest = hashlib.sha256()
-    for start in range(0, shard.size, CHUNK_BYTES):
-        digest.update(storage.read(shard.name, start, min(CHUNK_BYTES, shard.size - start), fresh=True))
-    return digest.hexdigest()
-
-
-def _check_sidecar(storage: Storage, report: ShardReport) -> ShardIndex | None:
-    shard, name = report.shard, index_file_name(report.shard.name)
-    try:
-        index = parse_index(storage.read(name, fresh=True))
-    except OSError as error:
-        report.add_problem(name, "", _error_reason(error))
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        report.add_problem(name, "", f"is damaged ({error})")
-        return None
-    if index.shard.index_sha256 != shard.index_sha256:
-        report.add_problem(name, "", "hash differs")
-        return None
-    if replace(index.shard, index_sha256="") != replace(shard, index_sha256=""):
-        report.add_problem(name, "", "disagrees with the manifest about this shard")
-    records, failed = len(index.members) // 2, len(index.failures)
-    if records != shard.records or records + failed != shard.rows:
-        report.add_problem(name, "", f"{records} records and {failed} failures do not make {shard.rows} rows")
-    report.failures = [(failure.line, failure.path, failure.reason) for failure in index.failures]
-    report.lines = [failure.line for failure in index.failures]
-    return index
-
-
 def _check_tar(storage: Storage, manifest: Manifest, index: ShardIndex, report: ShardReport) -> None:
-    """Hash the tar a record at a time, so that memory holds one record and a bad byte has a name."""
-    name, digest, end, suspect_members, problems_before = (
-        report.shard.name,
-        hashlib.sha256(),
-        0,
-        [],
-        len(report.problems),
-    )
+    """Read the tar one record at a time, so that memory holds one record and damage is attributed to a member."""
+    name, digest, end = report.shard.name, hashlib.sha256(), 0
     for pair in zip(index.members[::2], index.members[1::2], strict=False):
-        data = storage.read(name, end, _end_offset(pair[1]) - end, fresh=True)
-        bad = _damaged_members(data, end, pair)
+        start, end = end, pair[1].offset + pair[1].size
+        # Read from the previous end: the headers are covered by the hash of the tar only.
+        data = storage.read(name, start, end - start, fresh=True)
         digest.update(data)
-        for member, reason in bad.items():
-            report.add_problem(name, member.name, reason)
-        if not bad:
-            _check_record(manifest, pair, data, end, report)
-        suspect_members += [member for member, previous_end in zip(pair, (end, _end_offset(pair[0])), strict=True)
-                     if not _is_tar_header(data[previous_end - end : member.offset - end], previous_end, member)]  # fmt: skip
-        end = _end_offset(pair[1])
+        parts = [data[member.offset - start : member.offset - start + member.size] for member in pair]
+        hashes = [hashlib.sha256(part).hexdigest() for part in parts]
+        damaged = [member.name for member, value in zip(pair, hashes, strict=True) if value != member.sha256]
+        for member in damaged:
+            report.add_problem(name, member, "hash differs")
+        if not damaged:
+            _check_record(manifest, pair, parts, report)
     digest.update(storage.read(name, end, fresh=True))
-    if digest.hexdigest() != report.shard.sha256:
-        for member in suspect_members:
-            report.add_problem(name, member.name, "its tar header, or the zeros before that, are damaged")
-        if len(report.problems) == problems_before:
-            report.add_problem(name, "", f"is damaged behind its last member, from byte {end} on")
-
-
-def _end_offset(member: TarMember) -> int:
-    return member.offset + member.size
-
-
-def _damaged_members(data: bytes, start: int, pair: tuple[TarMember, TarMember]) -> dict[TarMember, str]:
-    """What is wrong with the members of a record, in the bytes from `start` on."""
-    parts = {member: data[member.offset - start : _end_offset(member) - start] for member in pair}
-    return {
-        member: "hash differs" if len(part) == member.size else "is cut off: the tar is too short"
-        for member, part in parts.items()
-        if hashlib.sha256(part).hexdigest() != member.sha256
-    }
-
-
-def _is_tar_header(preceding: bytes, start: int, member: TarMember) -> bool:
-    """Whether the bytes before a member, from `start` on, are what a tar writer puts there."""
-    try:
-        header = tarfile.TarInfo.frombuf(preceding[-BLOCK_BYTES:], "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
-    header.name = member.name  # a long one is cut off in this block and stands before it
-    return preceding == bytes(-start % BLOCK_BYTES) + header.tobuf()
+    if digest.hexdigest() != report.shard.sha256 and not report.problems:
+        report.add_problem(name, "", "hash differs, outside of the data of its members")
 
 
 def _check_record(
-    manifest: Manifest, pair: tuple[TarMember, TarMember], data: bytes, start: int, report: ShardReport
+    manifest: Manifest, pair: tuple[TarMember, TarMember], parts: Sequence[memoryview], report: ShardReport
 ) -> None:
-    tensors, metadata = (data[member.offset - start : member.offset - start + member.size] for member in pair)
-    key = pair[0].name.removesuffix(f".{TENSORS_SUFFIX}")
+    name, key = report.shard.name, pair[0].name.removesuffix(f".{TENSORS_SUFFIX}")
     try:
-        record = from_members(key, tensors, metadata)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        report.add_problem(report.shard.name, key, f"is no record ({error})")
+        record = from_members(key, *parts)
+    except FORMAT_ERRORS as error:
+        report.add_problem(name, key, f"is not a record ({error})")
         return
     if pair[1].name != f"{key}.{METADATA_SUFFIX}":
-        report.add_problem(report.shard.name, pair[1].name, f"stands where {key}.{METADATA_SUFFIX} should be")
+        report.add_problem(name, pair[1].name, f"is where {key}.{METADATA_SUFFIX} must be")
     for reason in schema_problems(record, manifest):
-        report.add_problem(report.shard.name, pair[0].name, reason)
+        report.add_problem(name, pair[0].name, reason)
     _add_statistics(record, report)
 
 
@@ -198,17 +137,16 @@ def schema_problems(record: Record, manifest: Manifest) -> list[str]:
 
 
 def _add_statistics(record: Record, report: ShardReport) -> None:
-    source = record.source
+    source, frame, text = record.source, record.first_frame, record.text
     report.keys.append(record.key)
     report.lines.append(source.line)
-    report.latent_rms.append(float("nan") if record.first_frame is None else root_mean_square(record.first_frame))
-    report.text_rms.append(root_mean_square(record.text))
-    report.text_rows.append(record.text.shape[0])
-    report.prompt_lengths.append(len(source.prompt))
+    frame_rms = float("nan") if frame is None else root_mean_square(frame)  # nan keeps the entries of records aligned
+    for name, value in zip(STATISTICS, (len(source.prompt), len(text), root_mean_square(text), frame_rms), strict=True):
+        report.values[name].append(value)
     kind = source.path.rpartition(".")[2].lower() if "." in source.path else "no file"
     report.sources[f"{kind} {source.size[1]}x{source.size[0]}" if source.size else kind] += 1
 
 
 def root_mean_square(tensor: Tensor) -> float:
-    """Root mean square."""
+    """Root mean square of all elements."""
     return float(tensor.float().square().mean().sqrt())

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from common.device import pick_device
-from common.files import write_file
+from common.files import refuse_foreign_files, write_file
 from common.model_folder import locate_model
 from common.options import write_config
 from common.progress import track_progress
@@ -54,12 +54,7 @@ def list_finished_steps(store: Path) -> list[str]:
 
 def check_video_folder(folder: Path, steps: Sequence[str]) -> None:
     """Refuse a folder that holds anything but videos made here, and folders of these steps."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out={folder}: is a file; give a folder")
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    unknown_files = [name for name in names if name not in steps and not VIDEO_FOLDER_FILES.fullmatch(name)]
-    if unknown_files:
-        raise ValueError(f"out={folder}: holds something else ({', '.join(unknown_files[:3])}); give a new folder")
+    refuse_foreign_files(folder, lambda name: name in steps or VIDEO_FOLDER_FILES.fullmatch(name) is not None)
 
 
 def load_decode_vae(config: DecodeConfig) -> vae.WanVae:

@@ -1,8 +1,8 @@
-"""Checkpoints: a folder `step-000500` of safetensors shards, complete or not there.
+"""The checkpoint format: a folder `step-000500` of safetensors shards that is either complete or absent.
 
-Tensors are written with torch's distributed checkpoint in its safetensors form, so any number of ranks reads what
-any other number wrote, and nothing is pickled. `student.json` says what the student is, `index.json` what the files
-are; the folder gets its name last (`writer.py`).
+torch's distributed checkpoint writes the tensors in its safetensors form, so any number of ranks can read what any
+other number wrote, and nothing is pickled. `student.json` holds the facts about the student, `index.json` the size and
+hash of every file. `writer.py` gives the folder its name last.
 """
 
 import hashlib
@@ -11,9 +11,8 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,39 +27,46 @@ from common.flow import timestep_sigmas
 from common.video import VideoSpec
 
 STUDENT_FILE, INDEX_FILE, BEST_FILE = "student.json", "index.json", "best"
-STEP_FOLDER_PATTERN = re.compile(r"step-(\d{6,})")
-HASH_THREADS = 4  # threads that hash files
+PARTIAL_SUFFIX, DAMAGED_SUFFIX = ".partial", ".damaged"  # of folders that are not checkpoints, or no longer
+STEP_FOLDER_PATTERN = re.compile(r"step-(\d{6,})")  # six digits or more: names sort up to a million iterations
+HASH_THREADS = 4
 SAMPLER_KIND = "renoise"  # x0, then fresh noise at the next sigma
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file of a checkpoint is."""
+    """Size and hash of one file of a checkpoint, as `index.json` stores them."""
 
     size: int  # bytes
     sha256: str
 
+    @classmethod
+    def read(cls, path: Path) -> "FileFacts":
+        """Size and hash of the file on disk."""
+        with path.open("rb") as file:
+            return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
 
 @dataclass(frozen=True)
 class StudentFacts:
-    """What a sampler must know of a checkpoint."""
+    """What a sampler must know about a checkpoint; the field names are the keys of `student.json`."""
 
-    iteration: int  # iterations done
-    ladder: tuple[float, ...]
+    iteration: int  # iterations completed
+    ladder: tuple[float, ...]  # timesteps before the shift; the key keeps its old name, as old checkpoints have it
     shift: float
     sampler: str
     spec: VideoSpec
     base_model: str
     transformer: str  # fingerprint of the base model's transformer
-    vae: str  # fingerprint of the VAE that made the latents
-    text_encoder: str
+    vae: str  # fingerprint of the VAE that encoded the latents
+    text_encoder: str  # fingerprint
     config: dict[str, object]
-    position: int = 0  # of the stream: records read
-    memory: str = ""  # the form in which the roles were trained; checkpoints made before it was written down lack it
+    position: int = 0  # records read from the stream
+    memory: str = ""  # optimizer form of the roles; the first checkpoints lack it
 
     @property
     def sigmas(self) -> tuple[float, ...]:
-        """The ladder's noise levels."""
+        """Noise levels of the timesteps after the shift."""
         return timestep_sigmas(self.ladder, s=self.shift)
 
 
@@ -69,114 +75,95 @@ def step_folder(run: Path, iteration: int) -> Path:
     return run / f"step-{iteration:06d}"
 
 
+def iteration_of(folder: Path) -> int:
+    """The number in a step folder's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folders = (path.parent for path in run.glob(f"step-*/{STUDENT_FILE}"))
     return sorted((path for path in folders if STEP_FOLDER_PATTERN.fullmatch(path.name)), key=iteration_of)
 
 
-def iteration_of(folder: Path) -> int:
-    """The number in a step folder's name."""
-    return int(folder.name.removeprefix("step-"))
-
-
 def newest_checkpoint(folder: Path) -> Path:
-    """The checkpoint that `folder` is, or the newest of the run that it is; ValueError where there is none."""
+    """`folder` itself if it is a checkpoint, else the newest checkpoint of the run; ValueError if there is none."""
     if (folder / STUDENT_FILE).is_file():
         return folder
     folders = list_checkpoints(folder)
     if not folders:
-        raise ValueError(f"checkpoint={folder}: holds no checkpoint (step-*/{STUDENT_FILE})")
+        raise ValueError(f"checkpoint={folder}: holds no checkpoint (step-*/{STUDENT_FILE}); name a run of distill")
     return folders[-1]
 
 
 def resolve_checkpoint(folder: Path) -> Path:
-    """The checkpoint that `folder` is, or of a run the one in its file `best`, or its newest; a log line says which."""
-    if (folder / STUDENT_FILE).is_file() or not (folder / BEST_FILE).is_file():
+    """`folder` itself if it is a checkpoint, else the run's best (file `best`, logged), else its newest checkpoint."""
+    best_name = read_best(folder)  # None for a checkpoint, which holds no such file
+    if best_name is None:
         return newest_checkpoint(folder)
-    best = folder / str(json.loads((folder / BEST_FILE).read_bytes())["checkpoint"])
-    if not (best / STUDENT_FILE).is_file():
-        raise ValueError(f"checkpoint={folder}: its best, {best.name}, is gone; run evaluate --select again")
-    logging.info("%s: using %s, the best by evaluate --select", folder, best.name)
-    return best
+    if not (folder / best_name / STUDENT_FILE).is_file():
+        raise ValueError(f"checkpoint={folder}: its best, {best_name}, is gone; run evaluate --select again")
+    logging.info("%s: using %s, the best by evaluate --select", folder, best_name)
+    return folder / best_name
+
+
+def read_best(run: Path) -> str | None:
+    """Name of the step folder that the file `best` of a run selects; None without such a file."""
+    path = run / BEST_FILE
+    return str(json.loads(path.read_bytes())["checkpoint"]) if path.is_file() else None
 
 
 def write_best(run: Path, name: str, *, distance: float, iteration: int) -> Path:
-    """Say in the file `best` which step folder of a run is to be used."""
-    facts = {"checkpoint": name, "distance": distance, "iteration": iteration}
-    write_file(run / BEST_FILE, (json.dumps(facts, indent=1) + "\n").encode())
+    """Select the step folder `name` of a run as its best; returns the path of the file `best`."""
+    write_json(run / BEST_FILE, {"checkpoint": name, "distance": distance, "iteration": iteration})
     return run / BEST_FILE
 
 
+def write_json(path: Path, value: dict[str, object]) -> None:
+    """Write a JSON file completely or not at all."""
+    write_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
 def read_facts(checkpoint: Path) -> StudentFacts:
-    """What the student of a checkpoint is."""
+    """The facts about the student of a checkpoint."""
     fields = json.loads((checkpoint / STUDENT_FILE).read_bytes())
     fields["spec"] = VideoSpec(**fields["spec"])
     fields["ladder"] = tuple(fields["ladder"])
     return StudentFacts(**fields)
 
 
-def file_facts(path: Path) -> FileFacts:
-    """What a file is, read from the disk."""
-    with path.open("rb") as file:
-        return FileFacts(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-
-
-def write_index(folder: Path, files: Mapping[str, FileFacts]) -> None:
-    """Write down what the files of a checkpoint are."""
-    facts = {name: asdict(files[name]) for name in sorted(files)}
-    write_file(folder / INDEX_FILE, (json.dumps(facts, indent=1) + "\n").encode())
-
-
 def checkpoint_damage(checkpoint: Path, *, rank: int = 0, world: int = 1) -> str | None:
-    """What is wrong with a checkpoint, in words; None where every byte is as it was written.
+    """The first problem of a checkpoint as text, None if every byte is as it was written.
 
-    Of several ranks each reads its share of the files.
+    Each of `world` ranks reads only its share of the files.
     """
     try:
-        expected = {
-            name: FileFacts(**facts) for name, facts in json.loads((checkpoint / INDEX_FILE).read_bytes()).items()
-        }
+        index = json.loads((checkpoint / INDEX_FILE).read_bytes())
+        expected = [(checkpoint / name, FileFacts(**fields)) for name, fields in sorted(index.items())]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{INDEX_FILE} cannot be read ({error})"
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        problems = pool.map(
-            lambda name: checkpoint_file_damage(checkpoint / name, expected[name]), sorted(expected)[rank::world]
-        )
+        problems = pool.map(lambda entry: file_damage(*entry), expected[rank::world])
         return next((problem for problem in problems if problem is not None), None)
 
 
-def checkpoint_file_damage(path: Path, expected: FileFacts) -> str | None:
-    """What is wrong with a file of a checkpoint, in words; None where nothing is."""
+def file_damage(path: Path, expected: FileFacts) -> str | None:
+    """The problem of one file of a checkpoint as text, None if it is intact."""
     if not path.is_file():
         return f"{path.name} is missing"
-    if path.stat().st_size != expected.size:
+    if path.stat().st_size != expected.size:  # before hashing: a truncated file need not be read
         return f"{path.name} has {path.stat().st_size} bytes, {expected.size} were written"
-    return None if file_facts(path) == expected else f"{path.name} has other bytes than were written"
-
-
-def set_aside(run: Path, *, after: int) -> None:
-    """Rename the checkpoints of later iterations, damaged as they are, and remove what was never finished."""
-    for folder in run.glob("step-*"):
-        if folder.suffix == ".partial":
-            shutil.rmtree(folder)
-        elif STEP_FOLDER_PATTERN.fullmatch(folder.name) and iteration_of(folder) > after:
-            damaged_folder = folder.with_name(folder.name + ".damaged")
-            shutil.rmtree(damaged_folder, ignore_errors=True)
-            folder.replace(damaged_folder)
+    return None if FileFacts.read(path) == expected else f"{path.name} has other bytes than were written"
 
 
 def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place from a checkpoint, each in its own dtype.
-
-    Raises ValueError where it lacks one, or cannot be read.
-    """
+    """Fill `tensors` in place from a checkpoint, each in its own dtype; ValueError if one is missing or unreadable."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)))
         except CheckpointException as error:
-            raise ValueError(f"{checkpoint}: does not give what is needed of it ({error_reason(error)})") from error
+            raise ValueError(f"{checkpoint}: does not have the required tensors ({error_reason(error)})") from error
 
 
 def stored_dtypes(checkpoint: Path) -> dict[str, torch.dtype]:
@@ -186,17 +173,32 @@ def stored_dtypes(checkpoint: Path) -> dict[str, torch.dtype]:
 
 
 def error_reason(error: BaseException) -> str:
-    """The first cause in one line."""
+    """The cause of an error in one line; of a CheckpointException, the cause on the first rank that failed."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def rename_with_suffix(folder: Path, suffix: str) -> Path:
+    """Append `suffix` to a folder's name, replacing an earlier folder of that name; returns the new path."""
+    renamed = folder.with_name(folder.name + suffix)
+    shutil.rmtree(renamed, ignore_errors=True)  # rename() replaces only an empty folder
+    return folder.replace(renamed)
+
+
+def set_aside(run: Path, *, after: int) -> None:
+    """Rename the checkpoints after iteration `after`, which are damaged, and delete unfinished ones."""
+    for folder in run.glob("step-*"):
+        if folder.suffix == PARTIAL_SUFFIX:
+            shutil.rmtree(folder)
+        elif STEP_FOLDER_PATTERN.fullmatch(folder.name) and iteration_of(folder) > after:
+            rename_with_suffix(folder, DAMAGED_SUFFIX)
+
+
 def prune_checkpoints(run: Path, keep_last: int, keep_every: int = 0) -> None:
-    """Delete all but the newest `keep` checkpoints, every `keep_every` iterations' (0: none), and the best."""
-    best = json.loads((run / BEST_FILE).read_bytes())["checkpoint"] if (run / BEST_FILE).is_file() else None
-    for old in list_checkpoints(run)[:-keep_last]:
-        if old.name != best and not (keep_every and iteration_of(old) % keep_every == 0):
-            doomed = old.with_name(old.name + ".partial")  # so that a kill leaves nothing that looks whole
-            old.replace(doomed)
-            shutil.rmtree(doomed)
+    """Delete all but the newest `keep_last` checkpoints, each `keep_every`-th iteration's (0: none) and the best."""
+    best_name = read_best(run)
+    for folder in list_checkpoints(run)[:-keep_last]:
+        if folder.name != best_name and not (keep_every and iteration_of(folder) % keep_every == 0):
+            # a run killed during rmtree must not leave a folder that looks like a checkpoint
+            shutil.rmtree(rename_with_suffix(folder, PARTIAL_SUFFIX))

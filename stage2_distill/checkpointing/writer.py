@@ -1,20 +1,24 @@
-"""Writing checkpoints beside training: a copy in host memory, then files, which are checked before they get their name.
+"""Writes checkpoints while training continues. Each save is one CheckpointJob with three stages:
 
-What a checkpoint is and how it is found and judged stands in `checkpoint.py`.
+    stage    training's thread starts copies of the state to host memory; an optimizer step waits for its role's copies
+    write    the job's thread writes this rank's files, reads them back, compares and hashes them
+    commit   the job's thread on rank 0 adds the metadata and gives the folder its name
+
+Older checkpoints are pruned after the commit, so a save that fails deletes nothing. `format.py` has the format.
 """
 
-import json
 import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -25,33 +29,73 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from common.files import (
-    sync_folder,  # fmt: skip
-    write_file,
-)
+from common.files import sync_folder
 from common.timer import PhaseTimer
 from stage2_distill.checkpointing.format import (
+    INDEX_FILE,
+    PARTIAL_SUFFIX,
     STUDENT_FILE,
     FileFacts,
     StudentFacts,
     error_reason,
-    file_facts,
     prune_checkpoints,
     step_folder,
-    write_index,
+    write_json,
 )
 from stage2_distill.checkpointing.staging import HostBuffers, StagedState, allocate_host_buffers, build_cpu_mesh
 from stage2_distill.distributed.dtensor import local_tensor
 from stage2_distill.distributed.process_group import RankContext
 from stage2_distill.dmd.schedule import STUDENT
 
-FILE_BYTES = 2**30  # a rank's file; while it is written it stands in memory once more
-WRITE_TIMEOUT = timedelta(hours=2)  # that ranks wait for the slowest one's files
+FILE_BYTES = 2**30  # per file; safetensors holds a file in memory once more while it is written
+WRITE_TIMEOUT = timedelta(hours=2)  # ranks wait this long for the slowest rank's files
+ERROR_EXIT_SECONDS = 60.0  # after an error another rank may be dead, and the job would wait for it in vain
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
+FileIndex = dict[str, FileFacts]  # by file name
 
 
 class SaveError(RuntimeError):
-    """The last checkpoint of a run could not be written; the message says why and what is left."""
+    """A checkpoint could not be saved; the message has the reason and the remedy."""
+
+
+@dataclass
+class CheckpointJob:
+    """One save: `write` and `commit` are called by all ranks together, and fail on all if they fail on one."""
+
+    folder: Path
+    facts: StudentFacts
+    ranks: RankContext
+    group: dist.ProcessGroup
+    failure: str | None = "the last checkpoint was not finished"  # None once the folder has its name
+
+    @property
+    def partial_folder(self) -> Path:
+        """The folder before it has its name."""
+        return self.folder.with_name(self.folder.name + PARTIAL_SUFFIX)
+
+    def write(self, tensors: dict[str, Tensor]) -> FileIndex:
+        """Write this rank's files, read them back and hash them; returns the index of the files of all ranks."""
+        with fail_on_all_ranks(self.group):
+            if self.ranks.rank == 0 and self.partial_folder.exists():  # left by a killed run
+                shutil.rmtree(self.partial_folder)
+        storage_writer = build_storage_writer(self.partial_folder, tensors, self.ranks.world)
+        dcp.save(tensors, storage_writer=storage_writer, process_group=self.group)
+        with fail_on_all_ranks(self.group):
+            own_index = verify_files(self.partial_folder, tensors, self.ranks.rank)
+        indices: list[FileIndex] = [{} for _ in range(self.ranks.world)]
+        dist.all_gather_object(indices, own_index, group=self.group)
+        return dict(ChainMap(*indices))
+
+    def commit(self, index: FileIndex) -> None:
+        """Write the metadata and give the folder its name, on rank 0."""
+        with fail_on_all_ranks(self.group):
+            if self.ranks.rank == 0:
+                write_json(self.partial_folder / STUDENT_FILE, asdict(self.facts))
+                index |= {STUDENT_FILE: FileFacts.read(self.partial_folder / STUDENT_FILE)}
+                write_json(self.partial_folder / INDEX_FILE, {name: asdict(index[name]) for name in sorted(index)})
+                sync_folder(self.partial_folder)  # the files must be on the disk before the folder has its name
+                self.partial_folder.replace(self.folder)
+                sync_folder(self.folder.parent)
 
 
 @dataclass(frozen=True)
@@ -68,134 +112,110 @@ class CheckpointWriter:
 
     def __init__(self, run: Path, options: CheckpointOptions, ranks: RankContext) -> None:
         self.run_folder, self.options, self.ranks = run, options, ranks
-        self.group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)  # its own: training talks at the same time
+        # a group of its own, because training communicates at the same time
+        self.group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
         self.cpu_mesh = build_cpu_mesh(ranks)
-        self.thread: threading.Thread | None = None
+        self.allocator = ThreadPoolExecutor(1)  # one thread, so that allocations follow each other
         self.host_buffers: HostBuffers = {}
-        self.buffer_task: Future[None] | None = None
-        self.snapshot: StagedState | None = None  # of the newest one
-        self.failure: str | None = None  # why the newest one was not written
+        self.job: CheckpointJob | None = None  # of the last save, like its thread
+        self.thread: threading.Thread | None = None
+        self.staged: StagedState | None = None  # until the thread ends
+
+    def prepare_buffers(self, tensors: Mapping[str, Tensor]) -> Future[None]:
+        """Start allocating host memory for copies of `tensors`, so that the first `save` need not wait for it."""
+        return self.allocator.submit(allocate_host_buffers, tensors, self.host_buffers)
 
     def save(self, tensors: Mapping[str, Tensor], facts: StudentFacts, *, first: str = STUDENT) -> None:
-        """Begin a checkpoint of live tensors; they may change once `wait_for_copies` has returned.
+        """Start a checkpoint of live tensors, after the one before; SaveError if the host has no memory for copies.
 
-        first: the role that is updated next, whose tensors are copied first.
+        The tensors may change after `wait_for_copies`; `register_step_hooks` makes optimizers wait for their own. With
+        --no-async-checkpoint, return when the checkpoint has ended. first: the role that is updated next.
         """
         self.wait()
-        asynchronous = self.options.async_checkpoint
-        if asynchronous:
-            self.wait_for_buffers(tensors)
-        self.snapshot = StagedState(tensors, self.cpu_mesh, self.host_buffers, first=first) if asynchronous else None
-        self.thread = threading.Thread(
-            target=self._write_checkpoint, args=(dict(tensors), facts), name="checkpoint", daemon=True
-        )
+        self.staged = self._stage(tensors, first) if self.options.async_checkpoint else None
+        self.job = CheckpointJob(step_folder(self.run_folder, facts.iteration), facts, self.ranks, self.group)
+        # a daemon: a job that waits for a dead rank must not keep the process alive
+        self.thread = threading.Thread(target=self._run, args=(self.job, dict(tensors)), name="checkpoint", daemon=True)
         self.thread.start()
-        if not asynchronous:
+        if self.staged is None:
             self.wait()
 
-    def prepare_buffers(self, tensors: Mapping[str, Tensor]) -> None:
-        """Begin to make room for copies of such tensors, so that the first checkpoint need not wait for it."""
-        pool = ThreadPoolExecutor(1)
-        self.buffer_task = pool.submit(allocate_host_buffers, tensors, self.host_buffers)
-        pool.shutdown(wait=False)
-
-    def wait_for_buffers(self, tensors: Mapping[str, Tensor]) -> None:
-        """Wait until that has been done, or do it; SaveError where the host has no such room."""
+    def _stage(self, tensors: Mapping[str, Tensor], first: str) -> StagedState:
         try:
-            if self.buffer_task is not None:
-                self.buffer_task.result()
-            allocate_host_buffers(tensors, self.host_buffers)
+            self.prepare_buffers(tensors).result()
         except (RuntimeError, MemoryError) as error:
             raise SaveError(
-                f"no host memory for a checkpoint's copy ({error_reason(error)}); go on with --no-checkpoint-beside"
+                f"async_checkpoint=True: no host memory for a copy of the state ({error_reason(error)}); "
+                "repeat the command with --no-async-checkpoint"
             ) from error
+        return StagedState(tensors, self.cpu_mesh, self.host_buffers, first=first)
 
-    def wait_for_copies(self) -> None:
-        """Wait until the tensors may change."""
-        snapshot = self.snapshot
-        if snapshot is not None:
-            snapshot.wait_for_all()
+    def _run(self, job: CheckpointJob, tensors: dict[str, Tensor]) -> None:
+        if self.ranks.device.type == "cuda":
+            torch.cuda.set_device(self.ranks.device)  # a new thread starts on GPU 0
+        start_time = time.perf_counter()
+        try:
+            job.commit(job.write(tensors if self.staged is None else self.staged.wait_for_all()))
+        except WRITE_ERRORS as error:
+            job.failure = f"checkpoint {job.folder.name} could not be written ({error_reason(error)})"
+            if self.ranks.rank == 0:
+                shutil.rmtree(job.partial_folder, ignore_errors=True)
+            if self.ranks.rank == 0 or isinstance(error, OSError):
+                logging.warning("%s; older checkpoints are kept and training continues", job.failure)
+            return
+        finally:
+            self.staged = None  # it refers to the whole state, which may be replaced
+        job.failure = None
+        if self.ranks.rank == 0:
+            prune_checkpoints(self.run_folder, self.options.keep_last, self.options.keep_every)
+            logging.info("checkpoint %s, written in %.1f s", job.folder.name, time.perf_counter() - start_time)
 
     def register_step_hooks(self, optimizers: Mapping[str, torch.optim.Optimizer], clock: PhaseTimer) -> None:
-        """Let each role's optimizer wait before a step for the copies of what it changes, and for no others."""
+        """Make each role's optimizer wait, before a step, for the copies of what the step changes and for no others."""
         for role, optimizer in optimizers.items():
             optimizer.register_step_pre_hook(partial(self._before_step, role, clock))
 
     def _before_step(self, role: str, clock: PhaseTimer, *_: object) -> None:
-        snapshot = self.snapshot
-        if snapshot is not None and snapshot.is_pending(role):
+        staged = self.staged  # read once: the job's thread resets it
+        if staged is not None and staged.is_pending(role):
             with clock("checkpoint"):
-                snapshot.wait_for_role(role)
+                staged.wait_for_role(role)
+
+    def wait_for_copies(self) -> None:
+        """Wait until all tensors of the last save may change."""
+        staged = self.staged
+        if staged is not None:
+            staged.wait_for_all()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait until the checkpoint that was begun has ended, well or not."""
+        """Wait until the last checkpoint has ended, successfully or not, or for `seconds`."""
         if self.thread is not None:
             self.thread.join(seconds)
 
     def finish(self) -> None:
-        """Wait for the last checkpoint; SaveError where it could not be written."""
+        """Wait for the last checkpoint; SaveError if it could not be written."""
         self.wait()
-        if self.failure is not None:
-            raise SaveError(f"{self.failure}; make room and give the same command again")
-        if self.ranks.rank == 0:  # an earlier run may have been killed after naming its last one and before this
+        if self.job is not None and self.job.failure is not None:
+            raise SaveError(f"{self.job.failure}; free disk space and repeat the same command")
+        if self.ranks.rank == 0:  # an earlier run may have been killed between its last commit and the pruning
             prune_checkpoints(self.run_folder, self.options.keep_last, self.options.keep_every)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.wait(60 if error else None)  # another rank may be gone, and would be waited for in vain
-        if error is None:
+    def __exit__(self, error_type: object, *_: object) -> None:
+        self.wait(None if error_type is None else ERROR_EXIT_SECONDS)
+        self.allocator.shutdown(wait=False)
+        if error_type is None:  # destroying the group waits for all ranks
             dist.destroy_process_group(self.group)
 
-    def _write_checkpoint(self, tensors: dict[str, Tensor], facts: StudentFacts) -> None:
-        """All of one checkpoint, in its own thread."""
-        if self.ranks.device.type == "cuda":
-            torch.cuda.set_device(self.ranks.device)
-        name = step_folder(self.run_folder, facts.iteration).name
-        self.failure = f"checkpoint {name} was not finished"  # whatever may happen below
-        start_time = time.perf_counter()
-        try:
-            copies = tensors if self.snapshot is None else self.snapshot.wait_for_all()
-            write_checkpoint(self.run_folder, copies, facts, self.group)
-        except WRITE_ERRORS as error:
-            self.failure = f"checkpoint {name} could not be written ({error_reason(error)})"
-            if self.ranks.rank == 0 or isinstance(error, OSError):
-                logging.warning("%s; the older ones are kept and training goes on", self.failure)
-            return
-        finally:
-            self.snapshot = None  # as large as all of the state
-        self.failure = None
-        if self.ranks.rank == 0:
-            prune_checkpoints(self.run_folder, self.options.keep_last, self.options.keep_every)
-            logging.info("checkpoint %s, written in %.1f s", name, time.perf_counter() - start_time)
 
-
-def write_checkpoint(run: Path, copies: dict[str, Tensor], facts: StudentFacts, group: dist.ProcessGroup) -> None:
-    """Write, check and name a checkpoint; all ranks call it together, and all fail where one does."""
-    folder = step_folder(run, facts.iteration)
-    partial_folder = folder.with_name(folder.name + ".partial")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    first = rank == 0
-    try:
-        raise_on_all_ranks(lambda: remove_partial(partial_folder) if first else None, group)
-        dcp.save(copies, storage_writer=storage_writer(partial_folder, copies, world), process_group=group)
-        raise_on_all_ranks(lambda: check_files(partial_folder, copies, rank), group)
-        raise_on_all_ranks(lambda: finalize_metadata(partial_folder, facts, world) if first else None, group)
-        raise_on_all_ranks(lambda: publish_checkpoint(partial_folder, folder) if first else None, group)
-    except WRITE_ERRORS:
-        if first:
-            shutil.rmtree(partial_folder, ignore_errors=True)
-        raise
-
-
-def raise_on_all_ranks(action: Callable[[], None], group: dist.ProcessGroup) -> None:
-    """Do a step on this rank; it raises on all ranks where it fails on one."""
+@contextmanager
+def fail_on_all_ranks(group: dist.ProcessGroup) -> Iterator[None]:
+    """Run the body on every rank; if it fails on one, raise on all, so that none waits for another in vain."""
     failure = None
     try:
-        action()
+        yield
     except WRITE_ERRORS as error:
         failure = error
     failed = torch.tensor(int(failure is not None))
@@ -206,52 +226,28 @@ def raise_on_all_ranks(action: Callable[[], None], group: dist.ProcessGroup) -> 
         raise RuntimeError(f"{int(failed)} other ranks failed")
 
 
-def remove_partial(partial_folder: Path) -> None:
-    """Remove what a killed run left."""
-    if partial_folder.exists():
-        shutil.rmtree(partial_folder)
-
-
-def storage_writer(partial_folder: Path, copies: dict[str, Tensor], world: int) -> HuggingFaceStorageWriter:
-    """Each rank writes its own parts, in files of some FILE_BYTES."""
-    files, total = {}, 0
-    for name, value in copies.items():
-        files[name] = 1 + total // (FILE_BYTES * world)
+def build_storage_writer(folder: Path, tensors: Mapping[str, Tensor], world: int) -> HuggingFaceStorageWriter:
+    """A writer with which each of `world` ranks writes its own parts, in files of about FILE_BYTES."""
+    file_numbers, total = {}, 0
+    for name, value in tensors.items():
+        file_numbers[name] = 1 + total // (FILE_BYTES * world)  # a tensor's bytes are spread over all ranks
         total += value.numel() * value.element_size()
-    return HuggingFaceStorageWriter(str(partial_folder), fqn_to_index_mapping=files, save_distributed=True)
+    return HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_numbers, save_distributed=True)
 
 
-def check_files(partial_folder: Path, copies: dict[str, Tensor], rank: int) -> None:
-    """Read this rank's files back, compare them with what was meant, and write down what they are."""
-    files = {}
-    for path in sorted(partial_folder.glob(f"shard-{rank + 1:05d}-*.safetensors")):
+def verify_files(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> FileIndex:
+    """Read a rank's files back; returns what they are by name, OSError if one differs from `tensors`."""
+    index = {}
+    for path in sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                if not same_bytes(file.get_tensor(name), local_tensor(copies[name]).cpu()):
+                if not same_bytes(file.get_tensor(name), local_tensor(tensors[name]).cpu()):
                     raise OSError(f"{path.name}: {name} is not what was written")
-        files[path.name] = asdict(file_facts(path))
-    (partial_folder / f"rank-{rank:05d}.json").write_text(json.dumps(files))
+        index[path.name] = FileFacts.read(path)
+    return index
 
 
 def same_bytes(left: Tensor, right: Tensor) -> bool:
-    """Equality that holds for NaN too."""
+    """Equality of dtype, shape and bytes; unlike `torch.equal` it holds for NaN too."""
     flat = [value.contiguous().view(-1).view(torch.uint8) for value in (left, right)]
     return left.dtype == right.dtype and left.shape == right.shape and torch.equal(*flat)
-
-
-def finalize_metadata(partial_folder: Path, facts: StudentFacts, world: int) -> None:
-    """Say what the student is, and gather what all ranks know of their files into the index."""
-    write_file(partial_folder / STUDENT_FILE, (json.dumps(asdict(facts), indent=1, ensure_ascii=False) + "\n").encode())
-    files = {STUDENT_FILE: file_facts(partial_folder / STUDENT_FILE)}
-    for rank in range(world):
-        rank_index = partial_folder / f"rank-{rank:05d}.json"
-        files |= {name: FileFacts(**fields) for name, fields in json.loads(rank_index.read_bytes()).items()}
-        rank_index.unlink()
-    write_index(partial_folder, files)
-    sync_folder(partial_folder)
-
-
-def publish_checkpoint(partial_folder: Path, folder: Path) -> None:
-    """The last act."""
-    partial_folder.replace(folder)
-    sync_folder(folder.parent)

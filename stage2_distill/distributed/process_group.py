@@ -12,31 +12,28 @@ from common.device import pick_device
 
 @dataclass(frozen=True)
 class RankContext:
-    """This process among all of a run."""
+    """This process among all processes of a run."""
 
     rank: int
     world: int
     device: torch.device
-    mesh: DeviceMesh
+    mesh: DeviceMesh  # ("shard",) or, for HSDP, ("replicate", "shard")
 
 
 def start_process_group(device: str, *, replicate: int = 1) -> RankContext:
     """Join the process group that torchrun describes; without torchrun, a group of one.
 
-    ValueError where the ranks cannot hold `replicate` whole networks.
+    ValueError if the ranks cannot be divided into `replicate` equal groups that each hold a complete network.
     """
     torch_device = pick_device(device)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
     if not dist.is_initialized():
-        backend = (
-            "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo"
-        )  # checkpoints and signals go over gloo
-        if "WORLD_SIZE" in os.environ:
-            store, rank, world = next(dist.rendezvous("env://"))
-            dist.init_process_group(backend, store=restart_store(store), rank=rank, world_size=world)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        # checkpoints and stop signals use gloo beside NCCL
+        backend = "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo"
+        alone = (dist.HashStore(), 0, 1)  # without torchrun: a store within this process
+        store, rank, world = next(dist.rendezvous("env://")) if "WORLD_SIZE" in os.environ else alone
+        dist.init_process_group(backend, store=restart_store(store), rank=rank, world_size=world)
     rank, world = dist.get_rank(), dist.get_world_size()
     return RankContext(rank, world, torch_device, build_mesh(torch_device.type, world, replicate))
 
@@ -44,8 +41,8 @@ def start_process_group(device: str, *, replicate: int = 1) -> RankContext:
 def restart_store(store: dist.Store) -> dist.Store:
     """A part of torchrun's store for this start of the ranks.
 
-    torchrun keeps its store when it starts killed ranks again: they must not find the addresses of the dead. On several
-    nodes it counts restarts a node, so the count cannot name the part there.
+    torchrun keeps its store when it restarts killed ranks, and they must not find the addresses of dead processes. On
+    several nodes it counts restarts per node, so the count cannot name a common part, and the whole store is used.
     """
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         return store
@@ -53,7 +50,7 @@ def restart_store(store: dist.Store) -> dist.Store:
 
 
 def build_mesh(device_type: str, world: int, replicate: int) -> DeviceMesh:
-    """All ranks in a row, or `replicate` rows that each hold a whole network (HSDP)."""
+    """All ranks in one dimension, or `replicate` rows that each hold a complete network (HSDP)."""
     if world % replicate:
         divisors = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
         raise ValueError(f"replicate={replicate}: does not divide {world} ranks; possible are {divisors}")
@@ -63,7 +60,7 @@ def build_mesh(device_type: str, world: int, replicate: int) -> DeviceMesh:
 
 
 def gather_from_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The figures (F) of every rank, in order (ranks F)."""
+    """The values (N) of all ranks, as rows in the order of ranks (ranks N)."""
     if dist.get_world_size() == 1:
         return values[None]
     rows = [torch.empty_like(values) for _ in range(dist.get_world_size())]
@@ -72,9 +69,9 @@ def gather_from_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def on_any_rank(value: bool) -> bool:
-    """Whether something is so on any rank; over the CPU, for it is asked in every iteration and a GPU is busy."""
+    """Whether `value` is true on any rank; all ranks call it together."""
     if dist.get_world_size() == 1:
         return value
-    flag = torch.tensor(int(value))
+    flag = torch.tensor(int(value))  # on the CPU: a GPU would first finish its queued work, in every iteration
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)

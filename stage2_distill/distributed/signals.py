@@ -1,37 +1,32 @@
-"""Stopping in good order: SIGTERM and SIGINT let the iteration end, and all ranks learn of a signal that one got."""
+"""Stops training cleanly on SIGTERM or SIGINT: the iteration ends, and all ranks learn of a signal to one of them."""
 
 import logging
 import signal
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 from stage2_distill.distributed.process_group import on_any_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-REPEAT_SECONDS = 5.0  # seconds in which a second signal means the first: torchrun passes on what a rank has got already
+REPEAT_SECONDS = 5.0  # a second signal within this time is the first again: torchrun forwards what a rank has received
 
 
 class StopSignal:
-    """Watches for a signal to end; another one some seconds later ends the process at once."""
+    """Context in which a signal requests a stop; another one more than REPEAT_SECONDS later ends the process."""
 
     def __init__(self) -> None:
         self.first_signal_time: float | None = None
-        self.previous_handlers: dict[signal.Signals, signal.Handlers] = {}
 
     def is_requested(self) -> bool:
-        """Whether any rank was told to end; all ranks call it after each iteration and get one answer."""
+        """Whether any rank has received a signal; all ranks call it after each iteration and get the same answer."""
         return on_any_rank(self.first_signal_time is not None)
 
     def __enter__(self) -> Self:
-        self.previous_handlers = {number: signal.signal(number, self._handle_signal) for number in SIGNALS}  # type: ignore[misc]
+        self.previous_handlers = {number: signal.signal(number, self._handle_signal) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
@@ -41,5 +36,5 @@ class StopSignal:
             self.first_signal_time = now
             logging.info("%s: ending after this iteration, with a checkpoint", signal.Signals(number).name)
         elif now - self.first_signal_time > REPEAT_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL)  # the default action ends the process
             signal.raise_signal(number)

@@ -1,6 +1,6 @@
-"""Student against teacher: every contestant makes the same conditions from the same noise.
+"""Compares students with their teacher: every candidate samples the same conditions from the same noise.
 
-Shapes: B batch, C channels, T latent frames, H W latent size, L text rows, D text width.
+Shapes: N records, B batch, C channels, T latent frames, H W latent size, L text rows, D text width.
 """
 
 import hashlib
@@ -9,13 +9,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from common.condition import Condition, Denoiser
+from common.condition import Denoiser
 from common.device import pick_device
 from common.files import write_file
 from common.flow import shift
@@ -36,75 +37,80 @@ from stage2_distill.checkpointing.format import (
     resolve_checkpoint,
     write_best,
 )
-from stage2_distill.dmd.rollout import rollout, sample_euler
+from stage2_distill.dmd.rollout import sample_euler, sample_student
 from stage2_distill.evaluation.config import EvaluateConfig
-from stage2_distill.evaluation.latent_metrics import SeedStatistics, reference_seeds, score_candidates, seed_statistics
-from stage2_distill.model.wan import guided, make_denoiser
-from stage2_distill.model.wan import load_transformer as load_network
+from stage2_distill.evaluation.latent_metrics import reference_seeds, score_candidates, seed_statistics
+from stage2_distill.model.wan import guided, load_transformer, make_denoiser
 from stage2_distill.sampling.student_sampler import check_model, load_student
 
 EVALUATION_CONFIG_FILE, SELECTION_FILE = "evaluate.yaml", "selection.json"
 CHUNK_BYTES = 4 << 20  # bytes of latents that share a chunk of the store
+MIN_LATENT_FRAMES = 3  # the feature map spans two free frames
 
 
 @dataclass(frozen=True)
 class EvaluationSetup:
-    """What all contestants share."""
+    """What all candidates share."""
 
     config: EvaluateConfig
     facts: StudentFacts  # of the first checkpoint
-    records: tuple[Record, ...]  # N
+    records: tuple[Record, ...]  # N, the conditions
     negative_text: Tensor  # (L D)
-    records_digest: str  # digest of the records
+    records_digest: str
     guidance_scale: float
 
     @property
     def store(self) -> Path:
-        """Where the latents go."""
+        """The zarr store of all latents."""
         return Path(self.config.out) / LATENTS_STORE
 
 
 @dataclass(frozen=True)
 class CandidateSampler:
-    """How one contestant makes its videos."""
+    """How one candidate samples its videos."""
 
-    candidate: Candidate
-    checkpoint: Path | None  # None: the teacher's weights
+    name: str
+    title: str  # the label without the number of steps
+    sets: str  # prefix of its sets' names
     sigmas: tuple[float, ...]
-    guidance_scale: float  # 1 = no guidance
-    renoise: bool  # fresh noise between the steps, as a student; otherwise Euler
+    guidance_scale: float = 1.0  # 1 = no guidance
+    renoise: bool = True  # fresh noise between the steps, as a student; False = Euler steps
+    checkpoint: Path | None = None  # None = the teacher's weights
+
+    @property
+    def candidate(self) -> Candidate:
+        """The candidate, with its label and its number of network evaluations per video."""
+        steps, is_guided = len(self.sigmas), self.guidance_scale != 1
+        label = f"{self.title}, {steps} {'guided steps' if is_guided else 'steps'}"
+        return Candidate(self.name, label, steps * (2 if is_guided else 1), self.sets)
 
 
 def sample_comparison(config: EvaluateConfig) -> Comparison:
-    """Write the latents of every contestant and seed into OUT/latents.zarr, and OUT/contest.json.
+    """Write the latents of every candidate and seed into OUT/latents.zarr, and OUT/contest.json.
 
-    Sets that are there already, made in the same way from the same weights, are kept.
+    Complete sets from the same weights and settings are kept.
     """
     setting = open_evaluation(config)
     if config.select:
         select_best(setting)
-    samplers = [
-        *teacher_samplers(setting),
-        *student_samplers(setting, [resolve_checkpoint(Path(name)) for name in config.checkpoint]),
-    ]
-    comparison = sample_sets(setting, samplers)
+    students = student_samplers(setting, [resolve_checkpoint(Path(name)) for name in config.checkpoint])
+    comparison = sample_sets(setting, [*teacher_samplers(setting), *students])
     write_comparison(Path(config.out), comparison)
     return comparison
 
 
 def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
-    """Read the conditions and check that they, the model and the checkpoints belong together."""
-    first, *other_runs = config.checkpoint
-    facts = read_facts(run_checkpoints(Path(first))[-1])
-    if facts.spec.latent_shape[1] < 3:
-        raise ValueError(f"checkpoint={first}: {facts.spec.num_frames} frames; a distance needs 9 or more")
-    check_model(config.model, facts, ("vae", "transformer"))
-    for name in other_runs:
-        if read_facts(run_checkpoints(Path(name))[-1]).transformer != facts.transformer:
-            raise ValueError(f"checkpoint={name}: distilled from another model than {first}")
+    """Read the conditions; ValueError if they, the model and the checkpoints do not belong together."""
+    first, *others = (read_facts(newest_checkpoint(Path(name))) for name in config.checkpoint)
+    if first.spec.latent_shape[1] < MIN_LATENT_FRAMES:
+        frames = f"{first.spec.num_frames} frames"
+        raise ValueError(f"checkpoint={config.checkpoint[0]}: {frames}; a distance needs 9 or more")
+    check_model(config.model, first, ("vae", "transformer"))
+    for facts in others:
+        check_model(config.model, facts, ("transformer",))
     data = open_data_set(config.shards)
-    encoders: dict[str, object] = {"vae": facts.vae, "text_encoder": facts.text_encoder}
-    check_manifest(Path(config.shards), data.manifest, spec=facts.spec, encoder=encoders)
+    encoders: dict[str, object] = {"vae": first.vae, "text_encoder": first.text_encoder}
+    check_manifest(Path(config.shards), data.manifest, spec=first.spec, encoder=encoders)
     count = min(config.num_records, data.num_records)
     if count < 2:
         raise ValueError(f"shards={config.shards}: holds {count} records; a distance between sets needs 2 or more")
@@ -113,96 +119,68 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     write_config(Path(config.out) / EVALUATION_CONFIG_FILE, config)
     return EvaluationSetup(
         config,
-        facts,
+        first,
         tuple(data.read_record(index) for index in range(count)),
         pad_text(data.negative, config.max_text_tokens),
         f"{count} of {data_digest}",
-        float(str(facts.config["guidance_scale"] if config.guidance_scale is None else config.guidance_scale)),
+        float(str(first.config["guidance_scale"] if config.guidance_scale is None else config.guidance_scale)),
     )
 
 
-def run_checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints of a run, oldest first, or the one that `folder` is; ValueError where there is none."""
-    last = newest_checkpoint(folder)
-    return [last] if last == folder else list_checkpoints(folder)
-
-
 def teacher_samplers(setting: EvaluationSetup) -> list[CandidateSampler]:
-    """The teacher at its many steps and on the student's ladder, and the student as it was before distillation."""
+    """The teacher at its many steps and at the student's, and the student as it was before distillation."""
     facts, scale, steps = setting.facts, setting.guidance_scale, setting.config.teacher_steps
-    teacher_sigmas = tuple(shift(1 - step / steps, facts.shift) for step in range(steps))
-    student_steps, step_label = len(facts.sigmas), "guided steps" if scale != 1 else "steps"
-    evaluations_per_step = 1 if scale == 1 else 2
+    sigmas = tuple(shift(1 - step / steps, facts.shift) for step in range(steps))
     return [
-        CandidateSampler(Candidate("teacher", f"teacher, {steps} {step_label}", evaluations_per_step * steps, "teacher"), None, teacher_sigmas, scale, False),
-        CandidateSampler(
-            Candidate("teacher-few", f"teacher, {student_steps} {step_label}", evaluations_per_step * student_steps, "teacher-few"),
-            None, facts.sigmas, scale, False,
-        ),
-        CandidateSampler(
-            Candidate("undistilled", f"undistilled student, {student_steps} steps", student_steps, "undistilled"),
-            None, facts.sigmas, 1.0, True,
-        ),
-    ]  # fmt: skip
+        CandidateSampler("teacher", "teacher", "teacher", sigmas, scale, renoise=False),
+        CandidateSampler("teacher-few", "teacher", "teacher-few", facts.sigmas, scale, renoise=False),
+        CandidateSampler("undistilled", "undistilled student", "undistilled", facts.sigmas),
+    ]
 
 
 def student_samplers(setting: EvaluationSetup, folders: Sequence[Path]) -> list[CandidateSampler]:
-    """Checkpoints, each on its own ladder; the first is named `student`."""
+    """Checkpoints, each with its own sigmas, without duplicates; the first is named `student`."""
     samplers: list[CandidateSampler] = []
     for folder in folders:
         facts = read_facts(folder)
         if facts.spec != setting.facts.spec:
             raise ValueError(f"checkpoint={folder}: makes videos of {facts.spec}, the first of {setting.facts.spec}")
         resolved = folder.resolve()
-        short_name = f"{resolved.parent.name}-{resolved.name}"
-        label = f"{short_name}, {len(facts.sigmas)} steps" if samplers else f"student, {len(facts.sigmas)} steps"
-        name = f"{short_name}-{fingerprint_folder(folder)[:6]}"
-        candidate = Candidate(name if samplers else "student", label, len(facts.sigmas), name)
-        if candidate.sets not in [sampler.candidate.sets for sampler in samplers]:
-            samplers.append(CandidateSampler(candidate, folder, facts.sigmas, 1.0, True))
+        title = f"{resolved.parent.name}-{resolved.name}"
+        sets = f"{title}-{fingerprint_folder(folder)[:6]}"  # runs in different places may have the same name
+        name, title = (sets, title) if samplers else ("student", "student")
+        if sets not in [sampler.sets for sampler in samplers]:
+            samplers.append(CandidateSampler(name, title, sets, facts.sigmas, checkpoint=folder))
     return samplers
 
 
 def sample_sets(setting: EvaluationSetup, samplers: Sequence[CandidateSampler]) -> Comparison:
-    """Make the sets that are missing, network by network; the first sampler is the teacher."""
-    seeds = setting.config.seeds
+    """Sample the missing sets, one network after another; the first sampler is the teacher."""
+    seeds, references = setting.config.seeds, reference_seeds(setting.config.seeds)
     candidates = tuple(sampler.candidate for sampler in samplers)
-    comparison = Comparison(candidates, seeds, reference_seeds(seeds), len(setting.records), setting.guidance_scale)
-    for checkpoint in dict.fromkeys(sampler.checkpoint for sampler in samplers):
-        missing = []
-        for sampler in samplers:
-            needed_seeds = {*seeds, *comparison.references} if sampler.candidate == comparison.teacher else seeds
-            if sampler.checkpoint == checkpoint:
-                missing += [
-                    (sampler, seed) for seed in sorted(needed_seeds) if not is_current_set(setting, sampler, seed)
-                ]
-        if missing:
-            denoiser = open_denoiser(setting, checkpoint)
-            for sampler, seed in missing:
-                sample_set(setting, sampler, denoiser, seed)
-    return comparison
+    pairs = [(samplers[0], seed) for seed in sorted({*seeds, *references})]
+    pairs += [(sampler, seed) for sampler in samplers[1:] for seed in sorted(seeds)]
+    missing = [pair for pair in pairs if not is_current_set(setting, *pair)]
+    for checkpoint, group in groupby(missing, key=lambda pair: pair[0].checkpoint):
+        denoiser = open_denoiser(setting.config, checkpoint)
+        for sampler, seed in group:
+            sample_set(setting, sampler, denoiser, seed)
+    return Comparison(candidates, seeds, references, len(setting.records), setting.guidance_scale)
 
 
-def open_denoiser(setting: EvaluationSetup, checkpoint: Path | None) -> Denoiser:
-    """The teacher's or a checkpoint's weights as a function to x0."""
-    config, dtype = setting.config, getattr(torch, setting.config.dtype)
-    if checkpoint is not None:
-        device = pick_device(config.device)
-        net = load_student(
-            checkpoint,
-            read_facts(checkpoint),
-            model=config.model,
-            weights=config.weights,
-            dtype=dtype,
-            device=device,
-        )
+def open_denoiser(config: EvaluateConfig, checkpoint: Path | None) -> Denoiser:
+    """The weights of a checkpoint, or of the teacher, as a function to x0."""
+    dtype, device = getattr(torch, config.dtype), pick_device(config.device)
+    if checkpoint is None:
+        net = load_transformer(locate_model(config.model, ("transformer",)), dtype).to(device).requires_grad_(False)
     else:
-        net = load_network(locate_model(config.model, ("transformer",)), dtype)
-    return make_denoiser(net.to(pick_device(config.device)).requires_grad_(False), dtype)
+        facts, weights = read_facts(checkpoint), config.weights
+        net = load_student(checkpoint, facts, model=config.model, weights=weights, dtype=dtype, device=device)
+    return make_denoiser(net, dtype)
 
 
 def set_digest(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -> str:
-    """A digest of all that decides a set's latents."""
+    """Digest of everything that decides a set's latents."""
     weights = setting.facts.transformer
     if sampler.checkpoint is not None:
         weights = fingerprint_folder(sampler.checkpoint) + setting.config.weights
@@ -211,65 +189,62 @@ def set_digest(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -
 
 
 def is_current_set(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -> bool:
-    """Whether a set is complete and is what would be made now."""
+    """Whether the store has the complete set that would be sampled now."""
     stored = latent_store.read_group_facts(setting.store, latent_set_name(sampler.candidate, seed))
     return stored.get("digest") == set_digest(setting, sampler, seed)
 
 
 def sample_set(setting: EvaluationSetup, sampler: CandidateSampler, denoiser: Denoiser, seed: int) -> None:
-    """Sample all conditions with one contestant and seed into the store."""
+    """Sample all conditions with one candidate and seed into the store."""
     records, store, name = setting.records, setting.store, latent_set_name(sampler.candidate, seed)
     keys, prompts = tuple(r.key for r in records), tuple(r.source.prompt for r in records)
-    spec = setting.facts.spec
-    rows_per_chunk = max(1, CHUNK_BYTES // (4 * math.prod(spec.latent_shape)))
-    latent_store.create_group(
-        store,
-        latent_store.LatentGroup(name, spec, keys, prompts, (seed,) * len(records)),
-        videos_per_chunk=rows_per_chunk,
-    )
-    seconds = []
+    group = latent_store.LatentGroup(name, setting.facts.spec, keys, prompts, (seed,) * len(records))
+    video_bytes = 4 * math.prod(group.spec.latent_shape)  # float32
+    latent_store.create_group(store, group, videos_per_chunk=max(1, CHUNK_BYTES // video_bytes))
+    seconds = []  # per video; their median leaves out the first batch, which is slower
     with ProgressBar(len(records), label=f"sample {name}") as progress:
         for rows in group_by_first_frame(records, setting.config.batch_size):
-            start_time = time.perf_counter()
+            start_time = time.perf_counter()  # `.cpu()` below waits for the GPU
             x0 = sample_rows(setting, sampler, denoiser, rows, seed).cpu()
             seconds.append((time.perf_counter() - start_time) / len(rows))
             if not torch.isfinite(x0).all():
-                raise ValueError(f"{sampler.checkpoint or setting.config.model}: makes latents that are not finite")
+                raise ValueError(f"{sampler.checkpoint or setting.config.model}: produces latents that are not finite")
             latent_store.write_latents(store, name, rows, x0)
             progress.advance(count=len(rows))
-    latent_store.finish_group(
-        store, name, facts={"digest": set_digest(setting, sampler, seed), "seconds": median(seconds)}
-    )
+    facts: dict[str, str | float] = {"digest": set_digest(setting, sampler, seed), "seconds": median(seconds)}
+    latent_store.finish_group(store, name, facts=facts)
 
 
 @torch.no_grad()
 def sample_rows(
     setting: EvaluationSetup, sampler: CandidateSampler, denoiser: Denoiser, rows: Sequence[int], seed: int
 ) -> Tensor:
-    """Latents (B C T H W) of some conditions; the noise depends on the seed and the row alone."""
-    device = pick_device(setting.config.device)
+    """Latents (B C T H W) of some conditions."""
+    device, sigmas, shape = pick_device(setting.config.device), sampler.sigmas, setting.facts.spec.latent_shape
     records = [setting.records[row] for row in rows]
-    condition: Condition = collate_records(records, max_text_tokens=setting.config.max_text_tokens).condition.to(device)
-    generators = [make_generator(seed, 0, row, "evaluate", device) for row in rows]
-    noise = draw_normal(setting.facts.spec.latent_shape, generators)
+    condition = collate_records(records, max_text_tokens=setting.config.max_text_tokens).condition.to(device)
     guided_denoiser = guided(denoiser, negative_text=setting.negative_text.to(device), scale=sampler.guidance_scale)
+    # Noise depends on the seed and the row alone: candidates share it, whatever their batch.
+    keys, purpose = [(seed, 0, row) for row in rows], "evaluate"
     if sampler.renoise:
-        return rollout(guided_denoiser, noise, condition, sigmas=sampler.sigmas, generators=generators)
-    return sample_euler(guided_denoiser, noise, condition, sigmas=sampler.sigmas)
+        return sample_student(guided_denoiser, condition, sigmas=sigmas, latent_shape=shape, keys=keys, purpose=purpose)
+    noise = draw_normal(shape, [make_generator(*key, purpose, device) for key in keys])
+    return sample_euler(guided_denoiser, noise, condition, sigmas=sigmas)
 
 
 def select_best(setting: EvaluationSetup) -> Path:
-    """Score every checkpoint of the first run by its distance to the teacher; name the best in RUN/best."""
+    """Score every checkpoint of the first run by its distance to the teacher; write the best's name to RUN/best."""
     run = Path(setting.config.checkpoint[0])
-    folders = run_checkpoints(run)
-    if folders == [run]:
+    if newest_checkpoint(run) == run:
         raise ValueError(f"checkpoint={run}: is one checkpoint; --select chooses among those of a run")
+    folders = list_checkpoints(run)
     samplers = student_samplers(setting, folders)
     comparison = sample_sets(setting, [teacher_samplers(setting)[0], *samplers])
     scores = score_candidates(setting.store, comparison)
-    distances: dict[str, SeedStatistics] = {}
-    for folder, sampler in zip(folders, samplers, strict=True):
-        distances[folder.name] = seed_statistics(scores[sampler.candidate.name].frechet)
+    distances = {
+        folder.name: seed_statistics(scores[sampler.name].frechet)
+        for folder, sampler in zip(folders, samplers, strict=True)
+    }
     best = min(distances, key=lambda name: distances[name].mean)
     rows = [{"checkpoint": name, **vars(distance)} for name, distance in distances.items()]
     write_file(Path(setting.config.out) / SELECTION_FILE, (json.dumps(rows, indent=1) + "\n").encode())

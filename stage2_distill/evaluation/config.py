@@ -8,53 +8,42 @@ from stage2_distill.sampling.config import DTYPES, WEIGHT_SETS
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What `evaluate` compares, and how."""
+    """Options of `evaluate`."""
 
     checkpoint: tuple[str, ...] = option(
-        help="Folder of a run or of one checkpoint; several times adds others.", group="model"
+        help="Folder of a run or of one checkpoint; repeat the option to compare several.", group="model"
     )
-    shards: str = option(help="Data set made by encode: the conditions.", group="data")
+    shards: str = option(help="Data set of encode; its records are the conditions.", group="data")
     model: str = option(help="Model folder or hub name: the teacher, and the VAE for the videos.", group="model")
     out: str = option(
-        help="Folder for latents, videos, report.json and report.html; the same command goes on.", group="output"
+        help="Folder for latents, videos, report.json and report.html; the same command resumes.", group="output"
     )
     num_records: int = option(
-        2048, "Records compared, from the first; all where there are fewer.", minimum=2, group="data", old_name="count"
+        2048, "Number of records compared, from the first; at most all.", minimum=2, group="data", old_name="count"
     )
     seeds: tuple[int, ...] = option((0, 1, 2), "Seeds of the noise.", group="data", advanced=True)
     teacher_steps: int = option(50, "Steps of the teacher.", minimum=1, group="recipe", advanced=True)
     guidance_scale: float | None = option(
-        None, "Of the teacher; without it, what the checkpoint was distilled at.", group="recipe", advanced=True
+        None, "Guidance scale of the teacher; default: that of the distillation.", group="recipe", advanced=True
     )
     weights: str = option("ema", "Weights of the checkpoints.", choices=WEIGHT_SETS, group="model", advanced=True)
     select: bool = option(
         False, "First score every checkpoint of the run and write the name of the best to RUN/best.", group="metrics"
     )
     videos: int = option(
-        256, "Videos a set that are decoded and looked at; 0 = latents only.", minimum=0, group="metrics"
+        256, "Videos per set that are decoded and measured; 0 = latents only.", minimum=0, group="metrics"
     )
     report_videos: int = option(
-        4, "Conditions whose videos are in the report.", minimum=0, group="output", old_name="shown"
+        4, "Number of conditions with videos in the report.", minimum=0, group="output", old_name="shown"
     )
     judge: str | None = option(
-        None,
-        "Python file with judge(video, prompt) -> {question: True or False}.",
-        group="metrics",
-        old_name="analyser",
+        None, "Python file with judge(video, prompt) -> {question: bool}.", group="metrics", old_name="analyser"
     )
     i3d_model: str | None = option(
-        None,
-        "TorchScript file of an I3D network, for the Frechet video distance.",
-        group="metrics",
-        advanced=True,
-        old_name="i3d",
+        None, "TorchScript file of I3D, for the Frechet video distance.", group="metrics", advanced=True, old_name="i3d"
     )
     clip_model: str | None = option(
-        None,
-        "Folder of a CLIP model in the layout of transformers, for the CLIP score.",
-        group="metrics",
-        advanced=True,
-        old_name="clip",
+        None, "CLIP model folder (transformers), for the CLIP score.", group="metrics", advanced=True, old_name="clip"
     )
     batch_size: int = option(1, "Videos sampled, and decoded, at once.", minimum=1, group="memory")
     max_text_tokens: int = max_text_tokens_option(advanced=True, old_name="text_rows")
@@ -66,4 +55,4 @@ class EvaluateConfig:
         if not self.checkpoint:
             raise ValueError("checkpoint: name at least one run")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds={','.join(map(str, self.seeds))}: needs numbers that differ")
+            raise ValueError(f"seeds={','.join(map(str, self.seeds))}: must be distinct numbers")

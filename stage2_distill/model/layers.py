@@ -1,5 +1,6 @@
 """The layers of Wan's transformer: tokens, rotary positions, modulation, attention and feed-forward of a block.
 
+Modulation has one row per time, not per token: K is 2 if the first frame is given (time 0, then the video's), else 1.
 Shapes: B batch, N tokens, K times (1 or 2), D width, L text rows, M keys, H heads, d head size, C channels,
 T H W latent size.
 """
@@ -25,11 +26,20 @@ if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
 
 
 RotaryEmbedding: TypeAlias = tuple[Tensor, Tensor]  # cos and sin (1 N 1 d/2) float32
-KEEP_NONE, KEEP_HOST, KEEP_RESULTS, KEEP_ALL = "full", "offload", "selective-mlp", "off"  # and selective
+
+
+@dataclass(frozen=True)
+class ExecutionPlan:
+    """How blocks are run; no field changes the numbers beyond rounding."""
+
+    kernel: str = "auto"  # of attention
+    checkpointing: str = "off"  # which activations are recomputed in the backward pass: see activation_checkpoint.py
+    compiled: bool = False
+    ranks: int = 1  # processes that share the tokens of a video; only without gradient
 
 
 def modulation_per_token(rows: Tensor, tokens: int, first_frame_tokens: int | Tensor) -> Tensor:
-    """The row of each token, (B N D) or (B 1 D), from rows (B K D): the first for `given` tokens, the last after."""
+    """The row of each token, (B N D) or (B 1 D), from rows (B K D): the first for the first frame, then the last."""
     if rows.shape[1] == 1:
         return rows
     first = torch.arange(tokens, device=rows.device)[:, None] < first_frame_tokens
@@ -38,21 +48,21 @@ def modulation_per_token(rows: Tensor, tokens: int, first_frame_tokens: int | Te
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, first_frame_tokens: int | Tensor) -> Tensor:
     """x (B N D) * (1 + scale) + shift, with rows (B K D)."""
-    return x * (1 + modulation_per_token(scale, x.shape[1], first_frame_tokens)) + modulation_per_token(
-        shift, x.shape[1], first_frame_tokens
-    )
+    factor = 1 + modulation_per_token(scale, x.shape[1], first_frame_tokens)
+    return x * factor + modulation_per_token(shift, x.shape[1], first_frame_tokens)
 
 
 def apply_rotary_emb(x: Tensor, rope: RotaryEmbedding) -> Tensor:
-    """Turn the pairs of x (B N H d) by their place's angles, in float32 (RoFormer, arXiv 2104.09864)."""
+    """Rotate the pairs of x (B N H d) by the angles of their positions, in float32 (RoFormer, arXiv 2104.09864)."""
     cos, sin = rope
     first, second = rearrange(x, "b n h (p two) -> two b n h p", two=2)
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x)
 
 
 def embed_patches(patches: nn.Conv3d, latents: Tensor) -> Tensor:
-    """Tokens (B N D) of latents (B C T H W): one product, where a convolution would lay its result out anew."""
+    """Tokens (B N D) of latents (B C T H W)."""
     pt, ph, pw = patches.kernel_size
+    # Patches do not overlap, so one matrix product does it; a convolution would copy its result to another layout.
     rows = rearrange(latents, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
     return linear(rows, patches.weight.flatten(1), patches.bias)
 
@@ -65,26 +75,16 @@ def final_norm(norm: nn.Module, x: Tensor, rows: Tensor, first_frame_tokens: int
 
 @cache
 def final_norm_function(compiled: bool) -> Callable[..., Tensor]:
-    """`finish` as it is or compiled."""
+    """`final_norm`, compiled or not."""
     return torch.compile(final_norm, dynamic=False, fullgraph=True) if compiled else final_norm
 
 
-@dataclass(frozen=True)
-class ExecutionPlan:
-    """How blocks are run; no field changes the numbers beyond rounding."""
-
-    kernel: str = "auto"  # of attention
-    checkpointing: str = KEEP_ALL  # what a block keeps for its backward pass; the rest is computed again
-    compiled: bool = False
-    ranks: int = 1  # processes that share the tokens of a video; without gradient only
-
-
 def norm_and_rope(norm: nn.RMSNorm, x: Tensor, heads: int, rope: RotaryEmbedding | None) -> Tensor:
-    """Queries or keys x (B N D), normalised over all heads and turned by their place: (B N H d)."""
+    """Queries or keys x (B N D), normalised over all heads and rotated by position: (B N H d)."""
     split_heads = partial(rearrange, pattern="b n (h d) -> b n h d", h=heads)
     if rope is None:
         return split_heads(norm(x))
-    if x.is_cuda and not torch.is_grad_enabled():
+    if x.is_cuda and not torch.is_grad_enabled():  # the fused kernel has no backward pass
         return split_heads(rms_norm_rope(x, norm.weight, *rope, norm.eps))
     return apply_rotary_emb(split_heads(norm(x)), rope)
 
@@ -92,15 +92,13 @@ def norm_and_rope(norm: nn.RMSNorm, x: Tensor, heads: int, rope: RotaryEmbedding
 def attention_layer(
     module: WanAttention, x: Tensor, source: Tensor, rope: RotaryEmbedding | None, plan: ExecutionPlan
 ) -> Tensor:
-    """Attention of x (B N D) over `source` (B M D).
-
-    Without rope the source is text: of fewer than 512 rows the last one stands for all the zero rows left out.
-    """
+    """Attention of x (B N D) over `source` (B M D); without rope the source is text."""
     query = norm_and_rope(module.norm_q, module.to_q(x), module.heads, rope)
     key = norm_and_rope(module.norm_k, module.to_k(source), module.heads, rope)
     value = rearrange(module.to_v(source), "b n (h d) -> b n h d", h=module.heads)
     if rope is not None and plan.ranks > 1:
         return module.to_out[0](ulysses_attention(query, key, value, plan.kernel, plan.ranks))
+    # Wan pads text to 512 rows. All zero rows have one key and value, so the last of fewer rows stands for the rest.
     last_key_count = 1 if rope is not None else TEXT_LENGTH - source.shape[1] + 1
     return module.to_out[0](dot_product_attention(query, key, value, plan.kernel, last_key_count=last_key_count))
 
@@ -108,7 +106,7 @@ def attention_layer(
 def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
     """The feed-forward of a block on x (B N D)."""
     up, down = ffn.net[0].proj, ffn.net[2]
-    if x.is_cuda and not torch.is_grad_enabled() and type(up) is nn.Linear:  # an adapter adds to a layer's result
+    if x.is_cuda and not torch.is_grad_enabled() and type(up) is nn.Linear:  # a LoRA layer adds to the product
         return down(linear_gelu(x, up.weight, up.bias))
     return ffn(x)
 

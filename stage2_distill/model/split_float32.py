@@ -1,6 +1,6 @@
-"""Float32 master weights in two halves: the bf16 weight that the network computes with, and the 16 bits it lacks.
+"""Float32 master weights stored as the bf16 weights that the network computes with and the 16 bits that they lack.
 
-Both together are the float32 number, bit for bit, in the memory of one float32. Shapes: any.
+Joined, they are the float32 number, bit for bit, in the memory of one float32. Shapes: any.
 """
 
 import torch
@@ -10,11 +10,9 @@ ROUNDING_OFFSET, HALF_WORD = 1 << 15, 1 << 16
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """bf16 weights and int16 remainders of float32 numbers.
-
-    The weight is the nearest bf16 (halfway cases away from zero: to even would make two remainders look the same).
-    """
+    """Nearest bf16 weights and int16 remainders of float32 numbers."""
     bits = master.view(torch.int32)
+    # Ties round away from zero: half of those rounded to even would leave 2^15, which int16 cannot hold.
     weight = (bits + ROUNDING_OFFSET) >> 16
     remainder = bits - (weight << 16)  # in [-2^15, 2^15)
     return weight.to(torch.int16).view(torch.bfloat16), remainder.to(torch.int16)

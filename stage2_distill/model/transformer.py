@@ -1,8 +1,8 @@
-"""Wan's transformer as this project runs it: diffusers' modules and names, forward passes of our own.
+"""Wan's transformer: diffusers' modules, parameters and names with forward passes of this project.
 
-A video has two times at most, 0 for a given first frame and one for the rest, so the modulation has two rows (6 D)
-and every kernel picks between them; diffusers makes one row a token (B N 6 D). The numbers are the same.
-Shapes: B batch, N tokens, G tokens of the given frame, K times (1 or 2), D width, L text rows, H heads, d head size.
+A video has at most two times, 0 for a given first frame and one for the rest, so the modulation has two rows
+(B 2 6 D) and each layer picks between them; diffusers makes one row per token (B N 6 D). The numbers are the same.
+Shapes: B batch, C channels, T H W latent size, N tokens, K times (1 or 2), D width, L text rows.
 """
 
 from diffusers import WanTransformer3DModel
@@ -16,9 +16,9 @@ from stage2_distill.model.layers import ExecutionPlan, RotaryEmbedding, embed_pa
 
 
 class TransformerBlock(WanTransformerBlock):
-    """A block whose modulation has one row a time."""
+    """A block whose modulation has one row per time."""
 
-    plan = ExecutionPlan()
+    plan = ExecutionPlan()  # replaced per instance by `convert_transformer`
 
     def forward(
         self,
@@ -28,9 +28,9 @@ class TransformerBlock(WanTransformerBlock):
         rotary_emb: RotaryEmbedding,
         first_frame_tokens: int | None = None,
     ) -> Tensor:
-        """Hidden states (B N D) after attention, text attention and feed-forward; temb: (B K 6 D), `given`: G.
+        """Hidden states (B N D) after attention, text attention and feed-forward; temb: (B K 6 D).
 
-        Without `given` it is diffusers' own forward, with one row of temb a token.
+        Without `first_frame_tokens` this is diffusers' own forward pass, with temb (B N 6 D).
         """
         if first_frame_tokens is None:
             return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
@@ -38,7 +38,7 @@ class TransformerBlock(WanTransformerBlock):
 
 
 class WanTransformer(WanTransformer3DModel):
-    """The transformer with times (B K); other time tensors take diffusers' own path."""
+    """The transformer for times (B K); other time tensors take diffusers' own path."""
 
     def forward(
         self,
@@ -53,29 +53,26 @@ class WanTransformer(WanTransformer3DModel):
         if timestep.ndim != 2 or timestep.shape[1] > 2 or return_dict:
             rest = encoder_hidden_states_image, return_dict, attention_kwargs
             return super().forward(hidden_states, timestep, encoder_hidden_states, *rest)
+        plan = self.blocks[0].plan
         frames, height, width = (s // p for s, p in zip(hidden_states.shape[2:], self.config.patch_size, strict=True))
-        first_frame_tokens = height * width if timestep.shape[1] == 2 else 0
+        first_frame_tokens = height * width if timestep.shape[1] == 2 else 0  # those with the first of two times
         rope = self.rope(hidden_states)
-        rope = rope[0][..., 0::2].contiguous(), rope[1][..., 1::2].contiguous()
+        rope = rope[0][..., 0::2].contiguous(), rope[1][..., 1::2].contiguous()  # diffusers stores each angle twice
         x = embed_patches(self.patch_embedding, hidden_states)
         temb, modulation, text, _ = self.condition_embedder(
             timestep.flatten(), encoder_hidden_states, timestep_seq_len=timestep.shape[1]
         )
         modulation = rearrange(modulation, "b k (m d) -> b k m d", m=6)
-        ranks = self.blocks[0].plan.ranks
-        if ranks > 1:
-            local_slice = local_token_slice(x.shape[1], ranks)
-            x, rope, first_frame_tokens = (
-                x[:, local_slice],
-                (rope[0][:, local_slice], rope[1][:, local_slice]),
-                max(0, first_frame_tokens - local_slice.start),
-            )
+        if plan.ranks > 1:
+            own = local_token_slice(x.shape[1], plan.ranks)
+            x, rope = x[:, own], (rope[0][:, own], rope[1][:, own])
+            first_frame_tokens = max(0, first_frame_tokens - own.start)  # those before this rank's part do not count
         for block in self.blocks:
             x = block(x, text, modulation, rope, first_frame_tokens)
         rows = self.scale_shift_table[:, None] + temb[:, :, None]
-        x = self.proj_out(final_norm_function(self.blocks[0].plan.compiled)(self.norm_out, x, rows, first_frame_tokens))
-        if ranks > 1:
-            x = gather_tokens(x, ranks)
+        x = self.proj_out(final_norm_function(plan.compiled)(self.norm_out, x, rows, first_frame_tokens))
+        if plan.ranks > 1:
+            x = gather_tokens(x, plan.ranks)
         patch = dict(zip(("pt", "ph", "pw"), self.config.patch_size, strict=True))
         pattern = "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
         return (rearrange(x, pattern, t=frames, h=height, w=width, **patch),)
@@ -85,9 +82,9 @@ WanTransformer.__name__ = WanTransformer3DModel.__name__  # save_pretrained writ
 
 
 def convert_transformer(net: WanTransformer3DModel, plan: ExecutionPlan | None = None) -> WanTransformer:
-    """Give a diffusers transformer these forward passes, in place: the same modules, parameters and names."""
+    """Replace the forward passes of a diffusers transformer in place; modules, parameters and names stay."""
     net.__class__ = WanTransformer
     for block in net.blocks:
         block.__class__ = TransformerBlock
-        block.plan = plan or ExecutionPlan()
+        block.plan = plan or ExecutionPlan()  # equal plans share their compiled graphs
     return net

@@ -1,4 +1,4 @@
-"""The door to `WanTransformer3DModel`: a network in, a `Denoiser` out.
+"""Wan2.2-TI2V's transformer: built and loaded from a model folder, and used as a `Denoiser`.
 
 Shapes: B batch, C channels, T latent frames, H W latent size, L text rows, D text width.
 """
@@ -22,10 +22,7 @@ TIME_SCALE = 1000  # the network's time is 1000 sigma
 
 
 def build_meta_transformer(folder: Path, dtype: torch.dtype, plan: ExecutionPlan | None = None) -> WanTransformer:
-    """The transformer of a model folder without memory: parameters in `dtype` on the meta device, no weights read.
-
-    Raises ValueError where it is not a Wan2.2 TI2V transformer.
-    """
+    """The transformer of a model folder on the meta device, in `dtype`; ValueError if it is not that of Wan2.2-TI2V."""
     try:
         config = WanTransformer3DModel.load_config(folder / "transformer")
     except (OSError, ValueError) as error:
@@ -33,44 +30,39 @@ def build_meta_transformer(folder: Path, dtype: torch.dtype, plan: ExecutionPlan
     with torch.device("meta"):
         net = WanTransformer3DModel.from_config(config)
     if net.config.in_channels != LATENT_CHANNELS or net.config.out_channels != LATENT_CHANNELS:
-        raise ValueError(
-            f"model={folder}: transformer has {net.config.in_channels} channels, TI2V needs {LATENT_CHANNELS}"
-        )
+        channels = f"{net.config.in_channels} channels, TI2V needs {LATENT_CHANNELS}"
+        raise ValueError(f"model={folder}: transformer has {channels}")
     return cast_parameters(convert_transformer(net, plan), dtype).eval()
 
 
 def materialize_transformer(net: WanTransformer, device: torch.device) -> WanTransformer:
-    """Give a skeleton, sharded or not, its memory on `device`; the rope tables, which no file holds, are made anew."""
+    """Allocate a meta transformer, sharded or not, on `device`; weights stay undefined."""
     net.to_empty(device=device)
-    rope = net.rope
+    rope = net.rope  # its tables are in no file, so they are computed again
     net.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
     return net
 
 
 def load_transformer(folder: Path, dtype: torch.dtype, plan: ExecutionPlan | None = None) -> WanTransformer:
-    """Read the whole transformer of a model folder, all parameters in `dtype`, the rope tables in float32."""
+    """Read the transformer of a model folder on the CPU, parameters in `dtype`, rope tables in float32."""
     net = materialize_transformer(build_meta_transformer(folder, dtype, plan), torch.device("cpu"))
     read_weights(folder / "transformer", dict(net.named_parameters()))
     return net
 
 
 def cast_parameters(net: WanTransformer, dtype: torch.dtype) -> WanTransformer:
-    """Cast parameters in place and leave buffers alone: `.to(dtype)` would round the rope tables."""
-    for parameter in net.parameters():
+    """Cast the parameters in place, not the buffers."""
+    for parameter in net.parameters():  # `net.to(dtype)` would round the rope tables
         parameter.data = parameter.data.to(dtype)
     return net
 
 
 def denoise(net: nn.Module, x_t: Tensor, sigma: Tensor, condition: Condition, *, dtype: torch.dtype) -> Tensor:
     """Predict x0 (B C T H W) float32 from x_t at sigma (B); the network computes in `dtype`, the rest in float32."""
-    x_t = pin(x_t.float(), condition)
-    times = TIME_SCALE * frame_sigma(sigma.float(), condition)
-    (velocity,) = net(
-        hidden_states=x_t.to(dtype),
-        timestep=times,
-        encoder_hidden_states=condition.text.to(dtype),
-        return_dict=False,
-    )
+    x_t = pin(x_t.float(), condition)  # a given first frame is never noised
+    times = TIME_SCALE * frame_sigma(sigma.float(), condition)  # float32: bf16 would round 937.5 to 936
+    text = condition.text.to(dtype)
+    (velocity,) = net(hidden_states=x_t.to(dtype), timestep=times, encoder_hidden_states=text, return_dict=False)
     return pin(x0_from_velocity(x_t, velocity.float(), sigma.float()), condition)
 
 
@@ -80,9 +72,9 @@ def make_denoiser(net: nn.Module, dtype: torch.dtype) -> Denoiser:
 
 
 def guided(denoiser: Denoiser, *, negative_text: Tensor, scale: float) -> Denoiser:
-    """Classifier-free guidance, uncond + scale (cond - uncond), both branches in one batch.
+    """Classifier-free guidance, uncond + scale (cond - uncond), both branches in one batch (arXiv 2207.12598).
 
-    negative_text: (L D), padded like the batch's text. Scale 1 needs no second branch (arXiv 2207.12598).
+    negative_text: (L D), padded like the batch's text. Scale 1 returns the denoiser itself.
     """
     if scale == 1:
         return denoiser

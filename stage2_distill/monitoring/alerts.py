@@ -1,15 +1,15 @@
-"""Says once, in plain words, when a figure of the run drifts out of its bounds."""
+"""Warns once, in plain words, when a metric of the run leaves its bounds."""
 
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-WINDOW_ITERATIONS = 20  # iterations over which a figure is averaged
+WINDOW_ITERATIONS = 20  # iterations over which a metric is averaged: a single outlier is no drift
 
 
 @dataclass(frozen=True)
 class MetricBounds:
-    """Where the mean of a figure should stay, and what it means when it does not."""
+    """Bounds for the mean of a metric, and what to do if it leaves them."""
 
     metric: str
     low: float
@@ -18,6 +18,7 @@ class MetricBounds:
     too_high: str
 
 
+# Rules of thumb; latents are normalized, so videos of ordinary contrast have a saturation of 1.
 METRIC_BOUNDS = (
     MetricBounds(
         "latent_saturation", 0.4, 1.8,
@@ -30,61 +31,48 @@ METRIC_BOUNDS = (
         "the student's videos flicker; lower the learning rates",
     ),
     MetricBounds(
-        "latent_first_frame_distance", 0.0, 1.5,
-        "",
-        "the student's videos leave their first frame at once; do shards and model belong together?",
+        "latent_first_frame_distance", 0.0, 1.5, "",  # a distance is never too low
+        "the student's videos leave their first frame at once; check that shards and model belong together",
     ),
     MetricBounds(
-        "critic_teacher_gap", 0.0, 5.0,
-        "",
-        "the critic is far from the teacher; raise critic_lr or student_every, or give it a critic_warmup",
+        "critic_teacher_gap", 0.0, 5.0, "",
+        "the critic is far from the teacher; raise critic_lr or student_update_interval, or set critic_warmup",
     ),
     MetricBounds(
-        "critic_loss_rise", 0.0, 10.0,
-        "",
-        "the critic loses the student: its loss is ten times what it was; lower student_lr or raise student_every",
+        "critic_loss_rise", 0.0, 10.0, "",
+        "the critic no longer tracks the student: its loss grew tenfold; lower student_lr or raise "
+        "student_update_interval",
     ),
 )  # fmt: skip
 
 
 class MetricAlerts:
-    """Reads a run's lines in order; a pure function of them, so a resumed run neither repeats nor forgets a warning."""
+    """Reads the lines of a run in order; depends on nothing else, so a resumed run neither repeats nor forgets."""
 
     def __init__(self) -> None:
         self.recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW_ITERATIONS))
-        self.least_loss = float("inf")
+        self.lowest_critic_loss = float("inf")  # of the means
         self.warned: set[str] = set()
 
     def check_line(self, line: Mapping[str, float]) -> list[str]:
-        """Warnings that this line gives rise to, each for the first time in the run."""
-        means = self._window_means(line)
-        return [
-            text
-            for bounds in METRIC_BOUNDS
-            if bounds.metric in means
-            for text in self._check_bounds(bounds, means, line)
-        ]
+        """Warnings for the metrics that this line moves out of their bounds for the first time in the run."""
+        means, warnings = self._window_means(line), []
+        for bounds in METRIC_BOUNDS:
+            value = means.get(bounds.metric, bounds.low)
+            if bounds.metric not in self.warned and not bounds.low <= value <= bounds.high:
+                self.warned.add(bounds.metric)
+                warnings.append(
+                    f"warning: iteration {line['iteration']:.0f}: {bounds.metric} is {value:.3g}, outside "
+                    f"{bounds.low:g} to {bounds.high:g}: {bounds.too_low if value < bounds.low else bounds.too_high}"
+                )
+        return warnings
 
     def _window_means(self, line: Mapping[str, float]) -> dict[str, float]:
-        for figure, value in line.items():
-            self.recent[figure].append(value)
-        means = {
-            figure: sum(self.recent[figure]) / WINDOW_ITERATIONS
-            for figure in line
-            if len(self.recent[figure]) == WINDOW_ITERATIONS
-        }
+        for metric, value in line.items():
+            self.recent[metric].append(value)
+        full_windows = {metric: self.recent[metric] for metric in line if len(self.recent[metric]) == WINDOW_ITERATIONS}
+        means = {metric: sum(window) / WINDOW_ITERATIONS for metric, window in full_windows.items()}
         if "critic_loss" in means:
-            self.least_loss = min(self.least_loss, means["critic_loss"])
-            means["critic_loss_rise"] = means["critic_loss"] / max(self.least_loss, 1e-30)
+            self.lowest_critic_loss = min(self.lowest_critic_loss, means["critic_loss"])
+            means["critic_loss_rise"] = means["critic_loss"] / max(self.lowest_critic_loss, 1e-30)  # 0 / 0 is no rise
         return means
-
-    def _check_bounds(self, bounds: MetricBounds, means: Mapping[str, float], line: Mapping[str, float]) -> list[str]:
-        value = means[bounds.metric]
-        if bounds.low <= value <= bounds.high or bounds.metric in self.warned:
-            return []
-        self.warned.add(bounds.metric)
-        meaning = bounds.too_low if value < bounds.low else bounds.too_high
-        return [
-            f"warning: iteration {line['iteration']:.0f}: {bounds.metric} is {value:.3g}, "
-            f"outside {bounds.low:g} to {bounds.high:g}: {meaning}"
-        ]

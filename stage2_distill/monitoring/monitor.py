@@ -1,12 +1,12 @@
-"""A run seen from outside: `metrics.jsonl`, TensorBoard, warnings and the progress line, all written by rank 0."""
+"""Writes the metrics of a run on rank 0: `metrics.jsonl`, trackers, warnings and the progress line."""
 
 import logging
 import math
 import resource
 import time
+from contextlib import ExitStack, closing
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -20,7 +20,7 @@ from stage2_distill.monitoring.trackers import ExperimentTrackers
 
 
 def metrics_line(iteration: int, step: StepResult, *, seconds: float, memory: float) -> dict[str, float]:
-    """What is written of one iteration; a name's first word is its group on a board."""
+    """The metrics of one iteration by name; trackers group them by the first word of the name."""
     line: dict[str, float] = {"iteration": iteration, "seconds": round(seconds, 4), "memory_gib": round(memory, 3)}
     line |= {f"seconds_{phase}": round(value, 4) for phase, value in step.seconds.items()}
     line |= {f"latent_{name}": value for name, value in zip(LATENT_STATS, step.critic.latent_stats, strict=True)}
@@ -33,7 +33,7 @@ def metrics_line(iteration: int, step: StepResult, *, seconds: float, memory: fl
 
 
 def update_metrics(role: str, update: UpdateResult) -> dict[str, float]:
-    """What is written of one update."""
+    """The metrics of one update; losses are also given per exit, because they differ by orders of magnitude."""
     line = {f"{role}_loss": update.loss, f"{role}_grad_norm": update.grad_norm}
     if update.exit_index is not None:
         line |= {f"{role}_exit": update.exit_index, f"{role}_loss_exit{update.exit_index}": update.loss}
@@ -41,32 +41,33 @@ def update_metrics(role: str, update: UpdateResult) -> dict[str, float]:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory so far, GiB: the GPU's, or this process's where there is none."""
+    """Peak memory so far in GiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # ru_maxrss is in KiB
 
 
 class TrainingMonitor:
-    """Writes each iteration of a run that goes on from iteration `start` to `end`; all ranks but the first are silent."""
+    """Context that writes each iteration of a run from `start` to `end`; all ranks but rank 0 are silent."""
 
     def __init__(
         self, out: Path, ranks: RankContext, *, start: int, end: int, wandb: str, options: Mapping[str, object]
     ) -> None:
         self.device, self.is_main_rank = ranks.device, ranks.rank == 0
-        self.progress = ProgressBar(end, initial=start, label="distill", quiet=not self.is_main_rank)
-        self.alerts = MetricAlerts()
+        self.alerts, self.resources = MetricAlerts(), ExitStack()
+        self.progress = self.resources.enter_context(
+            ProgressBar(end, initial=start, label="distill", quiet=not self.is_main_rank)
+        )
         if self.is_main_rank:
-            self.metrics_log, self.trackers = (
-                MetricsLog(out / METRICS_FILE, start=start),
-                ExperimentTrackers(out, start=start, wandb=wandb, options=options),
-            )
-            for line in self.metrics_log.lines:
+            self.metrics_log = self.resources.enter_context(closing(MetricsLog(out / METRICS_FILE, start=start)))
+            trackers = ExperimentTrackers(out, start=start, wandb=wandb, options=options)
+            self.trackers = self.resources.enter_context(closing(trackers))
+            for line in self.metrics_log.kept_lines:  # what was warned about before the restart
                 self.alerts.check_line(line)
         self.last_write = time.perf_counter()
 
     def write(self, iteration: int, step: StepResult) -> None:
-        """One iteration is done; its seconds are those since the one before."""
+        """Write one iteration, which has just ended; it took the time since the last call."""
         now = time.perf_counter()
         seconds, self.last_write = now - self.last_write, now
         if not self.is_main_rank:
@@ -79,24 +80,19 @@ class TrainingMonitor:
             logging.warning(warning)
 
     def sync(self) -> None:
-        """Put the metrics on the disk, before a checkpoint of them."""
+        """Flush the metrics to the disk; call it before each checkpoint."""
         if self.is_main_rank:
             self.metrics_log.sync()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.bar.close()
-        if self.is_main_rank:
-            self.metrics_log.close()
-            self.trackers.close()
+    def __exit__(self, *_: object) -> None:
+        self.resources.close()
 
 
 def progress_note(line: dict[str, float]) -> str:
-    """The progress line behind iteration, rate and time left."""
+    """The end of the progress line: losses, seconds and memory."""
     losses = [f"{role} {line[f'{role}_loss']:.4f}" for role in ("student", "critic") if f"{role}_loss" in line]
     data_seconds = line.get("seconds_data", 0.0)
     return f"{' '.join(losses)}, {line['seconds']:.2f} s, data {data_seconds:.2f} s, {line['memory_gib']:.1f} GiB"

@@ -1,4 +1,4 @@
-"""`plot`: the curves of a run as one picture, RUN/curves.png, from metrics.jsonl alone."""
+"""Draws the curves of a run as one picture, RUN/curves.png, from metrics.jsonl alone."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +9,12 @@ from stage2_distill.monitoring.metrics_log import METRICS_FILE, complete_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 PICTURE_FILE = "curves.png"
-MAX_POINTS = 150  # of a curve: longer runs are averaged over windows
+MAX_POINTS = 150  # per curve; longer runs are averaged over windows
 MetricLines = Sequence[Mapping[str, float]]
-PANELS = {
+Curves = dict[str, tuple[list[float], list[float]]]  # iterations and values by metric
+PANELS = {  # title: prefixes of metrics
     "Student loss by exit": ("student_loss_exit",),
     "Critic loss by exit": ("critic_loss_exit",),
     "Gradient norms": ("student_grad_norm", "critic_grad_norm"),
@@ -28,59 +28,52 @@ LOG_SCALE_PANELS = ("Student loss by exit", "Critic loss by exit", "Gradient nor
 
 
 def plot_curves(run: Path) -> Path:
-    """Draw the curves of a run; ValueError if it has none or if matplotlib is not installed."""
+    """Draw the curves of a run; returns the picture's path, ValueError without metrics or without matplotlib."""
     if not (run / METRICS_FILE).is_file():
         raise ValueError(f"run={run}: holds no {METRICS_FILE}; name the folder of a run of distill")
     lines = [line for _, line in complete_lines(run / METRICS_FILE)]
     if not lines:
         raise ValueError(f"run={run}: {METRICS_FILE} is empty; wait for the first iteration")
-    figure = open_figure()
-    for index, (title, names) in enumerate(PANELS.items()):
-        draw_panel(figure.add_subplot(len(PANELS) // 2, 2, index + 1), title, collect_curves(lines, names))
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which keeps a global state and may open a window
+    except ImportError as error:
+        raise ValueError("plot: matplotlib is not installed; pip install 'ti2v-distill[plot]'") from error
+    figure = Figure(figsize=(13, 4 * (len(PANELS) // 2)), layout="constrained")  # inches; two panels per row
+    for index, (title, prefixes) in enumerate(PANELS.items()):
+        draw_panel(figure.add_subplot(len(PANELS) // 2, 2, index + 1), title, collect_curves(lines, prefixes))
     figure.suptitle(f"{run.name}: {len(lines)} iterations")
     figure.savefig(run / PICTURE_FILE, dpi=100)
     return run / PICTURE_FILE
 
 
-def open_figure() -> "Figure":
-    """An empty figure with room for all panels, two per row; ValueError if matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("plot: matplotlib is not installed; pip install 'ti2v-distill[plot]'") from error
-    return Figure(figsize=(13, 4 * (len(PANELS) // 2)), layout="constrained")
-
-
-def collect_curves(lines: MetricLines, prefixes: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:
-    """Iterations and values of every figure whose name begins with one of `prefixes`."""
-    names = sorted({name for line in lines for name in line if name.startswith(tuple(prefixes))})
-    collected = {}
-    for name in names:
+def collect_curves(lines: MetricLines, prefixes: tuple[str, ...]) -> Curves:
+    """Iterations and values of every metric whose name begins with one of `prefixes`, by name."""
+    curves = {}
+    for name in sorted({name for line in lines for name in line if name.startswith(prefixes)}):
         points = [(line["iteration"], line[name]) for line in lines if name in line]
-        collected[name] = average_windows([x for x, _ in points]), average_windows([y for _, y in points])
-    return collected
+        curves[name] = average_windows([x for x, _ in points]), average_windows([y for _, y in points])
+    return curves
 
 
 def average_windows(values: Sequence[float]) -> list[float]:
-    """At most MAX_POINTS means of neighbours, all of equal width but the last."""
-    width = -(-len(values) // MAX_POINTS)
+    """At most MAX_POINTS means over neighbours, with windows of equal width except the last."""
+    width = -(-len(values) // MAX_POINTS)  # rounded up
     windows = [values[start : start + width] for start in range(0, len(values), width)]
     return [sum(window) / len(window) for window in windows]
 
 
-def draw_panel(axes: "Axes", title: str, panel_curves: Mapping[str, tuple[list[float], list[float]]]) -> None:
-    """One panel; dashed lines are the bounds at which a run warns, where they are near."""
-    for name, (x, y) in panel_curves.items():
-        axes.plot(x, y, linewidth=1, marker="." if len(x) < 30 else "", label=name)
-    values = [value for _, y in panel_curves.values() for value in y]
-    for bounds in (bounds for bounds in METRIC_BOUNDS if bounds.metric in panel_curves):
-        for limit in (bounds.low, bounds.high):
-            if values and min(values) / 3 <= limit <= 3 * max(values):
-                axes.axhline(limit, color="tab:red", linestyle="--", linewidth=1)
+def draw_panel(axes: "Axes", title: str, curves: Curves) -> None:
+    """Draw one panel; dashed lines are the bounds at which a run warns, unless they are far from the curves."""
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, linewidth=1, marker="." if len(x) < 30 else "", label=name)  # a lone point needs a marker
+    values = [value for _, y in curves.values() for value in y]
+    limits = [limit for bounds in METRIC_BOUNDS if bounds.metric in curves for limit in (bounds.low, bounds.high)]
+    for limit in limits:
+        if values and min(values) / 3 <= limit <= 3 * max(values):  # a far one would flatten the curves
+            axes.axhline(limit, color="tab:red", linestyle="--", linewidth=1)
     if title in LOG_SCALE_PANELS and values and min(values) > 0:
         axes.set_yscale("log")
-    axes.set_title(title)
-    axes.set_xlabel("iteration")
+    axes.set(title=title, xlabel="iteration")
     axes.grid(alpha=0.3)
-    if panel_curves:
+    if curves:
         axes.legend(fontsize=8)

@@ -1,6 +1,6 @@
-"""What the averaged student makes of a few fixed conditions, now and then: one step of RUN/previews.zarr each time.
+"""Previews: what the averaged student samples for a few fixed conditions, one step of RUN/previews.zarr per interval.
 
-Every rank samples some rows; a step is marked as done when all rows are there. A step that is done is not made again.
+Each rank samples a part of the rows. A step is marked complete once it has all rows, and is not sampled again then.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from common.condition import Condition, Denoiser
-from common.seed import draw_normal, make_generator
+from common.condition import Denoiser
 from common.timer import PhaseTimer
 from common.video import VideoSpec
 from shards import latent_store
@@ -20,7 +19,7 @@ from shards.manifest import check_manifest
 from shards.mixture import DataSetMixture
 from shards.record import Record, collate_records
 from stage2_distill.distributed.process_group import RankContext
-from stage2_distill.dmd.rollout import rollout
+from stage2_distill.dmd.rollout import sample_student
 from stage2_distill.optim.ema import EmaWeights
 
 PREVIEW_STORE = "previews.zarr"
@@ -42,7 +41,7 @@ class PreviewOptions:
 
 @dataclass(frozen=True)
 class PreviewStudent:
-    """The student, its average, and what sampling it needs."""
+    """The student, its average, and what sampling needs."""
 
     options: PreviewOptions
     ranks: RankContext
@@ -54,24 +53,24 @@ class PreviewStudent:
 
 @dataclass(frozen=True)
 class PreviewWriter:
-    """Where previews go and what they are made from."""
+    """Samples the previews of a run from fixed records."""
 
     store: Path
     records: tuple[Record, ...]
     interval: int  # iterations; 0 = never
 
     def is_due(self, iteration: int) -> bool:
-        """Whether a preview belongs behind iteration `done`; one shows the student before the first iteration."""
+        """Whether a preview follows `iteration` completed iterations; 0 shows the student before training."""
         return self.interval > 0 and iteration % self.interval == 0
 
     def write_step(self, student: PreviewStudent, iteration: int) -> None:
-        """Sample and store the step of iteration `done`; all ranks call it together."""
-        step, first = f"step-{iteration:06d}", student.ranks.rank == 0
+        """Sample and store the preview after `iteration` iterations; all ranks call it together."""
+        step, is_main_rank = f"step-{iteration:06d}", student.ranks.rank == 0
         exists = (self.store / "zarr.json").is_file() and step in latent_store.complete_groups(self.store)
-        dist.barrier()  # every rank has looked before the first one writes
+        dist.barrier()  # all ranks have looked before rank 0 writes
         if exists:
             return
-        if first:
+        if is_main_rank:
             keys, prompts = [r.key for r in self.records], [r.source.prompt for r in self.records]
             seeds = (student.options.seed,) * len(keys)
             group = latent_store.LatentGroup(step, student.options.spec, tuple(keys), tuple(prompts), seeds)
@@ -81,47 +80,53 @@ class PreviewWriter:
             for rows in rank_batches(len(self.records), student):
                 self._sample_rows(student, step, rows)
         dist.barrier()
-        if first:
+        if is_main_rank:
             latent_store.finish_group(self.store, step)
 
     def close(self, *, complete: bool) -> None:
-        """Say on rank 0 whether more steps will come."""
+        """Record in the store whether more steps will follow; rank 0 calls it."""
         if self.interval > 0:
             latent_store.mark_store_complete(self.store, complete)
 
+    @torch.no_grad()
     def _sample_rows(self, student: PreviewStudent, step: str, rows: list[int]) -> None:
-        """Sample some rows; rows beyond the last only keep the ranks in step and are not stored."""
-        options, device = student.options, student.ranks.device
-        real_rows = [row for row in rows if row < len(self.records)]
-        records = [self.records[row % len(self.records)] for row in rows]
-        condition: Condition = collate_records(records, max_text_tokens=options.max_text_tokens).condition.to(device)
-        generators = [make_generator(options.seed, 0, row, "preview", device) for row in rows]
-        noise = draw_normal(options.spec.latent_shape, generators)
-        with torch.no_grad():
-            x0 = rollout(student.denoiser, noise, condition, sigmas=options.sigmas, generators=generators)
-        if real_rows:  # the last ranks may have padding alone
-            latent_store.write_latents(self.store, step, real_rows, x0[: len(real_rows)])
+        options, count = student.options, len(self.records)
+        batch = collate_records([self.records[row % count] for row in rows], max_text_tokens=options.max_text_tokens)
+        x0 = sample_student(
+            student.denoiser,
+            batch.condition.to(student.ranks.device),
+            sigmas=options.sigmas,
+            latent_shape=options.spec.latent_shape,
+            keys=[(options.seed, 0, row) for row in rows],
+            purpose="preview",
+        )
+        stored_rows = [row for row in rows if row < count]
+        if stored_rows:  # the last batch of a rank may be padding only
+            latent_store.write_latents(self.store, step, stored_rows, x0[: len(stored_rows)])
 
 
 def rank_batches(count: int, student: PreviewStudent) -> list[list[int]]:
-    """This rank's batches of rows; every rank has the same number of batches of the same size, the last are padding."""
+    """This rank's batches of rows, equal in number and size on all ranks; rows from `count` on are padding.
+
+    A sharded network computes only if all ranks take part, so a rank without rows samples padding.
+    """
     rank, world = student.ranks.rank, student.ranks.world
     size = min(student.options.batch_size, -(-count // world))
-    rows_per_round = size * world
-    return [list(range(start + rank * size, start + rank * size + size)) for start in range(0, count, rows_per_round)]
+    return [list(range(start, start + size)) for start in range(rank * size, count + rank * size, size * world)]
 
 
 def open_previews(out: Path, options: PreviewOptions, data: DataSet | DataSetMixture) -> PreviewWriter:
-    """The first records of the previews' data set, or of the training's; ValueError where it does not belong to it."""
+    """The previews of a run, from the first records of `preview_data` or else of the training data.
+
+    ValueError if `preview_data` was encoded with other settings than the training data.
+    """
     if not options.preview_every:
         return PreviewWriter(out / PREVIEW_STORE, (), 0)
     preview_set = data
     if options.preview_data is not None:
-        preview_set = open_data_set(options.preview_data)
-        encoder_facts = data.manifest.encoder
-        encoder: dict[str, object] = {"vae": encoder_facts.vae, "text_encoder": encoder_facts.text_encoder}
-        check_manifest(Path(options.preview_data), preview_set.manifest, spec=options.spec, encoder=encoder)
-    records = tuple(
-        preview_set.read_record(index) for index in range(min(options.preview_count, preview_set.num_records))
-    )
+        preview_set, encoder = open_data_set(options.preview_data), data.manifest.encoder
+        encoder_facts: dict[str, object] = {"vae": encoder.vae, "text_encoder": encoder.text_encoder}
+        check_manifest(Path(options.preview_data), preview_set.manifest, spec=options.spec, encoder=encoder_facts)
+    count = min(options.preview_count, preview_set.num_records)
+    records = tuple(preview_set.read_record(index) for index in range(count))
     return PreviewWriter(out / PREVIEW_STORE, records, options.preview_every)

@@ -1,37 +1,28 @@
-"""The curves of a run on TensorBoard (RUN/tensorboard) and, if asked for, on Weights & Biases."""
+"""Sends the metrics of a run to TensorBoard (RUN/tensorboard) and, on request, to Weights & Biases."""
 
 import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import wandb
     from torch.utils.tensorboard import SummaryWriter
 
 TENSORBOARD_FOLDER, WANDB_PROJECT = "tensorboard", "ti2v-distill"
-INSTALL = "pip install 'ti2v-distill[tensorboard]'"
-
-
-class WandbRun(Protocol):
-    """What is used of a run of W&B."""
-
-    def log(self, data: dict[str, float], step: int) -> None:
-        """Add one iteration."""
-
-    def finish(self) -> None:
-        """Send what is left."""
+TENSORBOARD_INSTALL = "pip install 'ti2v-distill[tensorboard]'"
 
 
 class ExperimentTrackers:
-    """Writes lines of metrics; a run that goes on from iteration `start` hides what was written after it."""
+    """Sends lines of metrics; on resume, TensorBoard entries of iterations from `start` on are purged."""
 
     def __init__(self, out: Path, *, start: int, wandb: str, options: Mapping[str, object]) -> None:
         self.tensorboard = open_tensorboard(out, start)
         self.wandb = None if wandb == "off" else open_wandb(out, wandb, options)
 
     def write(self, line: Mapping[str, float]) -> None:
-        """Add one iteration; `critic_loss` is the tag critic/loss."""
+        """Add one iteration; the metric `critic_loss` has the tag `critic/loss`."""
         step = int(line["iteration"])
         values = {name.replace("_", "/", 1): value for name, value in line.items() if name != "iteration"}
         if self.tensorboard is not None:
@@ -41,7 +32,7 @@ class ExperimentTrackers:
             self.wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close both."""
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
@@ -49,36 +40,31 @@ class ExperimentTrackers:
 
 
 def open_tensorboard(out: Path, start: int) -> "SummaryWriter | None":
-    """Open the event file of this folder; None, with one line in the log, if the package is not installed."""
+    """Open the event file of a run's folder; None, with one line in the log, if the package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        logging.warning("tensorboard: not installed, curves go to metrics.jsonl only; %s", INSTALL)
+        logging.warning("tensorboard: not installed, curves go to metrics.jsonl only; %s", TENSORBOARD_INSTALL)
         return None
-    return SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=start)
+    return SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=start)  # hides what will run again
 
 
-def open_wandb(out: Path, wandb_mode: str, options: Mapping[str, object]) -> WandbRun:
-    """Start or go on with the run of this folder on W&B; ValueError where the package is not there.
+def open_wandb(out: Path, mode: str, options: Mapping[str, object]) -> "wandb.Run":
+    """Start or resume the W&B run of a run's folder; ValueError if wandb is not installed or refuses.
 
-    Entity, project and key come from W&B's own environment variables and login.
+    W&B reads entity, project and API key from its own environment variables and login.
     """
     try:
         import wandb
     except ImportError as error:
         raise ValueError("wandb: is not installed; pip install 'ti2v-distill[wandb]', or leave --wandb off") from error
-    mode: Literal["offline", "online"] = "offline" if wandb_mode == "offline" else "online"
-    name = hashlib.blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()
+    # derived from the path, so that a resumed run finds its own entry; names of folders alone are not unique
+    run_id = hashlib.blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()
     try:
-        run: WandbRun = wandb.init(
-            project=WANDB_PROJECT,
-            id=name,
-            name=out.name,
-            dir=str(out),
-            mode=mode,
-            resume="allow",
-            config=dict(options),
-        )
+        return wandb.init(
+            project=WANDB_PROJECT, id=run_id, name=out.name, dir=str(out),
+            mode=mode, resume="allow", config=dict(options),
+        )  # fmt: skip
     except wandb.Error as error:
-        raise ValueError(f"wandb={wandb_mode}: {' '.join(str(error).split())}; log in, or leave --wandb off") from error
-    return run
+        reason = " ".join(str(error).split())
+        raise ValueError(f"wandb={mode}: {reason}; log in, or leave --wandb off") from error

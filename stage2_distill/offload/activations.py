@@ -1,8 +1,10 @@
-"""Activations that wait in host memory for their backward pass: copies there and back run beside the arithmetic.
+"""Offloads saved activations to pinned host memory until their backward pass; copies overlap with the computation.
 
-The host is far ahead of the device, so that memory which is free once a copy has ended would not be free in time: what
-leaves is held until the stream of the arithmetic has waited for the copy; what comes back takes memory of that stream.
-They come back in reverse order, and each lets those below it be fetched.
+The CPU runs far ahead of the device, so memory must not depend on when a copy ends:
+
+    forward     store stream copies x0, then x1, ...; the device copy of x_n is held until the main stream has waited
+                for its copy, which happens when x_{n+1} is offloaded
+    backward    in reverse order: restoring x_n starts to load x_{n-1} and x_{n-2} too, into memory of the main stream
 """
 
 import weakref
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from stage2_distill.offload.prefetch import copy_streams
 
+PREFETCH_COUNT = 2  # tensors that are loaded before they are needed
+
 
 @dataclass(eq=False)
 class OffloadedActivation:
@@ -23,87 +27,74 @@ class OffloadedActivation:
     host_copy: Tensor
     device: torch.device
     restored: bool = False
-    device_copy: Tensor | None = None
-    copy_event: torch.cuda.Event | None = None
+    loaded: tuple[Tensor, torch.cuda.Event] | None = None  # the tensor on the device and the end of its copy
 
-    def start_fetch(self) -> None:
-        """Start copying it to the device, unless that has been done."""
-        if self.device_copy is None:
+    def start_load(self) -> tuple[Tensor, torch.cuda.Event]:
+        """Start copying it to the device, unless that has been done; returns `loaded`."""
+        if self.loaded is None:
             load_stream, store_stream = copy_streams(self.device)
-            self.device_copy = torch.empty(self.host_copy.shape, dtype=self.host_copy.dtype, device=self.device)
-            load_stream.wait_stream(torch.cuda.current_stream(self.device))
+            device_copy = torch.empty(self.host_copy.shape, dtype=self.host_copy.dtype, device=self.device)
+            load_stream.wait_stream(torch.cuda.current_stream(self.device))  # which may still use the new memory
             load_stream.wait_stream(store_stream)
             with torch.cuda.stream(load_stream):
-                self.device_copy.copy_(self.host_copy, non_blocking=True)
-                self.copy_event = load_stream.record_event()
+                device_copy.copy_(self.host_copy, non_blocking=True)
+                self.loaded = device_copy, load_stream.record_event()
+        return self.loaded
 
 
-PREFETCH_COUNT = 2  # tensors that are fetched before they are asked for
-PENDING_OFFLOADS: list[tuple[Tensor, torch.cuda.Event]] = []  # the last one lifted
-OFFLOADED_ACTIVATIONS: list[
-    "weakref.ref[OffloadedActivation]"
-] = []  # the last one comes back first; those of a dropped graph are gone
+class ActivationOffloader:
+    """Offloads what the autograd graph saves; the blocks of all networks share one, as each loads ahead for others."""
 
+    def __init__(self) -> None:
+        self.leaving: tuple[Tensor, torch.cuda.Event] | None = None  # the last tensor that was offloaded
+        # the last is restored first; weak, because a graph may be dropped without a backward pass
+        self.stack: list[weakref.ref[OffloadedActivation]] = []
 
-def release_finished(main: torch.cuda.Stream) -> None:
-    """Give up the memory of what has left."""
-    while PENDING_OFFLOADS:
-        _, copied = PENDING_OFFLOADS.pop()
-        main.wait_event(copied)
+    @contextmanager
+    def saved_tensors(self, reference: Tensor) -> Iterator[None]:
+        """Offload tensors like `reference` (B N D), or half as large, that the graph saves meanwhile; none on a CPU."""
+        kind = (reference.dim(), reference.shape[-1:], reference.dtype)
 
+        def is_activation(value: Tensor) -> bool:
+            same_kind = (value.dim(), value.shape[-1:], value.dtype) == kind
+            return value.is_cuda and same_kind and 2 * value.numel() >= reference.numel()
 
-def offload_tensor(value: Tensor) -> OffloadedActivation:
-    """Start copying a tensor to host memory, from where `land` brings it back."""
-    main = torch.cuda.current_stream(value.device)
-    _, store_stream = copy_streams(value.device)
-    release_finished(main)
-    offloaded = OffloadedActivation(torch.empty(value.shape, dtype=value.dtype, pin_memory=True), value.device)
-    store_stream.wait_stream(main)
-    with torch.cuda.stream(store_stream):
-        offloaded.host_copy.copy_(value, non_blocking=True)
-        PENDING_OFFLOADS.append((value, store_stream.record_event()))
-    OFFLOADED_ACTIVATIONS.append(weakref.ref(offloaded))
-    return offloaded
+        def pack(value: Tensor) -> Tensor | OffloadedActivation:
+            return self.offload(value) if is_activation(value) else value
 
+        def unpack(saved: Tensor | OffloadedActivation) -> Tensor:
+            return self.restore(saved) if isinstance(saved, OffloadedActivation) else saved
 
-def restore_tensor(offloaded: OffloadedActivation) -> Tensor:
-    """The tensor on its device again; those that were lifted before it are fetched ahead."""
-    main = torch.cuda.current_stream(offloaded.device)
-    release_finished(main)
-    offloaded.start_fetch()
-    offloaded.restored = True
-    while OFFLOADED_ACTIVATIONS and is_restored(OFFLOADED_ACTIVATIONS[-1]()):
-        OFFLOADED_ACTIVATIONS.pop()
-    for waiting in reversed(OFFLOADED_ACTIVATIONS[-PREFETCH_COUNT:]):
-        earlier = waiting()
-        if earlier is not None:
-            earlier.start_fetch()
-    assert offloaded.device_copy is not None
-    assert offloaded.copy_event is not None
-    main.wait_event(offloaded.copy_event)
-    return offloaded.device_copy
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
 
+    def offload(self, value: Tensor) -> OffloadedActivation:
+        """Start copying a tensor to host memory."""
+        main, (_, store_stream) = torch.cuda.current_stream(value.device), copy_streams(value.device)
+        self._release_leaving(main)
+        offloaded = OffloadedActivation(torch.empty(value.shape, dtype=value.dtype, pin_memory=True), value.device)
+        store_stream.wait_stream(main)
+        with torch.cuda.stream(store_stream):
+            offloaded.host_copy.copy_(value, non_blocking=True)
+            self.leaving = value, store_stream.record_event()
+        self.stack.append(weakref.ref(offloaded))
+        return offloaded
 
-def is_restored(offloaded: OffloadedActivation | None) -> bool:
-    """Whether nobody waits for it any longer."""
-    return offloaded is None or offloaded.restored
+    def restore(self, offloaded: OffloadedActivation) -> Tensor:
+        """The tensor on its device again; starts to load those that were offloaded just before it."""
+        main = torch.cuda.current_stream(offloaded.device)
+        self._release_leaving(main)
+        device_copy, arrival_event = offloaded.start_load()
+        offloaded.restored = True
+        while self.stack and ((last := self.stack[-1]()) is None or last.restored):  # None: its graph is gone
+            self.stack.pop()
+        for earlier in reversed([reference() for reference in self.stack[-PREFETCH_COUNT:]]):
+            if earlier is not None:
+                earlier.start_load()
+        main.wait_event(arrival_event)
+        return device_copy
 
-
-@contextmanager
-def offload_activations(reference: Tensor) -> Iterator[None]:
-    """Tensors of tokens that the autograd graph saves meanwhile wait in host memory; on a CPU they stay.
-
-    like: all tokens (B N D); half as many are lifted too.
-    """
-
-    def pack(value: Tensor) -> Tensor | OffloadedActivation:
-        tokens = (
-            value.dim() == reference.dim() and value.shape[-1] == reference.shape[-1] and value.dtype == reference.dtype
-        )
-        return offload_tensor(value) if value.is_cuda and tokens and 2 * value.numel() >= reference.numel() else value
-
-    def unpack(kept: Tensor | OffloadedActivation) -> Tensor:
-        return restore_tensor(kept) if isinstance(kept, OffloadedActivation) else kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+    def _release_leaving(self, main: torch.cuda.Stream) -> None:
+        if self.leaving is not None:
+            main.wait_event(self.leaving[1])  # `main` may reuse the memory only after the copy
+            self.leaving = None

@@ -7,17 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-SLAB_BYTES, TOUCH_BYTES, ALIGNMENT = 1 << 30, 32 << 20, 512  # bytes
-TOUCH_THREADS = 16  # threads
+from stage2_distill.distributed.dtensor import local_tensor
+
+SLAB_BYTES, TOUCH_BYTES = 1 << 30, 32 << 20
+ALIGNMENT = 512  # bytes, as torch's allocator for GPU memory
+TOUCH_THREADS = 16
 
 
 class PinnedPool:
-    """Where tensors are to live: in pinned host memory, if they are offloaded from a GPU, else where they are.
+    """Moves tensors to pinned host memory if `offload` is set.
 
-    Of a sharded tensor this rank's part lives there, as a plain one: only for ranks that each hold the whole.
-    They share slabs: torch would round each request up to a power of two, for weights half as much again.
+    Tensors share slabs: torch rounds each pinned allocation up to a power of two, about 50 % overhead for weights.
     """
 
     def __init__(self, *, offload: bool, slab: int = SLAB_BYTES) -> None:
@@ -26,33 +27,32 @@ class PinnedPool:
         self.slab_used = 0
 
     def place_tensor(self, value: Tensor) -> Tensor:
-        """The tensor itself, or its copy in host memory."""
-        if not (self.offload and value.is_cuda):
-            return value
-        return self.copy_into_slab(value.to_local() if isinstance(value, DTensor) else value)
+        """A copy in pinned memory if `value` is on a GPU and the pool offloads, else `value` itself.
+
+        A DTensor becomes the plain tensor of its local part, so only networks that are not sharded may be offloaded.
+        """
+        return self.copy_into_slab(local_tensor(value)) if self.offload and value.is_cuda else value
 
     def copy_into_slab(self, value: Tensor) -> Tensor:
         """A copy of a tensor in a slab."""
         return self.take_bytes(value.nbytes).view(value.dtype).view(value.shape).copy_(value)
 
     def take_bytes(self, size: int) -> Tensor:
-        """Some bytes of a slab."""
+        """A uint8 tensor of `size` unused bytes of a slab."""
         if self.slab_used + size > self.slab.numel():
             self.slab, self.slab_used = allocate_pinned(max(self.slab_bytes, size)), 0
         view = self.slab[self.slab_used : self.slab_used + size]
-        self.slab_used += -(-size // ALIGNMENT) * ALIGNMENT
+        self.slab_used += aligned_bytes(view)
         return view
 
 
 def allocate_pinned(size: int) -> Tensor:
-    """Some bytes of pinned host memory.
-
-    Torch's come at 1 GB/s, because one thread touches them first; here many do.
-    """
+    """A uint8 tensor of `size` zeros in pinned host memory; RuntimeError if CUDA cannot pin it."""
+    # torch pins at about 1 GB/s, as one thread takes all page faults; here many threads touch the pages first
     memory = numpy.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), numpy.uint8)
 
     def touch_pages(start: int) -> None:
-        memory[start : start + TOUCH_BYTES] = 0  # other threads run meanwhile
+        memory[start : start + TOUCH_BYTES] = 0  # numpy releases the GIL
 
     with ThreadPoolExecutor(TOUCH_THREADS) as pool:
         list(pool.map(touch_pages, range(0, size, TOUCH_BYTES)))
@@ -61,10 +61,11 @@ def allocate_pinned(size: int) -> Tensor:
         code = int(runtime.cudaHostRegister(address, size, 0))
         if code != 0:
             raise RuntimeError(f"{size} bytes of host memory could not be pinned: CUDA error {code}")
+        # not at exit: CUDA may be shut down by then, and the process gives up its memory anyway
         weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
     return torch.from_numpy(memory)
 
 
 def aligned_bytes(value: Tensor) -> int:
-    """Bytes of a tensor with what alignment adds."""
+    """Bytes of a tensor, rounded up to the alignment."""
     return -(-value.nbytes // ALIGNMENT) * ALIGNMENT

@@ -19,9 +19,9 @@ FAILURE = RowFailure(2, "broken.mp4", "no frame")
 
 def make_record(number: int, *, spec: VideoSpec = SPEC, name: str = "clip") -> Record:
     """Record `number`: its tensors are a pure function of the number."""
-    draws = make_generator(0, number, 0, name)
-    frame = torch.randn(spec.first_frame_shape, generator=draws).bfloat16()
-    text = torch.randn((3 + number % 5, TEXT_DIM), generator=draws).bfloat16()
+    generator = make_generator(0, number, 0, name)
+    frame = torch.randn(spec.first_frame_shape, generator=generator).bfloat16()
+    text = torch.randn((3 + number % 5, TEXT_DIM), generator=generator).bfloat16()
     source = RecordSource(f"prompt {number} é", f"{name}-{number}.mp4", number + 3, size=(72, 128))
     return Record(f"{name}-{number:06d}", source, frame, text)
 
@@ -29,13 +29,13 @@ def make_record(number: int, *, spec: VideoSpec = SPEC, name: str = "clip") -> R
 def make_shards(folder: Path, counts: Sequence[int], *, spec: VideoSpec = SPEC, name: str = "clip") -> list[ShardIndex]:
     """Shards of these numbers of records; one row of the first shard failed."""
     folder.mkdir(parents=True, exist_ok=True)
-    made, first = [], 0
+    indices, first = [], 0
     for number, count in enumerate(counts):
         records = [make_record(index, spec=spec, name=name) for index in range(first, first + count)]
         failures = [FAILURE] if number == 0 else []
-        made.append(write_shard(folder, shard_file_name(number), records, failures=failures, rows_sha256="0" * 64))
+        indices.append(write_shard(folder, shard_file_name(number), records, failures=failures, rows_sha256="0" * 64))
         first += count
-    return made
+    return indices
 
 
 def make_data_set(

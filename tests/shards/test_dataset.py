@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from shards.dataset import DataSet, RecordStream, open_data_set, prefetch_ordered
+from shards.dataset import DataSet, open_data_set, prefetch_ordered
+from shards.mixture import RecordStream
 from shards.record import group_by_first_frame, parse_safetensors, to_members
 from shards.shuffle import permute_index
 from tests.shards.data_sets import make_data_set, make_record
@@ -18,27 +19,27 @@ from tests.shards.data_sets import make_data_set, make_record
 PINNED, PINNED_LARGE = [5, 1, 0, 4, 6, 9, 3, 2, 8, 7], 47_609_603
 
 
-def trips(seed, number):
+def random_runs(seed, number):
     """Random sizes, ranks, batch sizes and stop points."""
-    draw = random.Random(seed)
+    generator = random.Random(seed)
     for _ in range(number):
-        per_rank, accumulation = draw.randint(1, 4), draw.randint(1, 3)
+        per_rank, accumulation = generator.randint(1, 4), generator.randint(1, 3)
         yield (
-            draw.randint(1, 300),
-            draw.randint(1, 9),
+            generator.randint(1, 300),
+            generator.randint(1, 9),
             per_rank * accumulation,
-            draw.randint(0, 40),
-            draw.randint(0, 99),
+            generator.randint(0, 40),
+            generator.randint(0, 99),
         )
 
 
-class Counting:
-    """Stands for a data set where only its size matters."""
+class SizedDataSet:
+    """A data set without records, for tests that need its size only."""
 
-    index = DataSet.record_index
+    record_index = DataSet.record_index
 
-    def __init__(self, records):
-        self.records = records
+    def __init__(self, num_records):
+        self.num_records = num_records
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +54,13 @@ def test_order_is_a_bijection(count):
 
 
 def test_order_is_fair():
-    seen = Counter(tuple(permute_index(i, count=4, seed=seed, epoch=0) for i in range(4)) for seed in range(4800))
-    assert set(seen) == set(permutations(range(4)))
-    assert min(seen.values()) > 130 and max(seen.values()) < 270  # 200 each, five standard deviations
+    counts = Counter(tuple(permute_index(i, count=4, seed=seed, epoch=0) for i in range(4)) for seed in range(4800))
+    assert set(counts) == set(permutations(range(4)))
+    assert min(counts.values()) > 130 and max(counts.values()) < 270  # 200 each, five standard deviations
 
 
 def test_order_is_pinned():
-    """Another order would break every run that resumes, and every reader written from FORMAT.md."""
+    """Another order would break every run that resumes, and every reader written from docs/format.md."""
     assert [permute_index(i, count=10, seed=1, epoch=2) for i in range(10)] == PINNED
     assert permute_index(12_345_678, count=100_000_000, seed=0, epoch=0) == PINNED_LARGE
 
@@ -74,7 +75,7 @@ def test_neighbours_are_scattered():
 
 def test_epochs_and_seeds_differ():
     orders = {
-        tuple(RecordStream(Counting(50), seed=s).record_index(e * 50 + i) for i in range(50))
+        tuple(RecordStream(SizedDataSet(50), seed=s).record_index(e * 50 + i) for i in range(50))
         for s in (0, 1)
         for e in (0, 1)
     }
@@ -82,8 +83,8 @@ def test_epochs_and_seeds_differ():
 
 
 def test_every_record_once_an_epoch_over_all_ranks():
-    for records, world, per_rank, _, seed in trips(1, 60):
-        stream, size = RecordStream(Counting(records), seed=seed), world * per_rank
+    for records, world, per_rank, _, seed in random_runs(1, 60):
+        stream, size = RecordStream(SizedDataSet(records), seed=seed), world * per_rank
         updates = -(-2 * records // size)
         read = Counter()
         for rank in range(world):
@@ -93,24 +94,24 @@ def test_every_record_once_an_epoch_over_all_ranks():
 
 
 def test_an_update_reads_the_same_set_on_any_number_of_ranks_and_after_any_stop():
-    for records, world, per_rank, stop, seed in trips(2, 60):
+    for records, world, per_rank, stop, seed in random_runs(2, 60):
         size = 12 * per_rank
-        whole = [RecordStream(Counting(records), seed=seed).record_index(p) for p in range(size * (stop + 2))]
+        all_indices = [RecordStream(SizedDataSet(records), seed=seed).record_index(p) for p in range(size * (stop + 2))]
         for ranks in {w for w in (1, 2, 3, 4, 6, 12) if w <= max(1, world)}:
-            resumed = RecordStream(Counting(records), seed=seed)
+            resumed = RecordStream(SizedDataSet(records), seed=seed)
             update = [
                 resumed.record_index(stop * size + i) for r in range(ranks) for i in range(size) if i % ranks == r
             ]
-            assert sorted(update) == sorted(whole[stop * size : (stop + 1) * size])
+            assert sorted(update) == sorted(all_indices[stop * size : (stop + 1) * size])
 
 
 def test_records_come_back_as_written(folder):
     data = open_data_set(folder)
     assert data.num_records == data.manifest.records == 17
     for index in (0, 4, 5, 6, 16):
-        record, made = data.read_record(index), make_record(index)
-        assert (record.key, record.source) == (made.key, made.source)
-        assert torch.equal(record.first_frame, made.first_frame) and torch.equal(record.text, made.text)
+        record, expected = data.read_record(index), make_record(index)
+        assert (record.key, record.source) == (expected.key, expected.source)
+        assert torch.equal(record.first_frame, expected.first_frame) and torch.equal(record.text, expected.text)
     assert data.negative.shape == (4, 8)
     for outside in (-1, 17):
         with pytest.raises(IndexError, match=f"record {outside} of 17"):
@@ -138,18 +139,16 @@ def test_a_tar_cut_short_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"shard-000001\.tar: damaged at clip-"):
         for index in range(17):
             data.read_record(index)
-    buffer = memoryview(bytearray(b"x" * 2000))  # as when the right bytes still lie where the next read goes
-    data.storage.read_into(tar.name, 0, buffer)
-    assert bytes(buffer) == tar.read_bytes() + bytes(400)
+    assert bytes(data.storage.read(tar.name, 0, 2000)) == tar.read_bytes()  # without what was in memory before
 
 
 def test_batch_is_collated_in_the_order_of_positions(folder):
     stream = RecordStream(open_data_set(folder), seed=3)
     batch = stream.read_batch([20, 4, 33])
-    made = [make_record(stream.record_index(position)) for position in (20, 4, 33)]
-    assert batch.keys == tuple(record.key for record in made)
-    assert torch.equal(batch.condition.first_frame[2], made[2].first_frame)
-    assert batch.condition.text.shape == (3, 512, 8) and not batch.condition.text[0, len(made[0].text) :].any()
+    expected = [make_record(stream.record_index(position)) for position in (20, 4, 33)]
+    assert batch.keys == tuple(record.key for record in expected)
+    assert torch.equal(batch.condition.first_frame[2], expected[2].first_frame)
+    assert batch.condition.text.shape == (3, 512, 8) and not batch.condition.text[0, len(expected[0].text) :].any()
 
 
 def test_sidecars_are_read_when_first_touched_and_only_a_bounded_number_is_held(folder, monkeypatch):

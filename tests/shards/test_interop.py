@@ -12,8 +12,9 @@ import torch
 import webdataset
 from safetensors.torch import load
 
-from shards.dataset import RecordStream, open_data_set
+from shards.dataset import open_data_set
 from shards.manifest import read_manifest
+from shards.mixture import RecordStream
 from tests.shards.data_sets import make_data_set, make_record
 
 COUNTS = [3, 2]
@@ -25,10 +26,10 @@ def folder(tmp_path_factory):
     return make_data_set(tmp_path_factory.mktemp("data"), COUNTS)
 
 
-def same(key, tensors, facts, number):
-    made, loaded = make_record(number), load(tensors)
-    assert key == made.key and facts["prompt"] == made.source.prompt and facts["size"] == [72, 128]
-    assert torch.equal(loaded["text"], made.text) and torch.equal(loaded["first_frame"], made.first_frame)
+def assert_same_record(key, tensors, metadata, number):
+    expected, loaded = make_record(number), load(tensors)
+    assert key == expected.key and metadata["prompt"] == expected.source.prompt and metadata["size"] == [72, 128]
+    assert torch.equal(loaded["text"], expected.text) and torch.equal(loaded["first_frame"], expected.first_frame)
 
 
 def test_webdataset(folder):
@@ -36,7 +37,7 @@ def test_webdataset(folder):
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert len(samples) == sum(COUNTS)
     for number, sample in enumerate(samples):
-        same(sample["__key__"], sample["safetensors"], json.loads(sample["json"]), number)
+        assert_same_record(sample["__key__"], sample["safetensors"], json.loads(sample["json"]), number)
 
 
 def test_webdataset_decodes_by_a_handler(folder):
@@ -54,7 +55,7 @@ def test_hugging_face_datasets(folder, tmp_path, streaming):
     rows = list(data)
     assert len(rows) == sum(COUNTS)
     for number, row in enumerate(rows):
-        same(row["__key__"], row["safetensors"], row["json"], number)
+        assert_same_record(row["__key__"], row["safetensors"], row["json"], number)
 
 
 def test_tarfile_and_tar(folder):
@@ -63,8 +64,8 @@ def test_tarfile_and_tar(folder):
         with tarfile.open(folder / shard.name) as tar:
             members = tar.getmembers()
             for first, second in zip(members[::2], members[1::2], strict=True):
-                facts = json.loads(tar.extractfile(second).read())
-                same(first.name.split(".")[0], tar.extractfile(first).read(), facts, number)
+                metadata = json.loads(tar.extractfile(second).read())
+                assert_same_record(first.name.split(".")[0], tar.extractfile(first).read(), metadata, number)
                 number += 1
         names += [member.name for member in members]
     listed = subprocess.run(["tar", "-tf", folder / "shard-000000.tar"], capture_output=True, text=True, check=True)
@@ -72,14 +73,14 @@ def test_tarfile_and_tar(folder):
 
 
 def test_a_reader_written_from_the_format_page_agrees(folder):
-    """The Python example in FORMAT.md runs as it stands, and finds what the product finds."""
-    page = (ROOT / "shards" / "FORMAT.md").read_text()
+    """The Python example in docs/format.md runs as it stands, and finds what the product finds."""
+    page = (ROOT / "docs" / "format.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     script = f"{code}\nfor position in (0, 1, 7, 23): print(json.dumps(read(sys.argv[1], position, seed=5)))"
-    done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
+    completed = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
     stream = RecordStream(open_data_set(folder), seed=5)
     expected = [stream.data.read_record(stream.record_index(position)) for position in (0, 1, 7, 23)]
-    for line, record in zip(done.stdout.splitlines(), expected, strict=True):
+    for line, record in zip(completed.stdout.splitlines(), expected, strict=True):
         key, prompt, tensors = json.loads(line)
         assert (key, prompt, set(tensors)) == (record.key, record.source.prompt, {"first_frame", "text"})
         for name, tensor in (("first_frame", record.first_frame), ("text", record.text)):

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from common.video import VideoSpec
-from shards.dataset import DataSet, RecordStream, open_data_set
-from shards.mixture import DataSetMixture, open_data_sets, parse_weight
+from shards.dataset import DataSet, open_data_set
+from shards.mixture import DataSetMixture, RecordStream, open_data_sets, parse_weight
 from tests.shards.data_sets import ENCODER, make_data_set, make_record
 
 
@@ -19,7 +19,7 @@ def folders(tmp_path_factory):
     ]
 
 
-def mixture(folders, *weights):
+def open_mixture(folders, *weights):
     return DataSetMixture([open_data_set(folder) for folder in folders], weights)
 
 
@@ -42,45 +42,48 @@ def test_weights_are_parsed(text, prefix, weight):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("a:0", "between 1/1000"), ("a:1001", "and 1000"), ("a:1.2.3", "no weight")]
+    ("text", "message"), [("a:0", "between 1/1000"), ("a:1001", "and 1000"), ("a:1.2.3", "is not a number")]
 )
-def test_bad_weights_are_refused(text, says):
-    with pytest.raises(ValueError, match=f"shards={text}: .*{says}"):
+def test_bad_weights_are_refused(text, message):
+    with pytest.raises(ValueError, match=f"shards={text}: .*{message}"):
         parse_weight(text)
 
 
 @pytest.mark.parametrize(("weights", "shares"), [((1, 0.3, 0.5), (10, 3, 5)), ((2, 2, 4), (1, 1, 2))])
 def test_every_cycle_has_the_exact_shares(folders, weights, shares):
-    mixed = mixture(folders, *weights)
+    mixed = open_mixture(folders, *weights)
     assert mixed.draws_per_cycle == shares and mixed.num_records == 19
     owner = [0] * 11 + [1] * 5 + [2] * 3
     size = sum(shares)
-    places = []
+    cycles = []
     for cycle in range(30):
-        drawn = [owner[mixed.record_index(cycle * size + i, seed=1)] for i in range(size)]
-        assert tuple(drawn.count(number) for number in range(3)) == shares
-        places.append(tuple(drawn))
-    assert len(set(places)) > 5  # the places are shuffled anew in every cycle
+        drawn_indices = [owner[mixed.record_index(cycle * size + i, seed=1)] for i in range(size)]
+        assert tuple(drawn_indices.count(number) for number in range(3)) == shares
+        cycles.append(tuple(drawn_indices))
+    assert len(set(cycles)) > 5  # every cycle has its own order
 
 
 def test_each_data_set_goes_round_exactly(folders):
-    mixed = mixture(folders, 1, 0.3, 0.5)
-    drawn = [mixed.record_index(position, seed=4) for position in range(18 * 33)]
+    mixed = open_mixture(folders, 1, 0.3, 0.5)
+    drawn_indices = [mixed.record_index(position, seed=4) for position in range(18 * 33)]
     for low, high in ((0, 11), (11, 16), (16, 19)):
-        own = [index for index in drawn if low <= index < high]
-        rounds = [own[i : i + high - low] for i in range(0, len(own) // (high - low) * (high - low), high - low)]
-        late = sum(Counter(part) != Counter(range(low, high)) for part in rounds)
-        assert late == 0, (low, late)
+        own_indices = [index for index in drawn_indices if low <= index < high]
+        rounds = [
+            own_indices[i : i + high - low]
+            for i in range(0, len(own_indices) // (high - low) * (high - low), high - low)
+        ]
+        uneven_rounds = sum(Counter(part) != Counter(range(low, high)) for part in rounds)
+        assert uneven_rounds == 0, (low, uneven_rounds)
         assert len({tuple(part) for part in rounds}) > 1
 
 
 def test_any_rank_reads_its_part_after_any_stop(folders):
-    whole = [RecordStream(mixture(folders, 1, 0.3, 0.5), seed=2).record_index(p) for p in range(240)]
+    all_indices = [RecordStream(open_mixture(folders, 1, 0.3, 0.5), seed=2).record_index(p) for p in range(240)]
     for world in (1, 2, 3, 4):
-        resumed = RecordStream(mixture(folders, 1, 0.3, 0.5), seed=2)
+        resumed = RecordStream(open_mixture(folders, 1, 0.3, 0.5), seed=2)
         update = [resumed.record_index(108 + i) for rank in range(world) for i in range(12) if i % world == rank]
-        assert sorted(update) == sorted(whole[108:120])
-    assert whole != [RecordStream(mixture(folders, 1, 0.3, 0.5), seed=3).record_index(p) for p in range(240)]
+        assert sorted(update) == sorted(all_indices[108:120])
+    assert all_indices != [RecordStream(open_mixture(folders, 1, 0.3, 0.5), seed=3).record_index(p) for p in range(240)]
 
 
 def test_records_come_from_their_own_data_set(folders):
@@ -89,8 +92,8 @@ def test_records_come_from_their_own_data_set(folders):
     batch = stream.read_batch(range(40))
     for position, key in enumerate(batch.keys):
         name, number = key.split("-")
-        made = make_record(int(number), name=name)
-        assert torch.equal(batch.condition.first_frame[position], made.first_frame)
+        expected = make_record(int(number), name=name)
+        assert torch.equal(batch.condition.first_frame[position], expected.first_frame)
     assert {key[0] for key in batch.keys} == {"a", "b", "c"}
     assert data.manifest.spec == open_data_set(folders[0]).manifest.spec and data.negative.shape == (4, 8)
     with pytest.raises(IndexError, match="record 19 of 19"):
@@ -102,13 +105,13 @@ def test_one_data_set_is_itself(folders):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"encoder": replace(ENCODER, vae="other")}, "vae: 'other', expected 'vae'"),
         ({"spec": VideoSpec(5, 64, 64, 8)}, "height: 64, expected 32"),
     ],
 )
-def test_what_was_made_otherwise_does_not_mix(folders, tmp_path, change, says):
+def test_other_encodings_are_not_mixed(folders, tmp_path, change, message):
     other = make_data_set(tmp_path / "other", [2], **change)
-    with pytest.raises(ValueError, match=f"other cannot mix with .*: .*{says}"):
+    with pytest.raises(ValueError, match=f"other: cannot be mixed with .*: .*{message}"):
         open_data_sets([folders[0], str(other)])

@@ -1,4 +1,4 @@
-"""A hundred million records in 200,000 shards, simulated: one small shard stands for each of them."""
+"""A hundred million records in 200,000 shards, simulated: one small shard represents each of them."""
 
 import subprocess
 import sys
@@ -13,39 +13,38 @@ from tests.shards.data_sets import ENCODER, SPEC, TEXT_DIM, make_shards
 SHARDS, RECORDS = 200_000, 500
 SCRIPT = """
 import resource, sys
+from pathlib import Path
 from shards.storage.open import LocalStorage
-from shards.dataset import MAX_CACHED_RECORDS, RecordStream, open_data_set
+from shards.dataset import MAX_CACHED_RECORDS, open_data_set
+from shards.mixture import RecordStream
 
-def peak():
+def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
 
-imported = peak()
+imported = peak_memory()
 data = open_data_set(sys.argv[1])
-opened = peak()
+opened = peak_memory()
 
 class OneShard(LocalStorage):
     def read(self, name, *span, fresh=False):
-        return super().read("shard-000000.json", *span)
-
-    def read_into(self, name, *span, fresh=False):
-        super().read_into("shard-000000.tar", *span)
+        return super().read(f"shard-000000{Path(name).suffix}", *span)
 
 data.storage = OneShard(sys.argv[1])
 stream = RecordStream(data, seed=1)
-seen = [stream.record_index(position * 99_991) for position in range(600)]
-keys = [stream.data.read_record(index).key for index in seen]
-assert keys == [f"clip-{index % 500:06d}" for index in seen]
-assert len(data._offset_cache) == MAX_CACHED_RECORDS // 500 < len({index // 500 for index in seen})
-print(data.num_records, len(set(seen)), round(opened - imported), round(peak() - opened))
+indices = [stream.record_index(position * 99_991) for position in range(600)]
+keys = [stream.data.read_record(index).key for index in indices]
+assert keys == [f"clip-{index % 500:06d}" for index in indices]
+assert data._load_offsets.cache_info().currsize == MAX_CACHED_RECORDS // 500 < len({index // 500 for index in indices})
+print(data.num_records, len(set(indices)), round(opened - imported), round(peak_memory() - opened))
 """
 
 
 def test_a_hundred_million_records(tmp_path):
-    one = make_shards(tmp_path, [RECORDS])[0].shard
-    shards = tuple(replace(one, name=shard_file_name(number)) for number in range(SHARDS))
+    shard = make_shards(tmp_path, [RECORDS])[0].shard
+    shards = tuple(replace(shard, name=shard_file_name(number)) for number in range(SHARDS))
     write_manifest(tmp_path, Manifest(1, SPEC, ENCODER, shards, 0), torch.zeros(2, TEXT_DIM))
-    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    records, different, opening, reading = (int(word) for word in done.stdout.split())
+    completed = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    records, different, opening, reading = (int(word) for word in completed.stdout.split())
     assert records == SHARDS * RECORDS and different == 600
     assert opening < 260 and reading < 140  # MB beside the libraries, of the 500 a rank may take

@@ -7,10 +7,11 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
-from shards.dataset import RecordStream, open_data_set, prefetch_ordered
+from shards.dataset import open_data_set, prefetch_ordered
+from shards.mixture import RecordStream
 from shards.storage import object_store, open
 from shards.storage.cache import DiskCache
-from shards.storage.object_store import ObjectStore, RetryPolicy
+from shards.storage.object_store import ObjectStore
 from shards.storage.open import open_storage, url_scheme
 from tests.shards.data_sets import make_data_set, make_record
 from tests.shards.server import serve
@@ -25,31 +26,30 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def server(folder):
-    with serve(folder) as running:
-        yield running
+    with serve(folder) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
+def short_pauses(monkeypatch, tmp_path):
     """Short pauses, and a cache of this test's own."""
     monkeypatch.setattr(object_store, "STALL_SECONDS", 0.5)
-    monkeypatch.setattr(
-        object_store.ObjectStore.__init__, "__kwdefaults__", {"retry": RetryPolicy(max_attempts=4, first_delay=0.01)}
-    )
+    monkeypatch.setattr(object_store, "MAX_ATTEMPTS", 4)
+    monkeypatch.setattr(object_store, "FIRST_DELAY", 0.01)
     monkeypatch.setattr(open, "cache_folder", lambda: tmp_path / "cache")
 
 
-def same(data, indices=range(RECORDS)):
+def assert_same_records(data, indices=range(RECORDS)):
     for index in indices:
-        record, made = data.record(index), make_record(index)
-        assert (record.key, record.source) == (made.key, made.source)
-        assert torch.equal(record.first_frame, made.first_frame) and torch.equal(record.text, made.text)
+        record, expected = data.read_record(index), make_record(index)
+        assert (record.key, record.source) == (expected.key, expected.source)
+        assert torch.equal(record.first_frame, expected.first_frame) and torch.equal(record.text, expected.text)
     return True
 
 
 def test_http_gives_the_records_by_ranges(server, folder):
     data = open_data_set(server.url)
-    assert data.num_records == RECORDS and same(data)
+    assert data.num_records == RECORDS and assert_same_records(data)
     asked = [span for name, span in server.asked if name.endswith(".tar")]
     assert len(asked) == RECORDS and all(asked)  # one range a record, never a whole tar
     assert torch.equal(data.negative, open_data_set(folder).negative)
@@ -58,16 +58,17 @@ def test_http_gives_the_records_by_ranges(server, folder):
 @pytest.mark.parametrize("fault", ["503", "429", "reset", "cut", "stall", "flip"])
 def test_a_fault_that_passes_changes_nothing(server, fault):
     server.fault = lambda name, number: fault if number % 2 else ""
-    assert same(open_data_set(server.url, cache_bytes=0), range(3) if fault == "stall" else range(RECORDS))
+    assert assert_same_records(
+        open_data_set(server.url, cache_bytes=0), range(3) if fault == "stall" else range(RECORDS)
+    )
 
 
-def test_random_faults_under_threads(server):
+def test_random_faults_under_threads(server, monkeypatch):
     draw = random.Random(0)
     server.fault = lambda name, number: draw.choice(["", "503", "cut", "reset"]) if number % 4 else ""
     data = open_data_set(server.url, cache_bytes=0)
-    data.storage.retry = RetryPolicy(
-        max_attempts=12, first_delay=0.001
-    )  # threads that ask for one range share its faults
+    monkeypatch.setattr(object_store, "MAX_ATTEMPTS", 12)  # threads that ask for one range share its faults
+    monkeypatch.setattr(object_store, "FIRST_DELAY", 0.001)
     stream = RecordStream(data, seed=5)
     plans = [[p, p + 1, p + 2] for p in range(0, 48, 3)]
     batches = list(prefetch_ordered(stream.read_batch, plans, depth=4, threads=4))
@@ -92,9 +93,9 @@ def test_a_lost_server_is_named_after_the_last_try(server, caplog):
 def test_pauses_double(monkeypatch, tmp_path):
     slept = []
     monkeypatch.setattr(object_store.time, "sleep", slept.append)
-    nowhere = ObjectStore(
-        "http://127.0.0.1:9/data", cache=DiskCache(tmp_path, 0), retry=RetryPolicy(max_attempts=5, first_delay=0.5)
-    )
+    monkeypatch.setattr(object_store, "MAX_ATTEMPTS", 5)
+    monkeypatch.setattr(object_store, "FIRST_DELAY", 0.5)
+    nowhere = ObjectStore("http://127.0.0.1:9/data", cache=DiskCache(tmp_path, 0))
     with pytest.raises(ConnectionError):
         nowhere.read("manifest.json")
     assert slept == [0.5, 1, 2, 4]
@@ -106,7 +107,7 @@ def test_damage_that_stays_is_read_twice_and_named(server):
     with pytest.raises(ValueError, match=r"shard-000001.tar: damaged at clip-000006.safetensors .*read twice"):
         data.read_record(6)
     assert sum(name == "shard-000001.tar" for name, _ in server.asked) == 2
-    assert same(data, [0, 12])
+    assert assert_same_records(data, [0, 12])
     server.fault = lambda name, number: "flip" if name == "shard-000001.json" else ""
     with pytest.raises(ValueError, match="shard-000001.json: damaged at the whole file"):
         open_data_set(server.url, cache_bytes=0).read_record(6)
@@ -127,23 +128,23 @@ def test_a_damaged_or_missing_opening_is_refused(server, folder, damaged):
 
 def test_a_server_without_ranges_is_refused(server):
     server.fault = lambda name, number: "whole"
-    with pytest.raises(ValueError, match="whole files where ranges are asked for"):
+    with pytest.raises(ValueError, match="whole files instead of byte ranges"):
         open_data_set(server.url).read_record(0)
 
 
 def test_the_cache_spares_the_second_epoch(server):
     data = open_data_set(server.url)
-    assert same(data)
+    assert assert_same_records(data)
     before = len(server.asked)
-    assert same(data) and same(open_data_set(server.url))
+    assert assert_same_records(data) and assert_same_records(open_data_set(server.url))
     assert [name for name, _ in server.asked[before:]] == ["manifest.json"]  # what is said anew each time
 
 
 def test_a_damaged_or_stale_cache_is_not_believed(server, tmp_path):
-    assert same(open_data_set(server.url))
+    assert assert_same_records(open_data_set(server.url))
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(path.read_bytes()[::-1])
-    assert same(open_data_set(server.url)) and same(open_data_set(server.url))
+    assert assert_same_records(open_data_set(server.url)) and assert_same_records(open_data_set(server.url))
 
 
 def test_the_cache_is_bounded_and_forgets_what_is_oldest(tmp_path):
@@ -164,35 +165,35 @@ def test_a_cache_that_cannot_be_written_stops_nothing(server, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(NotADirectoryError):
         list((tmp_path / "cache").iterdir())
-    assert same(open_data_set(server.url))
+    assert assert_same_records(open_data_set(server.url))
 
 
 @pytest.fixture(scope="module")
-def s3(folder):
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    running.start()
-    host, port = running.get_host_and_port()
-    facts = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+def s3_server(folder):
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     client = boto3.client(
         "s3",
         region_name="us-east-1",
-        endpoint_url=facts["AWS_ENDPOINT_URL"],
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
         aws_access_key_id="a",
         aws_secret_access_key="b",
     )
     client.create_bucket(Bucket="clips")
     for path in folder.iterdir():
         client.put_object(Bucket="clips", Key=f"deep/data/{path.name}", Body=path.read_bytes())
-    yield client, facts
-    running.stop()
+    yield client, environment
+    server.stop()
 
 
-def test_s3_gives_the_records_and_names_damage(s3, folder, monkeypatch):
-    client, facts = s3
-    for name, value in facts.items():
+def test_s3_gives_the_records_and_names_damage(s3_server, folder, monkeypatch):
+    client, environment = s3_server
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     data = open_data_set("s3://clips/deep/data/", cache_bytes=0)
-    assert same(data)
+    assert assert_same_records(data)
     with pytest.raises(ValueError, match=r"shards=s3://clips/shallow: .*manifest.json"):
         open_data_set("s3://clips/shallow")
     tar = (folder / "shard-000002.tar").read_bytes()
@@ -200,19 +201,19 @@ def test_s3_gives_the_records_and_names_damage(s3, folder, monkeypatch):
     with pytest.raises(ValueError, match=r"s3://clips/deep/data/shard-000002.tar: damaged at clip-000010.json"):
         data.read_record(10)
     client.put_object(Bucket="clips", Key="deep/data/shard-000002.tar", Body=tar)
-    assert same(data, [10])
+    assert assert_same_records(data, [10])
 
 
 @pytest.mark.parametrize("bad", ["pipe:cat /etc/hostname", "pipe:rm -rf x", "|cat x", "ssh://host/x", "sftp://host/x"])
 @pytest.mark.parametrize("opened", [open_data_set, lambda prefix: open_storage(prefix, cache_bytes=0)])
 def test_what_runs_a_program_is_refused(bad, opened):
-    with pytest.raises(ValueError, match="is not read; give a folder or one of https://"):
+    with pytest.raises(ValueError, match="cannot be read; give a folder or one of https://"):
         opened(bad)
 
 
 @pytest.mark.parametrize("bad", ["file:///etc", "simplecache::s3://b/x", "s3://b/x::zip://y", "s3:bucket", "ftp://h/x"])
 def test_other_schemes_are_refused(bad):
-    with pytest.raises(ValueError, match="is not read"):
+    with pytest.raises(ValueError, match="cannot be read"):
         url_scheme(bad)
 
 

@@ -1,4 +1,4 @@
-"""The saver by itself, and where a run may begin."""
+"""The checkpoint writer by itself, and from where a run may start."""
 
 import shutil
 import threading
@@ -39,7 +39,7 @@ def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def other(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run to begin from."""
+    """A short run to start from."""
     return run_here(make_config(shards, model, tmp_path_factory.mktemp("other") / "run", iterations=2, seed=7))
 
 
@@ -53,70 +53,71 @@ def facts(other: Path) -> StudentFacts:
     return replace(read_facts(other), iteration=1)
 
 
-def test_training_goes_on_and_does_not_change_what_is_written(
+def test_training_continues_and_does_not_change_the_checkpoint(
     config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed, write = threading.Event(), module.write_checkpoint
+    changed, write = threading.Event(), module.CheckpointJob.write
 
-    def late(*arguments) -> None:
+    def write_late(*arguments) -> module.FileIndex:
         assert changed.wait(30)
-        write(*arguments)
+        return write(*arguments)
 
-    def slow(*arguments) -> None:
+    def copy_slowly(*arguments) -> None:
         time.sleep(0.2)
         copy(*arguments)
 
     copy = staging.StagedState.copy_from_host
-    monkeypatch.setattr(module, "write_checkpoint", late)
-    monkeypatch.setattr(staging.StagedState, "copy_from_host", slow)
+    monkeypatch.setattr(module.CheckpointJob, "write", write_late)
+    monkeypatch.setattr(staging.StagedState, "copy_from_host", copy_slowly)
     live = {"student.weight": torch.arange(6.0).view(2, 3), "student.step": torch.tensor(5.0)}
-    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as saver:
-        saver.save(live, facts)
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as writer:
+        writer.save(live, facts)
         assert not list_checkpoints(tmp_path)  # save has returned and nothing is written yet
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
         clock = PhaseTimer(torch.device("cpu"))
-        saver.register_step_hooks({STUDENT: optimizer}, clock)
-        optimizer.step()  # waits until the copies are made
+        writer.register_step_hooks({STUDENT: optimizer}, clock)
+        optimizer.step()  # waits for the copies
         assert clock.read_seconds()["checkpoint"] > 0
         for value in live.values():
             value.zero_()
         changed.set()
-        saver.finish()
-    found = tensors(list_checkpoints(tmp_path)[0])
-    assert torch.equal(found["student.weight"], torch.arange(6.0).view(2, 3))
-    assert found["student.step"] == 5
+        writer.finish()
+    stored = tensors(list_checkpoints(tmp_path)[0])
+    assert torch.equal(stored["student.weight"], torch.arange(6.0).view(2, 3))
+    assert stored["student.step"] == 5
 
 
 def test_a_step_waits_for_the_copies_of_its_role_alone(
     config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The role that is updated next is copied first, and its step waits for no other."""
-    may_copy, begun, copy = threading.Event(), [], staging.StagedState.copy_from_host
+    may_copy, started, copy = threading.Event(), [], staging.StagedState.copy_from_host
 
-    def watched(self: staging.StagedState, name: str) -> None:
-        begun.append(name)
+    def watched_copy(self: staging.StagedState, name: str) -> None:
+        started.append(name)
         assert name.startswith("critic") or may_copy.wait(5)
         copy(self, name)
 
     monkeypatch.setattr(staging, "COPY_THREADS", 1)
-    monkeypatch.setattr(staging.StagedState, "copy_from_host", watched)
+    monkeypatch.setattr(staging.StagedState, "copy_from_host", watched_copy)
     names = "student.w", "ema.w", "critic.w", "student_optimizer.w", "critic_optimizer.w"
     clock, optimizers = PhaseTimer(torch.device("cpu")), {}
     for role in (STUDENT, CRITIC):
         optimizers[role] = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as saver:
-        saver.register_step_hooks(optimizers, clock)
-        saver.save({name: torch.ones(3) for name in names}, facts, first=CRITIC)
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as writer:
+        writer.register_step_hooks(optimizers, clock)
+        writer.save({name: torch.ones(3) for name in names}, facts, first=CRITIC)
         optimizers[CRITIC].step()
-        assert begun[:2] == ["critic.w", "critic_optimizer.w"]
-        assert len(saver.snapshot.pending_copies(STUDENT)) == 3
+        assert started[:2] == ["critic.w", "critic_optimizer.w"]
+        staged = writer.staged
+        assert sum(not task.done() for task in staged.host_tasks[STUDENT]) == 3
         threading.Timer(0.2, may_copy.set).start()
         optimizers[STUDENT].step()
-        assert saver.snapshot is None or not saver.snapshot.is_pending(STUDENT)
-        saver.finish()
+        assert not staged.is_pending(STUDENT)
+        writer.finish()
 
 
-def test_previews_wait_for_the_student_s_copies(
+def test_previews_wait_for_copies_of_the_student(
     model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A preview puts the average in the student's place: not while the student is being copied for a checkpoint."""
@@ -129,46 +130,46 @@ def test_previews_wait_for_the_student_s_copies(
         EmaWeights.swapped_into,
     )
 
-    def late(self: staging.StagedState, name: str) -> None:
+    def copy_late(self: staging.StagedState, name: str) -> None:
         ends.append(time.monotonic() + 2)
         if name.startswith("student."):
             swapped.wait(max(0, ends[0] - time.monotonic()))
         copy(self, name)
 
     @contextmanager
-    def told(self: EmaWeights, net: torch.nn.Module) -> Iterator[None]:
+    def watched_swap(self: EmaWeights, net: torch.nn.Module) -> Iterator[None]:
         with in_place_of(self, net):
             if ends:  # there is a preview before the first iteration too
                 swapped.set()
             yield
 
     quick = run_here(make_config(shards, model, tmp_path / "quick", **options))
-    monkeypatch.setattr(staging.StagedState, "copy_from_host", late)
-    monkeypatch.setattr(EmaWeights, "swapped_into", told)
+    monkeypatch.setattr(staging.StagedState, "copy_from_host", copy_late)
+    monkeypatch.setattr(EmaWeights, "swapped_into", watched_swap)
     run_here(make_config(shards, model, tmp_path / "late", **options))
     first = quick.with_name("step-000003")
-    expected, found = tensors(first), tensors(tmp_path / "late" / first.name)
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    expected, stored = tensors(first), tensors(tmp_path / "late" / first.name)
+    assert all(torch.equal(value, stored[name]) for name, value in expected.items())
 
 
-def test_what_reads_back_otherwise_gets_no_name_and_prunes_nothing(
+def test_files_that_read_back_differently_are_discarded_and_prune_nothing(
     config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live = {"student.weight": torch.arange(600.0)}
     save = module.dcp.save
 
-    def lossy(*arguments, **options) -> None:
+    def save_lossy(*arguments, **options) -> None:
         save(*arguments, **options)
         for path in tmp_path.glob("*.partial/*.safetensors"):
             flip(path)
 
-    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as saver:
-        saver.save(live, facts)
-        saver.finish()
-        monkeypatch.setattr(module.dcp, "save", lossy)
-        saver.save(live, replace(facts, iteration=2))
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as writer:
+        writer.save(live, facts)
+        writer.finish()
+        monkeypatch.setattr(module.dcp, "save", save_lossy)
+        writer.save(live, replace(facts, iteration=2))
         with pytest.raises(SaveError, match="student.weight is not what was written"):
-            saver.finish()
+            writer.finish()
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-000001"]
 
 
@@ -177,15 +178,15 @@ def test_a_rank_splits_its_part_into_files_of_bounded_size(
 ) -> None:
     monkeypatch.setattr(module, "FILE_BYTES", 1000)
     live = {f"student.{n}": torch.full((100,), float(n)) for n in range(10)}
-    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as saver:
-        saver.save(live, facts)
-        saver.finish()
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as writer:
+        writer.save(live, facts)
+        writer.finish()
     files = sorted(list_checkpoints(tmp_path)[0].glob("*.safetensors"))
     assert len(files) == 4  # of 400 bytes a tensor, at most three begin within 1000
     assert tensors(list_checkpoints(tmp_path)[0])["student.9"][0] == 9
 
 
-def test_pruning_keeps_the_newest_the_best_and_every_so_many(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest_the_best_and_every_nth(tmp_path: Path) -> None:
     for iteration in range(1, 10):
         folder = tmp_path / f"step-{iteration:06d}"
         folder.mkdir()
@@ -197,31 +198,31 @@ def test_pruning_keeps_the_newest_the_best_and_every_so_many(tmp_path: Path) -> 
     assert [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))] == [5, 9]
 
 
-def test_what_a_killed_run_had_no_time_to_prune_goes_at_the_end_of_the_next(
+def test_finish_prunes_what_a_killed_run_left(
     config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
         monkeypatch.context() as killed,
-        CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as saver,
+        CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as writer,
     ):
         killed.setattr(module, "prune_checkpoints", lambda *_: None)
         for iteration in (1, 2):
-            saver.save({"student.weight": torch.arange(6.0)}, replace(facts, iteration=iteration))
-        saver.wait()
+            writer.save({"student.weight": torch.arange(6.0)}, replace(facts, iteration=iteration))
+        writer.wait()
     assert len(list_checkpoints(tmp_path)) == 2
-    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as saver:
-        saver.finish()
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as writer:
+        writer.finish()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002"]
 
 
-def test_checkpoints_may_be_written_while_training_waits(model: Path, shards: Path, other: Path, tmp_path: Path):
+def test_synchronous_checkpoints_are_the_same(model: Path, shards: Path, other: Path, tmp_path: Path):
     config = make_config(shards, model, tmp_path / "run", iterations=2, seed=7, async_checkpoint=False)
-    written, beside = tensors(run_here(config)), tensors(other)
-    assert all(torch.equal(value, written[name]) for name, value in beside.items())
+    synchronous, asynchronous = tensors(run_here(config)), tensors(other)
+    assert all(torch.equal(value, synchronous[name]) for name, value in asynchronous.items())
 
 
-def begun(model: Path, shards: Path, out: Path, source: Path) -> dict[str, torch.Tensor]:
-    """The state after one iteration at learning rates of 0: what the run began with."""
+def initial_state(model: Path, shards: Path, out: Path, source: Path) -> dict[str, torch.Tensor]:
+    """The state after one iteration at learning rates of 0: that with which the run started."""
     config = make_config(
         shards, model, out, iterations=1, init_from=str(source), student_lr=0.0, critic_lr=0.0, ema_start=0
     )
@@ -229,13 +230,13 @@ def begun(model: Path, shards: Path, out: Path, source: Path) -> dict[str, torch
 
 
 def test_init_from_a_run(model: Path, shards: Path, other: Path, tmp_path: Path) -> None:
-    found, source = begun(model, shards, tmp_path / "run", other.parent), tensors(other)
+    state, source = initial_state(model, shards, tmp_path / "run", other.parent), tensors(other)
     for name in ("student", "critic"):
         weights = [key for key in source if key.startswith(f"{name}.")]
-        assert all(torch.equal(found[key], source[key]) for key in weights)
-        assert not torch.equal(found[f"{name}.proj_out.weight"], load_network(model, torch.float32).proj_out.weight)
-    assert torch.equal(found["ema.proj_out.weight"], source["student.proj_out.weight"])
-    assert found["student_optimizer.proj_out.weight.step"] == 1  # the optimizers begin anew
+        assert all(torch.equal(state[key], source[key]) for key in weights)
+        assert not torch.equal(state[f"{name}.proj_out.weight"], load_network(model, torch.float32).proj_out.weight)
+    assert torch.equal(state["ema.proj_out.weight"], source["student.proj_out.weight"])
+    assert state["student_optimizer.proj_out.weight.step"] == 1  # the optimizers start from zero
 
 
 @pytest.mark.parametrize("inner", ["", "transformer"])
@@ -243,47 +244,47 @@ def test_init_from_a_diffusers_folder(model: Path, shards: Path, tmp_path: Path,
     from tests.tiny_models import make_transformer
 
     torch.manual_seed(5)
-    make_transformer(tmp_path / "mine" / "transformer")
-    found = begun(model, shards, tmp_path / "run", tmp_path / "mine" / inner)
-    mine = load_network(tmp_path / "mine", torch.float32)
+    make_transformer(tmp_path / "copy" / "transformer")
+    state = initial_state(model, shards, tmp_path / "run", tmp_path / "copy" / inner)
+    network = load_network(tmp_path / "copy", torch.float32)
     for role in ("student", "critic", "ema"):
-        for name, value in mine.named_parameters():
-            assert torch.equal(found[f"{role}.{name}"], value), (role, name)
+        for name, value in network.named_parameters():
+            assert torch.equal(state[f"{role}.{name}"], value), (role, name)
 
 
-def test_init_from_something_else_is_refused(model: Path, shards: Path, other: Path, tmp_path: Path) -> None:
+def test_init_from_anything_else_is_rejected(model: Path, shards: Path, other: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere"):
-        begun(model, shards, tmp_path / "a", tmp_path / "nowhere")
+        initial_state(model, shards, tmp_path / "a", tmp_path / "nowhere")
     copy = shutil.copytree(other.parent, tmp_path / "copy")
     flip(next((copy / other.name).glob("*.safetensors")))
     with pytest.raises(ValueError, match="init_from=.*is damaged: shard-"):
-        begun(model, shards, tmp_path / "b", copy)
+        initial_state(model, shards, tmp_path / "b", copy)
 
 
-def test_another_model_is_refused_on_resume(model: Path, shards: Path, other: Path, tmp_path: Path) -> None:
-    """Its encoders are the same, so that the data fit; the teacher would change in mid-run."""
+def test_another_model_is_rejected_on_resume(model: Path, shards: Path, other: Path, tmp_path: Path) -> None:
+    """Its encoders are the same, so the data set matches, but the teacher would change during the run."""
     from tests.tiny_models import make_transformer
 
-    shutil.copytree(model, tmp_path / "mine")
-    shutil.rmtree(tmp_path / "mine" / "transformer")
-    make_transformer(tmp_path / "mine" / "transformer")
+    shutil.copytree(model, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "transformer")
+    make_transformer(tmp_path / "copy" / "transformer")
     shutil.copytree(other.parent, tmp_path / "run")
-    config = make_config(shards, tmp_path / "mine", tmp_path / "run", iterations=3, seed=7)
-    with pytest.raises(ValueError, match=f"model={tmp_path / 'mine'}: not the model of .*{other.name}, {model}"):
+    config = make_config(shards, tmp_path / "copy", tmp_path / "run", iterations=3, seed=7)
+    with pytest.raises(ValueError, match=f"model={tmp_path / 'copy'}: not the model of .*{other.name}, {model}"):
         run_here(config)
 
 
-def test_a_cut_checkpoint_is_named_when_it_is_read(other: Path, tmp_path: Path) -> None:
+def test_reading_a_truncated_checkpoint_names_it(other: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(other, tmp_path / other.name)
     path = next(copy.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"{other.name}: does not give what is needed of it"):
+    with pytest.raises(ValueError, match=f"{other.name}: does not have the required tensors"):
         load_checkpoint(copy, {"student.proj_out.weight": tensors(other)["student.proj_out.weight"]})
 
 
-def test_no_room_for_a_copy_says_what_does_without(
+def test_missing_host_memory_names_the_option(
     model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "allocate_host_buffers", Mock(side_effect=MemoryError("20 GB")))
-    with pytest.raises(SaveError, match=r"no host memory .*20 GB.* --no-checkpoint-beside"):
+    with pytest.raises(SaveError, match=r"async_checkpoint=True: no host memory .*20 GB.* --no-async-checkpoint"):
         run_here(make_config(shards, model, tmp_path / "run", iterations=1))

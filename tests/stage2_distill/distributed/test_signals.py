@@ -1,4 +1,4 @@
-"""Runs that are stopped: told to, killed, resumed on other numbers of ranks, out of disk, with a damaged checkpoint."""
+"""Interrupted runs: stopped by a signal, killed, resumed, without disk space, with a damaged checkpoint."""
 
 import json
 import logging
@@ -26,10 +26,10 @@ from stage2_distill.checkpointing.format import (
     read_facts,
 )
 from stage2_distill.checkpointing.writer import SaveError
-from stage2_distill.distributed import signals as stop_module
+from stage2_distill.distributed import signals
 from tests.stage2_distill.training_helpers import ROOT, assert_same, flip, make_config, make_shards, run_here
 
-SLOW = {"seconds", "memory_gib"}
+TIME_METRICS = {"seconds", "memory_gib"}
 OPTIONS = {
     "iterations": 8,
     "checkpoint_every": 2,
@@ -42,11 +42,11 @@ OPTIONS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """As the processes that these tests start: more threads may sum in another order."""
-    before = torch.get_num_threads()
+    """Like the processes that these tests start: more threads may sum in another order."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +55,25 @@ def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unbroken(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_here(make_config(shards, model, tmp_path_factory.mktemp("unbroken") / "run", **OPTIONS))
+def uninterrupted(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_here(make_config(shards, model, tmp_path_factory.mktemp("uninterrupted") / "run", **OPTIONS))
 
 
 def lines(run: Path) -> list[dict[str, float]]:
-    """The metrics without what depends on the clock."""
+    """The metrics of a run except those that depend on time and memory."""
     read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in SLOW and not k.startswith("seconds_")} for line in read]
+    return [{k: v for k, v in line.items() if k not in TIME_METRICS and not k.startswith("seconds_")} for line in read]
 
 
 @pytest.fixture
-def at(monkeypatch: pytest.MonkeyPatch):
-    """Have something done before an iteration: at({3: function})."""
+def before_iteration(monkeypatch: pytest.MonkeyPatch):
+    """Call functions before iterations: `before_iteration({3: function})`."""
 
-    def arrange(todo) -> None:
+    def arrange(actions) -> None:
         step = trainer.train_step
 
         def wrapper(trainer, iteration, data):
-            todo.get(iteration, lambda: None)()
+            actions.get(iteration, lambda: None)()
             return step(trainer, iteration, data)
 
         monkeypatch.setattr(train, "train_step", wrapper)
@@ -88,151 +88,157 @@ def wait_for_writer() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(
-    model: Path, shards: Path, unbroken: Path, tmp_path: Path, at, caplog: pytest.LogCaptureFixture, number: int
+def test_signal_saves_and_the_same_command_resumes(
+    model: Path,
+    shards: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    before_iteration,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
 ) -> None:
     caplog.set_level(logging.INFO)
     config = make_config(shards, model, tmp_path / "run", **OPTIONS)
-    at({4: lambda: os.kill(os.getpid(), number)})
+    before_iteration({4: lambda: os.kill(os.getpid(), number)})
     assert run_here(config).name == "step-000005"  # the iteration is finished, not abandoned
     assert "stopped after iteration 5; resume with the same command" in caplog.text
-    at({})
-    assert_same(unbroken, run_here(config))
-    assert lines(tmp_path / "run") == lines(unbroken.parent)
+    before_iteration({})
+    assert_same(uninterrupted, run_here(config))
+    assert lines(tmp_path / "run") == lines(uninterrupted.parent)
 
 
-def test_a_second_signal_ends_at_once_but_not_the_same_one_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_signal_ends_at_once_unless_it_is_the_first_forwarded(monkeypatch: pytest.MonkeyPatch) -> None:
     now, before = [100.0], signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(stop_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     with pytest.raises(KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        with stop_module.StopSignal() as stop:
+        with signals.StopSignal() as stop:
             assert not stop.is_requested()
             signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGINT)  # torchrun passes on what all have got
+            signal.raise_signal(signal.SIGINT)  # torchrun forwards a signal that all ranks have received
             assert stop.is_requested()
-            monkeypatch.setattr(stop_module.signal, "SIG_DFL", signal.default_int_handler)
+            monkeypatch.setattr(signals.signal, "SIG_DFL", signal.default_int_handler)
             now[0] += 6
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_command_exits_with_0_when_told_to_stop(model: Path, shards: Path, tmp_path: Path) -> None:
+def test_stopped_command_exits_with_0(model: Path, shards: Path, tmp_path: Path) -> None:
     write_config(tmp_path / "c.yaml", make_config(shards, model, tmp_path / "run", **OPTIONS | {"iterations": 100_000}))
     command = [sys.executable, "cli.py", "distill", "--config", str(tmp_path / "c.yaml")]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         while process.poll() is None and not (tmp_path / "run" / "step-000002").is_dir():
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said
-    assert "resume with the same command" in said
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "resume with the same command" in stderr
 
 
-def test_killed_at_20_moments_nothing_is_lost(model: Path, shards: Path, unbroken: Path, tmp_path: Path) -> None:
+def test_killed_20_times_nothing_is_lost(model: Path, shards: Path, uninterrupted: Path, tmp_path: Path) -> None:
     write_config(tmp_path / "c.yaml", make_config(shards, model, tmp_path / "run", **OPTIONS))
     command = [sys.executable, "tests/stage2_distill/kill_worker.py", str(tmp_path / "c.yaml"), "20"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    killed, inside = map(int, done.stdout.split())
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr[-3000:]
+    killed, inside = map(int, process.stdout.split())
     assert killed == 20
     assert inside >= 5
-    assert_same(unbroken, list_checkpoints(tmp_path / "run")[-1])
-    assert lines(tmp_path / "run") == lines(unbroken.parent)
+    assert_same(uninterrupted, list_checkpoints(tmp_path / "run")[-1])
+    assert lines(tmp_path / "run") == lines(uninterrupted.parent)
     assert [path.name for path in sorted((tmp_path / "run").glob("step-*"))] == [
         "step-000004", "step-000006", "step-000008"
     ]  # fmt: skip
 
 
-def cut(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
 DAMAGES = [
     ("*.safetensors", flip, "other bytes than were written"),
-    ("*.safetensors", cut, "bytes, .* were written"),
+    ("*.safetensors", truncate, "bytes, .* were written"),
     ("*.safetensors", Path.unlink, "is missing"),
     (STUDENT_FILE, flip, "other bytes than were written"),
-    (INDEX_FILE, cut, "cannot be read"),
+    (INDEX_FILE, truncate, "cannot be read"),
     (INDEX_FILE, Path.unlink, "cannot be read"),
 ]
 
 
-@pytest.mark.parametrize(("pattern", "harm", "words"), DAMAGES)
-def test_every_damage_is_seen_and_named(unbroken: Path, tmp_path: Path, pattern: str, harm, words: str) -> None:
-    copy = shutil.copytree(unbroken, tmp_path / unbroken.name)
+@pytest.mark.parametrize(("pattern", "damage", "message"), DAMAGES)
+def test_damage_is_detected_and_named(uninterrupted: Path, tmp_path: Path, pattern: str, damage, message: str) -> None:
+    copy = shutil.copytree(uninterrupted, tmp_path / uninterrupted.name)
     assert checkpoint_damage(copy) is None
     path = next(copy.glob(pattern))
-    harm(path)
-    found = checkpoint_damage(copy)
-    assert found is not None
-    assert found.startswith(path.name)
-    assert re.search(words, found)
+    damage(path)
+    problem = checkpoint_damage(copy)
+    assert problem is not None
+    assert problem.startswith(path.name)
+    assert re.search(message, problem)
 
 
-def test_the_checkpoint_before_a_damaged_one_is_used(
-    model: Path, shards: Path, unbroken: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_checkpoint_before_a_damaged_one_is_used(
+    model: Path, shards: Path, uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(unbroken.parent, tmp_path / "run")
+    shutil.copytree(uninterrupted.parent, tmp_path / "run")
     config = make_config(shards, model, tmp_path / "run", **OPTIONS | {"keep_last": 1})
     file = next((tmp_path / "run" / "step-000008").glob("*.safetensors"))
     flip(file)
-    assert_same(unbroken, run_here(config))
+    assert_same(uninterrupted, run_here(config))
     assert f"step-000008 is damaged: {file.name} has other bytes" in caplog.text
     assert "going on from step-000006 instead" in caplog.text
-    assert lines(tmp_path / "run") == lines(unbroken.parent)
+    assert lines(tmp_path / "run") == lines(uninterrupted.parent)
     assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-000008", "step-000008.damaged"]
     flip(next((tmp_path / "run" / "step-000008").glob("*.safetensors")))
     with pytest.raises(ValueError, match="none of its checkpoints is whole"):
         run_here(config)
 
 
-def test_a_full_disk_leaves_the_older_ones_and_training_goes_on(
-    model: Path, shards: Path, unbroken: Path, tmp_path: Path, at, caplog: pytest.LogCaptureFixture
+def test_full_disk_keeps_older_checkpoints_and_training_continues(
+    model: Path, shards: Path, uninterrupted: Path, tmp_path: Path, before_iteration, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(soft: int) -> None:
         wait_for_writer()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, old_limit[1]))
 
-    at({2: lambda: limit(50_000), 4: lambda: limit(before[0])})
+    before_iteration({2: lambda: limit(50_000), 4: lambda: limit(old_limit[0])})
     try:
         last = run_here(make_config(shards, model, tmp_path / "run", **OPTIONS | {"keep_last": 2}))
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
     assert "checkpoint step-000004 could not be written" in caplog.text
     assert "File too large" in caplog.text
-    assert_same(unbroken, last)
+    assert_same(uninterrupted, last)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-000006", "step-000008"]
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_prunes_nothing(
-    model: Path, shards: Path, tmp_path: Path, at
+def test_failed_last_checkpoint_raises_and_prunes_nothing(
+    model: Path, shards: Path, tmp_path: Path, before_iteration
 ) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit() -> None:
         wait_for_writer()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, old_limit[1]))
 
-    at({3: limit})
+    before_iteration({3: limit})
     config = make_config(shards, model, tmp_path / "run", **OPTIONS | {"iterations": 4, "keep_last": 1})
     try:
-        with pytest.raises(SaveError, match="step-000004 could not be written .* give the same command again"):
+        with pytest.raises(SaveError, match="step-000004 could not be written .* repeat the same command"):
             run_here(config)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-000002"]
-    at({})
+    before_iteration({})
     assert run_here(config).name == "step-000004"
 
 
-def test_a_checkpoint_says_where_the_stream_stands_and_the_pause_is_measured(unbroken: Path) -> None:
-    facts = read_facts(unbroken)
+def test_checkpoint_has_its_stream_position_and_the_pause_is_measured(uninterrupted: Path) -> None:
+    facts = read_facts(uninterrupted)
     assert (facts.iteration, facts.position) == (8, 2 * (8 + 4))  # 8 critic and 4 student updates of 2 records
     assert facts.config["student_update_interval"] == 2
-    read = [json.loads(line) for line in (unbroken.parent / "metrics.jsonl").read_text().splitlines()]
+    read = [json.loads(line) for line in (uninterrupted.parent / "metrics.jsonl").read_text().splitlines()]
     assert ["seconds_checkpoint" in line for line in read] == [False, False, True, False, True, False, True, False]

@@ -1,4 +1,4 @@
-"""Evaluate: known answers of the metrics, the contest's samplers, resuming, select, and what goes wrong."""
+"""Comparison of candidates: metrics with known values, samplers, resuming, `--select` and errors."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ from tests.stage2_distill import training_helpers
 
 
 @pytest.fixture(scope="module")
-def way(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set and a run of two checkpoints."""
     folder = tmp_path_factory.mktemp("evaluate")
     training_helpers.make_shards(folder / "data", model)
@@ -37,17 +37,17 @@ def way(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(way: Path, model: Path, out: Path, **changes: object) -> EvaluateConfig:
+def make_evaluation(workspace: Path, model: Path, out: Path, **changes: object) -> EvaluateConfig:
     base = EvaluateConfig(
-        (str(way / "run"),), str(way / "data"), str(model), str(out), num_records=8, seeds=(0, 1), teacher_steps=6,
-        videos=0, batch_size=4, dtype="float32", device="cpu",
+        (str(workspace / "run"),), str(workspace / "data"), str(model), str(out), num_records=8,
+        seeds=(0, 1), teacher_steps=6, videos=0, batch_size=4, dtype="float32", device="cpu",
     )  # fmt: skip
     return replace(base, **changes)
 
 
-def rows(out: Path, contest: Comparison, name: str, seed: int) -> torch.Tensor:
-    one = next(c for c in contest.contestants if c.name == name)
-    return latent_store.read_latent_rows(out / "latents.zarr", latent_set_name(one, seed), 0, contest.count)
+def read_set(out: Path, comparison: Comparison, name: str, seed: int) -> torch.Tensor:
+    candidate = next(c for c in comparison.contestants if c.name == name)
+    return latent_store.read_latent_rows(out / "latents.zarr", latent_set_name(candidate, seed), 0, comparison.count)
 
 
 def test_frechet_of_known_gaussians() -> None:
@@ -68,10 +68,10 @@ def test_distance_and_diversity_count_the_free_frames() -> None:
     assert seed_diversity([a, b, a]).tolist() == pytest.approx([0, 2])  # pairs 3, 3, 0
 
 
-def test_spread_is_students_t() -> None:
-    found = seed_statistics((1.0, 2.0, 3.0))
-    assert (found.mean, found.deviation) == (2, 1)
-    assert found.high == pytest.approx(2 + 4.303 / 3**0.5)
+def test_interval_is_students_t() -> None:
+    statistics = seed_statistics((1.0, 2.0, 3.0))
+    assert (statistics.mean, statistics.deviation) == (2, 1)
+    assert statistics.high == pytest.approx(2 + 4.303 / 3**0.5)
     assert seed_statistics((5.0,)).deviation is None
 
 
@@ -93,32 +93,31 @@ def test_euler_follows_the_flow_of_a_gaussian() -> None:
     assert errors[1] < errors[0] / 6  # first order
 
 
-def test_contest_starts_from_the_same_noise_and_scores(way: Path, model: Path, tmp_path: Path) -> None:
-    contest = sample_comparison(config(way, model, tmp_path))
-    assert [one.evaluations for one in contest.contestants] == [12, 8, 4, 4]
-    found = score_candidates(tmp_path / "latents.zarr", contest)
-    assert found["teacher"].to_teacher == (0, 0)
-    assert found["teacher-few"].to_teacher[0] < found["undistilled"].to_teacher[0]  # Euler alike, re-noising not
-    assert found["student"].frechet != found["undistilled"].frechet
-    assert min(found["teacher"].frechet) > 0
-    first, second = rows(tmp_path, contest, "student", 0), rows(tmp_path, contest, "student", 1)
+def test_candidates_share_noise_and_get_scores(workspace: Path, model: Path, tmp_path: Path) -> None:
+    comparison = sample_comparison(make_evaluation(workspace, model, tmp_path))
+    assert [one.evaluations for one in comparison.contestants] == [12, 8, 4, 4]
+    scores = score_candidates(tmp_path / "latents.zarr", comparison)
+    assert scores["teacher"].to_teacher == (0, 0)
+    assert scores["teacher-few"].to_teacher[0] < scores["undistilled"].to_teacher[0]  # both use Euler steps
+    assert scores["student"].frechet != scores["undistilled"].frechet
+    assert min(scores["teacher"].frechet) > 0
+    first, second = read_set(tmp_path, comparison, "student", 0), read_set(tmp_path, comparison, "student", 1)
     assert not torch.equal(first[:, :, 1:], second[:, :, 1:])
-    sliced = config(way, model, tmp_path / "one", batch_size=3)
-    again = sample_comparison(sliced)
-    torch.testing.assert_close(rows(tmp_path / "one", again, "student", 0), first, atol=1e-4, rtol=1e-4)
+    other_batches = sample_comparison(make_evaluation(workspace, model, tmp_path / "one", batch_size=3))
+    torch.testing.assert_close(read_set(tmp_path / "one", other_batches, "student", 0), first, atol=1e-4, rtol=1e-4)
 
 
-def test_a_repeated_command_makes_only_what_is_missing(
-    way: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_repeated_command_samples_only_missing_sets(
+    workspace: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sample_comparison(config(way, model, tmp_path, seeds=(0,)))
+    sample_comparison(make_evaluation(workspace, model, tmp_path, seeds=(0,)))
     capfd.readouterr()
-    sample_comparison(config(way, model, tmp_path, seeds=(0,)))
+    sample_comparison(make_evaluation(workspace, model, tmp_path, seeds=(0,)))
     assert "sample" not in capfd.readouterr().err
-    sample_comparison(config(way, model, tmp_path, seeds=(0,), guidance_scale=3.0))
-    made = capfd.readouterr().err
-    assert "teacher-seed-0" in made
-    assert "undistilled" not in made  # it knows no guidance
+    sample_comparison(make_evaluation(workspace, model, tmp_path, seeds=(0,), guidance_scale=3.0))
+    log = capfd.readouterr().err
+    assert "teacher-seed-0" in log
+    assert "undistilled" not in log  # it uses no guidance
 
 
 def test_references_are_independent_sets() -> None:
@@ -127,17 +126,17 @@ def test_references_are_independent_sets() -> None:
     assert reference_seeds((0, 7)) == (7, 8)
 
 
-def test_select_names_the_nearest_checkpoint_and_sampling_uses_it(
-    way: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_select_writes_the_best_checkpoint_for_sampling(
+    workspace: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = way / "run"
+    run = workspace / "run"
     try:
-        contest = sample_comparison(config(way, model, tmp_path, select=True))
+        comparison = sample_comparison(make_evaluation(workspace, model, tmp_path, select=True))
         table = json.loads((tmp_path / "selection.json").read_text())
-        wanted = min(table, key=lambda row: row["mean"])["checkpoint"]
+        best = min(table, key=lambda row: row["mean"])["checkpoint"]
         assert [row["checkpoint"] for row in table] == ["step-000003", "step-000006"]
-        assert json.loads((run / "best").read_text())["checkpoint"] == wanted
-        assert wanted in next(one for one in contest.contestants if one.name == "student").sets
+        assert json.loads((run / "best").read_text())["checkpoint"] == best
+        assert best in next(one for one in comparison.contestants if one.name == "student").sets
         write_best(run, "step-000003", distance=1.0, iteration=3)
         with caplog.at_level(logging.INFO):
             assert resolve_checkpoint(run).name == "step-000003"
@@ -159,35 +158,37 @@ def test_pruning_keeps_the_best(tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000001", "step-000003"]
 
 
-def test_mistakes(way: Path, model: Path, tmp_path: Path) -> None:
+def test_errors_name_the_option(workspace: Path, model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no checkpoint"):
-        sample_comparison(config(way, model, tmp_path, checkpoint=(str(tmp_path),)))
+        sample_comparison(make_evaluation(workspace, model, tmp_path, checkpoint=(str(tmp_path),)))
     with pytest.raises(ValueError, match="--select chooses"):
-        sample_comparison(config(way, model, tmp_path, checkpoint=(str(way / "run" / "step-000003"),), select=True))
+        one_checkpoint = (str(workspace / "run" / "step-000003"),)
+        sample_comparison(make_evaluation(workspace, model, tmp_path, checkpoint=one_checkpoint, select=True))
     with pytest.raises(ValueError, match="seeds=1,1"):
-        config(way, model, tmp_path, seeds=(1, 1))
-    short = shutil.copytree(way / "run" / "step-000003", tmp_path / "short")
+        make_evaluation(workspace, model, tmp_path, seeds=(1, 1))
+    short = shutil.copytree(workspace / "run" / "step-000003", tmp_path / "short")
     text = (short / "student.json").read_text()
     (short / "student.json").write_text(text.replace('"num_frames": 9', '"num_frames": 5'))
     with pytest.raises(ValueError, match=f"checkpoint={short}: 5 frames; a distance needs 9 or more"):
-        sample_comparison(config(way, model, tmp_path / "out", checkpoint=(str(short),)))
+        sample_comparison(make_evaluation(workspace, model, tmp_path / "out", checkpoint=(str(short),)))
     for part in ("vae", "transformer"):
-        mine = shutil.copytree(model, tmp_path / part)
-        (mine / part / "config.json").write_text((model / part / "config.json").read_text() + "\n")
-        with pytest.raises(ValueError, match=f"model={mine}: its {part} is not the one that the student was distilled"):
-            sample_comparison(config(way, mine, tmp_path / "out"))
+        changed = shutil.copytree(model, tmp_path / part)
+        (changed / part / "config.json").write_text((model / part / "config.json").read_text() + "\n")
+        with pytest.raises(ValueError, match=f"model={changed}: its {part} is not the one .* use {model}$"):
+            sample_comparison(make_evaluation(workspace, changed, tmp_path / "out"))
 
 
-def test_another_negative_prompt_is_another_setting(way: Path, model: Path, tmp_path: Path) -> None:
-    asked = config(way, model, tmp_path / "out")
-    data = shutil.copytree(asked.shards, tmp_path / "data")
+def test_digest_depends_on_the_negative_prompt(workspace: Path, model: Path, tmp_path: Path) -> None:
+    evaluation = make_evaluation(workspace, model, tmp_path / "out")
+    data = shutil.copytree(evaluation.shards, tmp_path / "data")
     manifest = read_manifest(data)
     write_manifest(data, manifest, torch.ones(3, training_helpers.TEXT_DIM))
-    assert open_evaluation(asked).records_digest != open_evaluation(replace(asked, shards=str(data))).records_digest
+    changed = replace(evaluation, shards=str(data))
+    assert open_evaluation(evaluation).records_digest != open_evaluation(changed).records_digest
 
 
-def test_the_undistilled_student_is_the_rollout_of_the_teacher() -> None:
-    """One step from the top of the ladder: Euler and the rollout agree there, which ties the two samplers together."""
+def test_one_step_of_euler_equals_the_rollout() -> None:
+    """One step from sigma 1: Euler and the rollout agree there, which ties the two samplers together."""
     condition, noise = Condition(None, torch.zeros(1, 1, 1)), torch.randn(1, 2, 3, 2, 2)
     draws = [torch.Generator().manual_seed(0)]
     one = rollout(lambda x, s, c: 0.3 * x, noise, condition, sigmas=[1.0], generators=draws)

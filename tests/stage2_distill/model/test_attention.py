@@ -1,4 +1,4 @@
-"""Which kernel a name stands for, and who asks for an order of sums; test_fused_kernels.py has what kernels compute."""
+"""The choice of attention kernels and deterministic mode; test_fused_kernels.py tests what kernels compute."""
 
 import sys
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ ops.define("bwd(Tensor q) -> Tensor")
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A folder of modules on a machine that says that it has an H100."""
+    """A folder of importable modules on a machine that claims to have an H100."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.syspath_prepend(tmp_path)
@@ -59,30 +59,30 @@ def test_auto_with_flash_attention_3(hopper: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 4), (10, 0)])
-def test_it_is_for_hopper_alone(hopper: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+def test_flash_attention_3_needs_hopper(
+    hopper: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
     (hopper / f"{FLASH_3_MODULE}.py").write_text(PACKAGE)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert choose_kernel("auto", half_on_gpu=True) == "cudnn"
 
 
 @pytest.mark.parametrize("text", ["raise ImportError('libcudart.so.12: cannot open shared object file')", ""])
-def test_a_package_that_cannot_be_used_is_named(hopper: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
+def test_unusable_package_is_logged(hopper: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
     (hopper / f"{FLASH_3_MODULE}.py").write_text(text)
     assert choose_kernel("auto", half_on_gpu=True) == "cudnn"
     (line,) = caplog.messages
     assert line.startswith(f"{FLASH_3_MODULE} is installed but cannot be used (") and "cuDNN" in line
 
 
-def test_the_choice_can_be_compiled() -> None:
+def test_attention_compiles() -> None:
     query = torch.randn(1, 8, 2, 16)
     compiled = torch.compile(lambda x: dot_product_attention(x, x, x, "auto"), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(query), dot_product_attention(query, query, query, "math"))
 
 
 @pytest.mark.parametrize("kernel", NAMES)
-def test_a_kernel_that_cannot_serve_is_refused_before_anything_is_read(
-    kernel: str, model: Path, tmp_path: Path
-) -> None:
+def test_unusable_kernel_fails_before_data_is_read(kernel: str, model: Path, tmp_path: Path) -> None:
     if kernel not in ("cudnn", "efficient"):  # these are for GPUs
         check_kernel(kernel, 12, torch.float32, torch.device("cpu"))
         return
@@ -95,27 +95,31 @@ def test_a_kernel_that_cannot_serve_is_refused_before_anything_is_read(
     run_here(replace(config, attention="auto", iterations=1))
 
 
-@pytest.mark.parametrize(("kernel", "ordered"), [("auto", False), ("cudnn", False), ("flash", True), ("torch", True)])
-def test_sums_on_a_gpu_have_an_order(kernel: str, ordered: bool, hopper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "deterministic"), [("auto", False), ("cudnn", False), ("flash", True), ("torch", True)]
+)
+def test_determinism_depends_on_the_kernel(
+    kernel: str, deterministic: bool, hopper: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     assert enable_determinism(kernel, torch.bfloat16, torch.device("cpu"))
     assert not torch.are_deterministic_algorithms_enabled()
     try:
-        assert enable_determinism(kernel, torch.bfloat16, torch.device("cuda")) is ordered
+        assert enable_determinism(kernel, torch.bfloat16, torch.device("cuda")) is deterministic
         assert torch.are_deterministic_algorithms_enabled()
-        assert torch.is_deterministic_algorithms_warn_only_enabled() is not ordered
+        assert torch.is_deterministic_algorithms_warn_only_enabled() is not deterministic
         assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_products_without_an_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nondeterministic_cublas_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    with pytest.raises(ValueError, match=r"^CUBLAS_WORKSPACE_CONFIG=:0:0: .* unset it, or :4096:8$"):
+    with pytest.raises(ValueError, match=r"^CUBLAS_WORKSPACE_CONFIG=:0:0: .* unset it or use :4096:8$"):
         enable_determinism("flash", torch.bfloat16, torch.device("cuda"))
 
 
-def test_with_flash_attention_3_they_have(hopper: Path) -> None:
+def test_flash_attention_3_is_deterministic(hopper: Path) -> None:
     (hopper / f"{FLASH_3_MODULE}.py").write_text(PACKAGE)
     try:
         assert enable_determinism("auto", torch.bfloat16, torch.device("cuda"))
@@ -123,13 +127,13 @@ def test_with_flash_attention_3_they_have(hopper: Path) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("ordered", [True, False])
-def test_training_asks_for_it(
-    ordered: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_training_enables_determinism(
+    deterministic: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = Mock(return_value=ordered)
-    monkeypatch.setattr(train, "enable_determinism", asked)
+    enable = Mock(return_value=deterministic)
+    monkeypatch.setattr(train, "enable_determinism", enable)
     config = make_config(make_shards(tmp_path / "data", model), model, tmp_path / "run", iterations=1)
     run_here(config)
-    asked.assert_called_once_with("auto", torch.float32, torch.device("cpu"))
-    assert sum("in its last bits" in line for line in caplog.messages) == (not ordered)
+    enable.assert_called_once_with("auto", torch.float32, torch.device("cpu"))
+    assert sum("in its last bits" in line for line in caplog.messages) == (not deterministic)

@@ -1,4 +1,4 @@
-"""Several ranks at one video give the latents of one process."""
+"""Several ranks that share a video give the latents of one process."""
 
 import os
 import subprocess
@@ -18,33 +18,33 @@ from tests.tiny_models import picture
 ROOT = Path(__file__).parents[3]
 
 
-def test_two_ranks_make_the_video_of_one(model: Path, tmp_path: Path) -> None:
-    """9 tokens a rank of 3 frames with 6 each: the border lies within a frame. Two segments, two calls.
+def test_two_ranks_sample_the_video_of_one(model: Path, tmp_path: Path) -> None:
+    """Each rank has 9 tokens of 3 frames with 6 tokens each, so that its part ends within a frame. Two segments.
 
-    Without `own.start` in `given`, or with the wrong rope for a rank, they differ by more than 0.01.
-
-    One thread each: with more the VAE adds otherwise, and a first frame is rounded to bf16.
+    With the first-frame tokens or the rope of another rank the latents would differ by more than 0.01.
     """
     shards = make_shards(tmp_path / "data", model)
     options = {"iterations": 1, "global_batch": 2, "max_text_tokens": 32}
     distill(make_config(shards, model, tmp_path / "run", **options))
     Image.fromarray(picture(90, 160, seed=3)).save(tmp_path / "first.png")
-    given = ["--checkpoint", tmp_path / "run", "--model", model, "--dtype", "float32", "--width", 96]
-    given += ["--prompt", "a circle", "--image", tmp_path / "first.png", "--segments", 2, "--seed", 5]
+    arguments = ["--checkpoint", tmp_path / "run", "--model", model, "--dtype", "float32", "--width", 96]
+    arguments += ["--prompt", "a circle", "--image", tmp_path / "first.png", "--segments", 2, "--seed", 5]
     latents = []
     for ranks in (1, 2):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-        command = [sys.executable, *torchrun, "cli.py", "sample", *given, "--out", tmp_path / f"{ranks}.mp4"]
-        words, one_thread = [str(word) for word in command], os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.split() == [str(tmp_path / f"{ranks}.mp4")]
+        command = [sys.executable, *torchrun, "cli.py", "sample", *arguments, "--out", tmp_path / f"{ranks}.mp4"]
+        words = [str(word) for word in command]
+        # With several threads the VAE adds in another order, which rounding to bf16 enlarges.
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        result = subprocess.run(words, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert result.stdout.split() == [str(tmp_path / f"{ranks}.mp4")]
         latents.append(torch.stack([read_latents(tmp_path / f"{ranks}.zarr", "sample", segment) for segment in (0, 1)]))
     assert latents[0].shape[2:] == (3, 4, 6)
     assert (latents[0] - latents[1]).abs().max() < 1e-5
 
 
-def test_ranks_that_do_not_divide_a_video_are_refused() -> None:
+def test_indivisible_video_is_refused() -> None:
     check_context_parallel(8, tokens=27_280, heads=24)
     with pytest.raises(ValueError, match=r"5 processes .* 27280 tokens .* 24 heads .* give torchrun 2 or 4"):
         check_context_parallel(5, tokens=27_280, heads=24)

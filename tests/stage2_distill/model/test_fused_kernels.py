@@ -1,4 +1,4 @@
-"""The kernels for GPUs against the plain forms, on a GPU; `make test` on a machine without one skips them."""
+"""The GPU kernels against the plain forms; skipped on a machine without a GPU."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,7 +10,6 @@ import torch
 
 from benchmarks.ranks import MODEL, make_data
 from common.video import VideoSpec
-from stage2_distill.model import activation_checkpoint
 from stage2_distill.model.attention import choose_kernel, dot_product_attention, enable_determinism
 from stage2_distill.model.layers import ExecutionPlan, apply_rotary_emb
 from stage2_distill.model.transformer import convert_transformer
@@ -18,19 +17,19 @@ from stage2_distill.offload import activations
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-UNORDERED = "attention on cuDNN, which adds in any order"
+NONDETERMINISTIC = "attention runs on cuDNN, which is not deterministic"
 
 
 @pytest.fixture(autouse=True)
-def afresh() -> Iterator[None]:
-    """What a test asks of the order of sums is taken back, its compiled graphs are left."""
+def reset_torch() -> Iterator[None]:
+    """Restores torch's global settings after each test and drops its compiled graphs."""
     yield
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()
 
 
-def off(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((value.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 @pytest.mark.parametrize(("width", "heads"), [(3072, 24), (24, 2)])
@@ -41,16 +40,16 @@ def test_norm_and_rotation(width: int, heads: int) -> None:
     cos, sin = torch.randn(2, 1, 50, 1, width // heads // 2, device="cuda")
     normed = torch.nn.functional.rms_norm(x.double(), (width,), weight.double(), 1e-6)
     exact = apply_rotary_emb(normed.unflatten(-1, (heads, -1)), (cos.double(), sin.double())).flatten(2)
-    assert off(rms_norm_rope(x, weight, cos, sin, 1e-6), exact) < 1e-6
-    assert off(rms_norm_rope(x.bfloat16(), weight, cos, sin, 1e-6), exact) < 4e-3
+    assert relative_error(rms_norm_rope(x, weight, cos, sin, 1e-6), exact) < 1e-6
+    assert relative_error(rms_norm_rope(x.bfloat16(), weight, cos, sin, 1e-6), exact) < 4e-3
 
 
-def test_gelu_in_the_product() -> None:
+def test_linear_gelu() -> None:
     from stage2_distill.model.fused_kernels import linear_gelu
 
     x, w, b = (torch.randn(*shape, device="cuda") for shape in ((2, 50, 64), (256, 64), (256,)))
     exact = torch.nn.functional.gelu(x.double() @ w.double().t() + b.double(), approximate="tanh")
-    assert off(linear_gelu(x.bfloat16(), w.bfloat16(), b.bfloat16()), exact) < 8e-3
+    assert relative_error(linear_gelu(x.bfloat16(), w.bfloat16(), b.bfloat16()), exact) < 8e-3
 
 
 @pytest.mark.parametrize("kernel", ["auto", "cudnn", "flash", "efficient"])
@@ -59,46 +58,48 @@ def test_attention(kernel: str, keys: int) -> None:
     """Forward and backward pass, against float64."""
     torch.manual_seed(0)
     half = [torch.randn(1, n, 4, 128, device="cuda", dtype=torch.bfloat16) for n in (1500, keys, keys)]
-    found = [x.requires_grad_() for x in half]
+    results = [x.requires_grad_() for x in half]
     exact = [x.detach().double().requires_grad_() for x in half]
-    ours, theirs = dot_product_attention(*found, kernel), dot_product_attention(*exact, "math")
+    ours, theirs = dot_product_attention(*results, kernel), dot_product_attention(*exact, "math")
     pull = torch.randn_like(ours)
-    grads = zip(torch.autograd.grad(ours, found, pull), torch.autograd.grad(theirs, exact, pull.double()), strict=True)
-    assert max(off(ours, theirs), *(off(mine, other) for mine, other in grads)) < 4e-3
+    grads = zip(
+        torch.autograd.grad(ours, results, pull), torch.autograd.grad(theirs, exact, pull.double()), strict=True
+    )
+    assert max(relative_error(ours, theirs), *(relative_error(mine, other) for mine, other in grads)) < 4e-3
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kernel", ["auto", "flash", "efficient"])
-def test_gradients_have_the_same_bits_twice(kernel: str, compiled: bool) -> None:
+def test_gradients_are_deterministic(kernel: str, compiled: bool) -> None:
     from benchmarks.device import Case, inputs, random_network
     from benchmarks.network import backward_of
 
     fields = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
     chosen = Case(VideoSpec(33, 512, 512), torch.device("cuda"), torch.bfloat16, fields)
-    net, found = convert_transformer(random_network(chosen), ExecutionPlan(kernel, "selective", compiled)), []
+    net, results = convert_transformer(random_network(chosen), ExecutionPlan(kernel, "selective", compiled)), []
     run = backward_of(net, inputs(chosen))
     if not enable_determinism(kernel, chosen.dtype, chosen.device):
-        pytest.skip(UNORDERED)
+        pytest.skip(NONDETERMINISTIC)
     for _ in range(4):
         run()
-        found.append([p.grad.clone() for p in net.parameters()])
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+        results.append([p.grad.clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_network_without_gradient_is_the_one_with(compiled: bool) -> None:
+def test_forward_passes_agree_with_and_without_gradient(compiled: bool) -> None:
     from benchmarks.device import Case, inputs, random_network
 
     fields = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024, "text_dim": 64}
     chosen = Case(VideoSpec(9, 64, 64), torch.device("cuda"), torch.bfloat16, fields)
-    net, given = convert_transformer(random_network(chosen), ExecutionPlan(compiled=compiled)), inputs(chosen)
+    net, network_inputs = convert_transformer(random_network(chosen), ExecutionPlan(compiled=compiled)), inputs(chosen)
     with torch.no_grad():
-        (without,) = net(**given, return_dict=False)
-    (having,) = net(**given, return_dict=False)
-    assert off(without, having) < 1e-2
+        (without,) = net(**network_inputs, return_dict=False)
+    (having,) = net(**network_inputs, return_dict=False)
+    assert relative_error(without, having) < 1e-2
 
 
-def test_compact_masters_are_those_of_adamw_on_the_gpu() -> None:
+def test_compact_masters_equal_adamw() -> None:
     """100 steps at the recipe's rate and at a large one: every bit."""
     from stage2_distill.optim.compact_adamw import CompactAdamW
 
@@ -120,11 +121,11 @@ def test_compact_masters_are_those_of_adamw_on_the_gpu() -> None:
 
 
 @pytest.mark.parametrize("moment", ["float32", "8bit"])
-def test_the_fused_update_is_the_plain_one(moment: str) -> None:
+def test_fused_update_equals_the_plain_one(moment: str) -> None:
     from stage2_distill.optim.compact_adamw import CompactAdamW, flat_local_state, update_parameter
     from stage2_distill.optim.compact_adamw_kernel import update_parameter_fused
 
-    found = []
+    results = []
     for call in (update_parameter, update_parameter_fused):
         weight = torch.nn.Parameter(torch.randn(100, 192, generator=torch.Generator().manual_seed(0)).bfloat16().cuda())
         settings = {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
@@ -136,13 +137,13 @@ def test_the_fused_update_is_the_plain_one(moment: str) -> None:
             coefficients = compact.step_coefficients(step, grad.device)
             packed = coefficients.pack() if call is update_parameter_fused else coefficients
             call(weight.data.view(-1), flat_local_state(compact.state[weight]), grad, packed, place)
-        found.append(next(compact.master_weights())[1])
-    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
-    assert (found[0] == found[1]).float().mean() > 0.9
+        results.append(next(compact.master_weights())[1])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+    assert (results[0] == results[1]).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("moment", ["float32", "8bit"])
-def test_a_fused_step_that_is_not_fine_changes_nothing(moment: str) -> None:
+def test_skipped_fused_step_changes_nothing(moment: str) -> None:
     from stage2_distill.optim.compact_adamw import CompactAdamW
 
     net = torch.nn.Linear(192, 100, device="cuda", dtype=torch.bfloat16)
@@ -160,7 +161,7 @@ def test_a_fused_step_that_is_not_fine_changes_nothing(moment: str) -> None:
         assert all(torch.equal(a, b) is not fine for a, b in zip(before, after, strict=True))
 
 
-def test_offloaded_state_gives_the_same_weights() -> None:
+def test_offloaded_state_gives_equal_weights() -> None:
     from stage2_distill.optim.compact_adamw import CompactAdamW
 
     results = []
@@ -179,7 +180,7 @@ def test_offloaded_state_gives_the_same_weights() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_activations_in_host_memory_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_activations_give_equal_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.device import Case, inputs, random_network
     from benchmarks.network import backward_of
 
@@ -187,41 +188,42 @@ def test_activations_in_host_memory_give_the_same_gradients(monkeypatch: pytest.
     chosen = Case(VideoSpec(17, 128, 128), torch.device("cuda"), torch.bfloat16, fields)
     net, given, found = random_network(chosen), inputs(chosen), []
     backward = backward_of(convert_transformer(net, ExecutionPlan(kernel="math", checkpointing="offload")), given)
-    lifted = mock.Mock(wraps=activations.offload_tensor)
-    monkeypatch.setattr(activations, "offload_tensor", lifted)
-    for at_home in (activation_checkpoint.offload_activations, lambda _: nullcontext()):
-        monkeypatch.setattr(activation_checkpoint, "offload_activations", at_home)
+    offloader = activations.ActivationOffloader
+    offload = mock.Mock(side_effect=offloader.offload)
+    monkeypatch.setattr(offloader, "offload", lambda *arguments: offload(*arguments))
+    for saved_tensors in (offloader.saved_tensors, lambda *_: nullcontext()):
+        monkeypatch.setattr(offloader, "saved_tensors", saved_tensors)
         backward()
         found.append([p.grad.clone() for p in net.parameters()])
         net.zero_grad()
-    assert lifted.call_count >= 2 * fields["num_layers"], "an input of each piece"
+    assert offload.call_count >= 2 * fields["num_layers"], "an input of each piece"
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def resumed_is_unbroken(shards: Path, model: Path, folder: Path, **options: object) -> None:
+def check_resumed_run(shards: Path, model: Path, folder: Path, **options: object) -> None:
     options |= {"dtype": "bfloat16", "optimizer_form": "compact", "device": "cuda", "global_batch": 2}
     options |= {"ema_start": 2, "rollout_reuse": True, "grad_clip": 1e6}
-    whole = tensors(run_here(make_config(shards, model, folder / "whole", **options)))
+    uninterrupted = tensors(run_here(make_config(shards, model, folder / "whole", **options)))
     run_here(make_config(shards, model, folder / "half", **options, iterations=3))
-    again = tensors(run_here(make_config(shards, model, folder / "half", **options)))
-    assert whole.keys() == again.keys()
-    assert [name for name, value in whole.items() if not torch.equal(value, again[name])] == []
+    resumed = tensors(run_here(make_config(shards, model, folder / "half", **options)))
+    assert uninterrupted.keys() == resumed.keys()
+    assert [name for name, value in uninterrupted.items() if not torch.equal(value, resumed[name])] == []
 
 
 @pytest.mark.parametrize("offload", ["average", "all"])
-def test_stopped_and_resumed_on_a_gpu_equals_unbroken(model: Path, tmp_path: Path, offload: str) -> None:
+def test_resumed_run_equals_uninterrupted_run(model: Path, tmp_path: Path, offload: str) -> None:
     shards = make_shards(tmp_path / "data", model)
-    resumed_is_unbroken(shards, model, tmp_path, attention="math", offload=offload)
+    check_resumed_run(shards, model, tmp_path, attention="math", offload=offload)
 
 
 @pytest.mark.parametrize(
     ("kernel", "rows", "compiled"), [("auto", 512, True), ("auto", 32, True), ("flash", 32, False)]
 )
-def test_stopped_and_resumed_with_many_tokens(tmp_path: Path, kernel: str, rows: int, compiled: bool) -> None:
+def test_resumed_run_with_many_tokens(tmp_path: Path, kernel: str, rows: int, compiled: bool) -> None:
     if choose_kernel(kernel, half_on_gpu=True) == "cudnn":
-        pytest.skip(UNORDERED)
+        pytest.skip(NONDETERMINISTIC)
     spec = VideoSpec(33, 512, 512)  # 2304 tokens: several blocks of keys add to the gradient of a query
     size = {"num_frames": spec.num_frames, "height": spec.height, "width": spec.width, "fps": spec.fps}
     options = size | {"attention": kernel, "max_text_tokens": rows, "compile": compiled}
     data = make_data(tmp_path / "data", spec)
-    resumed_is_unbroken(data, MODEL, tmp_path, student_lr=1e-5, critic_lr=1e-5, **options)
+    check_resumed_run(data, MODEL, tmp_path, student_lr=1e-5, critic_lr=1e-5, **options)

@@ -1,4 +1,4 @@
-"""Student and critic as adapters on one frozen base: the same guarantees as three networks, in the memory of one."""
+"""Student and critic as adapters on one frozen base keep the guarantees of three networks."""
 
 from functools import partial
 from pathlib import Path
@@ -27,22 +27,22 @@ def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened() -> list[Roles]:
-    """The roles of the runs made here."""
+def built_roles() -> list[Roles]:
+    """The roles of the runs of this module."""
     return []
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory, opened: list[Roles]) -> Path:
-    """The last checkpoint of an unbroken run."""
+def checkpoint(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory, built_roles: list[Roles]) -> Path:
+    """The last checkpoint of an uninterrupted run."""
     real = build.build_roles
 
-    def remember(*given: object) -> Roles:
-        opened.append(real(*given))
-        return opened[-1]
+    def record_roles(*arguments: object) -> Roles:
+        built_roles.append(real(*arguments))
+        return built_roles[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "build_roles", remember)
+        patch.setattr(train, "build_roles", record_roles)
         out = tmp_path_factory.mktemp("lora") / "run"
         return run_here(make_config(shards, model, out, checkpoint_every=2, preview_every=4, preview_count=1, **LORA))
 
@@ -57,8 +57,8 @@ def base_weights(model: Path) -> dict[str, torch.Tensor]:
     return load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def test_one_network_in_memory_and_its_weights_stay(whole: Path, model: Path, opened: list[Roles]) -> None:
-    roles = opened[0]
+def test_roles_share_one_frozen_base(checkpoint: Path, model: Path, built_roles: list[Roles]) -> None:
+    roles = built_roles[0]
     assert roles.student.net.base is roles.teacher.base is roles.critic.net.base
     stored = base_weights(model)
     kept = {name: p for name, p in roles.teacher.base.named_parameters() if ".lora_" not in name}
@@ -69,23 +69,23 @@ def test_one_network_in_memory_and_its_weights_stay(whole: Path, model: Path, op
     assert list(roles.teacher.named_parameters()) == []
 
 
-def test_only_adapters_are_trained_and_saved(whole: Path) -> None:
-    found = tensors(whole)
-    assert all(".lora_A.weight" in name or ".lora_B.weight" in name for name in found)
-    assert {name.split(".")[0] for name in found} == {
+def test_only_adapters_are_trained_and_saved(checkpoint: Path) -> None:
+    stored = tensors(checkpoint)
+    assert all(".lora_A.weight" in name or ".lora_B.weight" in name for name in stored)
+    assert {name.split(".")[0] for name in stored} == {
         "student", "critic", "ema", "student_optimizer", "critic_optimizer"
     }  # fmt: skip
-    student = [name for name in found if name.startswith("student.")]
+    student = [name for name in stored if name.startswith("student.")]
     assert len(student) == 2 * 2 * 10, "two blocks, ten matrices, two factors"
     for name in student:
-        other, average = found[name.replace("student.", "critic.", 1)], found[name.replace("student.", "ema.", 1)]
-        assert found[name].dtype == torch.float32
-        assert found[name].abs().max() > 0
-        assert not torch.equal(found[name], other)
-        assert not torch.equal(found[name], average)
+        critic, ema = stored[name.replace("student.", "critic.", 1)], stored[name.replace("student.", "ema.", 1)]
+        assert stored[name].dtype == torch.float32
+        assert stored[name].abs().max() > 0
+        assert not torch.equal(stored[name], critic)
+        assert not torch.equal(stored[name], ema)
 
 
-def test_roles_begin_as_the_base_and_part_from_it(model: Path) -> None:
+def test_roles_start_as_the_base_and_diverge(model: Path) -> None:
     net = load_transformer(model, torch.float32)
     x_t, sigma, condition = inputs(0)
     before = make_denoiser(net, torch.float32)(x_t, sigma, condition)
@@ -102,8 +102,8 @@ def test_roles_begin_as_the_base_and_part_from_it(model: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", ["full", "selective", "offload"])
-def test_blocks_are_computed_again_with_the_right_adapter(model: Path, keep: str) -> None:
-    """Between a role's forward and its backward pass the other roles have their turn, as in an update."""
+def test_recomputed_blocks_use_the_same_adapter(model: Path, keep: str) -> None:
+    """Other roles run between a role's forward and its backward pass, as in an update."""
     gradients = {}
     for plan in ("off", keep):
         net = load_transformer(model, torch.float32, ExecutionPlan(checkpointing=plan))
@@ -123,16 +123,16 @@ def test_blocks_are_computed_again_with_the_right_adapter(model: Path, keep: str
         gradients[plan] = {name: weight.grad for name, weight in student.named_parameters()}
         assert all(weight.grad is None for _, weight in critic.named_parameters())
     for name, gradient in gradients["off"].items():
-        if keep == "offload":  # sums one half of the tokens after the other
+        if keep == "offload":  # adds the gradients of two halves of the tokens
             assert (gradients[keep][name] - gradient).norm() < 1e-5 * gradient.norm(), name
         else:
             torch.testing.assert_close(gradients[keep][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_all_adapters_share_compiled_graphs(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With gradient (in two parts), without, and the base alone: graphs of a block for five uses, and plain numbers."""
+    """A block with gradient (two pieces), without, and the base alone make four graphs; the numbers do not change."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the graphs without their kernels
-    graphs, found = torch._dynamo.utils.counters["stats"], {}
+    graphs, results = torch._dynamo.utils.counters["stats"], {}
     for compiled in (False, True):
         block_runner.cache_clear()
         final_norm_function.cache_clear()
@@ -143,49 +143,49 @@ def test_all_adapters_share_compiled_graphs(model: Path, monkeypatch: pytest.Mon
         weights = [weight for role in roles for _, weight in role.named_parameters()]
         for number, weight in enumerate(weights):
             torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(number))
-        began = graphs["unique_graphs"]
+        before = graphs["unique_graphs"]
         with torch.no_grad():
-            found[compiled] = [make_denoiser(role, torch.float32)(*inputs(0)) for role in roles]
+            results[compiled] = [make_denoiser(role, torch.float32)(*inputs(0)) for role in roles]
         for role in roles[:2]:
             make_denoiser(role, torch.float32)(*inputs(0)).square().sum().backward()
-        found[compiled] += [weight.grad for weight in weights]
+        results[compiled] += [weight.grad for weight in weights]
     block_runner.cache_clear()
     final_norm_function.cache_clear()
-    assert graphs["unique_graphs"] - began == 2 + 1 + 1 + 2, "two of what follows the blocks"
-    for one, two in zip(found[True], found[False], strict=True):
+    assert graphs["unique_graphs"] - before == 2 + 1 + 1 + 2, "two of the final norm"
+    for one, two in zip(results[True], results[False], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
-def test_stopped_and_resumed_equals_unbroken(whole: Path, model: Path, shards: Path, tmp_path: Path) -> None:
+def test_resumed_run_equals_uninterrupted_run(checkpoint: Path, model: Path, shards: Path, tmp_path: Path) -> None:
     options = LORA | {"checkpoint_every": 2, "preview_every": 4, "preview_count": 1}
     for iterations in (2, 4):
-        done = run_here(make_config(shards, model, tmp_path / "run", **(options | {"iterations": iterations})))
-    first, second = tensors(whole), tensors(done)
+        resumed = run_here(make_config(shards, model, tmp_path / "run", **(options | {"iterations": iterations})))
+    first, second = tensors(checkpoint), tensors(resumed)
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
 
-def test_merged_weights_are_base_plus_adapter(whole: Path, model: Path) -> None:
-    """In weights, by the formula; and in what the sampler's network predicts, against base and adapter side by side."""
-    facts = read_facts(whole)
+def test_merged_weights_are_base_plus_adapter(checkpoint: Path, model: Path) -> None:
+    """The weights follow the formula, and the merged network predicts what the base with its adapter does."""
+    facts = read_facts(checkpoint)
     options = {"weights": "ema", "dtype": torch.float32, "device": torch.device("cpu")}
-    merged = load_student(whole, facts, model=str(model), **options)
-    found, base = tensors(whole), base_weights(model)
+    merged = load_student(checkpoint, facts, model=str(model), **options)
+    stored, base = tensors(checkpoint), base_weights(model)
     weights = dict(merged.named_parameters())
     assert weights.keys() == base.keys()
     changed = 0
-    for name, stored in base.items():
+    for name, expected in base.items():
         factors = [f"ema.{name.removesuffix('.weight')}.lora_{factor}.weight" for factor in "AB"]
-        if factors[0] in found:
-            a, b = (found[factor] for factor in factors)
-            stored = stored + 2.0 * b @ a  # alpha / rank = 6 / 3
+        if factors[0] in stored:
+            a, b = (stored[factor] for factor in factors)
+            expected = expected + 2.0 * b @ a  # alpha / rank = 6 / 3
             changed += 1
-        torch.testing.assert_close(weights[name].detach(), stored, rtol=0, atol=1e-5)
+        torch.testing.assert_close(weights[name].detach(), expected, rtol=0, atol=1e-5)
     assert changed == 20
-    beside = load_transformer(model, torch.float32)
-    role = AdapterView(beside, add_adapters(beside, ("ema",), LoraSettings(3, 6.0)), "ema")
-    load_checkpoint(whole, {f"ema.{name}": value.data for name, value in role.named_parameters()})
+    unmerged = load_transformer(model, torch.float32)
+    role = AdapterView(unmerged, add_adapters(unmerged, ("ema",), LoraSettings(3, 6.0)), "ema")
+    load_checkpoint(checkpoint, {f"ema.{name}": value.data for name, value in role.named_parameters()})
     x_t, sigma, condition = inputs(3)
     with torch.no_grad():
         one, two = (make_denoiser(net, torch.float32)(x_t, sigma, condition) for net in (merged, role))
@@ -195,33 +195,32 @@ def test_merged_weights_are_base_plus_adapter(whole: Path, model: Path) -> None:
 
 
 def test_two_ranks_equal_one_process(model: Path, shards: Path, tmp_path: Path) -> None:
-    """Sharded adapters on a sharded base, also in bf16 with float32 adapters; accumulated, and samples of all kinds."""
+    """Sharded adapters on a sharded base, also with a bf16 base; accumulation, with and without first frames."""
     options = LORA | {"eps": 1e-2, "grad_clip": 1.0, "checkpoint_every": 4, "batch_size": 1}
     options |= {"text_only_fraction": 0.5, "first_frame_jitter": 0.5}
-    alone = run_here(make_config(shards, model, tmp_path / "one", **(options | {"batch_size": 4})))
+    one_process = run_here(make_config(shards, model, tmp_path / "one", **(options | {"batch_size": 4})))
     configs = [make_config(shards, model, tmp_path / "two", **options)]
     configs.append(make_config(shards, model, tmp_path / "half", **(options | {"dtype": "bfloat16"})))
-    many, half = (newest_checkpoint(folder) for folder in run_worker(configs, 2, tmp_path))
-    expected = tensors(alone)
-    found = {name: torch.zeros_like(value) for name, value in expected.items()}
-    load_checkpoint(many, found)
+    two_ranks, half = (newest_checkpoint(folder) for folder in run_worker(configs, 2, tmp_path))
+    expected = tensors(one_process)
+    loaded = {name: torch.zeros_like(value) for name, value in expected.items()}
+    load_checkpoint(two_ranks, loaded)
     for role in ("student.", "critic.", "ema."):
         names = [name for name in expected if name.startswith(role)]
-        off = sum((found[name] - expected[name]).square().sum() for name in names)
-        assert (off / sum(expected[name].square().sum() for name in names)).sqrt() < 1e-6, role
-    load_checkpoint(half, found)
-    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in found.values())
+        error = sum((loaded[name] - expected[name]).square().sum() for name in names)
+        assert (error / sum(expected[name].square().sum() for name in names)).sqrt() < 1e-6, role
+    load_checkpoint(half, loaded)
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in loaded.values())
     half_alone = make_config(
         shards, model, tmp_path / "half alone", **(options | {"batch_size": 4, "dtype": "bfloat16"})
     )
-    expected = tensors(run_here(half_alone))  # one process casts adapters by itself, two by FSDP2
+    expected = tensors(run_here(half_alone))  # FSDP2 casts the adapters of two ranks
     for name, value in expected.items():
         if name.startswith(("student.", "critic.")):
-            assert (found[name] - value).norm() < 0.05 * value.norm(), name
+            assert (loaded[name] - value).norm() < 0.05 * value.norm(), name
 
 
-def test_more_ranks_begin_with_the_same_draws(model: Path) -> None:
-    """The first factors depend on seed, role and name alone."""
+def test_initial_adapters_depend_on_seed_and_name(model: Path) -> None:
     from stage2_distill.build import initialize_adapters
 
     nets = [load_transformer(model, torch.float32) for _ in range(2)]
@@ -235,7 +234,7 @@ def test_more_ranks_begin_with_the_same_draws(model: Path) -> None:
     assert torch.equal(first, other)
 
 
-def test_merging_leaves_no_trace_of_adapters(whole: Path, model: Path) -> None:
+def test_merging_removes_the_adapters(checkpoint: Path, model: Path) -> None:
     net = load_transformer(model, torch.float32)
-    load_merged(net, whole, "student", LoraSettings(3, 6.0))
+    load_merged(net, checkpoint, "student", LoraSettings(3, 6.0))
     assert [name for name, _ in net.named_modules() if "lora" in name or "base_layer" in name] == []

@@ -1,4 +1,4 @@
-"""The forward passes of `Network` against diffusers' own, and every plan against the plain one."""
+"""The forward passes of `WanTransformer` against diffusers' own, and every execution plan against the default one."""
 
 import copy
 from pathlib import Path
@@ -53,15 +53,15 @@ def theirs(model: Path) -> WanTransformer3DModel:
 def assert_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
-        off = (ours[name] - value).norm() / value.norm()
-        assert off < 1e-5, (name, off)
+        error = (ours[name] - value).norm() / value.norm()
+        assert error < 1e-5, (name, error)
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_two_times_equal_one_time_a_token(theirs: WanTransformer3DModel, given: bool) -> None:
-    times = TIMES[given]
+@pytest.mark.parametrize("first_frame", [True, False])
+def test_two_times_equal_one_time_a_token(theirs: WanTransformer3DModel, first_frame: bool) -> None:
+    times = TIMES[first_frame]
     tokens = repeat(times[:, -1], "b -> b n", n=18).clone()
-    if given:
+    if first_frame:
         tokens[:, :6] = 0
     expected = gradients(theirs, tokens)
     ours = convert_transformer(copy.deepcopy(theirs))
@@ -71,13 +71,13 @@ def test_two_times_equal_one_time_a_token(theirs: WanTransformer3DModel, given: 
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_no_plan_changes_the_numbers(theirs: WanTransformer3DModel, plan: ExecutionPlan) -> None:
+def test_plans_give_equal_gradients(theirs: WanTransformer3DModel, plan: ExecutionPlan) -> None:
     expected = gradients(convert_transformer(copy.deepcopy(theirs)), TIMES[True])
     assert_close(gradients(convert_transformer(copy.deepcopy(theirs), plan), TIMES[True]), expected)
 
 
-class Count(TorchDispatchMode):
-    """Counts the attentions and the narrowing products that are really computed."""
+class OperationCounter(TorchDispatchMode):
+    """Counts the attentions and the narrowing matrix products that are computed."""
 
     calls = 0
     narrowing = 0
@@ -88,10 +88,10 @@ class Count(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def test_keeping_attention_computes_it_once(theirs: WanTransformer3DModel) -> None:
+def test_kept_results_are_not_recomputed(theirs: WanTransformer3DModel) -> None:
     calls, narrowing = {}, {}
     for keep in ("full", "offload", "selective", "selective-mlp", "off"):
-        with Count() as count:
+        with OperationCounter() as count:
             gradients(convert_transformer(copy.deepcopy(theirs), ExecutionPlan(checkpointing=keep)), TIMES[True])
         calls[keep], narrowing[keep] = count.calls, count.narrowing
     assert calls == {
@@ -104,7 +104,7 @@ def test_keeping_attention_computes_it_once(theirs: WanTransformer3DModel) -> No
     assert narrowing["full"] == narrowing["selective"] == narrowing["selective-mlp"] + 2 == narrowing["off"] + 2
 
 
-def test_a_saved_network_is_diffusers_own(theirs: WanTransformer3DModel, tmp_path: Path) -> None:
+def test_saved_network_loads_in_diffusers(theirs: WanTransformer3DModel, tmp_path: Path) -> None:
     net = convert_transformer(copy.deepcopy(theirs))
     assert isinstance(net, WanTransformer)
     net.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""`denoise` against diffusers' own pipelines, and against itself sample by sample."""
+"""`denoise` against diffusers' own pipelines, and against itself one sample at a time."""
 
 from pathlib import Path
 
@@ -34,20 +34,20 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 def euler(net: torch.nn.Module, noise: torch.Tensor, condition: Condition, sigmas: list[float]) -> list[torch.Tensor]:
     """Latents after each Euler step of the student's denoiser."""
-    x_t, seen = noise, []
-    for now, after in zip(sigmas, sigmas[1:], strict=False):
+    x_t, steps_seen = noise, []
+    for now, following in zip(sigmas, sigmas[1:], strict=False):
         x0 = denoise(net, x_t, torch.tensor([now]), condition, dtype=torch.float32)
         x_t = pin(x_t, condition)
-        x_t = x_t + (after - now) * (x_t - x0) / now
-        seen.append(x_t)
-    return seen
+        x_t = x_t + (following - now) * (x_t - x0) / now
+        steps_seen.append(x_t)
+    return steps_seen
 
 
 def through_pipeline(pipeline: torch.nn.Module, call: dict[str, object]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    seen: list[torch.Tensor] = []
+    steps_seen: list[torch.Tensor] = []
 
     def keep(_pipe: object, _step: int, _time: object, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        seen.append(values["latents"].clone())
+        steps_seen.append(values["latents"].clone())
         return {}
 
     pipeline.set_progress_bar_config(disable=True)
@@ -60,7 +60,7 @@ def through_pipeline(pipeline: torch.nn.Module, call: dict[str, object]) -> tupl
         callback_on_step_end=keep,
         callback_on_step_end_tensor_inputs=["latents"],
     )
-    return seen, result.frames
+    return steps_seen, result.frames
 
 
 def test_equals_the_image_to_video_pipeline(
@@ -72,7 +72,7 @@ def test_equals_the_image_to_video_pipeline(
     )
     image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     noise, text = normal(*SHAPE, seed=1), normal(1, 512, TEXT_DIM, seed=2)
-    seen, final = through_pipeline(pipeline, {"image": image, "prompt_embeds": text, "latents": noise})
+    steps_seen, final = through_pipeline(pipeline, {"image": image, "prompt_embeds": text, "latents": noise})
     with torch.no_grad():
         mode = vae.encode((2 * image - 1)[:, :, None]).latent_dist.mode()
         mean, std = (
@@ -80,8 +80,8 @@ def test_equals_the_image_to_video_pipeline(
         )
         condition = Condition((mode - mean) / std, text)
         ours = euler(net, noise, condition, scheduler.sigmas.tolist())
-    assert len(seen) == 5
-    for mine, theirs in zip(ours, seen, strict=True):
+    assert len(steps_seen) == 5
+    for mine, theirs in zip(ours, steps_seen, strict=True):
         torch.testing.assert_close(mine[:, :, 1:], theirs[:, :, 1:], rtol=0, atol=1e-5)
     torch.testing.assert_close(ours[-1], final, rtol=0, atol=1e-5)
     torch.testing.assert_close(final[:, :, :1], condition.first_frame, rtol=0, atol=1e-5)
@@ -95,10 +95,10 @@ def test_without_first_frame_equals_the_text_to_video_pipeline(
         tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=net, expand_timesteps=True
     )
     noise, text = normal(*SHAPE, seed=3), normal(1, 512, TEXT_DIM, seed=4)
-    seen, final = through_pipeline(pipeline, {"prompt_embeds": text, "latents": noise})
+    steps_seen, final = through_pipeline(pipeline, {"prompt_embeds": text, "latents": noise})
     with torch.no_grad():
         ours = euler(net, noise, Condition(None, text), scheduler.sigmas.tolist())
-    for mine, theirs in zip(ours, seen, strict=True):
+    for mine, theirs in zip(ours, steps_seen, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours[-1], final, rtol=0, atol=1e-5)
 
@@ -107,14 +107,14 @@ def test_batch_equals_its_samples_one_by_one(net: torch.nn.Module) -> None:
     condition = Condition(normal(3, 48, 1, 4, 6, seed=5), normal(3, 512, TEXT_DIM, seed=6))
     x_t, sigma = normal(3, *SHAPE[1:], seed=7), torch.tensor([1.0, 0.625, 0.02])
     with torch.no_grad():
-        together = denoise(net, x_t, sigma, condition, dtype=torch.float32)
+        batch = denoise(net, x_t, sigma, condition, dtype=torch.float32)
         for i in range(3):
             one = Condition(condition.first_frame[i : i + 1], condition.text[i : i + 1])
             alone = denoise(net, x_t[i : i + 1], sigma[i : i + 1], one, dtype=torch.float32)
-            torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-5)
+            torch.testing.assert_close(batch[i : i + 1], alone, rtol=0, atol=1e-5)
 
 
-def test_frame_zero_of_the_input_is_ignored_and_of_the_output_pinned(net: torch.nn.Module) -> None:
+def test_first_frame_is_pinned_in_the_output(net: torch.nn.Module) -> None:
     condition = Condition(normal(1, 48, 1, 4, 6, seed=8), normal(1, 512, TEXT_DIM, seed=9))
     x_t = normal(*SHAPE, seed=10)
     other = x_t.clone()
@@ -126,24 +126,24 @@ def test_frame_zero_of_the_input_is_ignored_and_of_the_output_pinned(net: torch.
     assert (other[:, :, 0] == 7.0).all(), "the input must stay as it is"
 
 
-def test_a_given_frame_has_time_zero() -> None:
+def test_first_frame_has_time_zero() -> None:
     sigma = torch.tensor([0.5, 0.9375])
-    given = Condition(torch.zeros(2, 48, 1, 4, 6), torch.zeros(2, 1, 1))
-    assert frame_sigma(sigma, given).tolist() == [[0.0, 0.5], [0.0, 0.9375]]
+    condition = Condition(torch.zeros(2, 48, 1, 4, 6), torch.zeros(2, 1, 1))
+    assert frame_sigma(sigma, condition).tolist() == [[0.0, 0.5], [0.0, 0.9375]]
     assert frame_sigma(sigma, Condition(None, torch.zeros(2, 1, 1))).tolist() == [[0.5], [0.9375]]
 
 
 def test_times_reach_the_network_unrounded(net: torch.nn.Module) -> None:
-    """Sigma 0.9375 and 0.625 as bf16 times would arrive as 936 and 624 (REFERENCE: the public code's rounding)."""
-    seen: list[torch.Tensor] = []
-    hook = net.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True)
+    """Sigma 0.9375 and 0.625 as bf16 times would arrive as 936 and 624, as the public code rounds them."""
+    steps_seen: list[torch.Tensor] = []
+    hook = net.register_forward_pre_hook(lambda _m, _a, kwargs: steps_seen.append(kwargs["timestep"]), with_kwargs=True)
     condition = Condition(None, torch.zeros(1, 512, TEXT_DIM))
     for sigma in timestep_sigmas((1000, 750, 500, 250), s=5.0):
         with torch.no_grad():
             denoise(net, torch.zeros(SHAPE), torch.tensor([sigma]), condition, dtype=torch.float32)
     hook.remove()
-    assert [time[0, 0].item() for time in seen] == pytest.approx([1000, 937.5, 833.33333, 625], rel=1e-6)
-    assert all(time.dtype == torch.float32 for time in seen)
+    assert [time[0, 0].item() for time in steps_seen] == pytest.approx([1000, 937.5, 833.33333, 625], rel=1e-6)
+    assert all(time.dtype == torch.float32 for time in steps_seen)
 
 
 def test_guidance_is_the_standard_form(net: torch.nn.Module) -> None:
@@ -159,7 +159,7 @@ def test_guidance_is_the_standard_form(net: torch.nn.Module) -> None:
     assert guided(plain, negative_text=negative, scale=1.0) is plain
 
 
-def test_half_precision_leaves_rope_and_score_arithmetic_in_float32(model: Path) -> None:
+def test_half_precision_keeps_rope_and_x0_in_float32(model: Path) -> None:
     half = load_transformer(model, torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half.rope.freqs_cos.dtype in (torch.float32, torch.float64)
@@ -174,12 +174,12 @@ def test_half_precision_leaves_rope_and_score_arithmetic_in_float32(model: Path)
     assert not torch.equal(x0, x0.bfloat16().float()), "x0 must not be rounded to bf16"
 
 
-def test_fewer_text_rows_are_the_same_numbers(net: torch.nn.Module) -> None:
+def test_fewer_text_rows_give_equal_numbers(net: torch.nn.Module) -> None:
     x_t, sigma = normal(2, *SHAPE[1:], seed=21), torch.tensor([0.9, 0.4])
     frame, text = normal(2, 48, 1, *SHAPE[3:], seed=22), torch.zeros(2, 512, TEXT_DIM)
     text[0, :5], text[1, :9] = normal(5, TEXT_DIM, seed=23), normal(9, TEXT_DIM, seed=24)
-    whole = denoise(net, x_t, sigma, Condition(frame, text), dtype=torch.float32)
-    few = denoise(net, x_t, sigma, Condition(frame, text[:, :16]), dtype=torch.float32)
-    torch.testing.assert_close(few, whole, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="text_rows=9: a prompt has 9 tokens; give at least 10"):
+    full = denoise(net, x_t, sigma, Condition(frame, text), dtype=torch.float32)
+    short = denoise(net, x_t, sigma, Condition(frame, text[:, :16]), dtype=torch.float32)
+    torch.testing.assert_close(short, full, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="max_text_tokens=9: a prompt has 9 tokens; give at least 10"):
         pad_text(text[1, :9], 9)

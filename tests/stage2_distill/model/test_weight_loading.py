@@ -1,4 +1,4 @@
-"""Reading weights: what is refused, and how much memory a rank takes for it."""
+"""Reading weights: errors, and the memory that a rank needs."""
 
 import json
 import shutil
@@ -16,13 +16,13 @@ from tests.stage2_distill.training_helpers import ROOT, make_config, run_ranks
 
 
 @pytest.fixture
-def copy(model: Path, tmp_path: Path) -> Path:
-    """A model folder with a transformer that a test may damage."""
+def model_copy(model: Path, tmp_path: Path) -> Path:
+    """A model folder whose transformer a test may damage."""
     shutil.copytree(model / "transformer", tmp_path / "model" / "transformer")
     return tmp_path / "model"
 
 
-def test_a_read_network_is_the_stored_one(model: Path) -> None:
+def test_loaded_network_equals_the_stored_one(model: Path) -> None:
     stored, read = WanTransformer3DModel.from_pretrained(model / "transformer"), load_transformer(model, torch.float32)
     for name, value in {**stored.state_dict(), **dict(stored.named_buffers())}.items():
         assert torch.equal(value, {**read.state_dict(), **dict(read.named_buffers())}[name]), name
@@ -46,32 +46,32 @@ def rewrite(folder: Path, change) -> None:
         ),
     ],
 )
-def test_other_weights_than_the_model_has_are_refused(copy: Path, change, words: str) -> None:
-    rewrite(copy, change)
+def test_unexpected_weights_are_refused(model_copy: Path, change, words: str) -> None:
+    rewrite(model_copy, change)
     with pytest.raises(ValueError, match=words):
-        load_transformer(copy, torch.float32)
+        load_transformer(model_copy, torch.float32)
 
 
-def test_a_torn_file_is_named(copy: Path) -> None:
-    path = copy / "transformer" / WEIGHTS_FILE
+def test_damaged_file_is_named(model_copy: Path) -> None:
+    path = model_copy / "transformer" / WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=f"{WEIGHTS_FILE}: cannot be read"):
-        load_transformer(copy, torch.float32)
+        load_transformer(model_copy, torch.float32)
     path.unlink()
     with pytest.raises(ValueError, match=f"holds no {WEIGHTS_FILE}"):
-        read_weights(copy / "transformer", {})
-    (copy / "transformer" / "config.json").unlink()
+        read_weights(model_copy / "transformer", {})
+    (model_copy / "transformer" / "config.json").unlink()
     with pytest.raises(ValueError, match="no readable transformer/config.json"):
-        load_transformer(copy, torch.float32)
+        load_transformer(model_copy, torch.float32)
 
 
-# bytes a stored byte (float32): 3 roles, an average, 2 moments; or 3 roles in half, 2 x (remainder, 8-bit moment)
+# Bytes per stored byte (float32): 3 roles, an average, 2 moments; or 3 roles in bf16, 2 x (remainder, 8-bit moment).
 @pytest.mark.parametrize(
     ("ranks", "change", "times"),
     [(2, {}, 6), (1, {"optimizer_form": "compact", "dtype": "bfloat16"}, 3)],
     ids=["standard", "compact"],
 )
-def test_a_rank_takes_its_own_part_and_one_file(
+def test_rank_needs_memory_for_its_part_and_one_file(
     model: Path, tmp_path: Path, ranks: int, change: dict[str, str], times: int
 ) -> None:
     net = WanTransformer3DModel(
@@ -83,10 +83,10 @@ def test_a_rank_takes_its_own_part_and_one_file(
     assert len(files) >= 3
     assert sum(files) > 150e6
     write_config(tmp_path / "config", make_config(tmp_path, tmp_path / "model", tmp_path / "out", **change))
-    done = run_ranks(
+    result = run_ranks(
         [str(ROOT / "tests" / "stage2_distill" / "memory_probe.py"), str(tmp_path / "config"), str(model)], ranks
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert result.returncode == 0, result.stderr[-2000:]
     for rank in range(ranks):
         figures = json.loads((tmp_path / f"config.{rank}").read_text())
         assert figures["own"] == pytest.approx(times * sum(files) / ranks, rel=0.02)

@@ -13,7 +13,7 @@ from cli import cli
 from stage2_distill.monitoring.plot import MAX_POINTS, average_windows, collect_curves, plot_curves
 
 
-def write(run: Path, count: int) -> Path:
+def write_metrics(run: Path, count: int) -> Path:
     run.mkdir()
     lines = []
     for i in range(count):
@@ -24,19 +24,19 @@ def write(run: Path, count: int) -> Path:
     return run
 
 
-def test_the_picture_shows_curves_that_change_with_the_run(tmp_path: Path) -> None:
-    done = CliRunner().invoke(cli, ["plot", str(write(tmp_path / "a", 50))])
-    assert done.output.strip() == str(tmp_path / "a" / "curves.png")
+def test_picture_changes_with_the_run(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["plot", str(write_metrics(tmp_path / "a", 50))])
+    assert result.output.strip() == str(tmp_path / "a" / "curves.png")
     first = Image.open(tmp_path / "a" / "curves.png")
     assert first.size == (1300, 1600)
-    second = Image.open(plot_curves(write(tmp_path / "b", 51)))
+    second = Image.open(plot_curves(write_metrics(tmp_path / "b", 51)))
     different = numpy.asarray(first.convert("L")) != numpy.asarray(second.convert("L"))
     assert 0.001 < different.mean() < 0.2
     colours = {tuple(colour) for colour in numpy.asarray(first.convert("RGB")).reshape(-1, 3)[::7]}
     assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colours, "a line for each exit"
 
 
-def test_curves_are_the_figures_by_name() -> None:
+def test_curves_are_the_metrics_by_name() -> None:
     lines = [{"iteration": i, f"critic_loss_exit{i % 2}": float(i)} for i in range(6)]
     assert collect_curves(lines, ("critic_loss_exit",)) == {
         "critic_loss_exit0": ([0, 2, 4], [0, 2, 4]),
@@ -52,15 +52,15 @@ def test_long_runs_are_averaged() -> None:
 
 def test_missing_matplotlib_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    run = write(tmp_path / "run", 3)
+    run = write_metrics(tmp_path / "run", 3)
     with pytest.raises(ValueError, match=r"^plot: matplotlib is not installed; pip install 'ti2v-distill\[plot\]'$"):
         plot_curves(run)
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "holds no metrics.jsonl"), ("", "is empty")])
-def test_no_curves_no_picture(tmp_path: Path, content: str | None, words: str) -> None:
+@pytest.mark.parametrize(("content", "message"), [(None, "holds no metrics.jsonl"), ("", "is empty")])
+def test_no_curves_no_picture(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         plot_curves(tmp_path)

@@ -1,4 +1,4 @@
-"""Previews: the averaged student on fixed conditions, from any number of ranks, through any stop."""
+"""Previews: the averaged student on fixed conditions, from any number of ranks, after any interruption."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -44,30 +44,30 @@ def test_steps_from_the_start_to_the_end(run: Path) -> None:
     assert not torch.equal(stored(run, "step-000002"), stored(run, "step-000004"))
 
 
-def test_a_preview_is_the_averaged_student(run: Path, model: Path, shards: Path) -> None:
-    """The same as loading the checkpoint's average and walking the ladder from the same noise; step 0 is the base."""
+def test_preview_is_the_averaged_student(run: Path, model: Path, shards: Path) -> None:
+    """Equals a rollout from the same noise with the average of the checkpoint; step 0 shows the base model."""
     data = open_data_set(str(shards))
     records = [data.read_record(index) for index in range(3)]
     net = load_network(model, torch.float32).requires_grad_(False)
 
-    def sampled() -> torch.Tensor:
-        draws = [make_generator(0, 0, row, "preview") for row in range(3)]
-        noise = draw_normal((48, 3, 4, 4), draws)
+    def sample_rows() -> torch.Tensor:
+        generators = [make_generator(0, 0, row, "preview") for row in range(3)]
+        noise = draw_normal((48, 3, 4, 4), generators)
         sigmas = (1.0, 0.9375, 5 / 6, 0.625)
         return rollout(
             make_denoiser(net, torch.float32),
             noise,
             collate_records(records).condition,
             sigmas=sigmas,
-            generators=draws,
+            generators=generators,
         )
 
-    torch.testing.assert_close(stored(run, "step-000000"), sampled(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(stored(run, "step-000000"), sample_rows(), rtol=0, atol=1e-5)
     load_checkpoint(run / "step-000004", {f"ema.{name}": weight for name, weight in net.named_parameters()})
-    torch.testing.assert_close(stored(run, "step-000004"), sampled(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(stored(run, "step-000004"), sample_rows(), rtol=0, atol=1e-5)
 
 
-def test_previews_leave_the_training_alone(run: Path, model: Path, shards: Path, tmp_path: Path) -> None:
+def test_previews_do_not_change_training(run: Path, model: Path, shards: Path, tmp_path: Path) -> None:
     plain = tensors(run_here(make_config(shards, model, tmp_path / "run", iterations=4)))
     for name, value in tensors(run / "step-000004").items():
         assert torch.equal(value, plain[name]), name
@@ -85,25 +85,25 @@ def test_several_ranks_write_the_same(run: Path, model: Path, shards: Path, tmp_
 def test_stopped_inside_a_preview_and_resumed(
     run: Path, model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The broken step is not shown, and made whole later; steps that are done stay as they are."""
+    """The interrupted step is hidden and sampled again later; complete steps stay as they are."""
     options = {"iterations": 4, "checkpoint_every": 4, "preview_every": 2, "preview_count": 3}
-    config = make_config(shards, model, tmp_path / "run", **options)  # goes on from the start: steps 0 and 2 come again
-    good, calls = latent_store.write_latents, []
+    config = make_config(shards, model, tmp_path / "run", **options)  # resumes from the start: steps 0 and 2 come again
+    write_latents, calls = latent_store.write_latents, []
 
-    def stop(store: Path, step: str, rows: list[int], videos: torch.Tensor) -> None:
+    def interrupt(store: Path, step: str, rows: list[int], videos: torch.Tensor) -> None:
         calls.append(step)
         if len(calls) == 6:  # the second batch of step 4; iteration 3 is lost with it
             raise KeyboardInterrupt
-        good(store, step, rows, videos)
+        write_latents(store, step, rows, videos)
 
-    monkeypatch.setattr(preview.latent_store, "write", stop)
+    monkeypatch.setattr(preview.latent_store, "write_latents", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_here(config)
     store = tmp_path / "run" / "previews.zarr"
     assert latent_store.complete_groups(store) == ["step-000000", "step-000002"]
     assert not latent_store.is_store_complete(store)
     before = (store / "step-000002" / "zarr.json").stat().st_mtime_ns
-    monkeypatch.setattr(preview.latent_store, "write", good)
+    monkeypatch.setattr(preview.latent_store, "write_latents", write_latents)
     run_here(config)
     assert latent_store.complete_groups(store) == ["step-000000", "step-000002", "step-000004"]
     assert (store / "step-000002" / "zarr.json").stat().st_mtime_ns == before
@@ -125,21 +125,21 @@ def test_conditions_of_another_data_set(model: Path, shards: Path, tmp_path: Pat
         run_here(make_config(shards, model, tmp_path / "none", preview_every=5, preview_data=str(tmp_path / "no")))
 
 
-def test_a_run_that_begins_anew_with_other_options_makes_its_first_preview_anew(
+def test_restart_with_other_options_samples_the_first_preview_again(
     model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(shards, model, tmp_path / "run", iterations=1, preview_every=2, preview_count=3)
     monkeypatch.setattr(module, "load_micro_batches", Mock(side_effect=KeyboardInterrupt))
-    shown = []
+    previews = []
     for seed in (0, 1):
         with pytest.raises(KeyboardInterrupt):
             run_here(replace(config, seed=seed))
-        shown.append(stored(tmp_path / "run", "step-000000"))
-    assert not torch.equal(*shown)
+        previews.append(stored(tmp_path / "run", "step-000000"))
+    assert not torch.equal(*previews)
 
 
-def test_a_rank_with_padding_alone_writes_nothing(run: Path, model: Path, shards: Path, tmp_path: Path) -> None:
+def test_rank_with_only_padding_writes_nothing(run: Path, model: Path, shards: Path, tmp_path: Path) -> None:
     config = make_config(shards, model, tmp_path / "run", iterations=1, preview_every=2, preview_count=1)
     run_worker([config], 2, tmp_path)
-    shown = latent_store.read_latent_rows(tmp_path / "run" / "previews.zarr", "step-000000", 0, 1)
-    torch.testing.assert_close(shown, stored(run, "step-000000")[:1], rtol=0, atol=1e-5)
+    previews = latent_store.read_latent_rows(tmp_path / "run" / "previews.zarr", "step-000000", 0, 1)
+    torch.testing.assert_close(previews, stored(run, "step-000000")[:1], rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The curves on TensorBoard and W&B are those of metrics.jsonl, also after a run was stopped."""
+"""TensorBoard and W&B have the metrics of metrics.jsonl, also after a run was interrupted."""
 
 import builtins
 import json
@@ -15,9 +15,9 @@ from stage2_distill.monitoring.trackers import ExperimentTrackers, open_wandb
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here
 
 
-def test_tensorboard_has_every_figure_once_after_a_stop(model: Path, tmp_path: Path) -> None:
+def test_tensorboard_has_every_metric_once_after_a_stop(model: Path, tmp_path: Path) -> None:
     shards = make_shards(tmp_path / "data", model)
-    for iterations in (4, 6):  # the second goes on from the checkpoint at 3 if the first had not ended at 4
+    for iterations in (4, 6):  # the second resumes from 3, as if the first had been killed before its end
         run_here(make_config(shards, model, tmp_path / "run", iterations=iterations))
         if iterations == 4:
             (tmp_path / "run" / "step-000004" / "student.json").unlink()  # as if killed before it was complete
@@ -25,13 +25,13 @@ def test_tensorboard_has_every_figure_once_after_a_stop(model: Path, tmp_path: P
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     tags = {name.replace("_", "/", 1) for line in lines for name in line if name != "iteration"}
-    checkpoint = {"seconds/checkpoint"}  # its tag stays from the iteration that was taken back
+    checkpoint = {"seconds/checkpoint"}  # its tag remains from the purged iteration
     assert set(events.Tags()["scalars"]) - checkpoint == tags - checkpoint
     for name in ("critic_loss", "student_loss", "latent_saturation", "seconds_rollout"):
-        wanted = [(line["iteration"], line[name]) for line in lines if name in line]
-        found = [(event.step, event.value) for event in events.Scalars(name.replace("_", "/", 1))]
-        assert [step for step, _ in found] == [step for step, _ in wanted]
-        assert [value for _, value in found] == pytest.approx([value for _, value in wanted], rel=1e-6)
+        expected = [(line["iteration"], line[name]) for line in lines if name in line]
+        logged = [(event.step, event.value) for event in events.Scalars(name.replace("_", "/", 1))]
+        assert [step for step, _ in logged] == [step for step, _ in expected]
+        assert [value for _, value in logged] == pytest.approx([value for _, value in expected], rel=1e-6)
 
 
 def test_wandb_offline_keeps_the_run_on_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,15 +49,15 @@ def test_wandb_offline_keeps_the_run_on_disk(model: Path, tmp_path: Path, monkey
     assert b"critic_lr" in content
 
 
-def test_wandb_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = builtins.__import__
+def test_missing_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_import = builtins.__import__
 
-    def without(name: str, *rest: object) -> object:
+    def import_without_wandb(name: str, *rest: object) -> object:
         if name == "wandb":
             raise ImportError(name)
-        return found(name, *rest)
+        return real_import(name, *rest)
 
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(builtins, "__import__", import_without_wandb)
     with pytest.raises(ValueError, match="pip install"):
         open_wandb(tmp_path, "online", {})
 
@@ -67,16 +67,16 @@ def test_missing_tensorboard_is_one_line_and_training_continues(
 ) -> None:
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    boards = ExperimentTrackers(tmp_path, start=0, wandb="off", options={})
-    boards.write({"iteration": 0, "critic_loss": 1.0})
-    boards.close()
+    trackers = ExperimentTrackers(tmp_path, start=0, wandb="off", options={})
+    trackers.write({"iteration": 0, "critic_loss": 1.0})
+    trackers.close()
     (message,) = caplog.messages
     assert message.startswith("tensorboard: not installed, curves go to metrics.jsonl only; ")
     assert message.endswith("; pip install 'ti2v-distill[tensorboard]'")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wandb_that_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = ModuleType("wandb")
     wandb.Error = type("Error", (Exception,), {})
     wandb.init = Mock(side_effect=wandb.Error("api_key\nnot configured"))
