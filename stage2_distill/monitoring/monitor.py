@@ -4,8 +4,8 @@ import logging
 import math
 import resource
 import time
-from contextlib import ExitStack, closing
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Self
 

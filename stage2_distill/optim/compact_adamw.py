@@ -191,10 +191,10 @@ class CompactAdamW(RoleOptimizer):
         lr, beta2 = group["lr"], group["beta2"]
         correction = (1 - beta2**step) ** 0.5
         rates = [1 - lr * group["weight_decay"], -lr, beta2, 1 - beta2, correction, group["eps"], 1 / correction]
-        scalars = [*torch.tensor(rates).to(device, non_blocking=True).unbind()]  # one copy for all of them
+        scalars = torch.tensor(rates).to(device, non_blocking=True).unbind()  # one copy to the device for all of them
         factor = torch.ones((), device=device) if self.grad_factor is None else self.grad_factor
         apply = torch.ones((), device=device, dtype=torch.bool) if self.apply_step is None else self.apply_step
-        return StepCoefficients(*scalars, factor, apply)
+        return StepCoefficients(*(*scalars, factor, apply))
 
 
 def flat_local_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
