@@ -13,8 +13,7 @@ import torch
 
 from common.video import VideoSpec
 from stage2_distill.checkpointing.format import StudentFacts, checkpoint_damage, list_checkpoints, load_checkpoint
-from stage2_distill.checkpointing.writer import CheckpointWriter
-from stage2_distill.config import DistillConfig
+from stage2_distill.checkpointing.writer import CheckpointOptions, CheckpointWriter
 from stage2_distill.distributed.process_group import RankContext, start_process_group
 
 TENSOR = 64 << 20  # bytes
@@ -41,12 +40,12 @@ def measure(gib: float, ranks: RankContext, folder: Path) -> Iterator[tuple[str,
     """Name, figure and unit of everything, each as soon as it is known."""
     tensors = state(gib, ranks.device)
     size = sum(value.nbytes for value in tensors.values()) / 1e9
-    config = DistillConfig(shards=("DATA",), model="MODEL", out=str(folder))
+    options = CheckpointOptions(async_checkpoint=True, keep_last=3, keep_every=0)
     facts = StudentFacts(1, (1000.0,), 5.0, "renoise", VideoSpec(5, 32, 32, 8), "", "", "", "", {})
     matmuls(ranks.device)
     alone = matmuls(ranks.device)
     yield "state", size, "GB"
-    with CheckpointWriter(folder, config, ranks) as saver:
+    with CheckpointWriter(folder, options, ranks) as saver:
         began = time.perf_counter()
         saver.prepare_buffers(tensors).result()
         room = time.perf_counter() - began

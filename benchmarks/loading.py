@@ -21,10 +21,11 @@ from torch import nn
 from benchmarks.device import Case, case, randomise, synchronize
 from benchmarks.report import append
 from benchmarks.trainer import make_config, random_network
-from stage2_distill.build import BuiltRoles, build_roles
+from stage2_distill.build import build_roles
 from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import RankContext, start_process_group
 from stage2_distill.model.layers import ExecutionPlan
+from stage2_distill.trainer import Roles
 
 FILE = 2 << 30  # bytes
 
@@ -65,16 +66,14 @@ def host_peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def load(
-    chosen: Case, ranks: RankContext, config: DistillConfig, folder: Path
-) -> tuple[BuiltRoles, list[tuple[str, str]]]:
+def load(chosen: Case, ranks: RankContext, config: DistillConfig, folder: Path) -> tuple[Roles, list[tuple[str, str]]]:
     """Open the three roles and say what it took."""
     before, began = host_peak(), time.perf_counter()
-    opened = build_roles(config, ranks, folder)
+    roles = build_roles(config, ranks, folder)
     synchronize(chosen)
     spent = time.perf_counter() - began
-    size = sum(p.numel() for p in opened.roles.teacher.parameters()) * 2 / 2**30
-    return opened, [
+    size = sum(p.numel() for p in roles.teacher.parameters()) * 2 / 2**30
+    return roles, [
         ("three roles opened", f"{spent:.1f} s, one model in bf16 {size:.1f} GiB"),
         ("peak host memory until then", f"{host_peak():.1f} GiB, mapped files included ({before:.1f} before)"),
     ]
@@ -95,7 +94,7 @@ def main() -> None:
             return
         chosen = case(given.tiny, half=True)
         ranks = start_process_group(chosen.device.type)
-        _, rows = load(chosen, ranks, make_config(chosen, ranks, memory=given.memory), folder)
+        _, rows = load(chosen, ranks, make_config(chosen, ranks, optimizer_form=given.memory), folder)
     print("\n".join(": ".join(row) for row in rows), flush=True)
     if not given.tiny:
         append("loading", rows, model="random weights")

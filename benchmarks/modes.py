@@ -29,7 +29,7 @@ from benchmarks.train_step import MEASURES, mean_iteration, show
 from benchmarks.trainer import make_config, one_batch, random_condition, random_roles, report_memory, trainer_of
 from common.condition import Condition
 from stage2_distill.distributed.process_group import RankContext, gather_from_ranks, start_process_group
-from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, draw_exit_index
+from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch
 from stage2_distill.monitoring.metrics_log import UpdateResult
 from stage2_distill.trainer import Trainer, update_critic, update_student
 
@@ -78,7 +78,7 @@ def measure(mode: str, chosen: Case, given: argparse.Namespace, known: dict[str,
 
 def leaving(trainer: Trainer, role: str, step: int) -> int:
     """The first iteration in which a role's update leaves the rollout at a step."""
-    return next(n for n in range(10_000) if draw_exit_index(n, role, trainer.config) == step)
+    return next(n for n in range(10_000) if trainer.schedule.draw_exit_index(n, role) == step)
 
 
 def two_batches(chosen: Case, ranks: RankContext) -> Iterator[tuple[MicroBatch, Condition]]:
@@ -105,7 +105,7 @@ def iteration(chosen: Case, trainer: Trainer, known: dict[str, float], mode: str
         yield f"{role} updates, exits {steps}", f"{', '.join(f'{s:.3f}' for s in found[role])} s"
     forward = found[CRITIC][1] - found[CRITIC][0]
     student = mean(found[STUDENT]) if mode in THOROUGH else found[STUDENT][0] + forward / 2
-    spent = mean(found[CRITIC]) + student / trainer.config.student_update_interval
+    spent = mean(found[CRITIC]) + student / trainer.schedule.student_update_interval
     yield from mean_iteration(chosen, trainer, known, spent)
     known[mode] = spent
     if "alone" in known and mode != "alone":

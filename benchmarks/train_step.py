@@ -36,7 +36,7 @@ from benchmarks.trainer import (
 from stage2_distill.checkpointing.staging import HostBuffers, StagedState, allocate_host_buffers, build_cpu_mesh
 from stage2_distill.distributed.process_group import start_process_group
 from stage2_distill.dmd.rollout_reuse import RolloutReuse
-from stage2_distill.dmd.schedule import CRITIC, STUDENT, draw_exit_index, micro_batches
+from stage2_distill.dmd.schedule import CRITIC, STUDENT
 from stage2_distill.monitoring.metrics_log import StepResult, UpdateResult
 from stage2_distill.resume import training_state
 from stage2_distill.trainer import Trainer, train_step, update_critic, update_student
@@ -51,17 +51,19 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 def turn(chosen: Case, trainer: Trainer, iteration: int) -> StepResult:
     """One iteration of the trainer on random data."""
     ranks = trainer.ranks
-    todo = micro_batches(trainer.config, start=iteration, rank=ranks.rank, world=ranks.world)
+    todo = trainer.schedule.micro_batches(start=iteration, rank=ranks.rank)
     return train_step(trainer, iteration, ((part, random_condition(chosen)) for part in todo))
 
 
 def iteration(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
     """Whole iterations one after the other, all that a run does but data and files; the average is updated aside."""
-    trainer = replace(trainer, config=replace(trainer.config, ema_start=0))  # pinned memory for it takes 20 s to come
+    trainer = replace(
+        trainer, schedule=replace(trainer.schedule, ema_start=0)
+    )  # pinned memory for it takes 20 s to come
     count = int(known["count"])
-    start = balanced(trainer.config, count)
+    start = balanced(trainer.schedule, count)
     began = perf_counter()
-    turn(chosen, trainer, start - trainer.config.student_update_interval)
+    turn(chosen, trainer, start - trainer.schedule.student_update_interval)
     synchronize(chosen)
     trainer.timer.read_seconds()
     yield "first iteration of both roles, compilation included", f"{perf_counter() - began:.1f} s"
@@ -90,9 +92,9 @@ def told(step: StepResult, spent: float) -> str:
 
 def mean_iteration(chosen: Case, trainer: Trainer, known: dict[str, float], spent: float) -> Iterator[Row]:
     """A mean iteration, its utilisation and memory."""
-    config = trainer.config
-    spared = (2.5 - len(config.timesteps) / config.student_update_interval) * config.rollout_reuse
-    useful = (USEFUL[CRITIC] - spared + USEFUL[STUDENT] / config.student_update_interval) * FORWARD / spent
+    schedule, reuses = trainer.schedule, isinstance(trainer.accumulator.critic_rollouts, RolloutReuse)
+    spared = (2.5 - len(schedule.timesteps) / schedule.student_update_interval) * reuses
+    useful = (USEFUL[CRITIC] - spared + USEFUL[STUDENT] / schedule.student_update_interval) * FORWARD / spent
     yield "mean iteration", f"{spent:.3f} s, {trainer.ranks.world / spent:.3f} samples/s"
     yield "useful arithmetic", f"{useful:.0f} TFLOP/s a GPU, {useful / known['ceiling']:.1%} of the measured ceiling"
     yield "peak memory, of the rank with most", report_memory(chosen)
@@ -100,8 +102,8 @@ def mean_iteration(chosen: Case, trainer: Trainer, known: dict[str, float], spen
 
 def reuse(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator[Row]:
     """The same where one rollout serves the critic's updates between two of the student."""
-    config = replace(trainer.config, rollout_reuse=True)
-    reusing = replace(trainer, config=config, rollout_reuse=RolloutReuse(config, trainer.ranks.world))
+    reused = RolloutReuse(trainer.accumulator.student_rollouts, trainer.schedule)
+    reusing = replace(trainer, accumulator=replace(trainer.accumulator, critic_rollouts=reused))
     for name, value in iteration(chosen, reusing, known):
         yield f"rollout reuse, {name}", value
 
@@ -112,11 +114,11 @@ def updates(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator
     for role, update in ((CRITIC, update_critic), (STUDENT, update_student)):
 
         def run(exit_at: int, role: str = role, update: Callable[..., UpdateResult] = update) -> float:
-            number = next(n for n in range(10_000) if draw_exit_index(n, role, trainer.config) == exit_at)
+            number = next(n for n in range(10_000) if trainer.schedule.draw_exit_index(n, role) == exit_at)
             data = one_batch(chosen, trainer.ranks, role, number)
             return seconds(lambda: update(trainer, number, data), chosen, warm=0, repeat=1)
 
-        if trainer.config.compile or role == CRITIC:
+        if not chosen.tiny or role == CRITIC:
             yield f"first {role} update", f"{run(0):.1f} s"
         each = []
         for exit_at in (1, 2):  # their mean is the mean of all four
@@ -124,14 +126,14 @@ def updates(chosen: Case, trainer: Trainer, known: dict[str, float]) -> Iterator
             yield f"{role} update, exit {exit_at}", f"{each[-1]:.2f} s"
         found[role] = mean(each)
         yield f"peak memory after the {role}'s", report_memory(chosen)
-    spent = found[CRITIC] + found[STUDENT] / trainer.config.student_update_interval
+    spent = found[CRITIC] + found[STUDENT] / trainer.schedule.student_update_interval
     yield from mean_iteration(chosen, trainer, known, spent)
 
 
 def exposed(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
     """How much of the two updates of an iteration is communication that nothing hides."""
     for role, update in ((CRITIC, update_critic), (STUDENT, update_student)):
-        number = next(n for n in range(10_000) if draw_exit_index(n, role, trainer.config) == 0)
+        number = next(n for n in range(10_000) if trainer.schedule.draw_exit_index(n, role) == 0)
         run = partial(update, trainer, number, one_batch(chosen, trainer.ranks, role, number))
         yield from communication(run, chosen, f"{role} update")
 
@@ -140,7 +142,7 @@ def waits(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[
     """How often the host waits for the device in one iteration of both roles, by the profiler."""
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (chosen.device.type == "cuda")
     with profile(activities=kinds) as found:
-        turn(chosen, trainer, trainer.config.student_update_interval)
+        turn(chosen, trainer, trainer.schedule.student_update_interval)
     counts = {event.key: event.count for event in found.key_averages() if event.key in WAITS}
     told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
     yield "host waits in an iteration of two updates", told or "none"
@@ -150,25 +152,25 @@ def passes(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator
     """One forward, and one forward and backward pass of the student."""
     given = inputs(chosen)
     for name, run in (("forward", forward_of), ("forward + backward", backward_of)):
-        yield name, f"{seconds(run(trainer.roles.student, given), chosen, warm=1, repeat=2):.4f} s"
-    trainer.student_optimizer.zero_grad(set_to_none=True)
+        yield name, f"{seconds(run(trainer.roles.student.net, given), chosen, warm=1, repeat=2):.4f} s"
+    trainer.roles.student.optimizer.zero_grad(set_to_none=True)
 
 
 def pause(chosen: Case, trainer: Trainer, _known: dict[str, float]) -> Iterator[Row]:
     """How much longer a checkpoint makes the shortest iteration, and how long the copy to host memory takes."""
-    config = trainer.config
+    schedule = trainer.schedule
     short = next(
-        n for n in range(10_000) if n % config.student_update_interval and draw_exit_index(n, CRITIC, config) == 0
+        n for n in range(10_000) if not schedule.is_student_turn(n) and schedule.draw_exit_index(n, CRITIC) == 0
     )
     began, rooms = perf_counter(), HostBuffers()
-    allocate_host_buffers(training_state(trainer), rooms)
+    allocate_host_buffers(training_state(trainer.roles), rooms)
     yield "room for it in host memory, once in a run, beside training", f"{perf_counter() - began:.1f} s"
     alone = seconds(lambda: turn(chosen, trainer, short), chosen, warm=1, repeat=1)
     began = perf_counter()
-    live = training_state(trainer)
+    live = training_state(trainer.roles)
     snapshot = StagedState(live, build_cpu_mesh(trainer.ranks), rooms, first=CRITIC)
     issued = perf_counter() - began
-    hook = trainer.critic_optimizer.register_step_pre_hook(lambda *_: snapshot.wait_for_role(CRITIC))
+    hook = trainer.roles.critic.optimizer.register_step_pre_hook(lambda *_: snapshot.wait_for_role(CRITIC))
     turn(chosen, trainer, short)
     synchronize(chosen)
     beside = perf_counter() - began

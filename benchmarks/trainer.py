@@ -10,21 +10,19 @@ from torch import Tensor
 
 from benchmarks.device import Case, randomise
 from common.condition import Condition
-from common.timer import PhaseTimer
-from stage2_distill.build import BuiltRoles
+from stage2_distill.build import build_trainer
 from stage2_distill.config import STANDARD, DistillConfig
 from stage2_distill.distributed.dtensor import local_tensor
 from stage2_distill.distributed.fsdp import apply_fsdp
 from stage2_distill.distributed.process_group import RankContext, gather_from_ranks
-from stage2_distill.dmd.rollout_reuse import RolloutReuse
-from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, draw_exit_index, student_turn
+from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, Schedule
 from stage2_distill.model.attention import enable_determinism
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import AdapterView, add_adapters, lora_settings
 from stage2_distill.model.transformer import WanTransformer, convert_transformer
-from stage2_distill.model.wan import cast_parameters, materialize_transformer
-from stage2_distill.optim.optimizers import build_ema, build_optimizer
-from stage2_distill.trainer import RoleNetworks, Trainer
+from stage2_distill.model.wan import cast_parameters, make_denoiser, materialize_transformer
+from stage2_distill.optim.optimizers import OptimizerSettings
+from stage2_distill.trainer import Roles, TrainedRole, Trainer
 
 
 def make_config(chosen: Case, ranks: RankContext, **changes: object) -> DistillConfig:
@@ -58,7 +56,7 @@ def random_role(chosen: Case, ranks: RankContext, net: WanTransformer, *, casts:
     return net
 
 
-def random_roles(chosen: Case, ranks: RankContext, config: DistillConfig) -> BuiltRoles:
+def random_roles(chosen: Case, ranks: RankContext, config: DistillConfig) -> Roles:
     """Three roles of the same random weights, with optimizers and average, in the memory mode of `config`."""
     plan = ExecutionPlan(config.attention, config.activation_checkpointing, config.compile)
     lora = lora_settings(vars(config))
@@ -66,27 +64,26 @@ def random_roles(chosen: Case, ranks: RankContext, config: DistillConfig) -> Bui
         net = random_network(chosen, plan, chosen.dtype)
         layers = add_adapters(net, (STUDENT, CRITIC), lora)
         random_role(chosen, ranks, net, casts=True)
-        roles = RoleNetworks(*(AdapterView(net, layers, adapter) for adapter in (STUDENT, None, CRITIC)))
+        nets = [AdapterView(net, layers, adapter) for adapter in (STUDENT, None, CRITIC)]
     else:
         dtype = torch.float32 if config.optimizer_form == STANDARD else chosen.dtype
         kinds = (dtype, chosen.dtype, dtype)
-        roles = RoleNetworks(*(random_role(chosen, ranks, random_network(chosen, plan, kind)) for kind in kinds))
-        roles.teacher.requires_grad_(False)
-    student, critic = roles.student, roles.critic
-    student_optimizer = build_optimizer(student, STUDENT, config, ranks, config.optimizer_form)
-    critic_optimizer = build_optimizer(critic, CRITIC, config, ranks, config.optimizer_form)
-    ema = build_ema(student, student_optimizer, config, ranks)
-    return BuiltRoles(roles, student_optimizer, critic_optimizer, ema)
+        nets = [random_role(chosen, ranks, random_network(chosen, plan, kind)) for kind in kinds]
+        nets[1].requires_grad_(False)
+    settings = OptimizerSettings.of(config, ranks, config.optimizer_form)
+    student, critic = (
+        TrainedRole(name, net, settings.build_optimizer(net, name), make_denoiser(net, chosen.dtype))
+        for name, net in ((STUDENT, nets[0]), (CRITIC, nets[2]))
+    )
+    ema = settings.build_ema(student.optimizer, ranks)
+    return Roles(settings.form, student, critic, nets[1], make_denoiser(nets[1], chosen.dtype), ema)
 
 
-def trainer_of(chosen: Case, ranks: RankContext, config: DistillConfig, opened: BuiltRoles) -> Trainer:
-    """A trainer of opened roles, its kernels in order as those of a run."""
+def trainer_of(chosen: Case, ranks: RankContext, config: DistillConfig, roles: Roles) -> Trainer:
+    """A trainer of built roles, its kernels in order as those of a run."""
     enable_determinism(config.attention, chosen.dtype, ranks.device)
     negative = torch.randn(512, chosen.network["text_dim"], device=chosen.device)
-    return Trainer(
-        config, ranks, opened.roles, opened.student_optimizer, opened.critic_optimizer, opened.ema,
-        negative, PhaseTimer(ranks.device), RolloutReuse(config, ranks.world),
-    )  # fmt: skip
+    return build_trainer(config, ranks, Schedule.of(config, ranks.world), roles, negative)
 
 
 def random_condition(chosen: Case, batch: int = 1) -> Condition:
@@ -100,20 +97,20 @@ def one_batch(chosen: Case, ranks: RankContext, role: str, iteration: int) -> It
     yield MicroBatch(iteration, role, (ranks.rank,), (ranks.rank,), 1.0, True), random_condition(chosen)
 
 
-def exits(config: DistillConfig, role: str, start: int, count: int) -> list[int]:
+def exits(schedule: Schedule, role: str, start: int, count: int) -> list[int]:
     """Where a role's updates in `count` iterations leave the rollout."""
-    turns = [n for n in range(start, start + count) if role == CRITIC or student_turn(n, config)]
-    return [draw_exit_index(n, role, config) for n in turns]
+    turns = [n for n in range(start, start + count) if role in schedule.updated_roles(n)]
+    return [schedule.draw_exit_index(n, role) for n in turns]
 
 
-def balanced(config: DistillConfig, count: int) -> int:
+def balanced(schedule: Schedule, count: int) -> int:
     """The student's turn from which the updates of `count` iterations leave at the mean exit, in both roles."""
-    middle = (len(config.timesteps) - 1) / 2
+    middle = (len(schedule.timesteps) - 1) / 2
 
     def off(start: int) -> float:
-        return max(abs(mean(exits(config, role, start, count)) - middle) for role in (STUDENT, CRITIC))
+        return max(abs(mean(exits(schedule, role, start, count)) - middle) for role in (STUDENT, CRITIC))
 
-    return min(range(config.student_update_interval, 2000, config.student_update_interval), key=off)
+    return min(range(schedule.student_update_interval, 2000, schedule.student_update_interval), key=off)
 
 
 def report_memory(chosen: Case) -> str:

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import Tensor
 
 from common.condition import Condition
 from common.options import resolve_config
-from stage2_distill import train, trainer
+from stage2_distill import train
 from stage2_distill.config import DistillConfig
+from stage2_distill.dmd.rollout import Simulated, StudentRollouts
 from stage2_distill.dmd.schedule import MicroBatch
 from stage2_distill.monitoring.metrics_log import StepResult
 from stage2_distill.trainer import Trainer
@@ -38,14 +38,14 @@ def main() -> None:
     parser.add_argument("--die", type=int, default=-1)
     given = parser.parse_args()
     config = resolve_config(DistillConfig, {"config": given.config})
-    out, simulate, step = Path(config.out), trainer.simulate_rollout, train.train_step
+    out, simulate, step = Path(config.out), StudentRollouts.simulate, train.train_step
     begun: list[int] = []
 
-    def noting(trainer: Trainer, part: MicroBatch, condition: Condition, exit_at: int) -> tuple[Tensor, Condition, int]:
-        with (out / f"seen-{trainer.ranks.rank}.txt").open("a") as file:
+    def noting(rollouts: StudentRollouts, part: MicroBatch, condition: Condition, exit_index: int) -> Simulated:
+        with (out / f"seen-{dist.get_rank()}.txt").open("a") as file:
             for place, sample in enumerate(part.samples):
                 file.write(f"{part.iteration} {part.role} {sample} {digest(condition, place)}\n")
-        return simulate(trainer, part, condition, exit_at)
+        return simulate(rollouts, part, condition, exit_index)
 
     def dying(trainer: Trainer, iteration: int, data: Iterator[tuple[MicroBatch, Condition]]) -> StepResult:
         killed = out / "killed"
@@ -58,7 +58,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(trainer, iteration, data)
 
-    trainer.simulate_rollout, train.train_step = noting, dying
+    StudentRollouts.simulate, train.train_step = noting, dying
     train.distill(config)
     dist.destroy_process_group()
 
