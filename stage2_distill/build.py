@@ -61,10 +61,10 @@ class RoleBuilder:
         """Student, teacher and critic without weights, sharded before they take memory."""
         trained_dtype = torch.float32 if self.optimizers.form == STANDARD else self.compute_dtype
         nets = []
-        for dtype in (trained_dtype, self.compute_dtype, trained_dtype):
+        for dtype in (trained_dtype, self.compute_dtype, trained_dtype):  # student, teacher, critic
             net = build_meta_transformer(self.folder.parent, dtype, self.plan)
             nets.append(materialize_transformer(apply_fsdp(net, self.ranks, self.compute_dtype), self.ranks.device))
-        nets[1].requires_grad_(False)
+        nets[1].requires_grad_(False)  # the teacher
         return nets
 
     def fill_networks(self, student: TrainedRole, teacher: nn.Module, critic: TrainedRole) -> None:
@@ -89,8 +89,8 @@ class RoleBuilder:
 
 def build_roles(config: DistillConfig, ranks: RankContext, model: Path) -> Roles:
     """The roles of a run from a model folder; ValueError if the kernel of attention does not support the model."""
-    compute_dtype = getattr(torch, config.dtype)
-    meta_net = build_meta_transformer(model, compute_dtype)
+    compute_dtype = getattr(torch, config.dtype)  # config.py imports no torch
+    meta_net = build_meta_transformer(model, compute_dtype)  # no memory: for its head size and parameter count
     check_kernel(config.attention, meta_net.config.attention_head_dim, compute_dtype, ranks.device)
     plan = ExecutionPlan(config.attention, config.activation_checkpointing, config.compile)
     adapters = lora_settings(vars(config))
@@ -132,7 +132,7 @@ def choose_optimizer_form(config: DistillConfig, ranks: RankContext, parameters:
     if ranks.device.type != "cuda" or config.dtype != "bfloat16" or config.beta1 != 0:
         return STANDARD
     _, total = torch.cuda.mem_get_info(ranks.device)
-    shards = ranks.world // config.replicate
+    shards = ranks.world // config.replicate  # GPUs that share one copy of the networks
     return COMPACT if STANDARD_BYTES_PER_PARAMETER * parameters // shards + RESERVED_BYTES > total else STANDARD
 
 
@@ -157,6 +157,6 @@ def initialize_adapters(role: AdapterView, seed: int) -> None:
         # drawn in full on every rank, so that the numbers do not depend on the number of ranks
         initial = torch.zeros(weight.shape)
         if ".lora_A." in name:
-            bound = weight.shape[1] ** -0.5
+            bound = weight.shape[1] ** -0.5  # shape of all shards: (rank, inputs)
             initial.uniform_(-bound, bound, generator=make_generator(seed, 0, 0, f"{role.adapter} {name}"))
         fill_parameter(weight, InMemoryTensor(initial), name)

@@ -64,9 +64,7 @@ class DistillConfig:
         5, "Iterations from one student update to the next.", minimum=1, group="recipe", old_name="student_every"
     )
     critic_warmup: int = advanced(0, "First iterations, which update the critic only.", minimum=0, group="recipe")
-    critic_loss: str = advanced(
-        "x0", "Critic regresses x0, flow (velocity) or noise.", choices=CRITIC_LOSSES, group="recipe"
-    )
+    critic_loss: str = advanced("x0", "The critic regresses x0, flow or noise.", choices=CRITIC_LOSSES, group="recipe")
     text_only_fraction: float = advanced(
         0.0, "Share of samples trained without their first frame.", minimum=0, maximum=1, group="data"
     )
@@ -77,30 +75,16 @@ class DistillConfig:
     exit_schedule: str = advanced(
         "random", "Exits of the rollout: drawn, or each step equally often.", choices=EXIT_SCHEDULES, group="recipe"
     )
-    rollout_reuse: bool = advanced(
-        False, "One rollout serves the critic's updates between two student updates.", group="recipe"
-    )
+    rollout_reuse: bool = advanced(False, "One rollout serves several updates of the critic.", group="recipe")
     ts_schedule: bool = advanced(False, "Score times from the next timestep upwards.", group="recipe")
     ts_schedule_max: bool = advanced(False, "Score times up to the current timestep.", group="recipe")
-    score_low: float = advanced(
-        0.02, "Lowest sigma at which scores are compared.", minimum=0, maximum=1, group="recipe"
-    )
-    score_high: float = advanced(
-        0.98, "Highest sigma at which scores are compared.", minimum=0, maximum=1, group="recipe"
-    )
-    ema_decay: float = advanced(
-        0.99, "Decay of the averaged student per student update.", minimum=0, maximum=1, group="recipe"
-    )
-    ema_start: int = advanced(
-        200, "Iteration up to which the average is a copy of the student.", minimum=0, group="recipe"
-    )
+    score_low: float = advanced(0.02, "Lowest sigma of the scores.", minimum=0, maximum=1, group="recipe")
+    score_high: float = advanced(0.98, "Highest sigma of the scores.", minimum=0, maximum=1, group="recipe")
+    ema_decay: float = advanced(0.99, "Decay per update of the averaged student.", minimum=0, maximum=1, group="recipe")
+    ema_start: int = advanced(200, "Iteration up to which the average copies the student.", minimum=0, group="recipe")
     batch_size: int = option(1, "Clips that a GPU processes at once.", minimum=1, group="recipe")
-    global_batch: int = option(
-        64, "Clips averaged in an update: batch size x GPUs x accumulation.", minimum=1, group="recipe"
-    )
-    replicate: int = advanced(
-        1, "Copies of the networks, each sharded over GPUs / copies (HSDP).", minimum=1, group="devices"
-    )
+    global_batch: int = option(64, "Clips per update: batch size x GPUs x accumulation.", minimum=1, group="recipe")
+    replicate: int = advanced(1, "Copies of the networks, each sharded (HSDP).", minimum=1, group="devices")
     checkpoint_every: int = advanced(500, "Iterations from one checkpoint to the next.", minimum=1, group="checkpoint")
     async_checkpoint: bool = advanced(
         True, "Write checkpoints during training, from a copy in host memory.",
@@ -119,7 +103,7 @@ class DistillConfig:
     )
     seed: int = advanced(0, "Seed of data order, noise and exits.", group="recipe")
     dtype: str = advanced(
-        "bfloat16", "Precision of the networks; master weights are float32.", choices=DTYPES, group="model"
+        "bfloat16", "Precision of the computation; masters are float32.", choices=DTYPES, group="model"
     )
     optimizer_form: str = advanced(
         AUTO, "Float32 master weights, or the compact form; auto: standard if it fits in memory.",
@@ -145,20 +129,11 @@ class DistillConfig:
         choices=ATTENTION_KERNELS,
         group="model",
     )
-    compile: bool = advanced(
-        False, "Compile the blocks: takes a minute at the start, then saves a quarter of the time on a GPU.",
-        group="speed",
-    )  # fmt: skip
+    compile: bool = advanced(False, "Compile the blocks: a minute at first, then a quarter faster.", group="speed")
     preview_every: int = advanced(0, "Iterations from one preview to the next; 0 = none.", minimum=0, group="logging")
-    preview_count: int = advanced(
-        4, "Conditions of a preview: the first records of its data set.", minimum=0, group="logging"
-    )
-    preview_data: str | None = advanced(
-        None, "Data set of the previews' conditions; by default that of the training.", group="logging"
-    )
-    wandb: str = option(
-        "off", "Also log to Weights & Biases (needs the extra wandb).", choices=WANDB_MODES, group="logging"
-    )
+    preview_count: int = advanced(4, "Records of a preview: the first of its data set.", minimum=0, group="logging")
+    preview_data: str | None = advanced(None, "Data set of the previews; by default that of training.", group="logging")
+    wandb: str = option("off", "Log to W&B too (needs the extra wandb).", choices=WANDB_MODES, group="logging")
     device: str = device_option(advanced=True)
 
     def __post_init__(self) -> None:

@@ -56,7 +56,7 @@ def resume_run(run_folder: Path, roles: Roles, facts: StudentFacts, ranks: RankC
             raise ValueError(f"model={facts.base_model}: not the model of {checkpoint}, {stored_facts.base_model}")
         tensors = training_state(roles)
         check_tensors(checkpoint, tensors, stored_facts)
-        load_checkpoint(checkpoint, tensors)
+        load_checkpoint(checkpoint, tensors)  # in place
         assert stored_facts.position == expected_position, (stored_facts.position, expected_position)
     dist.barrier()  # every rank must have looked before the first one renames
     if ranks.rank == 0:
@@ -79,12 +79,12 @@ def check_tensors(checkpoint: Path, tensors: Mapping[str, Tensor], facts: Studen
 def newest_valid(run_folder: Path, ranks: RankContext) -> Path | None:
     """The newest undamaged checkpoint; None if there is no checkpoint, ValueError if all are damaged."""
     candidates = list_checkpoints(run_folder)
-    dist.barrier()
+    dist.barrier()  # all ranks list the same ones
     for checkpoint in reversed(candidates):
         problem = checkpoint_damage(checkpoint, rank=ranks.rank, world=ranks.world)
         if problem is not None:
             logging.warning("%s is damaged: %s; it is set aside", checkpoint, problem)
-        if not on_any_rank(problem is not None):
+        if not on_any_rank(problem is not None):  # each rank checks a part of the files
             if checkpoint != candidates[-1] and ranks.rank == 0:
                 logging.warning("resuming from %s instead", checkpoint.name)
             return checkpoint
@@ -96,7 +96,7 @@ def newest_valid(run_folder: Path, ranks: RankContext) -> Path | None:
 def initialize_from(source: str, roles: Roles, facts: StudentFacts, ranks: RankContext) -> None:
     """Set student, critic and average to another run's or checkpoint's masters, or to the weights of a model folder."""
     folder, trains_adapters = Path(source), bool(facts.config["lora_rank"])
-    with roles.ema.update_after(decay=0):
+    with roles.ema.update_after(decay=0):  # decay 0 copies the new masters
         if (folder / STUDENT_FILE).is_file() or list_checkpoints(folder):
             checkpoint = resolve_checkpoint(folder)
             check_source(checkpoint, roles, facts, ranks)
@@ -133,7 +133,7 @@ def stored_master_weights(checkpoint: Path, role: TrainedRole) -> Iterator[tuple
         stored = dict[str, Tensor]()
         for name, parameter in parameters[start : start + READ_GROUP_SIZE]:
             for key in (f"{role.name}.{name}", f"{role.name}_optimizer.{name}.remainder"):
-                if key in dtypes:
+                if key in dtypes:  # only the compact form stores remainders
                     stored[key] = torch.empty_like(parameter, dtype=dtypes[key], requires_grad=False)
         load_checkpoint(checkpoint, stored)
         for name, _ in parameters[start : start + READ_GROUP_SIZE]:

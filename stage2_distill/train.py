@@ -77,7 +77,7 @@ def distill(config: DistillConfig) -> Path:
     check_manifest(Path(config.shards[0]), data.manifest, spec=config.spec, encoder=expected_encoder(model))
     schedule = Schedule.of(config, ranks.world)
     out = Path(config.out)
-    open_run_folder(out, config, first=ranks.rank == 0)
+    open_run_folder(out, config, first=ranks.rank == 0)  # before anything slow
     roles = build_roles(config, ranks, model)
     negative_text = pad_text(data.negative, config.max_text_tokens).to(ranks.device)
     facts = student_facts(config, model, data.manifest, roles.form)
@@ -161,7 +161,7 @@ def train_loop(run: TrainingRun, start_iteration: int) -> None:
         CheckpointWriter(run.folder, config.select(CheckpointOptions), ranks) as writer,
         StopSignal() as stop,
     ):
-        micro_batches = timer.time_items(loader, "data")
+        micro_batches = timer.time_items(loader, "data")  # host seconds of waiting
         writer.register_step_hooks({role.name: role.optimizer for role in (roles.student, roles.critic)}, timer)
         for iteration in range(start_iteration, config.iterations):
             try:
@@ -171,14 +171,14 @@ def train_loop(run: TrainingRun, start_iteration: int) -> None:
                 raise DivergedError(divergence_message(iteration, error, list_checkpoints(run.folder))) from error
             monitor.write(iteration, step)
             completed = iteration + 1
-            if iteration == start_iteration and config.async_checkpoint:
+            if iteration == start_iteration and config.async_checkpoint:  # the first checkpoint must not wait for this
                 writer.prepare_buffers(training_state(roles))
             if previews.is_due(completed):
                 writer.wait_for_copies()  # a preview changes the student's weights
                 previews.write_step(preview_student, completed)
             stopping = stop.is_requested() or completed == config.iterations
             if stopping or completed % config.checkpoint_every == 0:
-                monitor.sync()
+                monitor.sync()  # a checkpoint must not be newer than its metrics
                 with timer("checkpoint"):
                     save_checkpoint(run, writer, completed)
             if stopping:
@@ -212,7 +212,7 @@ def start_previews(run: TrainingRun, start_iteration: int) -> tuple[PreviewWrite
     student = PreviewStudent(
         options, trainer.ranks, roles.student.net, roles.student.denoiser, roles.ema, trainer.timer
     )
-    if trainer.ranks.rank == 0:
+    if trainer.ranks.rank == 0:  # `decode --watch` waits for more
         previews.close(complete=False)
     if start_iteration == 0 and previews.is_due(0):
         previews.write_step(student, 0)

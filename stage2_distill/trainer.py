@@ -80,13 +80,13 @@ class GradientAccumulator:
         for micro_batch, condition in data:
             trains_student = micro_batch.role == STUDENT
             rollouts = self.student_rollouts if trains_student else self.critic_rollouts
-            set_gradient_all_reduce(net, micro_batch.last)
+            set_gradient_all_reduce(net, micro_batch.last)  # HSDP averages its replicas in the last pass only
             with self.timer("rollout"), torch.set_grad_enabled(trains_student):
                 samples = rollouts.simulate(micro_batch, condition, exit_index)
             with self.timer("scores"):
                 value = loss(samples, *self.score_noise.draw(micro_batch, samples))
             with self.timer("backward"):
-                (value * micro_batch.share).backward()
+                (value * micro_batch.share).backward()  # the shares of an update add up to 1
             stats = torch.cat([value.detach()[None], latent_stats(samples.x0, samples.condition)])
             total += stats * micro_batch.share
             exits.add(samples.exit_index)
@@ -107,6 +107,7 @@ class PendingStats:
     def gather(cls, stats: Tensor, grad_norm: Tensor) -> "PendingStats":
         """Gather the ranks' stats (4) and start the copy to the host."""
         rows = torch.cat([gather_from_ranks(stats), grad_norm.expand(1, len(stats))])
+        # the event precedes the step, so that reading does not wait for it
         host_rows, arrival = copy_async(rows, torch.device("cpu")), record_event(stats.device)
         return cls(rows[:, 0].sum().isfinite(), host_rows, arrival)
 

@@ -10,7 +10,7 @@ from common.options import read_yaml
 from common.video import SPACE_STRIDE, TIME_STRIDE
 
 Values = Mapping[str, object]
-MODEL, CAUSAL = "Wan2.2-TI2V-5B", "it is for causal students"
+MODEL, SHIFT, CAUSAL = "Wan2.2-TI2V-5B", "timestep_shift", "it is for causal students"
 # No option of ours has these names: a file with one of them is the reference's.
 TURBO_ONLY_KEYS = {"denoising_step_list", "real_name", "dfake_gen_update_ratio", "distribution_loss"}
 REFERENCE_DEFAULTS = {"timestep_shift": 1.0, "ts_schedule": True, "denoising_loss_type": "x0", "ema_weight": 0.0}
@@ -88,7 +88,7 @@ class Translation:
             self.set(key, RENAMED_KEYS[key], value)
         elif key in RENAMED_VALUES:
             name, names = RENAMED_VALUES[key]
-            if value in names:
+            if value in list(names):  # a list: the value may not be hashable
                 self.set(key, name, names[value])
             else:
                 self.refused.append(f"{key}={value}: choose one of {', '.join(map(str, names))}")
@@ -107,13 +107,11 @@ class Translation:
         self.add_steps()
         inner = values.get("model_kwargs") or {}
         assert isinstance(inner, dict), f"model_kwargs={inner}"
-        if inner.get("timestep_shift", values["timestep_shift"]) != values["timestep_shift"]:
+        if inner.get(SHIFT, values[SHIFT]) != values[SHIFT]:
             self.refused.append(f"model_kwargs={inner}: has another timestep_shift; there is one shift")
-        for key in (
-            "guidance_scale",
-            "real_guidance_scale",
-        ):  # cond + g (cond - uncond) = uncond + (g + 1) (cond - uncond)
-            if key in values:
+        self.notes += [f"model_kwargs.{key}: without effect, the model folder has it" for key in inner if key != SHIFT]
+        for key in ("guidance_scale", "real_guidance_scale"):
+            if key in values:  # cond + g (cond - uncond) = uncond + (g + 1) (cond - uncond)
                 self.set(key, "guidance_scale", self.number(key) + 1)
         for name in ("beta1", "beta2"):
             if values.get(f"{name}_critic", values.get(name)) != values.get(name):
@@ -146,7 +144,7 @@ class Translation:
             for name, size in sizes.items():
                 if self.options.setdefault(name, size) != size:
                     self.refused.append(f"image_or_video_shape={listed}: {name} {size}, not {self.options[name]}")
-        latent = (int(str(self.options.get("num_frames", 121))) - 1) // TIME_STRIDE + 1
+        latent = (int(str(self.options.get("num_frames", 121))) - 1) // TIME_STRIDE + 1  # 121 is our default
         if self.values.get("num_training_frames", latent) != latent:
             self.refused.append(
                 f"num_training_frames={self.values['num_training_frames']}: the video has {latent} latent frames"
@@ -165,8 +163,9 @@ def translated_options(options: Values) -> tuple[dict[str, object], list[str]]:
     translation = translate_config(values)
     if translation.refused:
         raise ValueError(f"config={path}: {'; '.join(translation.refused)}")
-    given = {key: value for key, value in options.items() if value is not None and value != ()}
-    return translation.options | given | {"config": None}, [f"{path}: {note}" for note in translation.notes]
+    # None and () are options that the command line does not set
+    set_options = {key: value for key, value in options.items() if value is not None and value != ()}
+    return translation.options | set_options | {"config": None}, [f"{path}: {note}" for note in translation.notes]
 
 
 def translate_config(values: Values) -> Translation:

@@ -21,10 +21,11 @@ class ConditionDropout:
 
     def augment(self, condition: Condition, micro_batch: MicroBatch) -> Condition:
         """The condition of a micro-batch with dropout and jitter; the same object if both shares are 0."""
-        if condition.first_frame is None:
+        if condition.first_frame is None:  # text only already
             return condition
         if self.text_only_fraction:
             keeps_frame = draw_uniform(self.generators(micro_batch, "text only")) >= self.text_only_fraction
+            # a record without a frame stays without
             given = keeps_frame if condition.given is None else keeps_frame & condition.given
             condition = replace(condition, given=given)
         if self.first_frame_jitter:

@@ -48,7 +48,7 @@ def critic_loss(
     x0: Tensor, condition: Condition, *, critic: Denoiser, sigma: Tensor, eps: Tensor, kind: str = "x0"
 ) -> Tensor:
     """Denoising error of the critic on the student's x0 over the free frames, a scalar (DMD2, section 4.2)."""
-    x0 = x0.detach()
+    x0 = x0.detach()  # the critic follows the student, not the reverse
     predicted = critic(add_noise(x0, eps, sigma), sigma, condition)
     error = free_mean((predicted - x0) ** 2, condition)
-    return (critic_weight(sigma, kind) * error).mean()
+    return (critic_weight(sigma, kind) * error).mean()  # all kinds have the same minimum

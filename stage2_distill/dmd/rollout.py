@@ -31,9 +31,9 @@ def rollout(
     Only the last step can carry a gradient (backward simulation, DMD2, section 4.5). Fresh noise between the steps
     comes from `generators`, one per sample.
     """
-    last = len(sigmas) - 1 if exit_index is None else exit_index
+    last = len(sigmas) - 1 if exit_index is None else exit_index  # 0 is a possible exit
     x_t = noise
-    with torch.no_grad():
+    with torch.no_grad():  # backward simulation: gradients flow through the last step only
         for step in range(last):
             x0 = denoiser(x_t, _batch_sigma(noise, sigmas[step]), condition)
             x_t = add_noise(x0, draw_normal(x0.shape[1:], generators), _batch_sigma(noise, sigmas[step + 1]))
@@ -91,7 +91,7 @@ def draw_start_noise(
 ) -> tuple[Tensor, list[torch.Generator]]:
     """The noise (B C T H W) that a rollout starts from, and the generators for the noise between its steps."""
     generators = [make_generator(*key, purpose, device) for key in keys]
-    return draw_normal(shape, generators), generators
+    return draw_normal(shape, generators), generators  # their state now continues after the start noise
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def assign_slot(micro_batch: MicroBatch, schedule: Schedule) -> RolloutSlot:
     groups = max(1, slots // steps)
     sizes = [slots // groups + (group < slots % groups) for group in range(groups)]  # the first ones are larger by one
     starts = [0, *accumulate(sizes)]
-    index = iteration_in_cycle * count + step_in_update
+    index = iteration_in_cycle * count + step_in_update  # among the critic's micro-batches of this cycle
     group = bisect_right(starts, index) - 1
     member = index - starts[group]
     rng = make_generator(schedule.seed, cycle, group, "critic exits")
@@ -72,6 +72,6 @@ class RolloutReuse:
         if slot.starts_group or self.condition is None:
             self.condition, self.computed_steps = condition, []
             self.remaining_steps = self.rollouts.start_trajectory(micro_batch, condition)
-        while len(self.computed_steps) <= slot.exit_index:
+        while len(self.computed_steps) <= slot.exit_index:  # steps are computed when first used
             self.computed_steps.append(next(self.remaining_steps))
         return Simulated(self.computed_steps[slot.exit_index], self.condition, slot.exit_index)

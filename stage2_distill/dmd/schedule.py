@@ -91,6 +91,7 @@ class Schedule:
     def learning_rate(self, iteration: int, role: str) -> float:
         """Rises linearly over the role's first `lr_warmup` updates and falls over the last `lr_cooldown` iterations."""
         full = self.student_lr if role == STUDENT else self.critic_lr
+        # + 1: the first update already has a rate above 0
         rise = (self.updates_of(role, iteration) + 1) / max(1, self.lr_warmup)
         fall = (self.iterations - iteration) / self.lr_cooldown if self.lr_cooldown else 1.0
         return full * min(1.0, rise, fall)
@@ -106,7 +107,7 @@ class Schedule:
             update = self.updates_before(iteration)
             for role_index, role in enumerate(self.updated_roles(iteration)):
                 for step in range(count):
-                    first = (step * self.world + rank) * self.batch_size
+                    first = (step * self.world + rank) * self.batch_size  # ranks take turns: any world, same samples
                     samples = tuple(range(first, first + self.batch_size))
                     offset = (update + role_index) * self.global_batch
                     positions = tuple(offset + sample for sample in samples)

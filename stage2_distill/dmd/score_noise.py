@@ -33,7 +33,8 @@ class ScoreNoise:
         """Sigma (B) and noise (B C T H W) for the samples of a micro-batch."""
         purpose, device = f"{micro_batch.role} score", samples.x0.device
         generators = [make_generator(*key, purpose, device) for key in micro_batch.sample_keys(self.seed)]
-        low, high = self.bounds(samples.exit_index)
+        low, high = self.bounds(samples.exit_index)  # of a reused rollout the exit is its own
         u = low + (high - low) * draw_uniform(generators)
+        # u is drawn first: the generators' order is part of the recipe
         sigma = score_sigma(u, s=self.shift, low=self.score_low, high=self.score_high)
         return sigma, draw_normal(samples.x0.shape[1:], generators)

@@ -66,7 +66,7 @@ class PlainAdamW(RoleOptimizer):
         """Update every parameter that has a gradient."""
         with_grad: list[Tensor] = [p for p in self.named.values() if p.grad is not None]
         for parameter in with_grad:
-            self.state[parameter]["step"] += 1
+            self.state[parameter]["step"] += 1  # per parameter, as torch counts
         for start in range(0, len(with_grad), CHUNK_PARAMETERS):
             self.update_parameters(with_grad[start : start + CHUNK_PARAMETERS])
 
@@ -76,10 +76,10 @@ class PlainAdamW(RoleOptimizer):
         weights = [local_tensor(p) for p in parameters]
         moments = [local_tensor(self.state[p]["exp_avg_sq"]) for p in parameters]
         grads = [local_tensor(p.grad) for p in parameters if p.grad is not None]
-        steps = [int(self.state[p]["step"]) for p in parameters]
+        steps = [int(self.state[p]["step"]) for p in parameters]  # on the CPU: no wait for the GPU
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_mul_(moments, group["beta2"])
-        torch._foreach_addcmul_(moments, grads, grads, 1 - group["beta2"])
+        torch._foreach_addcmul_(moments, grads, grads, 1 - group["beta2"])  # addcmul as torch: lerp rounds differently
         denominators = torch._foreach_sqrt(moments)
         torch._foreach_div_(denominators, [(1 - group["beta2"] ** step) ** 0.5 for step in steps])
         torch._foreach_add_(denominators, group["eps"])

@@ -58,14 +58,14 @@ def update_parameter(
 
     step_offset: int64 (2): step, index of the first element within the whole parameter.
     """
-    if not coefficients.apply:
+    if not coefficients.apply:  # free on the CPU; on a GPU it would wait, so the kernel looks at NaN
         return
     grad = grad.float() * coefficients.grad_factor
     moment = torch.addcmul(read_second_moment(state) * coefficients.beta2, coefficients.one_minus_beta2 * grad, grad)
     write_second_moment(state, moment, step_offset)
     master = join_master(weight, state["remainder"]) * coefficients.decay_factor
     master = master + (coefficients.minus_lr * grad) / (moment.sqrt() / coefficients.correction + coefficients.eps)
-    high, low = split_master(master)
+    high, low = split_master(master)  # bf16 rounded to nearest, and the rest
     weight.copy_(high)
     state["remainder"].copy_(low)
 
@@ -127,10 +127,11 @@ class CompactAdamW(RoleOptimizer):
             self.grad_sums[parameter] += local_tensor(parameter.grad)
         else:
             self.grad_sums[parameter] = local_tensor(parameter.grad).float()
-        parameter.grad = None
+        parameter.grad = None  # frees the bf16 gradient before the next one is computed
 
     def local_gradients(self) -> dict[nn.Parameter, Tensor]:
         """This rank's gradients, by the parameters that have one."""
+        # sums take precedence: with `accumulate` no parameter has both
         new_gradients = {p: local_tensor(p.grad) for p in self.named.values() if p.grad is not None}
         return new_gradients | self.grad_sums
 
@@ -143,7 +144,7 @@ class CompactAdamW(RoleOptimizer):
     def clip_gradients(self, limit: float) -> Tensor:
         """The global gradient norm; the next step scales the gradients to one of at most `limit`, in float32."""
         norm = global_grad_norm(list(self.local_gradients().values()), next(iter(self.named.values())))
-        self.grad_factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        self.grad_factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # 1e-6 as in torch's clip_grad_norm_
         return norm
 
     def step_if_finite(self, finite: Tensor) -> bool:
@@ -159,7 +160,7 @@ class CompactAdamW(RoleOptimizer):
         for parameter in grads:
             self.state[parameter]["step"] += 1
         first = next(iter(grads))
-        count = int(self.state[first]["step"])
+        count = int(self.state[first]["step"])  # equal for all: every parameter has a gradient in every update
         device = grads[first].device
         coefficients = self.step_coefficients(count, device)
         packed = coefficients.pack()
@@ -171,7 +172,7 @@ class CompactAdamW(RoleOptimizer):
                 update_parameter_fused(weight, state, grad.view(-1), packed, step_offset)
             else:
                 update_parameter(weight, state, grad.view(-1), coefficients, step_offset)
-        self.grad_factor = self.apply_step = None
+        self.grad_factor = self.apply_step = None  # valid for one step
 
     def master_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield names and float32 master weights, sharded as the parameters are, one at a time."""
@@ -191,7 +192,7 @@ class CompactAdamW(RoleOptimizer):
         lr, beta2 = group["lr"], group["beta2"]
         correction = (1 - beta2**step) ** 0.5
         rates = [1 - lr * group["weight_decay"], -lr, beta2, 1 - beta2, correction, group["eps"], 1 / correction]
-        scalars = torch.tensor(rates).to(device, non_blocking=True).unbind()  # one copy to the device for all of them
+        scalars = torch.tensor(rates).to(device, non_blocking=True).unbind()  # float64 on the host, one copy for all
         factor = torch.ones((), device=device) if self.grad_factor is None else self.grad_factor
         apply = torch.ones((), device=device, dtype=torch.bool) if self.apply_step is None else self.apply_step
         return StepCoefficients(*(*scalars, factor, apply))
@@ -206,11 +207,12 @@ def initial_state(parameter: Tensor, *, quantize: bool) -> dict[str, Tensor]:
     """State before the first step, sharded as the parameter is; rows that are no whole blocks stay float32."""
     quantize = quantize and is_quantizable(parameter.shape)
     state = {
-        "step": torch.zeros((), dtype=torch.float32),
+        "step": torch.zeros((), dtype=torch.float32),  # a float on the CPU, as torch's AdamW stores it
         "remainder": torch.zeros_like(parameter, dtype=torch.int16),
         "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.uint8 if quantize else torch.float32),
     }
     if quantize:
+        # tops follow the rows, so that they are sharded with their codes
         shape = (parameter.shape[0], parameter.shape[1:].numel() // BLOCK_SIZE)
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements

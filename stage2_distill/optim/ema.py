@@ -32,7 +32,7 @@ class EmaWeights:
         self._initialize()
         if self.copy_stream is not None:
             torch.cuda.current_stream().wait_stream(self.copy_stream)
-            self.copy_stream.synchronize()
+            self.copy_stream.synchronize()  # the host reads them next
         return self._weights
 
     @contextmanager
@@ -61,10 +61,11 @@ class EmaWeights:
     @torch.no_grad()
     def _update(self, decay: float) -> None:
         if self.copy_stream is not None:
-            self.copy_stream.wait_stream(torch.cuda.current_stream())
+            self.copy_stream.wait_stream(torch.cuda.current_stream())  # until the step is done
         with torch.cuda.stream(self.copy_stream):
             averages = prefetched_groups(({"average": weight} for weight in self._weights.values()), self.device)
             for (_, master), group in zip(self.masters(), averages, strict=True):
+                # lerp with weight 1 copies exactly
                 local_tensor(group["average"]).lerp_(local_tensor(master), 1 - decay)
 
     @contextmanager

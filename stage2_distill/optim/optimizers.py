@@ -16,7 +16,7 @@ from stage2_distill.optim.ema import EmaWeights
 class OptimizerSettings:
     """The options of both roles' optimizers and of the average."""
 
-    form: str  # STANDARD or COMPACT
+    form: str  # STANDARD or COMPACT, never AUTO
     accumulates: bool  # an update has several micro-batches
     unsharded: bool  # each rank holds whole networks, alone or as one of the replicas
     student_lr: float
@@ -37,13 +37,14 @@ class OptimizerSettings:
     def build_optimizer(self, net: nn.Module, role: str) -> RoleOptimizer:
         """The optimizer of a role.
 
-        The student's steps in one of `student_update_interval` iterations: where each GPU holds all of its state, that
+        The student's steps in one of `student_update_interval` iterations: if each GPU holds all of its state, that
         can be kept in host memory, which makes room for gradients that are summed in float32.
         """
         lr = self.student_lr if role == STUDENT else self.critic_lr
         settings = {"lr": lr, "beta2": self.beta2, "eps": self.eps, "weight_decay": self.weight_decay}
         if self.form == STANDARD:
             return PlainAdamW(net, settings) if self.beta1 == 0 else TorchAdamW(net, settings, beta1=self.beta1)
+        # without accumulation there are no float32 sums, so the state may stay on the GPU
         may_offload = self.offload == "all" or (self.offload == "average" and self.accumulates)
         return CompactAdamW(
             net,

@@ -37,8 +37,8 @@ def quantize_blocks(value: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     Code c > 0 means 2^((top + c - 255) / 16), code 0 means 0. Numbers below the lowest level are raised to it, because
     a smaller second moment would make a larger step. uniforms (K 64): in [0, 1), for the rounding.
     """
-    largest = value.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    top = torch.floor(torch.log2(largest) * LEVELS_PER_OCTAVE) + 1
+    largest = value.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)  # log2(0) is -inf
+    top = torch.floor(torch.log2(largest) * LEVELS_PER_OCTAVE) + 1  # so that `largest` is below code 255
     lower_code = torch.floor(torch.log2(value) * LEVELS_PER_OCTAVE - top + TOP_CODE).clamp(1, TOP_CODE - 1)
     low, high = code_value(lower_code, top), code_value(lower_code + 1, top)
     code = lower_code + ((value - low) / (high - low) > uniforms)
