@@ -17,8 +17,7 @@ import torch
 from benchmarks.runner import Row, parse_arguments, run_benchmark
 from common.video import VideoSpec
 from stage2_distill.checkpointing.format import StudentFacts, checkpoint_damage, list_checkpoints, load_checkpoint
-from stage2_distill.checkpointing.writer import CheckpointWriter
-from stage2_distill.config import DistillConfig
+from stage2_distill.checkpointing.writer import CheckpointOptions, CheckpointWriter
 from stage2_distill.distributed.process_group import start_process_group
 
 TENSOR_BYTES = 64 << 20
@@ -51,12 +50,12 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     ranks = start_process_group(options.device)
     tensors = random_state(options.gib, ranks.device)
     size = sum(value.nbytes for value in tensors.values()) / 1e9
-    config = DistillConfig(shards=("DATA",), model="MODEL", out=str(folder))
+    checkpoint_options = CheckpointOptions(async_checkpoint=True, keep_last=3, keep_every=0)
     facts = StudentFacts(1, (1000.0,), 5.0, "renoise", VideoSpec(5, 32, 32, 8), "", "", "", "", {})
     time_products(ranks.device)
     alone = time_products(ranks.device)
     yield "state", f"{size:10.3f} GB"
-    with CheckpointWriter(folder, config, ranks) as writer:
+    with CheckpointWriter(folder, checkpoint_options, ranks) as writer:
         began = time.perf_counter()
         writer.prepare_buffers(tensors).result()
         yield "room for copies, once in a run, beside training", format_rate(time.perf_counter() - began, size)

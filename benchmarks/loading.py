@@ -22,10 +22,11 @@ from torch import Tensor
 from benchmarks.device import make_case, meta_network, randomize_weights
 from benchmarks.runner import Row, parse_arguments, run_benchmark, sync
 from benchmarks.trainer import host_peak_gib, make_config
-from stage2_distill.build import BuiltRoles, build_roles
+from stage2_distill.build import build_roles
 from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import RankContext, start_process_group
 from stage2_distill.model.layers import ExecutionPlan
+from stage2_distill.trainer import Roles
 
 FILE_BYTES = 2 << 30  # as the hub's
 
@@ -59,13 +60,13 @@ def write_in_child(folder: Path, tiny: bool) -> None:
     child.join()
 
 
-def load_roles(ranks: RankContext, config: DistillConfig, folder: Path) -> tuple[BuiltRoles, list[Row]]:
+def load_roles(ranks: RankContext, config: DistillConfig, folder: Path) -> tuple[Roles, list[Row]]:
     """Open the three roles of a model folder; return them and what it took."""
     before, began = host_peak_gib(), time.perf_counter()
-    built = build_roles(config, ranks, folder)
+    roles = build_roles(config, ranks, folder)
     seconds = sync() - began
-    size = sum(p.numel() for p in built.roles.teacher.parameters()) * 2 / 2**30
-    return built, [
+    size = sum(p.numel() for p in roles.teacher.parameters()) * 2 / 2**30
+    return roles, [
         ("three roles opened", f"{seconds:.1f} s, one model in bf16 {size:.1f} GiB"),
         ("peak host memory until then", f"{host_peak_gib():.1f} GiB, mapped files included ({before:.1f} before)"),
     ]

@@ -69,7 +69,7 @@ def measure_mode(mode: str, case: Case, options: argparse.Namespace, facts: dict
         yield "three random roles made", f"{time.perf_counter() - began:.1f} s"
     trainer = make_trainer(case, ranks, config, built)
     if mode == "accumulated":
-        number = iteration_with_exit(config, CRITIC, 0)
+        number = iteration_with_exit(trainer.schedule, CRITIC, 0)
         update_critic(trainer, number, random_batches(case, ranks, CRITIC, number, count=2))
         yield "peak memory in the second of two micro-batches", gpu_peaks(case)
         return
@@ -96,7 +96,7 @@ def measure_iteration(case: Case, trainer: Trainer, facts: dict[str, float], mod
         yield f"{role} updates, exits {exits}", f"{', '.join(f'{s:.3f}' for s in seconds[role])} s"
     forward = seconds[CRITIC][1] - seconds[CRITIC][0]
     student = mean(seconds[STUDENT]) if mode in THOROUGH else seconds[STUDENT][0] + forward / 2
-    facts[mode] = mean(seconds[CRITIC]) + student / trainer.config.student_update_interval
+    facts[mode] = mean(seconds[CRITIC]) + student / trainer.schedule.student_update_interval
     yield from mean_iteration_rows(case, trainer, facts, facts[mode])
     if "alone" in facts and mode != "alone":
         yield "rate of a GPU against one that trains alone", f"{facts['alone'] / facts[mode]:.3f}"

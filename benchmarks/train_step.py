@@ -38,7 +38,7 @@ from benchmarks.trainer import (
 from stage2_distill.checkpointing.staging import HostBuffers, StagedState, allocate_host_buffers, build_cpu_mesh
 from stage2_distill.distributed.process_group import RankContext, start_process_group
 from stage2_distill.dmd.rollout_reuse import RolloutReuse
-from stage2_distill.dmd.schedule import CRITIC, STUDENT, draw_exit_index, micro_batches
+from stage2_distill.dmd.schedule import CRITIC, STUDENT
 from stage2_distill.monitoring.metrics_log import StepResult
 from stage2_distill.resume import training_state
 from stage2_distill.trainer import Trainer, train_step
@@ -51,17 +51,18 @@ WAIT_EVENTS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynch
 def run_iteration(case: Case, trainer: Trainer, iteration: int) -> StepResult:
     """Run one iteration of the trainer on random data."""
     ranks = trainer.ranks
-    batches = micro_batches(trainer.config, start=iteration, rank=ranks.rank, world=ranks.world)
+    batches = trainer.schedule.micro_batches(start=iteration, rank=ranks.rank)
     return train_step(trainer, iteration, ((part, random_condition(case)) for part in batches))
 
 
 def measure_iterations(case: Case, trainer: Trainer, facts: dict[str, float]) -> Iterator[Row]:
     """Time whole iterations: all that a run does except data and files. The EMA is updated in GPU memory."""
-    trainer = replace(trainer, config=replace(trainer.config, ema_start=0))  # pinned memory for it takes 20 s to come
+    # an average that starts later would need pinned memory in between, which takes 20 s
+    trainer = replace(trainer, schedule=replace(trainer.schedule, ema_start=0))
     count = int(facts["count"])
-    start = balanced_start(trainer.config, count)
+    start = balanced_start(trainer.schedule, count)
     began = perf_counter()
-    run_iteration(case, trainer, start - trainer.config.student_update_interval)
+    run_iteration(case, trainer, start - trainer.schedule.student_update_interval)
     sync()
     trainer.timer.read_seconds()
     yield "first iteration of both roles, compilation included", f"{perf_counter() - began:.1f} s"
@@ -91,9 +92,9 @@ def describe_step(step: StepResult, seconds: float) -> str:
 
 def mean_iteration_rows(case: Case, trainer: Trainer, facts: dict[str, float], seconds: float) -> Iterator[Row]:
     """Yield the time, utilization and memory of a mean iteration."""
-    config = trainer.config
-    saved = (2.5 - len(config.timesteps) / config.student_update_interval) * config.rollout_reuse
-    forwards = USEFUL_FORWARDS[CRITIC] - saved + USEFUL_FORWARDS[STUDENT] / config.student_update_interval
+    schedule, reuses = trainer.schedule, isinstance(trainer.accumulator.critic_rollouts, RolloutReuse)
+    saved = (2.5 - len(schedule.timesteps) / schedule.student_update_interval) * reuses
+    forwards = USEFUL_FORWARDS[CRITIC] - saved + USEFUL_FORWARDS[STUDENT] / schedule.student_update_interval
     useful = forwards * FORWARD_TFLOP / seconds
     yield "mean iteration", f"{seconds:.3f} s, {trainer.ranks.world / seconds:.3f} samples/s"
     yield "useful arithmetic", f"{useful:.0f} TFLOP/s a GPU, {useful / facts['ceiling']:.1%} of the measured ceiling"
@@ -102,8 +103,8 @@ def mean_iteration_rows(case: Case, trainer: Trainer, facts: dict[str, float], s
 
 def measure_reuse(case: Case, trainer: Trainer, facts: dict[str, float]) -> Iterator[Row]:
     """Time whole iterations in which one rollout serves the critic's updates between two student updates."""
-    config = replace(trainer.config, rollout_reuse=True)
-    reusing = replace(trainer, config=config, rollout_reuse=RolloutReuse(config, trainer.ranks.world))
+    reused = RolloutReuse(trainer.accumulator.student_rollouts, trainer.schedule)
+    reusing = replace(trainer, accumulator=replace(trainer.accumulator, critic_rollouts=reused))
     for name, value in measure_iterations(case, reusing, facts):
         yield f"rollout reuse, {name}", value
 
@@ -112,7 +113,7 @@ def measure_updates(case: Case, trainer: Trainer, facts: dict[str, float]) -> It
     """Estimate a mean iteration quickly: for each role one update that leaves at step 1 and one at step 2."""
     averages = {}
     for role in (CRITIC, STUDENT):
-        if trainer.config.compile or role == CRITIC:
+        if not case.tiny or role == CRITIC:
             first = time_call(role_update(case, trainer, role, 0), warm=0, repeats=1)
             yield f"first {role} update", f"{first:.1f} s"
         each = []
@@ -121,7 +122,7 @@ def measure_updates(case: Case, trainer: Trainer, facts: dict[str, float]) -> It
             yield f"{role} update, exit {exit_index}", f"{each[-1]:.2f} s"
         averages[role] = mean(each)
         yield f"peak memory after the {role}'s", gpu_peaks(case)
-    seconds = averages[CRITIC] + averages[STUDENT] / trainer.config.student_update_interval
+    seconds = averages[CRITIC] + averages[STUDENT] / trainer.schedule.student_update_interval
     yield from mean_iteration_rows(case, trainer, facts, seconds)
 
 
@@ -135,7 +136,7 @@ def measure_waits(case: Case, trainer: Trainer, _facts: dict[str, float]) -> Ite
     """Count with the profiler how often the host waits for the device in one iteration of both roles."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (case.device.type == "cuda")
     with profile(activities=activities) as profiler:
-        run_iteration(case, trainer, trainer.config.student_update_interval)
+        run_iteration(case, trainer, trainer.schedule.student_update_interval)
     counts = {event.key: event.count for event in profiler.key_averages() if event.key in WAIT_EVENTS}
     waits = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
     yield "host waits in an iteration of two updates", waits or "none"
@@ -145,25 +146,25 @@ def measure_passes(case: Case, trainer: Trainer, _facts: dict[str, float]) -> It
     """Time one forward pass, and one forward and backward pass, of the student."""
     arguments = inputs(case)
     for name, run in (("forward", forward_of), ("forward + backward", backward_of)):
-        yield name, f"{time_call(run(trainer.roles.student, arguments), warm=1, repeats=2):.4f} s"
-    trainer.student_optimizer.zero_grad(set_to_none=True)
+        yield name, f"{time_call(run(trainer.roles.student.net, arguments), warm=1, repeats=2):.4f} s"
+    trainer.roles.student.optimizer.zero_grad(set_to_none=True)
 
 
 def measure_pause(case: Case, trainer: Trainer, _facts: dict[str, float]) -> Iterator[Row]:
     """Measure by how much a checkpoint lengthens the shortest iteration, and the copy to host memory by itself."""
-    config = trainer.config
+    schedule = trainer.schedule
     shortest = next(
-        n for n in range(10_000) if n % config.student_update_interval and draw_exit_index(n, CRITIC, config) == 0
+        n for n in range(10_000) if not schedule.is_student_turn(n) and schedule.draw_exit_index(n, CRITIC) == 0
     )
     began, buffers = perf_counter(), HostBuffers()
-    allocate_host_buffers(training_state(trainer), buffers)
+    allocate_host_buffers(training_state(trainer.roles), buffers)
     yield "room for it in host memory, once in a run, beside training", f"{perf_counter() - began:.1f} s"
     alone = time_call(lambda: run_iteration(case, trainer, shortest), warm=1, repeats=1)
     began = perf_counter()
-    state = training_state(trainer)
+    state = training_state(trainer.roles)
     staged = StagedState(state, build_cpu_mesh(trainer.ranks), buffers, first=CRITIC)
     issued = perf_counter() - began
-    hook = trainer.critic_optimizer.register_step_pre_hook(lambda *_: staged.wait_for_role(CRITIC))
+    hook = trainer.roles.critic.optimizer.register_step_pre_hook(lambda *_: staged.wait_for_role(CRITIC))
     run_iteration(case, trainer, shortest)
     sync()
     beside = perf_counter() - began

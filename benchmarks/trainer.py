@@ -11,22 +11,20 @@ from torch import Tensor
 
 from benchmarks.device import Case, meta_network, randomize_weights
 from common.condition import Condition
-from common.timer import PhaseTimer
-from stage2_distill.build import BuiltRoles
+from stage2_distill.build import build_trainer
 from stage2_distill.config import OLD_ACTIVATION_CHECKPOINTING, STANDARD, DistillConfig
 from stage2_distill.distributed.dtensor import local_tensor
 from stage2_distill.distributed.fsdp import apply_fsdp
 from stage2_distill.distributed.process_group import RankContext, gather_from_ranks
-from stage2_distill.dmd.rollout_reuse import RolloutReuse
-from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, draw_exit_index, student_turn
+from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, Schedule
 from stage2_distill.model.attention import enable_determinism
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import AdapterView, add_adapters, lora_settings
 from stage2_distill.model.transformer import WanTransformer
-from stage2_distill.model.wan import materialize_transformer
+from stage2_distill.model.wan import make_denoiser, materialize_transformer
 from stage2_distill.monitoring.metrics_log import UpdateResult
-from stage2_distill.optim.optimizers import build_ema, build_optimizer
-from stage2_distill.trainer import RoleNetworks, Trainer, update_critic, update_student
+from stage2_distill.optim.optimizers import OptimizerSettings
+from stage2_distill.trainer import Roles, TrainedRole, Trainer, update_critic, update_student
 
 UPDATES = {CRITIC: update_critic, STUDENT: update_student}
 
@@ -64,7 +62,7 @@ def random_role(case: Case, ranks: RankContext, net: WanTransformer, *, casts: b
     return net
 
 
-def random_roles(case: Case, ranks: RankContext, config: DistillConfig) -> BuiltRoles:
+def random_roles(case: Case, ranks: RankContext, config: DistillConfig) -> Roles:
     """Return three roles of the same random weights, with optimizers and EMA, in the memory form of `config`."""
     plan = ExecutionPlan(config.attention, config.activation_checkpointing, config.compile)
     lora = lora_settings(vars(config))
@@ -72,26 +70,26 @@ def random_roles(case: Case, ranks: RankContext, config: DistillConfig) -> Built
         net = meta_network(case, plan, case.dtype)
         layers = add_adapters(net, (STUDENT, CRITIC), lora)
         random_role(case, ranks, net, casts=True)
-        roles = RoleNetworks(*(AdapterView(net, layers, adapter) for adapter in (STUDENT, None, CRITIC)))
+        nets = [AdapterView(net, layers, adapter) for adapter in (STUDENT, None, CRITIC)]
     else:
         dtype = torch.float32 if config.optimizer_form == STANDARD else case.dtype
         dtypes = (dtype, case.dtype, dtype)
-        roles = RoleNetworks(*(random_role(case, ranks, meta_network(case, plan, kind)) for kind in dtypes))
-        roles.teacher.requires_grad_(False)
-    student_optimizer = build_optimizer(roles.student, STUDENT, config, ranks, config.optimizer_form)
-    critic_optimizer = build_optimizer(roles.critic, CRITIC, config, ranks, config.optimizer_form)
-    ema = build_ema(roles.student, student_optimizer, config, ranks)
-    return BuiltRoles(roles, student_optimizer, critic_optimizer, ema)
+        nets = [random_role(case, ranks, meta_network(case, plan, kind)) for kind in dtypes]
+        nets[1].requires_grad_(False)
+    settings = OptimizerSettings.of(config, ranks, config.optimizer_form)
+    student, critic = (
+        TrainedRole(name, net, settings.build_optimizer(net, name), make_denoiser(net, case.dtype))
+        for name, net in ((STUDENT, nets[0]), (CRITIC, nets[2]))
+    )
+    ema = settings.build_ema(student.optimizer, ranks)
+    return Roles(settings.form, student, critic, nets[1], make_denoiser(nets[1], case.dtype), ema)
 
 
-def make_trainer(case: Case, ranks: RankContext, config: DistillConfig, built: BuiltRoles) -> Trainer:
+def make_trainer(case: Case, ranks: RankContext, config: DistillConfig, roles: Roles) -> Trainer:
     """Return a trainer of built roles, with deterministic kernels as in a run."""
     enable_determinism(config.attention, case.dtype, ranks.device)
     negative_text = torch.randn(512, case.network["text_dim"], device=case.device)
-    return Trainer(
-        config, ranks, built.roles, built.student_optimizer, built.critic_optimizer, built.ema,
-        negative_text, PhaseTimer(ranks.device), RolloutReuse(config, ranks.world),
-    )  # fmt: skip
+    return build_trainer(config, ranks, Schedule.of(config, ranks.world), roles, negative_text)
 
 
 def random_condition(case: Case, batch: int = 1) -> Condition:
@@ -109,30 +107,30 @@ def random_batches(
         yield micro_batch, random_condition(case)
 
 
-def iteration_with_exit(config: DistillConfig, role: str, exit_index: int) -> int:
+def iteration_with_exit(schedule: Schedule, role: str, exit_index: int) -> int:
     """Return the first iteration in which a role's update leaves the rollout at this step."""
-    return next(n for n in range(10_000) if draw_exit_index(n, role, config) == exit_index)
+    return next(n for n in range(10_000) if schedule.draw_exit_index(n, role) == exit_index)
 
 
 def role_update(case: Case, trainer: Trainer, role: str, exit_index: int) -> Callable[[], UpdateResult]:
     """Return an update of a role that leaves the rollout at this step; it can be called once."""
-    iteration = iteration_with_exit(trainer.config, role, exit_index)
+    iteration = iteration_with_exit(trainer.schedule, role, exit_index)
     batches = random_batches(case, trainer.ranks, role, iteration)
     return lambda: UPDATES[role](trainer, iteration, batches)
 
 
-def balanced_start(config: DistillConfig, count: int) -> int:
+def balanced_start(schedule: Schedule, count: int) -> int:
     """Return the student turn from which `count` iterations come nearest to the mean exit in both roles."""
-    middle = (len(config.timesteps) - 1) / 2
+    middle = (len(schedule.timesteps) - 1) / 2
 
     def deviation(start: int) -> float:
         turns = {
             CRITIC: range(start, start + count),
-            STUDENT: [n for n in range(start, start + count) if student_turn(n, config)],
+            STUDENT: [n for n in range(start, start + count) if schedule.is_student_turn(n)],
         }
-        return max(abs(mean(draw_exit_index(n, role, config) for n in turns[role]) - middle) for role in turns)
+        return max(abs(mean(schedule.draw_exit_index(n, role) for n in turns[role]) - middle) for role in turns)
 
-    return min(range(config.student_update_interval, 2000, config.student_update_interval), key=deviation)
+    return min(range(schedule.student_update_interval, 2000, schedule.student_update_interval), key=deviation)
 
 
 def host_peak_gib() -> float:

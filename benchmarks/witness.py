@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import Tensor
 
 from common.condition import Condition
 from common.options import resolve_config
-from stage2_distill import train, trainer
+from stage2_distill import train
 from stage2_distill.config import DistillConfig
+from stage2_distill.dmd.rollout import Simulated, StudentRollouts
 from stage2_distill.dmd.schedule import MicroBatch
 from stage2_distill.monitoring.metrics_log import StepResult
 from stage2_distill.trainer import Trainer
@@ -38,17 +38,17 @@ def main() -> None:
     parser.add_argument("--die", type=int, default=-1)
     options = parser.parse_args()
     config = resolve_config(DistillConfig, {"config": options.config})
-    out, simulate, step = Path(config.out), trainer.simulate_rollout, train.train_step
+    out, simulate, step = Path(config.out), StudentRollouts.simulate, train.train_step
     started: list[int] = []
 
     def record_rollout(
-        trainer: Trainer, micro_batch: MicroBatch, condition: Condition, exit_index: int
-    ) -> tuple[Tensor, Condition, int]:
-        with (out / f"seen-{trainer.ranks.rank}.txt").open("a") as file:
+        rollouts: StudentRollouts, micro_batch: MicroBatch, condition: Condition, exit_index: int
+    ) -> Simulated:
+        with (out / f"seen-{dist.get_rank()}.txt").open("a") as file:
             for index, sample in enumerate(micro_batch.samples):
                 digest = sample_digest(condition, index)
                 file.write(f"{micro_batch.iteration} {micro_batch.role} {sample} {digest}\n")
-        return simulate(trainer, micro_batch, condition, exit_index)
+        return simulate(rollouts, micro_batch, condition, exit_index)
 
     def die_once(trainer: Trainer, iteration: int, data: Iterator[tuple[MicroBatch, Condition]]) -> StepResult:
         killed = out / "killed"
@@ -61,7 +61,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(trainer, iteration, data)
 
-    trainer.simulate_rollout, train.train_step = record_rollout, die_once
+    StudentRollouts.simulate, train.train_step = record_rollout, die_once
     train.distill(config)
     dist.destroy_process_group()
 

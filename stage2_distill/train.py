@@ -1,10 +1,10 @@
-"""A run: open the data and the roles, go on from the newest checkpoint, iterate, save."""
+"""The command `distill`: open the data and the roles, resume from the newest checkpoint, iterate, save."""
 
 import logging
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,87 +17,110 @@ from common.options import read_yaml, rename_old_keys, write_config
 from shards.dataset import DataSet, prefetch_ordered
 from shards.manifest import Manifest, check_manifest
 from shards.mixture import DataSetMixture, RecordStream, open_data_sets
-from stage2_distill.build import build_trainer
+from shards.record import pad_text
+from stage2_distill.build import build_roles, build_trainer
 from stage2_distill.checkpointing.format import SAMPLER_KIND, StudentFacts, list_checkpoints
-from stage2_distill.checkpointing.writer import CheckpointWriter
+from stage2_distill.checkpointing.writer import CheckpointOptions, CheckpointWriter
 from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import start_process_group
 from stage2_distill.distributed.signals import StopSignal
-from stage2_distill.dmd.condition_dropout import augment_condition
-from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, accumulation_steps, micro_batches, stream_position
+from stage2_distill.dmd.condition_dropout import ConditionDropout
+from stage2_distill.dmd.schedule import CRITIC, MicroBatch, Schedule
 from stage2_distill.model.attention import enable_determinism
-from stage2_distill.monitoring.metrics_log import METRICS_FILE, StepResult, complete_lines
+from stage2_distill.monitoring.metrics_log import METRICS_FILE, complete_lines
 from stage2_distill.monitoring.monitor import TrainingMonitor
-from stage2_distill.monitoring.preview import PREVIEW_STORE, PreviewStudent, PreviewWriter, open_previews
-from stage2_distill.optim.optimizers import optimizer_form
-from stage2_distill.resume import resume_run, training_state
+from stage2_distill.monitoring.preview import (
+    PREVIEW_STORE,
+    PreviewOptions,
+    PreviewStudent,
+    PreviewWriter,
+    open_previews,
+)
+from stage2_distill.resume import initialize_from, resume_run, training_state
 from stage2_distill.trainer import DivergedError, Trainer, train_step
 
 RUN_CONFIG_FILE = "distill.yaml"
-SPEED_OPTIONS = {
-    "activation_checkpointing",
-    "attention",
-    "compile",
-    "offload",
-    "max_text_tokens",
-    "optimizer_form",
-}  # memory: see check_tensors
-MONITORING_OPTIONS = {"wandb", "preview_every", "preview_count", "preview_data"}
-CHECKPOINT_OPTIONS = {"checkpoint_every", "async_checkpoint", "keep_last", "keep_every"}
-CHANGEABLE_OPTIONS = (
-    {"out", "iterations", "device", "batch_size", "model", "replicate"}
-    | SPEED_OPTIONS
-    | MONITORING_OPTIONS
-    | CHECKPOINT_OPTIONS
-)
+CHANGEABLE_OPTIONS = {  # a run may be resumed with other values of these
+    *("out", "iterations", "device", "batch_size", "model", "replicate"),
+    # speed; of optimizer_form `resume.check_tensors` says whether it fits
+    *("activation_checkpointing", "attention", "compile", "offload", "max_text_tokens", "optimizer_form"),
+    *("wandb", "preview_every", "preview_count", "preview_data"),
+    *("checkpoint_every", "async_checkpoint", "keep_last", "keep_every"),
+}
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run that is ready for its next iteration."""
+
+    config: DistillConfig
+    trainer: Trainer
+    data: DataSet | DataSetMixture
+    facts: StudentFacts  # what its checkpoints say of the student
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(self.config.out)
 
 
 def distill(config: DistillConfig) -> Path:
-    """Train, or go on training, and return the newest checkpoint."""
+    """Start a training run, or resume it, and return its newest checkpoint."""
     ranks = start_process_group(config.device, replicate=config.replicate)
     if not enable_determinism(config.attention, getattr(torch, config.dtype), ranks.device) and ranks.rank == 0:
         logging.warning(
-            "attention on cuDNN adds in any order: resumed, this run differs in its last bits from one never stopped; "
-            "the package flash-attn-3 keeps an order, and so does --attention flash, which is slower"
+            "attention=cudnn: adds in varying order, so a resumed run differs in its last bits from an unbroken one; "
+            "install flash-attn-3 for a fixed order, or use --attention flash, which is slower"
         )
     model = locate_model(config.model, ("transformer",))
     data = open_data_sets(config.shards)
     check_manifest(Path(config.shards[0]), data.manifest, spec=config.spec, encoder=expected_encoder(model))
-    accumulation_steps(config, ranks.world)
+    schedule = Schedule.of(config, ranks.world)
     out = Path(config.out)
-    open_run_folder(out, config, first=ranks.rank == 0)
-    trainer = build_trainer(config, ranks, model, data)
-    facts = student_facts(config, model, data.manifest, optimizer_form(trainer.student_optimizer))
-    completed = resume_run(out, trainer, facts)
-    train_loop(out, trainer, data, facts, completed)
+    open_run_folder(out, config, first=ranks.rank == 0)  # before anything slow
+    roles = build_roles(config, ranks, model)
+    negative_text = pad_text(data.negative, config.max_text_tokens).to(ranks.device)
+    facts = student_facts(config, model, data.manifest, roles.form)
+    run = TrainingRun(config, build_trainer(config, ranks, schedule, roles, negative_text), data, facts)
+    train_loop(run, start_or_resume(run))
     return list_checkpoints(out)[-1]
 
 
+def start_or_resume(run: TrainingRun) -> int:
+    """Load the newest checkpoint of the run, or the weights that it starts from; the number of completed iterations."""
+    trainer, source = run.trainer, run.config.init_from
+    completed = resume_run(run.folder, trainer.roles, run.facts, trainer.ranks, trainer.schedule)
+    if completed == 0 and source is not None:
+        initialize_from(source, trainer.roles, run.facts, trainer.ranks)
+    return completed
+
+
 def expected_encoder(model: Path) -> dict[str, object]:
-    """Fingerprints of those encoders that lie beside the transformer; nothing is loaded."""
+    """Fingerprints of the encoders that are stored beside the transformer; nothing is loaded."""
     return {part: fingerprint_folder(model / part) for part in ("vae", "text_encoder") if (model / part).is_dir()}
 
 
 def open_run_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
-    """Make the run's folder, or refuse one that holds something else or a run with other options.
+    """Create the run's folder; ValueError if it holds something else or a run with other options.
 
-    Until its first iteration is done any option may change; only a preview would be of the old ones.
+    Until its first iteration is complete any option may change; then only a preview shows the old ones, and is deleted.
     """
-    if not (out / RUN_CONFIG_FILE).is_file():
+    stored = out / RUN_CONFIG_FILE
+    if not stored.is_file():
         refuse_foreign_files(out, lambda name: name == f"{RUN_CONFIG_FILE}.partial")
-    changed = changed_options(out / RUN_CONFIG_FILE, config) if (out / RUN_CONFIG_FILE).is_file() else []
+    changed = changed_options(stored, config) if stored.is_file() else []
     if changed and (complete_lines(out / METRICS_FILE) or list_checkpoints(out)):
-        raise ValueError(f"out={out}: holds a run with other options: {'; '.join(changed)}")
-    dist.barrier()  # every rank has looked before the first one writes
+        raise ValueError(f"out={out}: holds a run with other options: {'; '.join(changed)}; name another folder")
+    dist.barrier()  # every rank must have looked before the first one writes
     if first:
         out.mkdir(parents=True, exist_ok=True)
         if changed:
             shutil.rmtree(out / PREVIEW_STORE, ignore_errors=True)
-        write_config(out / RUN_CONFIG_FILE, config)
+        write_config(stored, config)
 
 
 def changed_options(stored: Path, config: DistillConfig) -> list[str]:
-    """What would make another run of the one whose configuration is stored, in words."""
+    """Differences from a run's stored options that would make it another run, one phrase each."""
     stored_options = rename_old_keys(DistillConfig, read_yaml(str(stored)))
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
     return [
@@ -124,94 +147,101 @@ def student_facts(config: DistillConfig, model: Path, manifest: Manifest, form: 
     )
 
 
-def train_loop(
-    out: Path, trainer: Trainer, data: DataSet | DataSetMixture, facts: StudentFacts, start_iteration: int
-) -> None:
-    """Iterations `done`..end, each logged, with a checkpoint now and then, at the end, and when told to stop."""
-    config, ranks = trainer.config, trainer.ranks
-    previews = start_previews(out, trainer, data, start_iteration)
+def train_loop(run: TrainingRun, start_iteration: int) -> None:
+    """Train from `start_iteration` on: log each iteration, save at intervals, at the end and on a signal to stop."""
+    config, trainer = run.config, run.trainer
+    roles, ranks, timer = trainer.roles, trainer.ranks, trainer.timer
+    previews, preview_student = start_previews(run, start_iteration)
     completed = start_iteration
     with (
-        closing(load_micro_batches(trainer, data, start_iteration)) as micro_batches,
-        TrainingMonitor(out, config, ranks, start=start_iteration) as watch,
-        CheckpointWriter(out, config, ranks) as saver,
+        closing(load_micro_batches(run, start_iteration)) as loader,
+        TrainingMonitor(
+            run.folder, ranks, start=start_iteration, end=config.iterations, wandb=config.wandb, options=asdict(config)
+        ) as monitor,
+        CheckpointWriter(run.folder, config.select(CheckpointOptions), ranks) as writer,
         StopSignal() as stop,
     ):
-        optimizers = {STUDENT: trainer.student_optimizer, CRITIC: trainer.critic_optimizer}
-        saver.register_step_hooks(optimizers, trainer.timer)
+        micro_batches = timer.time_items(loader, "data")  # host seconds of waiting
+        writer.register_step_hooks({role.name: role.optimizer for role in (roles.student, roles.critic)}, timer)
         for iteration in range(start_iteration, config.iterations):
-            watch.write(iteration, run_iteration(trainer, iteration, micro_batches, saver))
+            try:
+                step = train_step(trainer, iteration, micro_batches)
+            except DivergedError as error:
+                writer.wait()  # the last checkpoint may still be being written
+                raise DivergedError(divergence_message(iteration, error, list_checkpoints(run.folder))) from error
+            monitor.write(iteration, step)
             completed = iteration + 1
-            if iteration == start_iteration and config.async_checkpoint:
-                saver.prepare_buffers(training_state(trainer))
+            if iteration == start_iteration and config.async_checkpoint:  # the first checkpoint must not wait for this
+                writer.prepare_buffers(training_state(roles))
             if previews.is_due(completed):
-                saver.wait_for_copies()  # the average takes the student's place meanwhile
-                previews.write_step(preview_student(trainer), completed)
+                writer.wait_for_copies()  # a preview changes the student's weights
+                previews.write_step(preview_student, completed)
             stopping = stop.is_requested() or completed == config.iterations
             if stopping or completed % config.checkpoint_every == 0:
-                watch.sync()
-                with trainer.timer("checkpoint"):
-                    checkpoint_facts = replace(facts, iteration=completed, position=stream_position(completed, config))
-                    saver.save(training_state(trainer), checkpoint_facts)
+                monitor.sync()  # a checkpoint must not be newer than its metrics
+                with timer("checkpoint"):
+                    save_checkpoint(run, writer, completed)
             if stopping:
                 break
-        saver.finish()
+        writer.finish()
     if ranks.rank == 0:
-        previews.close(complete=completed == config.iterations)
-        if completed < config.iterations:
-            logging.info("stopped after iteration %d; resume with the same command", completed)
+        end_run(previews, completed, config.iterations)
 
 
-def preview_student(trainer: Trainer) -> PreviewStudent:
-    """What previews need of a trainer."""
-    student = trainer.roles.student
-    denoiser = trainer.role_denoiser(student)
-    return PreviewStudent(trainer.config, trainer.ranks, student, denoiser, trainer.ema, trainer.timer)
+def end_run(previews: PreviewWriter, completed: int, iterations: int) -> None:
+    """Say whether the run has all its iterations."""
+    previews.close(complete=completed == iterations)
+    if completed < iterations:
+        logging.info("stopped after iteration %d; resume with the same command", completed)
 
 
-def start_previews(out: Path, trainer: Trainer, data: DataSet | DataSetMixture, start_iteration: int) -> PreviewWriter:
-    """The previews of a run, of which a new one makes the first at once."""
-    previews = open_previews(out, trainer.config, data)
-    if trainer.ranks.rank == 0:
+def save_checkpoint(run: TrainingRun, writer: CheckpointWriter, completed: int) -> None:
+    """Start the checkpoint of `completed` iterations."""
+    schedule = run.trainer.schedule
+    facts = replace(run.facts, iteration=completed, position=schedule.stream_position(completed))
+    # what changes first is copied first
+    writer.save(training_state(run.trainer.roles), facts, first=schedule.updated_roles(completed)[0])
+
+
+def start_previews(run: TrainingRun, start_iteration: int) -> tuple[PreviewWriter, PreviewStudent]:
+    """The previews of a run and what they sample; a new run writes the first one here."""
+    config, trainer = run.config, run.trainer
+    options = config.select(PreviewOptions, spec=config.spec, sigmas=config.sigmas)
+    previews = open_previews(run.folder, options, run.data)
+    roles = trainer.roles
+    student = PreviewStudent(
+        options, trainer.ranks, roles.student.net, roles.student.denoiser, roles.ema, trainer.timer
+    )
+    if trainer.ranks.rank == 0:  # `decode --watch` waits for more
         previews.close(complete=False)
     if start_iteration == 0 and previews.is_due(0):
-        previews.write_step(preview_student(trainer), 0)
-    return previews
+        previews.write_step(student, 0)
+    return previews, student
 
 
-def run_iteration(
-    trainer: Trainer, iteration: int, micro_batches: Iterator[tuple[MicroBatch, Condition]], saver: CheckpointWriter
-) -> StepResult:
-    """One iteration; where it diverged, the error says what to do."""
-    try:
-        return train_step(trainer, iteration, micro_batches)
-    except DivergedError as error:
-        saver.wait()  # the last checkpoint may still be on its way
-        intact = list_checkpoints(saver.run_folder)
-        raise DivergedError(
-            f"iteration {iteration}: {error}. The update was not taken. Last good checkpoint: "
-            f"{intact[-1].name if intact else 'none'}. Lower the learning rates or look at the data."
-        ) from error
-
-
-def load_micro_batches(
-    trainer: Trainer, data: DataSet | DataSetMixture, start_iteration: int
-) -> Generator[tuple[MicroBatch, Condition]]:
-    """This rank's micro-batches from iteration `done` on, read ahead by threads, on the device."""
-    config, ranks = trainer.config, trainer.ranks
-    stream = RecordStream(data, seed=config.seed, max_text_tokens=config.max_text_tokens)
-
-    def read_micro_batch(part: MicroBatch) -> tuple[MicroBatch, Condition]:
-        return part, augment_condition(stream.read_batch(part.positions).condition, part, config)
-
-    start = (
-        start_iteration - start_iteration % config.student_update_interval if config.rollout_reuse else start_iteration
+def divergence_message(iteration: int, error: DivergedError, checkpoints: list[Path]) -> str:
+    """What happened and what to do."""
+    return (
+        f"iteration {iteration}: {error}. The update was not applied. Last good checkpoint: "
+        f"{checkpoints[-1].name if checkpoints else 'none'}. Lower the learning rates or check the data."
     )
-    schedule = micro_batches(config, start=start, rank=ranks.rank, world=ranks.world)
-    for part, condition in prefetch_ordered(read_micro_batch, schedule, depth=8, threads=2):
-        device_condition = condition.to(ranks.device)
-        if part.iteration >= start_iteration:
-            yield part, device_condition
-        elif part.role == CRITIC:  # done before the run was stopped: remake the rollout that goes on
-            trainer.rollout_reuse.sample(trainer.role_denoiser(trainer.roles.student), part, device_condition)
-            trainer.rollout_reuse.exits_taken.clear()
+
+
+def load_micro_batches(run: TrainingRun, start_iteration: int) -> Generator[tuple[MicroBatch, Condition]]:
+    """Yield this rank's micro-batches from `start_iteration` on, on the device; threads read ahead."""
+    config, trainer = run.config, run.trainer
+    stream = RecordStream(run.data, seed=config.seed, max_text_tokens=config.max_text_tokens)
+    dropout = config.select(ConditionDropout)
+
+    def read_micro_batch(micro_batch: MicroBatch) -> tuple[MicroBatch, Condition]:
+        return micro_batch, dropout.augment(stream.read_batch(micro_batch.positions).condition, micro_batch)
+
+    # a reused rollout began at the student's last turn
+    start = start_iteration - (start_iteration % config.student_update_interval if config.rollout_reuse else 0)
+    schedule = trainer.schedule.micro_batches(start=start, rank=trainer.ranks.rank)
+    for micro_batch, condition in prefetch_ordered(read_micro_batch, schedule, depth=8, threads=2):
+        device_condition = condition.to(trainer.ranks.device)
+        if micro_batch.iteration >= start_iteration:
+            yield micro_batch, device_condition
+        elif micro_batch.role == CRITIC:  # completed before the run was stopped
+            trainer.accumulator.critic_rollouts.simulate(micro_batch, device_condition, exit_index=0)

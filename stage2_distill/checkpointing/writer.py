@@ -43,10 +43,9 @@ from stage2_distill.checkpointing.format import (
     write_json,
 )
 from stage2_distill.checkpointing.staging import HostBuffers, StagedState, allocate_host_buffers, build_cpu_mesh
-from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.dtensor import local_tensor
 from stage2_distill.distributed.process_group import RankContext
-from stage2_distill.dmd.schedule import first_role
+from stage2_distill.dmd.schedule import STUDENT
 
 FILE_BYTES = 2**30  # per file; safetensors holds a file in memory once more while it is written
 WRITE_TIMEOUT = timedelta(hours=2)  # ranks wait this long for the slowest rank's files
@@ -99,11 +98,20 @@ class CheckpointJob:
                 sync_folder(self.folder.parent)
 
 
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Options of training that concern its checkpoints."""
+
+    async_checkpoint: bool
+    keep_last: int
+    keep_every: int
+
+
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time; all ranks make the same calls."""
 
-    def __init__(self, run: Path, config: DistillConfig, ranks: RankContext) -> None:
-        self.run_folder, self.config, self.ranks = run, config, ranks
+    def __init__(self, run: Path, options: CheckpointOptions, ranks: RankContext) -> None:
+        self.run_folder, self.options, self.ranks = run, options, ranks
         # a group of its own, because training communicates at the same time
         self.group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
         self.cpu_mesh = build_cpu_mesh(ranks)
@@ -117,14 +125,14 @@ class CheckpointWriter:
         """Start allocating host memory for copies of `tensors`, so that the first `save` need not wait for it."""
         return self.allocator.submit(allocate_host_buffers, tensors, self.host_buffers)
 
-    def save(self, tensors: Mapping[str, Tensor], facts: StudentFacts) -> None:
+    def save(self, tensors: Mapping[str, Tensor], facts: StudentFacts, *, first: str = STUDENT) -> None:
         """Start a checkpoint of live tensors, after the one before; SaveError if the host has no memory for copies.
 
         The tensors may change after `wait_for_copies`; `register_step_hooks` makes optimizers wait for their own. With
-        --no-async-checkpoint, return when the checkpoint has ended.
+        --no-async-checkpoint, return when the checkpoint has ended. first: the role that is updated next.
         """
         self.wait()
-        self.staged = self._stage(tensors, facts.iteration) if self.config.async_checkpoint else None
+        self.staged = self._stage(tensors, first) if self.options.async_checkpoint else None
         self.job = CheckpointJob(step_folder(self.run_folder, facts.iteration), facts, self.ranks, self.group)
         # a daemon: a job that waits for a dead rank must not keep the process alive
         self.thread = threading.Thread(target=self._run, args=(self.job, dict(tensors)), name="checkpoint", daemon=True)
@@ -132,7 +140,7 @@ class CheckpointWriter:
         if self.staged is None:
             self.wait()
 
-    def _stage(self, tensors: Mapping[str, Tensor], iteration: int) -> StagedState:
+    def _stage(self, tensors: Mapping[str, Tensor], first: str) -> StagedState:
         try:
             self.prepare_buffers(tensors).result()
         except (RuntimeError, MemoryError) as error:
@@ -140,7 +148,7 @@ class CheckpointWriter:
                 f"async_checkpoint=True: no host memory for a copy of the state ({error_reason(error)}); "
                 "repeat the command with --no-async-checkpoint"
             ) from error
-        return StagedState(tensors, self.cpu_mesh, self.host_buffers, first=first_role(iteration, self.config))
+        return StagedState(tensors, self.cpu_mesh, self.host_buffers, first=first)
 
     def _run(self, job: CheckpointJob, tensors: dict[str, Tensor]) -> None:
         if self.ranks.device.type == "cuda":
@@ -159,7 +167,7 @@ class CheckpointWriter:
             self.staged = None  # it refers to the whole state, which may be replaced
         job.failure = None
         if self.ranks.rank == 0:
-            prune_checkpoints(self.run_folder, self.config.keep_last, self.config.keep_every)
+            prune_checkpoints(self.run_folder, self.options.keep_last, self.options.keep_every)
             logging.info("checkpoint %s, written in %.1f s", job.folder.name, time.perf_counter() - start_time)
 
     def register_step_hooks(self, optimizers: Mapping[str, torch.optim.Optimizer], clock: PhaseTimer) -> None:
@@ -190,7 +198,7 @@ class CheckpointWriter:
         if self.job is not None and self.job.failure is not None:
             raise SaveError(f"{self.job.failure}; free disk space and repeat the same command")
         if self.ranks.rank == 0:  # an earlier run may have been killed between its last commit and the pruning
-            prune_checkpoints(self.run_folder, self.config.keep_last, self.config.keep_every)
+            prune_checkpoints(self.run_folder, self.options.keep_last, self.options.keep_every)
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,6 @@
 """FSDP2: shards a network, reduces and clips its gradients."""
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -37,7 +38,7 @@ def set_gradient_all_reduce(net: torch.nn.Module, last: bool) -> None:
         root.set_requires_all_reduce(last)  # of its submodules too
 
 
-def clip_grad_norm(net: torch.nn.Module, limit: float) -> torch.Tensor:
+def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], limit: float) -> torch.Tensor:
     """Scale the gradients of all ranks to a global norm of at most `limit`; returns the norm before, a scalar."""
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), limit)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

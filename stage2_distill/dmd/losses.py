@@ -1,6 +1,6 @@
 """The two losses of Distribution Matching Distillation (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867).
 
-They know networks only as `Denoiser`s. Shapes: B batch, C channels, T latent frames, H W latent size.
+Networks appear only as `Denoiser`s. Shapes: B batch, C channels, T latent frames, H W latent size.
 """
 
 import torch
@@ -14,9 +14,9 @@ from common.flow import add_noise, per_sample
 def dmd_gradient(
     x0: Tensor, condition: Condition, *, teacher: Denoiser, critic: Denoiser, sigma: Tensor, eps: Tensor
 ) -> Tensor:
-    """Direction (B C T H W) from the teacher's law to the student's, normalised a sample, 0 in the given frames.
+    """Direction (B C T H W) from the teacher's distribution to the student's, normalised per sample, 0 in given frames.
 
-    (fake - real) / mean|x0 - real| at x_t = add_noise(x0, eps, sigma) (DMD eq. 7 and 8). No gradient flows.
+    (fake - real) / mean|x0 - real| at x_t = add_noise(x0, eps, sigma) (DMD, eq. 7 and 8), without gradient.
     """
     with torch.no_grad():
         x_t = add_noise(x0, eps, sigma)
@@ -30,10 +30,10 @@ def dmd_loss(
 ) -> Tensor:
     """Scalar whose derivative by the free elements of x0 is `dmd_gradient` / their number (DMD2, section 3).
 
-    Every sample counts the same, whether its first frame is given or free.
+    Every sample has the same weight, whether its first frame is given or free.
     """
     gradient = dmd_gradient(x0, condition, teacher=teacher, critic=critic, sigma=sigma, eps=eps)
-    target = (x0 - gradient).detach()
+    target = (x0 - gradient).detach()  # d/dx0 of 0.5 (x0 - target)^2 is x0 - target, the gradient itself
     return 0.5 * free_mean((x0 - target) ** 2, condition).mean()
 
 
@@ -47,8 +47,8 @@ def critic_weight(sigma: Tensor, kind: str) -> Tensor:
 def critic_loss(
     x0: Tensor, condition: Condition, *, critic: Denoiser, sigma: Tensor, eps: Tensor, kind: str = "x0"
 ) -> Tensor:
-    """Denoising error of the critic on the student's x0 over the free frames, a scalar (DMD2 section 4.2)."""
-    x0 = x0.detach()
+    """Denoising error of the critic on the student's x0 over the free frames, a scalar (DMD2, section 4.2)."""
+    x0 = x0.detach()  # the critic follows the student, not the reverse
     predicted = critic(add_noise(x0, eps, sigma), sigma, condition)
     error = free_mean((predicted - x0) ** 2, condition)
-    return (critic_weight(sigma, kind) * error).mean()
+    return (critic_weight(sigma, kind) * error).mean()  # all kinds have the same minimum

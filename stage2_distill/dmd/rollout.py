@@ -1,9 +1,10 @@
-"""The few-step student: denoise, noise again less, and so on down the ladder; and plain Euler steps, to compare.
+"""The few-step student: denoise, add less noise, denoise again, down the timesteps; and Euler steps to compare with.
 
 Shapes: B batch, C channels, T latent frames, H W latent size.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from common.condition import Condition, Denoiser
 from common.flow import add_noise
 from common.seed import draw_normal, make_generator
+from stage2_distill.dmd.schedule import MicroBatch
 
 SampleKey = tuple[int, int, int]  # seed, iteration, sample
 
@@ -24,19 +26,18 @@ def rollout(
     generators: Sequence[torch.Generator],
     exit_index: int | None = None,
 ) -> Tensor:
-    """x0 (B C T H W) after the ladder's steps 0..exit_index (default: all), starting from `noise`.
+    """x0 (B C T H W) after steps 0..exit_index (default: all), starting from `noise`.
 
-    Only the last step can carry a gradient (backward simulation, DMD2 section 4.5). Fresh noise between the steps
-    comes from `generators`, one a sample.
+    Only the last step can carry a gradient (backward simulation, DMD2, section 4.5). Fresh noise between the steps
+    comes from `generators`, one per sample.
     """
-    last = len(sigmas) - 1 if exit_index is None else exit_index
-    sigma_batches = [noise.new_full((noise.shape[0],), sigma) for sigma in sigmas]
+    last = len(sigmas) - 1 if exit_index is None else exit_index  # 0 is a possible exit
     x_t = noise
-    with torch.no_grad():
+    with torch.no_grad():  # backward simulation: gradients flow through the last step only
         for step in range(last):
-            x0 = denoiser(x_t, sigma_batches[step], condition)
-            x_t = add_noise(x0, draw_normal(x0.shape[1:], generators), sigma_batches[step + 1])
-    return denoiser(x_t, sigma_batches[last], condition)
+            x0 = denoiser(x_t, _batch_sigma(noise, sigmas[step]), condition)
+            x_t = add_noise(x0, draw_normal(x0.shape[1:], generators), _batch_sigma(noise, sigmas[step + 1]))
+    return denoiser(x_t, _batch_sigma(noise, sigmas[last]), condition)
 
 
 @torch.no_grad()
@@ -48,23 +49,21 @@ def trajectory(
     sigmas: Sequence[float],
     generators: Sequence[torch.Generator],
 ) -> Iterator[Tensor]:
-    """x0 (B C T H W) of each step down the ladder, computed when asked for: what `rollout` gives at that exit."""
+    """Yield x0 (B C T H W) of each step, computed when requested: the result of `rollout` with that exit index."""
     x_t = noise
     for step, sigma in enumerate(sigmas):
-        x0 = denoiser(x_t, noise.new_full((noise.shape[0],), sigma), condition)
+        x0 = denoiser(x_t, _batch_sigma(noise, sigma), condition)
         yield x0
         if step + 1 < len(sigmas):
-            x_t = add_noise(
-                x0, draw_normal(x0.shape[1:], generators), noise.new_full((noise.shape[0],), sigmas[step + 1])
-            )
+            x_t = add_noise(x0, draw_normal(x0.shape[1:], generators), _batch_sigma(noise, sigmas[step + 1]))
 
 
 @torch.no_grad()
 def sample_euler(denoiser: Denoiser, noise: Tensor, condition: Condition, *, sigmas: Sequence[float]) -> Tensor:
-    """x0 (B C T H W) after Euler steps of the flow from `noise` along `sigmas` and at last to 0."""
+    """x0 (B C T H W) after Euler steps of the flow from `noise` along `sigmas` and finally to 0."""
     x_t = noise
     for sigma, next_sigma in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
-        x0 = denoiser(x_t, noise.new_full((noise.shape[0],), sigma), condition)
+        x0 = denoiser(x_t, _batch_sigma(noise, sigma), condition)
         x_t = x0 + (next_sigma / sigma) * (x_t - x0)
     return x_t
 
@@ -79,11 +78,60 @@ def sample_student(
     purpose: str,
     exit_index: int | None = None,
 ) -> Tensor:
-    """x0 (B C T H W) of a rollout whose noise depends on each sample's key and the purpose alone.
+    """x0 (B C T H W) of a rollout whose noise depends only on each sample's key and the purpose.
 
     latent_shape: (C T H W). keys: one (seed, iteration, sample) per sample, as for `common.seed.make_generator`.
     """
-    device = condition.text.device
-    generators = [make_generator(*key, purpose, device) for key in keys]
-    noise = draw_normal(latent_shape, generators)
+    noise, generators = draw_start_noise(keys, purpose, latent_shape, condition.text.device)
     return rollout(denoiser, noise, condition, sigmas=sigmas, generators=generators, exit_index=exit_index)
+
+
+def draw_start_noise(
+    keys: Sequence[SampleKey], purpose: str, shape: Sequence[int], device: torch.device
+) -> tuple[Tensor, list[torch.Generator]]:
+    """The noise (B C T H W) that a rollout starts from, and the generators for the noise between its steps."""
+    generators = [make_generator(*key, purpose, device) for key in keys]
+    return draw_normal(shape, generators), generators  # their state now continues after the start noise
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """The student's samples for one micro-batch."""
+
+    x0: Tensor  # (B C T H W)
+    condition: Condition  # what they were generated from
+    exit_index: int  # index of the timestep at which the rollout ended
+
+
+@dataclass(frozen=True)
+class StudentRollouts:
+    """The student's rollouts in training, and the options that they depend on."""
+
+    student: Denoiser
+    seed: int
+    sigmas: tuple[float, ...]
+    latent_shape: tuple[int, ...]  # (C T H W)
+
+    def simulate(self, micro_batch: MicroBatch, condition: Condition, exit_index: int) -> Simulated:
+        """Samples for a micro-batch, from pure noise down to step `exit_index`."""
+        x0 = sample_student(
+            self.student,
+            condition,
+            sigmas=self.sigmas,
+            latent_shape=self.latent_shape,
+            keys=micro_batch.sample_keys(self.seed),
+            purpose=f"{micro_batch.role} rollout",
+            exit_index=exit_index,
+        )
+        return Simulated(x0, condition, exit_index)
+
+    def start_trajectory(self, micro_batch: MicroBatch, condition: Condition) -> Iterator[Tensor]:
+        """Yield the samples of every step, from the noise that `simulate` starts from."""
+        keys, purpose = micro_batch.sample_keys(self.seed), f"{micro_batch.role} rollout"
+        noise, generators = draw_start_noise(keys, purpose, self.latent_shape, condition.text.device)
+        return trajectory(self.student, noise, condition, sigmas=self.sigmas, generators=generators)
+
+
+def _batch_sigma(noise: Tensor, sigma: float) -> Tensor:
+    """Sigma (B) of every sample."""
+    return noise.new_full((noise.shape[0],), sigma)

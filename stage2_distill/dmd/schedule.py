@@ -1,4 +1,4 @@
-"""What happens in which iteration, on which samples: pure functions of the configuration, the same on all ranks."""
+"""What happens in which iteration, on which samples: pure functions of the options, equal on all ranks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,93 +17,111 @@ class MicroBatch:
 
     iteration: int
     role: str  # STUDENT or CRITIC
-    samples: tuple[int, ...]  # places in the global batch
-    positions: tuple[int, ...]  # places in the endless stream of records
+    samples: tuple[int, ...]  # indices within the global batch
+    positions: tuple[int, ...]  # indices in the endless stream of records
     share: float  # of the rank's gradient
     last: bool  # of the update
 
-
-def student_turn(iteration: int, config: DistillConfig) -> bool:
-    """Whether the student is updated in this iteration, before the critic."""
-    return iteration >= config.critic_warmup and iteration % config.student_update_interval == 0
-
-
-def first_role(iteration: int, config: DistillConfig) -> str:
-    """The role that is updated first in an iteration."""
-    return STUDENT if student_turn(iteration, config) else CRITIC
+    def sample_keys(self, seed: int) -> list[tuple[int, int, int]]:
+        """(seed, iteration, sample) of each sample: what its random draws depend on, besides their purpose."""
+        return [(seed, self.iteration, sample) for sample in self.samples]
 
 
-def updates_of(role: str, iteration: int, config: DistillConfig) -> int:
-    """Number of updates of a role in iterations 0..iteration-1."""
+@dataclass(frozen=True)
+class Schedule:
+    """The options that say when each role is updated, and how; `world` is the number of ranks."""
 
-    def student_turns(end: int) -> int:
-        return -(-end // config.student_update_interval)
+    world: int
+    iterations: int
+    student_update_interval: int
+    critic_warmup: int
+    batch_size: int
+    global_batch: int
+    seed: int
+    timesteps: tuple[float, ...]
+    exit_schedule: str
+    student_lr: float
+    critic_lr: float
+    lr_warmup: int
+    lr_cooldown: int
+    ema_decay: float
+    ema_start: int
 
-    return iteration if role == CRITIC else max(0, student_turns(iteration) - student_turns(config.critic_warmup))
+    @classmethod
+    def of(cls, config: DistillConfig, world: int) -> "Schedule":
+        """The schedule of a run on `world` ranks; ValueError if `global_batch` cannot be reached with them."""
+        step_size = config.batch_size * world
+        if config.global_batch % step_size:
+            low = max(1, config.global_batch // step_size) * step_size
+            raise ValueError(
+                f"global_batch={config.global_batch}: not a multiple of batch_size {config.batch_size} x {world} "
+                f"ranks; nearest are {low} and {low + step_size}"
+            )
+        return config.select(cls, world=world)
 
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches that a rank takes for one update."""
+        return self.global_batch // (self.batch_size * self.world)
 
-def updates_before(iteration: int, config: DistillConfig) -> int:
-    """Number of updates of either role in iterations 0..iteration-1: the stream's position in global batches."""
-    return sum(updates_of(role, iteration, config) for role in (STUDENT, CRITIC))
+    def is_student_turn(self, iteration: int) -> bool:
+        """Whether the student is updated in this iteration, before the critic."""
+        return iteration >= self.critic_warmup and iteration % self.student_update_interval == 0
 
+    def updated_roles(self, iteration: int) -> tuple[str, ...]:
+        """The roles that are updated in an iteration, in order."""
+        return (STUDENT, CRITIC) if self.is_student_turn(iteration) else (CRITIC,)
 
-def learning_rate(iteration: int, role: str, config: DistillConfig) -> float:
-    """Rises evenly over the role's first `warmup` updates and falls over the last `cooldown` iterations."""
-    full = config.student_lr if role == STUDENT else config.critic_lr
-    rise = (updates_of(role, iteration, config) + 1) / max(1, config.lr_warmup)
-    fall = (config.iterations - iteration) / config.lr_cooldown if config.lr_cooldown else 1.0
-    return full * min(1.0, rise, fall)
+    def updates_of(self, role: str, iteration: int) -> int:
+        """Number of updates of a role in iterations 0..iteration-1."""
+        if role == CRITIC:
+            return iteration
+        # -(-a // b) rounds up: iterations 0, interval, 2 interval, ... below the end
+        turns, warmup_turns = (-(-end // self.student_update_interval) for end in (iteration, self.critic_warmup))
+        return max(0, turns - warmup_turns)
 
+    def updates_before(self, iteration: int) -> int:
+        """Number of updates of both roles in iterations 0..iteration-1: the stream's position in global batches."""
+        return sum(self.updates_of(role, iteration) for role in (STUDENT, CRITIC))
 
-def stream_position(iteration: int, config: DistillConfig) -> int:
-    """Place in the endless stream of records at which an iteration begins."""
-    return updates_before(iteration, config) * config.global_batch
+    def stream_position(self, iteration: int) -> int:
+        """Index in the endless stream of records at which an iteration begins."""
+        return self.updates_before(iteration) * self.global_batch
 
+    def learning_rate(self, iteration: int, role: str) -> float:
+        """Rises linearly over the role's first `lr_warmup` updates and falls over the last `lr_cooldown` iterations."""
+        full = self.student_lr if role == STUDENT else self.critic_lr
+        # + 1: the first update already has a rate above 0
+        rise = (self.updates_of(role, iteration) + 1) / max(1, self.lr_warmup)
+        fall = (self.iterations - iteration) / self.lr_cooldown if self.lr_cooldown else 1.0
+        return full * min(1.0, rise, fall)
 
-def accumulation_steps(config: DistillConfig, world: int) -> int:
-    """Micro-batches a rank takes for one update; ValueError where `global_batch` cannot be reached."""
-    step_size = config.batch_size * world
-    if config.global_batch % step_size:
-        low = max(1, config.global_batch // step_size) * step_size
-        raise ValueError(
-            f"global_batch={config.global_batch}: not a multiple of batch_size {config.batch_size} x {world} ranks; "
-            f"nearest are {low} and {low + step_size}"
-        )
-    return config.global_batch // step_size
+    def ema_decay_after(self, iteration: int) -> float:
+        """Decay of the average after a student update; up to iteration `ema_start` 0, which copies the student."""
+        return self.ema_decay if iteration > self.ema_start else 0.0
 
+    def micro_batches(self, *, start: int, rank: int) -> Iterator[MicroBatch]:
+        """All micro-batches of one rank from iteration `start` to the end, in order."""
+        count = self.accumulation_steps
+        for iteration in range(start, self.iterations):
+            update = self.updates_before(iteration)
+            for role_index, role in enumerate(self.updated_roles(iteration)):
+                for step in range(count):
+                    first = (step * self.world + rank) * self.batch_size  # ranks take turns: any world, same samples
+                    samples = tuple(range(first, first + self.batch_size))
+                    offset = (update + role_index) * self.global_batch
+                    positions = tuple(offset + sample for sample in samples)
+                    yield MicroBatch(iteration, role, samples, positions, 1 / count, step == count - 1)
 
-def micro_batches(config: DistillConfig, *, start: int, rank: int, world: int) -> Iterator[MicroBatch]:
-    """All micro-batches of one rank from iteration `start` to the end, in order."""
-    count = accumulation_steps(config, world)
-    for iteration in range(start, config.iterations):
-        update = updates_before(iteration, config)
-        roles = (STUDENT, CRITIC) if student_turn(iteration, config) else (CRITIC,)
-        for role_index, role in enumerate(roles):
-            for step in range(count):
-                first = (step * world + rank) * config.batch_size
-                samples = tuple(range(first, first + config.batch_size))
-                offset = (update + role_index) * config.global_batch
-                positions = tuple(offset + sample for sample in samples)
-                yield MicroBatch(iteration, role, samples, positions, 1 / count, step == count - 1)
+    def draw_exit_index(self, iteration: int, role: str) -> int:
+        """The index of the timestep at which this update leaves the rollout, uniform (DMD2, section 4.5).
 
-
-def draw_exit_index(iteration: int, role: str, config: DistillConfig) -> int:
-    """The ladder step at which this update leaves the rollout, uniform (DMD2 section 4.5).
-
-    Stratified: of every len(ladder) updates of the role each takes another step, in an order drawn anew.
-    """
-    steps = len(config.timesteps)
-    if config.exit_schedule == "stratified":
-        window, offset = divmod(updates_of(role, iteration, config), steps)
-        draw = make_generator(config.seed, window, 0, f"{role} exits")
-        return int(torch.randperm(steps, generator=draw)[offset])
-    draw = make_generator(config.seed, iteration, 0, f"{role} exit")
-    return int(torch.randint(steps, (1,), generator=draw))
-
-
-def score_bounds(exit_index: int, config: DistillConfig) -> tuple[float, float]:
-    """Bounds of u, the score time before the shift, for a rollout that left at step `exit_index`."""
-    next_timestep = config.timesteps[exit_index + 1] if exit_index + 1 < len(config.timesteps) else 0.0
-    low = next_timestep / 1000 if config.ts_schedule else 0.0
-    high = config.timesteps[exit_index] / 1000 if config.ts_schedule_max else 1.0
-    return low, high
+        Stratified: of every len(timesteps) updates of the role each takes another step, in an order drawn again.
+        """
+        steps = len(self.timesteps)
+        if self.exit_schedule == "stratified":
+            window, offset = divmod(self.updates_of(role, iteration), steps)
+            rng = make_generator(self.seed, window, 0, f"{role} exits")
+            return int(torch.randperm(steps, generator=rng)[offset])
+        rng = make_generator(self.seed, iteration, 0, f"{role} exit")
+        return int(torch.randint(steps, (1,), generator=rng))

@@ -4,6 +4,7 @@ import logging
 import math
 import resource
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Self
@@ -11,7 +12,6 @@ from typing import Self
 import torch
 
 from common.progress import ProgressBar
-from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import RankContext
 from stage2_distill.dmd.latent_stats import LATENT_STATS
 from stage2_distill.monitoring.alerts import MetricAlerts
@@ -48,17 +48,20 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class TrainingMonitor:
-    """Context that writes each iteration of a run from iteration `start` on; all ranks but rank 0 are silent."""
+    """Context that writes each iteration of a run from `start` to `end`; all ranks but rank 0 are silent."""
 
-    def __init__(self, out: Path, config: DistillConfig, ranks: RankContext, *, start: int) -> None:
+    def __init__(
+        self, out: Path, ranks: RankContext, *, start: int, end: int, wandb: str, options: Mapping[str, object]
+    ) -> None:
         self.device, self.is_main_rank = ranks.device, ranks.rank == 0
         self.alerts, self.resources = MetricAlerts(), ExitStack()
         self.progress = self.resources.enter_context(
-            ProgressBar(config.iterations, initial=start, label="distill", quiet=not self.is_main_rank)
+            ProgressBar(end, initial=start, label="distill", quiet=not self.is_main_rank)
         )
         if self.is_main_rank:
             self.metrics_log = self.resources.enter_context(closing(MetricsLog(out / METRICS_FILE, start=start)))
-            self.trackers = self.resources.enter_context(closing(ExperimentTrackers(out, config, start=start)))
+            trackers = ExperimentTrackers(out, start=start, wandb=wandb, options=options)
+            self.trackers = self.resources.enter_context(closing(trackers))
             for line in self.metrics_log.kept_lines:  # what was warned about before the restart
                 self.alerts.check_line(line)
         self.last_write = time.perf_counter()

@@ -12,12 +12,12 @@ from torch import nn
 
 from common.condition import Denoiser
 from common.timer import PhaseTimer
+from common.video import VideoSpec
 from shards import latent_store
 from shards.dataset import DataSet, open_data_set
 from shards.manifest import check_manifest
 from shards.mixture import DataSetMixture
 from shards.record import Record, collate_records
-from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import RankContext
 from stage2_distill.dmd.rollout import sample_student
 from stage2_distill.optim.ema import EmaWeights
@@ -26,10 +26,24 @@ PREVIEW_STORE = "previews.zarr"
 
 
 @dataclass(frozen=True)
+class PreviewOptions:
+    """Options of training that previews depend on."""
+
+    seed: int
+    spec: VideoSpec
+    sigmas: tuple[float, ...]
+    batch_size: int
+    max_text_tokens: int
+    preview_every: int
+    preview_count: int
+    preview_data: str | None
+
+
+@dataclass(frozen=True)
 class PreviewStudent:
     """The student, its average, and what sampling needs."""
 
-    config: DistillConfig
+    options: PreviewOptions
     ranks: RankContext
     net: nn.Module
     denoiser: Denoiser  # of `net`
@@ -58,8 +72,8 @@ class PreviewWriter:
             return
         if is_main_rank:
             keys, prompts = [r.key for r in self.records], [r.source.prompt for r in self.records]
-            seeds = (student.config.seed,) * len(keys)
-            group = latent_store.LatentGroup(step, student.config.spec, tuple(keys), tuple(prompts), seeds)
+            seeds = (student.options.seed,) * len(keys)
+            group = latent_store.LatentGroup(step, student.options.spec, tuple(keys), tuple(prompts), seeds)
             latent_store.create_group(self.store, group)
         dist.barrier()
         with student.clock("preview"), student.ema.swapped_into(student.net):
@@ -76,14 +90,14 @@ class PreviewWriter:
 
     @torch.no_grad()
     def _sample_rows(self, student: PreviewStudent, step: str, rows: list[int]) -> None:
-        config, count = student.config, len(self.records)
-        batch = collate_records([self.records[row % count] for row in rows], max_text_tokens=config.max_text_tokens)
+        options, count = student.options, len(self.records)
+        batch = collate_records([self.records[row % count] for row in rows], max_text_tokens=options.max_text_tokens)
         x0 = sample_student(
             student.denoiser,
             batch.condition.to(student.ranks.device),
-            sigmas=config.sigmas,
-            latent_shape=config.spec.latent_shape,
-            keys=[(config.seed, 0, row) for row in rows],
+            sigmas=options.sigmas,
+            latent_shape=options.spec.latent_shape,
+            keys=[(options.seed, 0, row) for row in rows],
             purpose="preview",
         )
         stored_rows = [row for row in rows if row < count]
@@ -97,22 +111,22 @@ def rank_batches(count: int, student: PreviewStudent) -> list[list[int]]:
     A sharded network computes only if all ranks take part, so a rank without rows samples padding.
     """
     rank, world = student.ranks.rank, student.ranks.world
-    size = min(student.config.batch_size, -(-count // world))
+    size = min(student.options.batch_size, -(-count // world))
     return [list(range(start, start + size)) for start in range(rank * size, count + rank * size, size * world)]
 
 
-def open_previews(out: Path, config: DistillConfig, data: DataSet | DataSetMixture) -> PreviewWriter:
+def open_previews(out: Path, options: PreviewOptions, data: DataSet | DataSetMixture) -> PreviewWriter:
     """The previews of a run, from the first records of `preview_data` or else of the training data.
 
     ValueError if `preview_data` was encoded with other settings than the training data.
     """
-    if not config.preview_every:
+    if not options.preview_every:
         return PreviewWriter(out / PREVIEW_STORE, (), 0)
     preview_set = data
-    if config.preview_data is not None:
-        preview_set, encoder = open_data_set(config.preview_data), data.manifest.encoder
+    if options.preview_data is not None:
+        preview_set, encoder = open_data_set(options.preview_data), data.manifest.encoder
         encoder_facts: dict[str, object] = {"vae": encoder.vae, "text_encoder": encoder.text_encoder}
-        check_manifest(Path(config.preview_data), preview_set.manifest, spec=config.spec, encoder=encoder_facts)
-    count = min(config.preview_count, preview_set.num_records)
+        check_manifest(Path(options.preview_data), preview_set.manifest, spec=options.spec, encoder=encoder_facts)
+    count = min(options.preview_count, preview_set.num_records)
     records = tuple(preview_set.read_record(index) for index in range(count))
-    return PreviewWriter(out / PREVIEW_STORE, records, config.preview_every)
+    return PreviewWriter(out / PREVIEW_STORE, records, options.preview_every)

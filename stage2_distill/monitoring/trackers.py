@@ -3,11 +3,8 @@
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from stage2_distill.config import DistillConfig
 
 if TYPE_CHECKING:
     import wandb
@@ -20,9 +17,9 @@ TENSORBOARD_INSTALL = "pip install 'ti2v-distill[tensorboard]'"
 class ExperimentTrackers:
     """Sends lines of metrics; on resume, TensorBoard entries of iterations from `start` on are purged."""
 
-    def __init__(self, out: Path, config: DistillConfig, *, start: int) -> None:
+    def __init__(self, out: Path, *, start: int, wandb: str, options: Mapping[str, object]) -> None:
         self.tensorboard = open_tensorboard(out, start)
-        self.wandb = None if config.wandb == "off" else open_wandb(out, config)
+        self.wandb = None if wandb == "off" else open_wandb(out, wandb, options)
 
     def write(self, line: Mapping[str, float]) -> None:
         """Add one iteration; the metric `critic_loss` has the tag `critic/loss`."""
@@ -52,7 +49,7 @@ def open_tensorboard(out: Path, start: int) -> "SummaryWriter | None":
     return SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=start)  # hides what will run again
 
 
-def open_wandb(out: Path, config: DistillConfig) -> "wandb.Run":
+def open_wandb(out: Path, mode: str, options: Mapping[str, object]) -> "wandb.Run":
     """Start or resume the W&B run of a run's folder; ValueError if wandb is not installed or refuses.
 
     W&B reads entity, project and API key from its own environment variables and login.
@@ -66,8 +63,8 @@ def open_wandb(out: Path, config: DistillConfig) -> "wandb.Run":
     try:
         return wandb.init(
             project=WANDB_PROJECT, id=run_id, name=out.name, dir=str(out),
-            mode=config.wandb, resume="allow", config=asdict(config),
+            mode=mode, resume="allow", config=dict(options),
         )  # fmt: skip
     except wandb.Error as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"wandb={config.wandb}: {reason}; log in, or leave --wandb off") from error
+        raise ValueError(f"wandb={mode}: {reason}; log in, or leave --wandb off") from error

@@ -1,4 +1,4 @@
-"""Exponential moving average of the student's float32 masters, shard by shard."""
+"""Exponential moving average of the student's float32 master weights, shard by shard."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,64 +14,63 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 
 
 class EmaWeights:
-    """A running average; under FSDP each rank averages only the shards that it holds.
+    """A moving average of `masters()`; under FSDP each rank averages only the shards that it holds.
 
-    One in host memory takes none before it is asked for or is more than a plain copy of the masters, which `masters()`
-    yields.
+    With `offload` the average lives in host memory, which it takes only when it is read or differs from the masters.
     """
 
-    def __init__(self, masters: Callable[[], NamedTensors], *, offload: bool = False) -> None:
-        self.masters, self.offload = masters, offload
+    def __init__(self, masters: Callable[[], NamedTensors], device: torch.device, *, offload: bool = False) -> None:
+        self.masters, self.device, self.offload = masters, device, offload
         self._weights: dict[str, Tensor] = {}
         if not offload:
-            self.ensure_initialized()
+            self._initialize()
         self.copy_stream = torch.cuda.Stream() if offload and torch.cuda.is_available() else None
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The averages, as they are after the last update."""
-        self.ensure_initialized()
-        self.prepare_update()
+        """The averages by name after the last update."""
+        self._initialize()
         if self.copy_stream is not None:
-            self.copy_stream.synchronize()
+            torch.cuda.current_stream().wait_stream(self.copy_stream)
+            self.copy_stream.synchronize()  # the host reads them next
         return self._weights
 
+    @contextmanager
+    def update_after(self, decay: float) -> Iterator[None]:
+        """Surrounds an optimizer step, then sets average = decay * average + (1 - decay) * master; decay 0 copies.
+
+        An average in host memory is updated on a stream of its own, because its copies take longer than a forward pass;
+        the device waits for them before the next step, which changes what they read. An error inside leaves the average
+        as it is.
+        """
+        if decay > 0:
+            self._initialize()
+        if self.copy_stream is not None:
+            torch.cuda.current_stream().wait_stream(self.copy_stream)
+        yield
+        if decay > 0 or self._weights:  # else it is a plain copy, which takes no memory yet
+            self._update(decay)
+
     @torch.no_grad()
-    def ensure_initialized(self) -> None:
-        """Make room, if that has not been done, and copy the masters as they are."""
+    def _initialize(self) -> None:
+        """Allocate memory, unless that is done, and copy the masters."""
         if not self._weights:
             pool = PinnedPool(offload=self.offload)
             self._weights = {name: pool.place_tensor(master.clone()) for name, master in self.masters()}
 
-    def prepare_update(self, decay: float = 0.0) -> None:
-        """Call it before the masters change, with the decay of the update after it.
-
-        What follows on the device waits for an update that runs aside.
-        """
-        if decay > 0:
-            self.ensure_initialized()
-        if self.copy_stream is not None:
-            torch.cuda.current_stream().wait_stream(self.copy_stream)
-
     @torch.no_grad()
-    def update(self, masters: NamedTensors, decay: float, device: torch.device) -> None:
-        """average = decay * average + (1 - decay) * master; decay 0 copies.
-
-        Averages in host memory are updated aside: their copies take longer than one forward pass, and nobody waits.
-        """
-        if decay == 0 and not self._weights:
-            return
-        assert self._weights, "settle(decay) comes before the masters change"
+    def _update(self, decay: float) -> None:
         if self.copy_stream is not None:
-            self.copy_stream.wait_stream(torch.cuda.current_stream())
+            self.copy_stream.wait_stream(torch.cuda.current_stream())  # until the step is done
         with torch.cuda.stream(self.copy_stream):
-            averages = prefetched_groups(({"average": weight} for weight in self._weights.values()), device)
-            for (_, master), group in zip(masters, averages, strict=True):
+            averages = prefetched_groups(({"average": weight} for weight in self._weights.values()), self.device)
+            for (_, master), group in zip(self.masters(), averages, strict=True):
+                # lerp with weight 1 copies exactly
                 local_tensor(group["average"]).lerp_(local_tensor(master), 1 - decay)
 
     @contextmanager
     def swapped_into(self, net: nn.Module) -> Iterator[None]:
-        """Let `net` compute with the average for a while; its own weights wait in host memory and come back."""
+        """Let `net` compute with the average; its own weights wait in host memory and come back afterwards."""
         with torch.no_grad():
             saved = {name: local_tensor(weight).to("cpu", copy=True) for name, weight in net.named_parameters()}
             _copy_weights_into(net, {name: local_tensor(average) for name, average in self.weights.items()})

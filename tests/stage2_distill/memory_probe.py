@@ -22,12 +22,12 @@ ranks = start_process_group("cpu")
 build_roles(config, ranks, Path(sys.argv[2]))
 dist.barrier()
 pages = int(Path("/proc/self/statm").read_text().split()[1])
-opened = build_roles(config, ranks, Path(config.model))
+roles = build_roles(config, ranks, Path(config.model))
 peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-kept = [p for net in (opened.roles.student, opened.roles.teacher, opened.roles.critic) for p in net.parameters()]
-kept += () if opened.ema.offload else opened.ema.weights.values()  # waiting, it is not there yet
-for optimizer in (opened.student_optimizer, opened.critic_optimizer):
-    kept += [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+kept = [p for net in (roles.student.net, roles.teacher, roles.critic.net) for p in net.parameters()]
+kept += () if roles.ema.offload else roles.ema.weights.values()  # an offloaded average has no memory yet
+for role in (roles.student, roles.critic):
+    kept += [value for state in role.optimizer.state.values() for name, value in state.items() if name != "step"]
 own = sum(local_tensor(value).nbytes for value in kept)
 figures = {"grown": peak - resource.getpagesize() * pages, "own": own}
 Path(f"{sys.argv[1]}.{ranks.rank}").write_text(json.dumps(figures))

@@ -24,6 +24,7 @@ from common.condition import Condition
 from common.options import resolve_config
 from stage2_distill import train, trainer
 from stage2_distill.config import DistillConfig
+from stage2_distill.dmd import rollout
 
 torch.set_num_threads(1)
 
@@ -41,30 +42,22 @@ class Witness:
         self.seen: list[tuple[int, str, int, str]] = []
         self.passes: list[dict[str, int]] = [{"last": False, "all_reduce": 0, "reduce_scatter": 0}]
         self.part = None
-        self.simulate, self.rollout, self.reduce_gradients = (
-            trainer.simulate_rollout,
-            trainer.rollout,
-            trainer.set_gradient_all_reduce,
-        )
-        trainer.simulate_rollout, trainer.rollout, trainer.set_gradient_all_reduce = (
-            self.note_part,
-            self.note_noise,
-            self.note_pass,
-        )
+        self.simulate, self.rollout = rollout.StudentRollouts.simulate, rollout.rollout
+        self.reduce_gradients = trainer.set_gradient_all_reduce
+        # a lambda becomes a method, so that the rollouts come as an argument
+        rollout.StudentRollouts.simulate = lambda *given: self.note_part(*given)
+        rollout.rollout, trainer.set_gradient_all_reduce = self.note_noise, self.note_pass
         self.all_reduce, self.reduce_scatter = dist.all_reduce, dist.reduce_scatter_tensor
         dist.all_reduce, dist.reduce_scatter_tensor = self.note_all_reduce, self.note_reduce_scatter
 
     def leave(self) -> None:
-        trainer.simulate_rollout, trainer.rollout, trainer.set_gradient_all_reduce = (
-            self.simulate,
-            self.rollout,
-            self.reduce_gradients,
-        )
+        rollout.StudentRollouts.simulate, rollout.rollout = self.simulate, self.rollout
+        trainer.set_gradient_all_reduce = self.reduce_gradients
         dist.all_reduce, dist.reduce_scatter_tensor = self.all_reduce, self.reduce_scatter
 
-    def note_part(self, trainer, part, condition: Condition, exit_at: int) -> Tensor:
+    def note_part(self, rollouts, part, condition: Condition, exit_index: int) -> rollout.Simulated:
         self.part = part
-        return self.simulate(trainer, part, condition, exit_at)
+        return self.simulate(rollouts, part, condition, exit_index)
 
     def note_noise(self, denoiser, noise: Tensor, condition: Condition, **options) -> Tensor:
         for place, sample in enumerate(self.part.samples):

@@ -16,7 +16,7 @@ from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import start_process_group
 from stage2_distill.model.split_float32 import join_master
 from stage2_distill.offload import pinned_memory
-from stage2_distill.optim.optimizers import build_optimizer
+from stage2_distill.optim.optimizers import OptimizerSettings
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, run_worker, tensors
 
 HALF = {"dtype": "bfloat16", "grad_clip": 1e6, "global_batch": 2}
@@ -52,7 +52,7 @@ def both_modes(model: Path, shards: Path, folder: Path, iterations: int) -> tupl
     """Runs of the standard mode and of the compact one with a float32 second moment."""
     options = HALF | {"second_moment": "float32", "iterations": iterations, "checkpoint_every": iterations}
     standard, compact = (
-        run_here(make_config(shards, model, folder / memory, **options, memory=memory))
+        run_here(make_config(shards, model, folder / memory, **options, optimizer_form=memory))
         for memory in ("standard", "compact")
     )
     return standard, compact
@@ -120,11 +120,13 @@ def test_what_the_compact_form_cannot_do_is_refused(change: dict[str, object], w
 
 
 def test_auto_is_standard_where_it_fits(model: Path, shards: Path, tmp_path: Path) -> None:
-    config = make_config(shards, model, tmp_path / "run", memory="auto", dtype="bfloat16")
+    config = make_config(shards, model, tmp_path / "run", optimizer_form="auto", dtype="bfloat16")
     assert choose_optimizer_form(config, start_process_group("cpu"), 5_000_000_000) == "standard"
     assert (
         choose_optimizer_form(
-            make_config(shards, model, tmp_path, memory="compact", dtype="bfloat16"), start_process_group("cpu"), 1
+            make_config(shards, model, tmp_path, optimizer_form="compact", dtype="bfloat16"),
+            start_process_group("cpu"),
+            1,
         )
         == "compact"
     )
@@ -142,21 +144,20 @@ def test_the_students_state_makes_room_for_summed_gradients(
     monkeypatch.setattr(pinned_memory.PinnedPool, "place_tensor", lambda self, value: value)
     config = make_config(tmp_path, model, tmp_path, **HALF | {"optimizer_form": "compact", "offload": offload})
     config = replace(config, batch_size=2, global_batch=clips)
+    settings = OptimizerSettings.of(config, start_process_group("cpu"), "compact")
     found = {}
     for role in ("student", "critic"):
-        build_optimizer(
-            torch.nn.Linear(64, 2, dtype=torch.bfloat16), role, config, start_process_group("cpu"), "compact"
-        )
+        settings.build_optimizer(torch.nn.Linear(64, 2, dtype=torch.bfloat16), role)
         found[role] = asked["given"]
     assert found == {"student": waits, "critic": False}
 
 
 def test_auto_goes_on_in_the_form_of_the_checkpoints(model: Path, shards: Path, tmp_path: Path) -> None:
     """On the CPU `auto` would choose the standard form, in which the same names are other numbers."""
-    whole = tensors(run_here(make_config(shards, model, tmp_path / "whole", **HALF, memory="compact")))
-    half = make_config(shards, model, tmp_path / "half", **HALF, memory="compact", iterations=3)
+    whole = tensors(run_here(make_config(shards, model, tmp_path / "whole", **HALF, optimizer_form="compact")))
+    half = make_config(shards, model, tmp_path / "half", **HALF, optimizer_form="compact", iterations=3)
     run_here(half)
-    with pytest.raises(ValueError, match=r"step-000003: .* give --memory compact, as it was"):
+    with pytest.raises(ValueError, match=r"step-000003: .* use --optimizer-form compact, as before"):
         run_here(replace(half, iterations=6, optimizer_form="standard"))
     cut = shutil.copytree(tmp_path / "half" / "step-000003", tmp_path / "half" / "step-000004") / "student.json"
     cut.write_text(cut.read_text()[:100])
@@ -169,9 +170,9 @@ def test_auto_goes_on_in_the_form_of_the_checkpoints(model: Path, shards: Path, 
 def test_another_run_gives_its_masters_to_the_bit(
     model: Path, shards: Path, tmp_path: Path, source: str, form: str
 ) -> None:
-    given = run_here(make_config(shards, model, tmp_path / "source", **HALF, memory=source, iterations=1))
+    given = run_here(make_config(shards, model, tmp_path / "source", **HALF, optimizer_form=source, iterations=1))
     still = {"iterations": 1, "student_lr": 0.0, "critic_lr": 0.0, "init_from": str(given)}
-    found = tensors(run_here(make_config(shards, model, tmp_path / "run", **HALF | still, memory=form)))
+    found = tensors(run_here(make_config(shards, model, tmp_path / "run", **HALF | still, optimizer_form=form)))
     for role in ("student", "critic"):
         for name, value in masters(tensors(given), role).items():
             assert torch.equal(masters(found, role)[name], value), (role, name)

@@ -145,10 +145,10 @@ def test_golden(alone: Path, model: Path) -> None:
 
 def test_the_teacher_has_neither_gradients_nor_float32(model: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, model, tmp_path / "out", dtype="bfloat16")
-    roles = build_roles(config, start_process_group("cpu"), model).roles
+    roles = build_roles(config, start_process_group("cpu"), model)
     assert {parameter.dtype for parameter in roles.teacher.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in roles.teacher.parameters())
-    for net in (roles.student, roles.critic):
+    for net in (roles.student.net, roles.critic.net):
         assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
 
 

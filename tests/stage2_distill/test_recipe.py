@@ -12,7 +12,7 @@ from common.flow import add_noise, timestep_sigmas, x0_from_velocity
 from common.video import VideoSpec
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.losses import critic_loss
-from stage2_distill.dmd.schedule import CRITIC, STUDENT, draw_exit_index, learning_rate, student_turn, updates_of
+from stage2_distill.dmd.schedule import CRITIC, STUDENT, Schedule
 from stage2_distill.optim.ema import EmaWeights
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
 
@@ -24,6 +24,10 @@ def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(**changes: object) -> DistillConfig:
     return DistillConfig(**({"shards": ("d",), "model": "m", "out": "o"} | changes))
+
+
+def schedule(**changes: object) -> Schedule:
+    return Schedule.of(config(**changes), world=1)
 
 
 def test_critic_losses_are_errors_of_x0_velocity_and_noise() -> None:
@@ -50,37 +54,37 @@ def test_critic_losses_are_errors_of_x0_velocity_and_noise() -> None:
 
 
 def test_stratified_exits_take_each_step_once_a_window() -> None:
-    for role, c in (
-        (CRITIC, config(exit_schedule="stratified")),
-        (STUDENT, config(exit_schedule="stratified", student_update_interval=3, critic_warmup=4)),
+    for role, stratified in (
+        (CRITIC, schedule(exit_schedule="stratified")),
+        (STUDENT, schedule(exit_schedule="stratified", student_update_interval=3, critic_warmup=4)),
     ):
-        turns = [i for i in range(240) if role == CRITIC or student_turn(i, c)]
-        exits = [draw_exit_index(i, role, c) for i in turns]
+        turns = [i for i in range(240) if role in stratified.updated_roles(i)]
+        exits = [stratified.draw_exit_index(i, role) for i in turns]
         windows = [exits[i : i + 4] for i in range(0, len(exits) // 4 * 4, 4)]
         assert all(sorted(window) == [0, 1, 2, 3] for window in windows), role
         assert len({tuple(window) for window in windows}) > 8, "in an order that changes"
-    assert exits != [draw_exit_index(i, STUDENT, config(exit_schedule="stratified", seed=1)) for i in turns]
+    assert exits != [schedule(exit_schedule="stratified", seed=1).draw_exit_index(i, STUDENT) for i in turns]
 
 
 def test_warm_up_rises_over_the_updates_of_each_role() -> None:
-    c = config(warmup=4, student_lr=1.0, critic_lr=2.0, student_update_interval=5, critic_warmup=5)
-    assert [learning_rate(i, CRITIC, c) for i in (0, 1, 3, 4, 900)] == [0.5, 1.0, 2.0, 2.0, 2.0]
-    assert [updates_of(STUDENT, i, c) for i in (0, 5, 6, 10, 11)] == [0, 0, 1, 1, 2]
-    assert [learning_rate(i, STUDENT, c) for i in (5, 10, 20, 25)] == [0.25, 0.5, 1.0, 1.0]
-    assert learning_rate(0, CRITIC, config(critic_lr=2.0)) == 2.0
+    rising = schedule(lr_warmup=4, student_lr=1.0, critic_lr=2.0, student_update_interval=5, critic_warmup=5)
+    assert [rising.learning_rate(i, CRITIC) for i in (0, 1, 3, 4, 900)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    assert [rising.updates_of(STUDENT, i) for i in (0, 5, 6, 10, 11)] == [0, 0, 1, 1, 2]
+    assert [rising.learning_rate(i, STUDENT) for i in (5, 10, 20, 25)] == [0.25, 0.5, 1.0, 1.0]
+    assert schedule(critic_lr=2.0).learning_rate(0, CRITIC) == 2.0
 
 
 def test_rates_fall_over_the_last_iterations() -> None:
-    c = config(cooldown=4, iterations=10, warmup=2, critic_lr=2.0, student_lr=1.0)
-    assert [learning_rate(i, CRITIC, c) for i in (0, 1, 6, 7, 8, 9)] == [1.0, 2.0, 2.0, 1.5, 1.0, 0.5]
-    assert learning_rate(9, STUDENT, c) == 0.25
+    falling = schedule(lr_cooldown=4, iterations=10, lr_warmup=2, critic_lr=2.0, student_lr=1.0)
+    assert [falling.learning_rate(i, CRITIC) for i in (0, 1, 6, 7, 8, 9)] == [1.0, 2.0, 2.0, 1.5, 1.0, 0.5]
+    assert falling.learning_rate(9, STUDENT) == 0.25
 
 
 def test_warm_up_reaches_the_weights(model: Path, shards: Path, tmp_path: Path) -> None:
     """The first AdamW step of betas (0, .) is lr x sign(gradient): a tenth with a warm-up of ten updates."""
     options = {"iterations": 1, "checkpoint_every": 1, "weight_decay": 0.0}
     full, tenth = (
-        tensors(run_here(make_config(shards, model, tmp_path / str(warmup), warmup=warmup, **options)))
+        tensors(run_here(make_config(shards, model, tmp_path / str(warmup), lr_warmup=warmup, **options)))
         for warmup in (0, 10)
     )
     start = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")["proj_out.weight"]
@@ -94,7 +98,7 @@ def test_warm_up_reaches_the_weights(model: Path, shards: Path, tmp_path: Path) 
 def test_ladders_of_any_length(model: Path, shards: Path, tmp_path: Path, steps: int) -> None:
     indices = tuple(1000 - 1000 * i / steps for i in range(steps))
     schedules = {"exit_schedule": "stratified", "ts_schedule": True, "ts_schedule_max": True}
-    done = run_here(make_config(shards, model, tmp_path / "run", ladder=indices, iterations=1, **schedules))
+    done = run_here(make_config(shards, model, tmp_path / "run", timesteps=indices, iterations=1, **schedules))
     assert all(value.isfinite().all() for value in tensors(done).values())
     assert len(timestep_sigmas(indices, s=5.0)) == steps
 
@@ -107,13 +111,12 @@ def test_81_frames_are_21_latent_frames() -> None:
 @pytest.mark.parametrize("offload", [False, True], ids=["here", "waiting"])
 def test_average_equals_the_formula(offload: bool) -> None:
     net = nn.Linear(3, 2)
-    ema = EmaWeights(lambda: ((name, weight.detach()) for name, weight in net.named_parameters()), offload=offload)
+    device = torch.device("cpu")
+    ema = EmaWeights(lambda: ((n, weight.detach()) for n, weight in net.named_parameters()), device, offload=offload)
     expected = net.weight.detach().clone().double()
     for number, decay in enumerate((0.0, 0.9, 0.99, 0.5)):
-        ema.prepare_update(decay)
-        with torch.no_grad():
+        with ema.update_after(decay), torch.no_grad():
             net.weight.copy_(torch.randn(2, 3, generator=torch.Generator().manual_seed(number)))
-        ema.update(((name, weight.detach()) for name, weight in net.named_parameters()), decay, torch.device("cpu"))
         expected = decay * expected + (1 - decay) * net.weight.detach().double()
         if number == 3 or not offload:  # to look at it makes room for it
             torch.testing.assert_close(ema.weights["weight"].double(), expected, rtol=1e-6, atol=1e-7)
@@ -127,6 +130,7 @@ def test_average_equals_the_formula(offload: bool) -> None:
         ({"first_frame_jitter": -0.1}, "first_frame_jitter=-0.1"),
         ({"exit_schedule": "often"}, "choose one of random, stratified"),
         ({"offload": "some"}, "choose one of none, average, all"),
+        ({"second_moment": "bfloat16"}, "second_moment=bfloat16: no longer supported; .* release 0.1.0"),
         ({"lr_warmup": -1}, "lr_warmup=-1"),
         ({"lr_cooldown": -1}, "lr_cooldown=-1"),
         ({"ema_start": -1}, "ema_start=-1"),

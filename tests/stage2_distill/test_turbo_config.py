@@ -12,8 +12,9 @@ from common.options import resolve_config
 from stage2_distill.config import DistillConfig
 from stage2_distill.turbo_config import (
     ALLOWED_VALUES,
-    JOINT_RULES,
+    JOINT_KEYS,
     RENAMED_KEYS,
+    RENAMED_VALUES,
     WITHOUT_EFFECT,
     translate_config,
     translated_options,
@@ -149,7 +150,7 @@ def test_what_a_silent_file_means() -> None:
     ("change", "words"),
     [
         ({"real_name": "Wan2.1-T2V-14B"}, "real_name=Wan2.1-T2V-14B: only Wan2.2"),
-        ({"generator_type": "causal"}, "a causal student is not built"),
+        ({"generator_type": "causal"}, "causal students are not supported"),
         ({"distribution_loss": "sid"}, "distribution_loss=sid"),
         ({"generator_ckpt": "ode.pt"}, "--init-from"),
         ({"beta1_critic": 0.5}, "beta1_critic=0.5: differs"),
@@ -158,7 +159,7 @@ def test_what_a_silent_file_means() -> None:
         ({"num_training_frames": 21}, "the video has 31 latent frames"),
         ({"fake_guidance_scale": 1.0}, "the critic has no guidance"),
         ({"denoising_loss_type": "eps"}, "choose one of x0, flow, v, noise"),
-        ({"sponsor": 1}, "sponsor=1: unknown"),
+        ({"sponsor": 1}, "sponsor=1: not a key of ours"),
         ({"denoising_step_list": "four"}, "needs a list of numbers"),
     ],
 )
@@ -171,7 +172,7 @@ def test_what_cannot_be_followed_is_refused_with_its_reason(
 
 
 def test_no_key_has_two_meanings_and_every_option_named_is_ours() -> None:
-    tables = [set(RENAMED_KEYS), set(ALLOWED_VALUES), set(WITHOUT_EFFECT), set(JOINT_RULES)]
+    tables = [set(RENAMED_KEYS), set(ALLOWED_VALUES), set(WITHOUT_EFFECT), set(JOINT_KEYS), set(RENAMED_VALUES)]
     assert sum(map(len, tables)) == len(set().union(*tables))
     assert set(RENAMED_KEYS.values()) <= {item.name for item in fields(DistillConfig)}
 

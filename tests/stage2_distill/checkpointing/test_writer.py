@@ -23,7 +23,7 @@ from stage2_distill.checkpointing.format import (
     read_facts,
     write_best,
 )
-from stage2_distill.checkpointing.writer import CheckpointWriter, SaveError
+from stage2_distill.checkpointing.writer import CheckpointOptions, CheckpointWriter, SaveError
 from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import start_process_group
 from stage2_distill.dmd.schedule import CRITIC, STUDENT
@@ -70,7 +70,7 @@ def test_training_continues_and_does_not_change_the_checkpoint(
     monkeypatch.setattr(module.CheckpointJob, "write", write_late)
     monkeypatch.setattr(staging.StagedState, "copy_from_host", copy_slowly)
     live = {"student.weight": torch.arange(6.0).view(2, 3), "student.step": torch.tensor(5.0)}
-    with CheckpointWriter(tmp_path, config, start_process_group("cpu")) as writer:
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as writer:
         writer.save(live, facts)
         assert not list_checkpoints(tmp_path)  # save has returned and nothing is written yet
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
@@ -104,9 +104,9 @@ def test_a_step_waits_for_the_copies_of_its_role_alone(
     clock, optimizers = PhaseTimer(torch.device("cpu")), {}
     for role in (STUDENT, CRITIC):
         optimizers[role] = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    with CheckpointWriter(tmp_path, replace(config, student_update_interval=5), start_process_group("cpu")) as writer:
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as writer:
         writer.register_step_hooks(optimizers, clock)
-        writer.save({name: torch.ones(3) for name in names}, facts)  # after iteration 1: no turn of the student
+        writer.save({name: torch.ones(3) for name in names}, facts, first=CRITIC)
         optimizers[CRITIC].step()
         assert started[:2] == ["critic.w", "critic_optimizer.w"]
         staged = writer.staged
@@ -163,7 +163,7 @@ def test_files_that_read_back_differently_are_discarded_and_prune_nothing(
         for path in tmp_path.glob("*.partial/*.safetensors"):
             flip(path)
 
-    with CheckpointWriter(tmp_path, config, start_process_group("cpu")) as writer:
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as writer:
         writer.save(live, facts)
         writer.finish()
         monkeypatch.setattr(module.dcp, "save", save_lossy)
@@ -178,7 +178,7 @@ def test_a_rank_splits_its_part_into_files_of_bounded_size(
 ) -> None:
     monkeypatch.setattr(module, "FILE_BYTES", 1000)
     live = {f"student.{n}": torch.full((100,), float(n)) for n in range(10)}
-    with CheckpointWriter(tmp_path, config, start_process_group("cpu")) as writer:
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as writer:
         writer.save(live, facts)
         writer.finish()
     files = sorted(list_checkpoints(tmp_path)[0].glob("*.safetensors"))
@@ -201,13 +201,16 @@ def test_pruning_keeps_the_newest_the_best_and_every_nth(tmp_path: Path) -> None
 def test_finish_prunes_what_a_killed_run_left(
     config: DistillConfig, facts: StudentFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as killed, CheckpointWriter(tmp_path, config, start_process_group("cpu")) as writer:
+    with (
+        monkeypatch.context() as killed,
+        CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as writer,
+    ):
         killed.setattr(module, "prune_checkpoints", lambda *_: None)
         for iteration in (1, 2):
             writer.save({"student.weight": torch.arange(6.0)}, replace(facts, iteration=iteration))
         writer.wait()
     assert len(list_checkpoints(tmp_path)) == 2
-    with CheckpointWriter(tmp_path, config, start_process_group("cpu")) as writer:
+    with CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as writer:
         writer.finish()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002"]
 

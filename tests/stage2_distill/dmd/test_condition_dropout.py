@@ -9,7 +9,7 @@ import torch
 from common.condition import Condition, concat_conditions, frame_sigma, free_mean, pin
 from shards.record import Record, RecordSource, collate_records
 from stage2_distill.config import DistillConfig
-from stage2_distill.dmd.condition_dropout import augment_condition
+from stage2_distill.dmd.condition_dropout import ConditionDropout
 from stage2_distill.dmd.losses import critic_loss, dmd_loss
 from stage2_distill.dmd.schedule import MicroBatch
 from stage2_distill.model.wan import guided, load_transformer, make_denoiser
@@ -26,8 +26,8 @@ def part(*samples: int, iteration: int = 0) -> MicroBatch:
     return MicroBatch(iteration, "student", samples, samples, 1.0, last=True)
 
 
-def config(**changes: object) -> DistillConfig:
-    return DistillConfig(**({"shards": ("d",), "model": "m", "out": "o"} | changes))
+def dropout(**changes: object) -> ConditionDropout:
+    return DistillConfig(shards=("d",), model="m", out="o", **changes).select(ConditionDropout)
 
 
 def conditions(count: int) -> Condition:
@@ -86,26 +86,26 @@ def test_pin_and_times_follow_each_sample() -> None:
 
 
 def test_who_loses_the_first_frame_depends_on_the_sample_alone() -> None:
-    c = config(text_only_fraction=0.3, first_frame_jitter=0.2, global_batch=4000)
-    whole = augment_condition(conditions(4000), part(*range(4000)), c)
+    shares = dropout(text_only_fraction=0.3, first_frame_jitter=0.2)
+    whole = shares.augment(conditions(4000), part(*range(4000)))
     assert 1 - whole.given.float().mean().item() == pytest.approx(0.3, abs=0.03)
     noisy = whole.frame_time > 0
     assert noisy.float().mean().item() == pytest.approx(0.2, abs=0.03)
     logs = whole.frame_time[noisy].log()
     assert logs.mean().item() == pytest.approx(-3.5, abs=0.08)
     assert logs.std().item() == pytest.approx(0.5, abs=0.05)
-    some = augment_condition(conditions(2), part(17, 3999), c)
+    some = shares.augment(conditions(2), part(17, 3999))
     assert some.given.tolist() == whole.given[[17, 3999]].tolist()
     assert torch.equal(some.frame_time, whole.frame_time[[17, 3999]])
-    later = augment_condition(conditions(4000), part(*range(4000), iteration=1), c)
+    later = shares.augment(conditions(4000), part(*range(4000), iteration=1))
     assert not torch.equal(later.given, whole.given)
 
 
 def test_without_the_knobs_a_condition_stays_as_it_is() -> None:
     condition = conditions(2)
-    assert augment_condition(condition, part(0, 1), config()) is condition
+    assert dropout().augment(condition, part(0, 1)) is condition
     text_only = Condition(None, condition.text)
-    assert augment_condition(text_only, part(0, 1), config(text_only_fraction=0.5, first_frame_jitter=1.0)) is text_only
+    assert dropout(text_only_fraction=0.5, first_frame_jitter=1.0).augment(text_only, part(0, 1)) is text_only
 
 
 def test_records_of_both_kinds_share_a_batch() -> None:

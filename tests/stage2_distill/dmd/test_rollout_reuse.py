@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from common.condition import Condition
-from common.seed import draw_normal, make_generator
-from stage2_distill.dmd.rollout import rollout
+from stage2_distill.dmd.rollout import StudentRollouts
 from stage2_distill.dmd.rollout_reuse import RolloutReuse, assign_slot, draw_group_exits
-from stage2_distill.dmd.schedule import CRITIC, micro_batches
+from stage2_distill.dmd.schedule import CRITIC, Schedule
 from stage2_distill.monitoring.metrics_log import METRICS_FILE, complete_lines
 from tests.stage2_distill.training_helpers import SPEC, make_config, make_shards, run_here, tensors
 
@@ -33,9 +32,10 @@ def test_groups_take_every_step(model: Path, global_batch: int, every: int) -> N
     )
     taken: Counter[int] = Counter()
     groups: dict[tuple[int, int], list[int]] = {}
-    for part in micro_batches(config, start=0, rank=0, world=1):
+    schedule = Schedule.of(config, world=1)
+    for part in schedule.micro_batches(start=0, rank=0):
         if part.role == CRITIC:
-            slot = assign_slot(part, config, world=1)
+            slot = assign_slot(part, schedule)
             members = groups.setdefault((part.iteration // every, slot.group), [])
             assert slot.starts_group == (not members)
             members.append(slot.exit_index)
@@ -59,20 +59,18 @@ def test_a_sample_is_what_a_rollout_gives(model: Path) -> None:
         calls += 1
         return x_t * 0.5 + condition.text.mean() + sigma.mean()
 
-    reuse, first = RolloutReuse(config, 1), None
-    for part in micro_batches(config, start=0, rank=0, world=1):
+    schedule = Schedule.of(config, world=1)
+    rollouts = StudentRollouts(student, config.seed, config.sigmas, SPEC.latent_shape)
+    reuse, first = RolloutReuse(rollouts, schedule), None
+    for part in schedule.micro_batches(start=0, rank=0):
         if part.role != CRITIC:
             continue
         condition = Condition(None, torch.full((2, 1, 1), float(part.iteration)))
-        first = (part, condition) if assign_slot(part, config, 1).starts_group else first
-        x0, used, exit_at = reuse.sample(student, part, condition)
-        assert used is first[1]
+        first = (part, condition) if assign_slot(part, schedule).starts_group else first
+        reused = reuse.simulate(part, condition, exit_index=0)
+        assert reused.condition is first[1]
         before = calls
-        draws = [make_generator(config.seed, first[0].iteration, s, "critic rollout") for s in first[0].samples]
-        noise = draw_normal(SPEC.latent_shape, draws)
-        ladder = config.sigmas
-        expected = rollout(student, noise, used, sigmas=ladder, generators=draws, exit_index=exit_at)
-        assert torch.equal(x0, expected)
+        assert torch.equal(reused.x0, rollouts.simulate(*first, reused.exit_index).x0)
         calls = before
     assert calls == 8, "two cycles of five updates, one trajectory of four steps each"
 

@@ -4,15 +4,8 @@ import pytest
 
 from common.flow import timestep_sigmas
 from stage2_distill.config import DistillConfig
-from stage2_distill.dmd.schedule import (
-    accumulation_steps,
-    draw_exit_index,
-    micro_batches,
-    score_bounds,
-    student_turn,
-    updates_before,
-)
-from stage2_distill.trainer import ema_decay
+from stage2_distill.dmd.schedule import Schedule
+from stage2_distill.dmd.score_noise import ScoreNoise
 
 
 def config(**changes: object) -> DistillConfig:
@@ -20,8 +13,12 @@ def config(**changes: object) -> DistillConfig:
     return DistillConfig(**(values | changes))
 
 
+def schedule(world: int = 1, **changes: object) -> Schedule:
+    return Schedule.of(config(**changes), world)
+
+
 def test_twenty_iterations_are_4_student_and_20_critic_updates_on_24_batches() -> None:
-    todo = list(micro_batches(config(), start=0, rank=0, world=1))
+    todo = list(schedule().micro_batches(start=0, rank=0))
     updates = [(p.iteration, p.role) for p in todo if p.last]
     pattern = [("student", "critic") if i % 5 == 0 else ("critic",) for i in range(20)]
     assert updates == [(i, role) for i, roles in enumerate(pattern) for role in roles]
@@ -34,13 +31,13 @@ def test_twenty_iterations_are_4_student_and_20_critic_updates_on_24_batches() -
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("start", [0, 3, 5])
 def test_ranks_share_the_same_global_batches(world: int, start: int) -> None:
-    alone = list(micro_batches(config(), start=0, rank=0, world=1))
+    alone = list(schedule().micro_batches(start=0, rank=0))
     wanted = {(p.iteration, p.role, pos, s) for p in alone for pos, s in zip(p.positions, p.samples, strict=True)}
     wanted = {item for item in wanted if item[0] >= start}
     found = [
         (p.iteration, p.role, pos, s)
         for rank in range(world)
-        for p in micro_batches(config(), start=start, rank=rank, world=world)
+        for p in schedule(world).micro_batches(start=start, rank=rank)
         for pos, s in zip(p.positions, p.samples, strict=True)
     ]
     assert len(found) == len(set(found))
@@ -49,45 +46,47 @@ def test_ranks_share_the_same_global_batches(world: int, start: int) -> None:
 
 def test_shares_add_up_to_one_update() -> None:
     for world in (1, 2, 4):
-        todo = [p for p in micro_batches(config(), start=1, rank=world - 1, world=world) if p.iteration == 1]
+        todo = [p for p in schedule(world).micro_batches(start=1, rank=world - 1) if p.iteration == 1]
         assert sum(part.share for part in todo) == pytest.approx(1)
         assert [part.last for part in todo] == [False] * (len(todo) - 1) + [True]
 
 
 def test_impossible_global_batch_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="nearest are 6 and 12"):
-        accumulation_steps(config(global_batch=8, batch_size=3), 2)
+        schedule(world=2, global_batch=8, batch_size=3)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 5, 7])
 def test_updates_before_counts_the_turns(warmup: int) -> None:
-    c = config(critic_warmup=warmup)
+    turns = schedule(critic_warmup=warmup)
     for iteration in range(20):
-        counted = sum(1 + student_turn(i, c) for i in range(iteration))
-        assert updates_before(iteration, c) == counted
+        counted = sum(len(turns.updated_roles(i)) for i in range(iteration))
+        assert turns.updates_before(iteration) == counted
 
 
 def test_exits_are_uniform_and_differ_between_roles_and_seeds() -> None:
-    exits = [draw_exit_index(i, "student", config()) for i in range(2000)]
+    exits = [schedule().draw_exit_index(i, "student") for i in range(2000)]
     assert all(abs(exits.count(k) - 500) < 90 for k in range(4))
-    assert exits == [draw_exit_index(i, "student", config()) for i in range(2000)]
-    assert exits != [draw_exit_index(i, "critic", config()) for i in range(2000)]
-    assert exits != [draw_exit_index(i, "student", config(seed=1)) for i in range(2000)]
+    assert exits == [schedule().draw_exit_index(i, "student") for i in range(2000)]
+    assert exits != [schedule().draw_exit_index(i, "critic") for i in range(2000)]
+    assert exits != [schedule(seed=1).draw_exit_index(i, "student") for i in range(2000)]
 
 
 def test_score_bounds_follow_the_reference() -> None:
     flags = {
-        (low, high): config(ts_schedule=low, ts_schedule_max=high) for low in (False, True) for high in (False, True)
+        (low, high): config(ts_schedule=low, ts_schedule_max=high).select(ScoreNoise)
+        for low in (False, True)
+        for high in (False, True)
     }
-    assert score_bounds(2, flags[False, False]) == (0, 1)
-    assert score_bounds(2, flags[True, False]) == (0.25, 1)
-    assert score_bounds(2, flags[False, True]) == (0, 0.5)
-    assert score_bounds(2, flags[True, True]) == (0.25, 0.5)
-    assert score_bounds(3, flags[True, True]) == (0, 0.25)
+    assert flags[False, False].bounds(2) == (0, 1)
+    assert flags[True, False].bounds(2) == (0.25, 1)
+    assert flags[False, True].bounds(2) == (0, 0.5)
+    assert flags[True, True].bounds(2) == (0.25, 0.5)
+    assert flags[True, True].bounds(3) == (0, 0.25)
 
 
 def test_average_copies_until_its_start() -> None:
-    decays = [ema_decay(i, config(ema_start=7)) for i in range(0, 20, 5)]
+    decays = [schedule(ema_start=7).ema_decay_after(i) for i in range(0, 20, 5)]
     assert decays == [0, 0, 0.99, 0.99]
 
 

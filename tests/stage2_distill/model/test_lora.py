@@ -15,7 +15,7 @@ from stage2_distill.model.layers import ExecutionPlan, final_norm_function
 from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters
 from stage2_distill.model.wan import load_transformer, make_denoiser
 from stage2_distill.sampling.student_sampler import load_merged, load_student
-from stage2_distill.trainer import Trainer
+from stage2_distill.trainer import Roles
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, run_worker, tensors
 
 LORA = {"lora_rank": 3, "lora_alpha": 6.0, "student_lr": 1e-2, "critic_lr": 1e-2, "iterations": 4}
@@ -27,22 +27,22 @@ def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trainers() -> list[Trainer]:
-    """The trainers of the runs of this module."""
+def built_roles() -> list[Roles]:
+    """The roles of the runs of this module."""
     return []
 
 
 @pytest.fixture(scope="module")
-def checkpoint(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory, trainers: list[Trainer]) -> Path:
+def checkpoint(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory, built_roles: list[Roles]) -> Path:
     """The last checkpoint of an uninterrupted run."""
-    real = build.build_trainer
+    real = build.build_roles
 
-    def record_trainer(*arguments: object) -> Trainer:
-        trainers.append(real(*arguments))
-        return trainers[-1]
+    def record_roles(*arguments: object) -> Roles:
+        built_roles.append(real(*arguments))
+        return built_roles[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "build_trainer", record_trainer)
+        patch.setattr(train, "build_roles", record_roles)
         out = tmp_path_factory.mktemp("lora") / "run"
         return run_here(make_config(shards, model, out, checkpoint_every=2, preview_every=4, preview_count=1, **LORA))
 
@@ -57,9 +57,9 @@ def base_weights(model: Path) -> dict[str, torch.Tensor]:
     return load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def test_roles_share_one_frozen_base(checkpoint: Path, model: Path, trainers: list[Trainer]) -> None:
-    roles = trainers[0].roles
-    assert roles.student.base is roles.teacher.base is roles.critic.base
+def test_roles_share_one_frozen_base(checkpoint: Path, model: Path, built_roles: list[Roles]) -> None:
+    roles = built_roles[0]
+    assert roles.student.net.base is roles.teacher.base is roles.critic.net.base
     stored = base_weights(model)
     kept = {name: p for name, p in roles.teacher.base.named_parameters() if ".lora_" not in name}
     assert len(kept) == len(stored)

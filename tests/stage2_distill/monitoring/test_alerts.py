@@ -18,7 +18,7 @@ from stage2_distill import build, train, trainer
 from stage2_distill.checkpointing.format import newest_checkpoint
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.latent_stats import latent_stats
-from stage2_distill.dmd.schedule import micro_batches
+from stage2_distill.dmd.schedule import Schedule
 from stage2_distill.monitoring import alerts
 from stage2_distill.monitoring.alerts import WINDOW_ITERATIONS, MetricAlerts
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, run_ranks, tensors
@@ -130,7 +130,7 @@ def first_use(config: DistillConfig, bad: int, world: int) -> tuple[int, int]:
     uses = [
         (part.iteration, part.role != "student", rank)
         for rank in range(world)
-        for part in micro_batches(config, start=0, rank=rank, world=world)
+        for part in Schedule.of(config, world).micro_batches(start=0, rank=rank)
         if any(stream.record_index(position) == bad for position in part.positions)
     ]
     iteration, _, rank = min(uses)
@@ -162,14 +162,14 @@ def test_update_that_is_not_finite_is_not_taken(
 ) -> None:
     """The loss, or only its gradient, is infinite: neither weights nor optimizer move."""
     shards = make_shards(tmp_path / "data", model)
-    opened: list[trainer.Trainer] = []
-    real, good = build.build_trainer, trainer.critic_loss
+    built: list[trainer.Roles] = []
+    real, good = build.build_roles, trainer.critic_loss
 
-    def remember(*arguments: object) -> trainer.Trainer:
-        opened.append(real(*arguments))
-        return opened[-1]
+    def remember(*arguments: object) -> trainer.Roles:
+        built.append(real(*arguments))
+        return built[-1]
 
-    monkeypatch.setattr(train, "build_trainer", remember)
+    monkeypatch.setattr(train, "build_roles", remember)
 
     def bad(x0: torch.Tensor, condition: Condition, **options: object) -> torch.Tensor:
         loss = good(x0, condition, **options)
@@ -180,6 +180,6 @@ def test_update_that_is_not_finite_is_not_taken(
     monkeypatch.setattr(trainer, "critic_loss", bad)
     with pytest.raises(trainer.DivergedError, match=r"iteration 1: .*Last good checkpoint: step-000001"):
         run_here(make_config(shards, model, tmp_path / "run", iterations=3, checkpoint_every=1))
-    for name, value in train.training_state(opened[-1]).items():
+    for name, value in train.training_state(built[-1]).items():
         if name.startswith("critic"):
             assert torch.equal(value, before[name]), name

@@ -59,7 +59,7 @@ def test_missing_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(builtins, "__import__", import_without_wandb)
     with pytest.raises(ValueError, match="pip install"):
-        open_wandb(tmp_path, make_config(tmp_path, tmp_path, tmp_path, wandb="online"))
+        open_wandb(tmp_path, "online", {})
 
 
 def test_missing_tensorboard_is_one_line_and_training_continues(
@@ -67,7 +67,7 @@ def test_missing_tensorboard_is_one_line_and_training_continues(
 ) -> None:
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    trackers = ExperimentTrackers(tmp_path, make_config(tmp_path, tmp_path, tmp_path), start=0)
+    trackers = ExperimentTrackers(tmp_path, start=0, wandb="off", options={})
     trackers.write({"iteration": 0, "critic_loss": 1.0})
     trackers.close()
     (message,) = caplog.messages
@@ -82,4 +82,4 @@ def test_wandb_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     wandb.init = Mock(side_effect=wandb.Error("api_key\nnot configured"))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with pytest.raises(ValueError, match=r"^wandb=online: api_key not configured; log in, or leave --wandb off$"):
-        open_wandb(tmp_path, make_config(tmp_path, tmp_path, tmp_path, wandb="online"))
+        open_wandb(tmp_path, "online", {})

@@ -51,13 +51,13 @@ def steps(net: nn.Module, optimizer: CompactAdamW, numbers: range) -> None:
 def kept(optimizer: CompactAdamW) -> list[Tensor]:
     """Masters and states."""
     return [
-        *optimizer.master_weights(),
-        *(value for p in optimizer.trained_parameters() for value in optimizer.state[p].values()),
+        *dict(optimizer.master_weights()).values(),
+        *optimizer.state_tensors().values(),
     ]
 
 
 def away(host: pinned_memory.PinnedPool, value: Tensor) -> Tensor:
-    """`Host.home` as it is for a GPU's tensors."""
+    """`PinnedPool.place_tensor` as it is for a GPU's tensors."""
     return host.copy_into_slab(local_tensor(value)) if host.offload else value
 
 
@@ -72,14 +72,13 @@ def check_whole_copies(ranks: RankContext) -> None:
         net = layer()
         fully_shard(net, mesh=build_mesh("cpu", ranks.world, ranks.world))
         optimizers.append(CompactAdamW(net, SETTINGS, offload=offload))
-        average = EmaWeights(lambda o=optimizers[-1]: zip("wb", o.masters(), strict=True), offload=offload)
-        average.prepare_update(0.5)
-        steps(net, optimizers[-1], range(5))
-        average.update(average.masters(), 0.5, ranks.device)
+        average = EmaWeights(optimizers[-1].master_weights, ranks.device, offload=offload)
+        with average.update_after(0.5):
+            steps(net, optimizers[-1], range(5))
         optimizers[-1].averages = average.weights
     here, home = optimizers
-    assert not any(isinstance(value, DTensor) for p in home.trained_parameters() for value in home.state[p].values())
-    pairs = [*zip(kept(here), kept(home), strict=True), *((here.averages[n], home.averages[n]) for n in "wb")]
+    assert not any(isinstance(value, DTensor) for value in home.state_tensors().values())
+    pairs = [*zip(kept(here), kept(home), strict=True), *((here.averages[n], home.averages[n]) for n in here.averages)]
     assert all(torch.equal(local_tensor(one), local_tensor(two)) for one, two in pairs)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from stage2_distill.distributed.process_group import start_process_group
 from stage2_distill.dmd.schedule import STUDENT
 from stage2_distill.optim.adamw import CHUNK_PARAMETERS, PlainAdamW
-from stage2_distill.optim.optimizers import build_optimizer, set_learning_rate
+from stage2_distill.optim.optimizers import OptimizerSettings
 from tests.stage2_distill.training_helpers import make_config
 
 SETTINGS = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01}
@@ -29,7 +29,7 @@ def test_100_steps_have_the_bits_of_torchs() -> None:
     torchs = torch.optim.AdamW(theirs.parameters(), betas=(0.0, 0.999), foreach=False, **SETTINGS)
     for step in range(100):
         for optimizer in (plain, torchs):
-            set_learning_rate(optimizer, 1e-3 / (1 + step % 3))
+            optimizer.param_groups[0]["lr"] = 1e-3 / (1 + step % 3)
         for number, (one, two) in enumerate(zip(mine.parameters(), theirs.parameters(), strict=True)):
             draws = torch.Generator().manual_seed(1000 * step + number)
             without = step == 3 and number == 2  # it has one step less from then on
@@ -48,5 +48,6 @@ def test_a_first_moment_is_kept_only_where_there_is_one(
 ) -> None:
     net = layers()
     config = make_config(tmp_path, model, tmp_path, beta1=beta1)
-    optimizer = build_optimizer(net, STUDENT, config, start_process_group("cpu"), "standard")
+    settings = OptimizerSettings.of(config, start_process_group("cpu"), "standard")
+    optimizer = settings.build_optimizer(net, STUDENT)
     assert {slot for parameter in net.parameters() for slot in optimizer.state[parameter]} == slots

@@ -36,7 +36,7 @@ def pair(moment: str, **changes: float) -> tuple[nn.Linear, CompactAdamW, nn.Lin
 
 
 def masters(net: nn.Module, optimizer: CompactAdamW) -> list[Tensor]:
-    return list(optimizer.master_weights())
+    return list(dict(optimizer.master_weights()).values())
 
 
 def give_gradients(half: nn.Module, full: nn.Module, seed: int) -> None:
@@ -71,17 +71,16 @@ def test_1000_steps_leave_the_masters_of_float32_adamw() -> None:
     assert all(torch.equal(p, m.bfloat16()) for p, m in zip(half.parameters(), masters(half, compact), strict=True))
 
 
-@pytest.mark.parametrize(("moment", "bound"), [("bfloat16", 0.02), ("8bit", 0.1)])
-def test_few_bits_of_second_moment_move_masters_alike(moment: str, bound: float) -> None:
-    """After 1,000 steps the way that each weight has gone differs from float32's by at most `bound` of its length."""
-    half, compact, full, adamw = pair(moment)
+def test_8_bit_second_moments_move_masters_alike() -> None:
+    """After 1,000 steps the way that each weight has gone differs from float32's by at most a tenth of its length."""
+    half, compact, full, adamw = pair("8bit")
     start = [p.detach().clone() for p in full.parameters()]
     for step in range(1000):
         give_gradients(half, full, step)
         compact.step()
         adamw.step()
     for mine, theirs, first in zip(masters(half, compact), full.parameters(), start, strict=True):
-        assert ((mine - theirs).norm() / (theirs - first).norm()).item() < bound, moment
+        assert ((mine - theirs).norm() / (theirs - first).norm()).item() < 0.1
     assert torch.equal(masters(half, compact)[1], full.bias), "a vector keeps its second moment in float32"
 
 
@@ -155,11 +154,10 @@ def test_a_step_that_is_not_fine_changes_nothing(moment: str) -> None:
     half, compact, full, _ = pair(moment)
     give_gradients(half, full, 0)
     compact.step()
-    kept = [*compact.master_weights(), *(compact.state[p]["exp_avg_sq"].clone() for p in half.parameters())]
+    kept = [*masters(half, compact), *(compact.state[p]["exp_avg_sq"].clone() for p in half.parameters())]
     for fine in (False, True):
         give_gradients(half, full, 1)
         compact.clip_gradients(1.0)
-        compact.skip_step_unless(torch.tensor(fine))
-        compact.step()
-        found = [*compact.master_weights(), *(compact.state[p]["exp_avg_sq"] for p in half.parameters())]
+        assert compact.step_if_finite(torch.tensor(fine))
+        found = [*masters(half, compact), *(compact.state[p]["exp_avg_sq"] for p in half.parameters())]
         assert all(torch.equal(a, b) is not fine for a, b in zip(kept, found, strict=True))
