@@ -186,7 +186,7 @@ def test_checkpoint_before_a_damaged_one_is_used(
     flip(file)
     assert_same(uninterrupted, run_here(config))
     assert f"step-000008 is damaged: {file.name} has other bytes" in caplog.text
-    assert "going on from step-000006 instead" in caplog.text
+    assert "resuming from step-000006 instead" in caplog.text
     assert lines(tmp_path / "run") == lines(uninterrupted.parent)
     assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-000008", "step-000008.damaged"]
     flip(next((tmp_path / "run" / "step-000008").glob("*.safetensors")))
