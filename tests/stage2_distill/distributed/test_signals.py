@@ -190,7 +190,7 @@ def test_checkpoint_before_a_damaged_one_is_used(
     assert lines(tmp_path / "run") == lines(uninterrupted.parent)
     assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-000008", "step-000008.damaged"]
     flip(next((tmp_path / "run" / "step-000008").glob("*.safetensors")))
-    with pytest.raises(ValueError, match="none of its checkpoints is whole"):
+    with pytest.raises(ValueError, match="all checkpoints are damaged"):
         run_here(config)
 
 
