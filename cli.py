@@ -1,4 +1,4 @@
-"""The doorbell: parses, calls one function a step, turns the user's mistakes into one line.
+"""Command-line entry point: parses options, calls one function per command, prints user errors as one line.
 
 Torch and the stages are imported inside the commands, so that `--help` answers at once.
 """
@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import click
@@ -24,7 +25,7 @@ from stage2_distill.turbo_config import translated_options
 
 @click.group(context_settings={"show_default": True, "max_content_width": 110})
 def cli() -> None:
-    """Distil Wan2.2-TI2V-5B to a few steps: encode clips, distill, sample."""
+    """Distill Wan2.2-TI2V-5B to a few steps: encode clips, distill, sample."""
 
 
 @cli.command("encode", cls=ConfigCommand)
@@ -44,13 +45,28 @@ def encode_command(**options: object) -> None:
 @config_options(VerifyConfig)
 def verify_command(shards: str, **options: object) -> int:
     """Check every byte, row and record of a data set, and describe it."""
-    return verify_and_repair(shards, resolve_config(VerifyConfig, options))
+    from shards.verification.verify import verify_data_set
+
+    config = resolve_config(VerifyConfig, options)
+    report = verify_data_set(shards)
+    click.echo("\n".join(report.format_lines()))
+    if config.repair and report.problems:
+        from stage1_encode.repair import repair_data_set
+
+        repair_data_set(report, config)
+        report = verify_data_set(shards)
+        click.echo(f"after the repair: {report.format_lines()[0]}")
+    if config.model and report.manifest:
+        from stage1_encode.repair import draw_contact_sheet
+
+        click.echo(f"first frames: {draw_contact_sheet(report, config)}")
+    return int(bool(report.problems))
 
 
 @cli.command("distill", cls=ConfigCommand)
 @config_options(DistillConfig)
 def distill_command(**options: object) -> None:
-    """Distil the model on shards; the same command again goes on."""
+    """Distill the model on shards; the same command resumes."""
     from stage2_distill.train import distill
 
     options, notes = translated_options(options)
@@ -95,129 +111,87 @@ def plot_command(run: Path) -> None:
 
 
 @cli.command("demo")
-@click.option("--out", default="demo", show_default=True, help="Folder for all that the demo makes.")
+@click.option("--out", default="demo", show_default=True, help="Folder for everything that the demo makes.")
 def demo_command(out: str) -> None:
-    """Walk the whole way on the small model of examples/nano."""
-    for name, path in run_demo(Path(out)).items():
-        click.echo(f"{name + ':':16}{path}")
-
-
-def run_demo(out: Path) -> dict[str, Path]:
-    """Encode, distil, evaluate and sample in `out`; what was made. What is there already is kept."""
+    """Run all steps on the small model of examples/nano."""
     from stage1_encode.encode import encode
     from stage2_distill.train import distill
 
-    nano = Path(__file__).parent / "examples" / "nano"
+    nano, folder = Path(__file__).parent / "examples" / "nano", Path(out)
     common = {"model": str(nano / "model"), "device": "cpu"}
-    data, held_out, run = out / "data", out / "held", out / "run"
-    for table, folder in (("clips.csv", data), ("held.csv", held_out)):
-        overrides = {"config": nano / "encode.yaml", "data": str(nano / table), "out": str(folder)}
-        encode(resolve_config(EncodeConfig, common | overrides))
-    overrides = {"config": nano / "demo.yaml", "shards": (str(data),), "out": str(run)}
-    distill(resolve_config(DistillConfig, common | overrides))
-    overrides = {"config": nano / "evaluate.yaml", "checkpoint": (str(run),), "shards": str(held_out)}
-    overrides |= {"out": str(out / "report"), "judge": str(nano / "judge.py")}
-    report = evaluate_students(resolve_config(EvaluateConfig, common | overrides))
-    overrides = {
-        "checkpoint": str(run),
-        "data": str(nano / "prompts.csv"),
-        "out": str(out / "videos"),
-        "dtype": "float32",
-    }
-    video_files = sample_videos(
-        resolve_config(SampleConfig, common | overrides | {"batch_size": 10, "max_text_tokens": 32})
-    )
-    return {
-        "shards": data,
-        "checkpoint": run,
-        "report": report,
-        "videos": out / "videos",
-        "contact sheet": video_files[-1],
-    }
-
-
-def verify_and_repair(shards: str, config: VerifyConfig) -> int:
-    """Verify a data set (shards), mend it and draw its first frames where asked (stage one); the exit code."""
-    from shards.verification.verify import verify_data_set
-
-    report = verify_data_set(shards)
-    click.echo("\n".join(report.format_lines()))
-    if config.repair and report.problems:
-        from stage1_encode.repair import repair_data_set
-
-        repair_data_set(report, config)
-        report = verify_data_set(shards)
-        click.echo(f"after the repair: {report.format_lines()[0]}")
-    if config.model and report.manifest:
-        from stage1_encode.repair import draw_contact_sheet
-
-        click.echo(f"first frames: {draw_contact_sheet(report, config)}")
-    return int(bool(report.problems))
+    data, held_out, run, videos = (folder / name for name in ("data", "held", "run", "videos"))
+    for table, shards in (("clips.csv", data), ("held.csv", held_out)):
+        options = {"config": nano / "encode.yaml", "data": str(nano / table), "out": str(shards)}
+        encode(resolve_config(EncodeConfig, common | options))
+    options = {"config": nano / "demo.yaml", "shards": (str(data),), "out": str(run)}
+    distill(resolve_config(DistillConfig, common | options))
+    options = {"config": nano / "evaluate.yaml", "checkpoint": (str(run),), "shards": str(held_out)}
+    options |= {"out": str(folder / "report"), "judge": str(nano / "judge.py")}
+    report = evaluate_students(resolve_config(EvaluateConfig, common | options))
+    options = {"config": nano / "sample.yaml", "checkpoint": str(run), "data": str(nano / "prompts.csv")}
+    *_, sheet = sample_videos(resolve_config(SampleConfig, common | options | {"out": str(videos)}))
+    made = {"shards": data, "checkpoint": run, "report": report, "videos": videos, "contact sheet": sheet}
+    for name, path in made.items():
+        click.echo(f"{name + ':':16}{path}")
 
 
 def sample_videos(config: SampleConfig) -> list[Path]:
-    """Conditions and frames (stage one), latents in between (stage two); the files made.
+    """Encode the conditions and decode the frames (stage one), denoise in between (stage two); returns the files.
 
-    Records and latents are handed over in memory; the latents are stored in X.zarr beside the videos as well. Under
-    torchrun each process makes its share of the CSV's rows, or all denoise the one video together.
+    The latents are also stored, in X.zarr beside the videos. Under torchrun the processes share the rows of a CSV, or
+    denoise the one video together.
     """
     from common.device import pick_device
     from stage1_encode.executors import rank_and_world
     from stage1_encode.generation.condition_encoder import load_condition_encoder
-    from stage1_encode.generation.generate import GenerationRequest, choose_memory_plan, generate_videos
+    from stage1_encode.generation.generate import GenerationRequest, generate_videos, needs_offload
     from stage2_distill.sampling.multi_gpu import LeaderSampler, run_sampling_worker
     from stage2_distill.sampling.student_sampler import open_student
 
     out, is_single = Path(config.out), config.prompt is not None
-    memory_plan = choose_memory_plan(config.vram, pick_device(config.device))
+    offload = needs_offload(config.vram, pick_device(config.device))
     student, (rank, world) = open_student(config), rank_and_world()
     shared_video = is_single and world > 1
     if shared_video and rank:
         run_sampling_worker(student)
         return []
     models = load_condition_encoder(
-        config.model,
-        precision=config.vae_dtype,
-        device=student.device,
-        keep_text_on_device=memory_plan.keep_text_encoder,
-        compile_decoder=config.compile,
+        config.model, precision=config.vae_dtype, device=student.device, keep_text_on_device=not offload
     )
     prepare_output(out, config, is_first_rank=rank == 0)
     if shared_video:
-        rank, world = 0, 1
-    name = f"latents-{rank}.zarr" if world > 1 else "latents.zarr"
-    store = out.with_suffix(".zarr") if is_single else out / name
+        rank, world = 0, 1  # the leader alone writes the file
+    store = out.with_suffix(".zarr") if is_single else out / (f"latents-{rank}.zarr" if world > 1 else "latents.zarr")
     with tempfile.TemporaryDirectory() as temporary:
         table = Path(write_prompt_csv(Path(temporary) / "prompt.csv", config) if is_single else str(config.data))
         request = GenerationRequest(
             table, out, store, student.spec, config.seed, config.segments, config.batch_size, rank, world
         )
         with LeaderSampler(student) if shared_video else nullcontext(student) as sampler:
-            return generate_videos(request, models, sampler, memory_plan)
+            return generate_videos(request, models, sampler, offload=offload)
 
 
 def evaluate_students(config: EvaluateConfig) -> Path:
-    """Sample all contestants (stage two), look at their videos (stage one), report (stage two); the page."""
-    from stage1_encode.video_metrics.evaluate_videos import VideoEvalConfig, load_tools, measure_videos
+    """Sample all candidates (stage two), measure their videos (stage one), report (stage two); returns the page."""
+    from stage1_encode.video_metrics.evaluate_videos import load_tools, measure_videos
     from stage2_distill.evaluation.compare import sample_comparison
     from stage2_distill.evaluation.report import write_report
 
-    eval_config = VideoEvalConfig(
-        config.out, config.shards, config.model, config.videos, config.report_videos,
-        config.judge, config.i3d_model, config.clip_model, config.device, config.batch_size,
-    )  # fmt: skip
+    load = partial(load_tools, config.model, config.shards, config.device,
+                   judge=config.judge, i3d_model=config.i3d_model, clip_model=config.clip_model)  # fmt: skip
     if config.videos:
-        load_tools(eval_config)  # a mistake there comes out before hours of sampling
+        load()  # and let go: mistakes show before hours of sampling, which need the memory
     sample_comparison(config)
     if config.videos:
-        measure_videos(eval_config)
+        measure_videos(Path(config.out), load(), max_videos=config.videos,
+                       report_videos=config.report_videos, batch_size=config.batch_size)  # fmt: skip
     return write_report(config)
 
 
 def prepare_output(out: Path, config: SampleConfig, *, is_first_rank: bool) -> None:
-    """Make the output's folder and, on the first rank, write the configuration beside it.
+    """Create the output's folder and, on the first rank, write the configuration beside the output.
 
-    ValueError where the folder holds something else.
+    ValueError if the folder holds other files.
     """
     is_single = config.prompt is not None
     config_path = out.with_name(out.name + ".yaml") if is_single else out / "sample.yaml"
@@ -229,9 +203,10 @@ def prepare_output(out: Path, config: SampleConfig, *, is_first_rank: bool) -> N
 
 
 def write_prompt_csv(path: Path, config: SampleConfig) -> str:
-    """A CSV of one row for the one prompt; its path."""
+    """Write a CSV of one row for the prompt of a single video; returns its path."""
     from stage1_encode.media.rows import locate_file
 
+    # absolute, because a path in a CSV starts at the CSV's folder
     image = "" if config.image is None else locate_file(Path("prompt.csv"), config.image)
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("prompt", "image", "seed"), (config.prompt, image, config.seed)])
@@ -239,7 +214,7 @@ def write_prompt_csv(path: Path, config: SampleConfig) -> str:
 
 
 def main() -> None:
-    """Run a command; exit code 2 for the user's mistakes, 1 for what went wrong on the way."""
+    """Run a command; exits with 2 after a user error and with 1 after a failure of the system."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         code = cli.main(standalone_mode=False)
@@ -252,7 +227,7 @@ def main() -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
     except (RuntimeError, OSError) as error:
-        if type(error) in (RuntimeError, NotImplementedError):
+        if type(error) in (RuntimeError, NotImplementedError):  # a bug of ours: show the traceback
             raise
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import cli
+from common.options import resolve_config
 from shards.latent_store import read_latents
 from stage1_encode.media.rows import locate_file, read_shard_rows
 from stage2_distill.sampling.config import SampleConfig
@@ -110,6 +111,13 @@ def test_an_image_may_be_a_web_address(image: str, found: str, tmp_path: Path) -
     table = Path(cli.write_prompt_csv(tmp_path / "prompt.csv", config))
     (rows,) = read_shard_rows(table, shard_size=9, text_only=True)
     assert locate_file(table, rows[0].path) == found
+
+
+def test_memory_24gb_of_the_last_release_is_16gb_now() -> None:
+    required = {"checkpoint": "c", "model": "m", "out": "o.mp4", "prompt": "p"}
+    assert resolve_config(SampleConfig, required | {"memory": "24gb"}).vram == "16gb"
+    with pytest.raises(ValueError, match="vram=24gb: choose one of auto, full, 16gb"):
+        resolve_config(SampleConfig, required | {"vram": "24gb"})
 
 
 def test_csv_of_prompts_becomes_a_folder(run: Path, model: Path, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""Prompts and pictures -> records in memory: what `sample` makes videos from.
+"""Encode prompts and pictures into records in memory, the conditions of `sample`.
 
 Shapes: C channels, H W latent size, X Y pixels.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -22,14 +22,14 @@ from stage1_encode.models import text_encoder, vae
 from stage1_encode.models.row_encoder import RowEncoder
 from stage1_encode.models.vae import FrameEncoder, WanVae
 
-TEXT_BATCH_TOKENS = 8192  # embedded at once
-PICTURE_THREADS = 8  # pictures read at once, while the texts are embedded
+TEXT_BATCH_TOKENS = 8192  # per batch, including padding
+PICTURE_THREADS = 8  # that read pictures while the prompts are embedded
 ENCODER_PARTS = ("vae", "text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)
 class ConditionEncoder:
-    """Both models of stage one, and the place where they compute."""
+    """The text encoder, the VAE and the device on which they compute."""
 
     text: text_encoder.TextEncoder
     vae: WanVae
@@ -38,49 +38,50 @@ class ConditionEncoder:
 
     @cached_property
     def text_tensors(self) -> OffloadedTensors:
-        """The text encoder's tensors."""
+        """Return the text encoder's tensors, which may be moved to host memory and back."""
         return OffloadedTensors([*self.text.model.parameters(), *self.text.model.buffers()])
 
 
 def load_condition_encoder(
-    model: str, *, precision: str, device: torch.device, keep_text_on_device: bool = True, compile_decoder: bool = False
+    model: str, *, precision: str, device: torch.device, keep_text_on_device: bool = True
 ) -> ConditionEncoder:
-    """Read both models: the VAE onto the device, the text encoder, always in bf16, too where it is to `stay` there.
+    """Load the VAE onto the device, and the text encoder, in bfloat16, onto the device or into host memory.
 
-    `precision` of the VAE: a type, or auto, which is bf16 on a GPU and float32 elsewhere; `compiled`: its decoder too.
+    `precision` of the VAE: a dtype, or auto, which is bfloat16 on a GPU and float32 on the CPU.
     """
     folder = locate_model(model, ENCODER_PARTS)
     dtype_name = ("bfloat16" if device.type == "cuda" else "float32") if precision == "auto" else precision
-    autoencoder = replace(
-        vae.load_vae(folder, dtype=getattr(torch, dtype_name), device=device), compiled=compile_decoder
-    )
-    autoencoder.release_diffusers_decoder()
-    prompts = text_encoder.load_text_encoder(
-        folder, dtype=torch.bfloat16, device=device if keep_text_on_device else torch.device("cpu")
-    )
-    return ConditionEncoder(prompts, autoencoder, vae.make_frame_encoder(autoencoder), device)
+    autoencoder = vae.load_vae(folder, dtype=getattr(torch, dtype_name), device=device)
+    autoencoder.release_diffusers_decoder()  # the larger half of the VAE, which would lie unused
+    text_device = device if keep_text_on_device else torch.device("cpu")
+    text = text_encoder.load_text_encoder(folder, dtype=torch.bfloat16, device=text_device)
+    return ConditionEncoder(text, autoencoder, vae.make_frame_encoder(autoencoder), device)
 
 
 def encode_conditions(
     encoder: ConditionEncoder, rows: Sequence[Row], table: Path, spec: VideoSpec, *, keep_text_on_device: bool
 ) -> list[Record]:
-    """Records of rows, with the numbers of `encode`; the text encoder is left on the device where `stay`.
+    """Return the records of rows, with the same numbers as `encode`.
 
-    ValueError names the first row that cannot be used.
+    The text encoder moves to the device, and back to host memory unless `keep_text_on_device`. ValueError names the
+    first row that cannot be used.
     """
     row_encoder = RowEncoder(encoder.frames, encoder.text)
     prompts, tokens = row_encoder.tokenize_prompts([row.prompt for row in rows])
-    with ThreadPoolExecutor(PICTURE_THREADS) as pool:
+    with ThreadPoolExecutor(PICTURE_THREADS) as pool:  # PIL and decord release the interpreter lock
         pending_pictures = pool.map(lambda row, prompt: read_row_picture(row, prompt, table, spec), rows, prompts)
         encoder.text_tensors.move_to(encoder.device)
         embeddings = row_encoder.embed_tokens(tokens, max_tokens=TEXT_BATCH_TOKENS)
         pictures = list(pending_pictures)
-    unusable_rows = [(row, picture) for row, picture in zip(rows, pictures, strict=True) if isinstance(picture, str)]
-    problems = [f"line {row.line}, {row.path}: {picture}" for row, picture in unusable_rows]
+    problems = [
+        f"line {row.line}, {row.path}: {picture}"
+        for row, picture in zip(rows, pictures, strict=True)
+        if isinstance(picture, str)
+    ]
     if problems:
-        raise ValueError(f"{len(problems)} of the conditions cannot be used; {problems[0]}")
+        raise ValueError(f"{len(problems)} of {len(rows)} conditions cannot be used; {problems[0]}")
     latents = [encode_picture(encoder, picture) if isinstance(picture, Tensor) else None for picture in pictures]
-    if event := record_event(encoder.device):
+    if event := record_event(encoder.device):  # the embeddings are still being copied to the CPU
         event.synchronize()
     if not keep_text_on_device:
         encoder.text_tensors.move_to(torch.device("cpu"))
@@ -91,7 +92,7 @@ def encode_conditions(
 
 
 def read_row_picture(row: Row, prompt: str, table: Path, spec: VideoSpec) -> Tensor | str | None:
-    """The first frame (X Y 3) uint8 of a row, None where it names none, or why the row cannot be used."""
+    """Return a row's first frame (X Y 3) uint8, None if it names no picture, or the reason why it cannot be used."""
     if problem := row.problem_with(prompt):
         return problem
     if not row.path:
@@ -100,9 +101,9 @@ def read_row_picture(row: Row, prompt: str, table: Path, spec: VideoSpec) -> Ten
         frame = read_first_frame(locate_file(table, row.path), height=spec.height, width=spec.width)
     except UnreadableError as error:
         return str(error)
-    return torch.from_numpy(frame.pixels.copy())
+    return torch.from_numpy(frame.pixels.copy())  # the array may be read-only
 
 
 def encode_picture(encoder: ConditionEncoder, pixels: Tensor) -> Tensor:
-    """The latent (C 1 H W) bf16, on the VAE's device, of a picture (X Y 3) uint8 on any device."""
+    """Return the latent (C 1 H W) bfloat16, on the VAE's device, of a picture (X Y 3) uint8 on any device."""
     return RowEncoder(encoder.frames, encoder.text).encode_pictures(pixels[None])[0]

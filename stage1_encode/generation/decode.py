@@ -1,4 +1,4 @@
-"""`decode`: latents become videos, the way back through the same VAE. Shapes: F frames, X Y pixel height and width."""
+"""The `decode` command: latents -> mp4 files and contact sheets. Shapes: F frames, X Y pixel height and width."""
 
 import io
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy
 import torch
 from PIL import Image
+from torch import Tensor
 
 from common.device import pick_device
 from common.files import refuse_foreign_files, write_file
@@ -16,82 +17,98 @@ from common.model_folder import locate_model
 from common.options import write_config
 from common.progress import track_progress
 from shards import latent_store
-from shards.latent_store import LatentGroup
 from stage1_encode.config import DecodeConfig
 from stage1_encode.media.video_writer import write_video
 from stage1_encode.models import vae
 
 CONTACT_SHEET, DECODE_CONFIG_FILE = "contact.png", "decode.yaml"
+# what decode, sample and an interrupted run of either may leave in a folder
 VIDEO_FOLDER_FILES = re.compile(
     r"(contact(-\d+)?\.png|.*\.mp4|(decode|sample|.*\.mp4)\.yaml)(\.partial)?|sample|.*\.zarr|step-.*"
 )
-THUMBNAIL_WIDTH, MAX_SHEET_ROWS = 256, 64  # of the contact sheet: pixels in width, videos
+THUMBNAIL_WIDTH, MAX_SHEET_ROWS = 256, 64  # of a contact sheet: pixels, videos
 POLL_SECONDS = 5.0
 
 
 def decode(config: DecodeConfig) -> list[Path]:
-    """Write KEY.mp4 for every video of a store, and a contact sheet; one folder a step if there are several."""
+    """Write KEY.mp4 for every video of a store and a contact sheet; returns the files.
+
+    Several steps get a folder each. ValueError if the store has no finished step or `out` holds something else.
+    """
     store, out = Path(config.latents), Path(config.out)
-    steps = list_finished_steps(store)
-    check_video_folder(out, steps)
-    model = load_decode_vae(config)
-    files: list[Path] = []
-    for step in steps:
-        folder = out if len(steps) == 1 else out / step
-        folder.mkdir(parents=True, exist_ok=True)
-        files += decode_step(config, model, latent_store.describe_group(store, step), folder)
-    write_config(out / DECODE_CONFIG_FILE, config)
-    return files
-
-
-def list_finished_steps(store: Path) -> list[str]:
-    """Names of the steps to decode; ValueError where there are none."""
     steps = latent_store.complete_groups(store)
     if not steps:
         raise ValueError(f"latents={store}: holds no finished step")
-    return steps
+    model = prepare_decoding(config, steps)
+    return [path for step in steps for path in decode_step(config, model, step, out if len(steps) == 1 else out / step)]
+
+
+def decode_as_written(config: DecodeConfig) -> Iterator[Path]:
+    """Decode each step that a training run finishes into its own folder; yields contact sheets until the run has ended.
+
+    The store may not exist yet. A step that has a contact sheet is not decoded again.
+    """
+    store, out = Path(config.latents), Path(config.out)
+    model = prepare_decoding(config, finished_steps(store))
+    while True:
+        # read before the steps are listed; the other way round, a last step in between would be missed
+        is_complete = latent_store.is_store_complete(store)
+        for step in finished_steps(store):
+            if not (out / step / CONTACT_SHEET).is_file():
+                yield decode_step(config, model, step, out / step)[-1]
+        if is_complete:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def finished_steps(store: Path) -> list[str]:
+    """Return the finished steps of a store; none if it does not exist yet."""
+    return latent_store.complete_groups(store) if (store / "zarr.json").is_file() else []
+
+
+def prepare_decoding(config: DecodeConfig, steps: Sequence[str]) -> vae.WanVae:
+    """Check and create the output folder, write the configuration into it, and load the VAE."""
+    out = Path(config.out)
+    check_video_folder(out, steps)
+    folder = locate_model(config.model, ("vae",))
+    model = vae.load_vae(folder, dtype=getattr(torch, config.vae_dtype), device=pick_device(config.device))
+    out.mkdir(parents=True, exist_ok=True)
+    write_config(out / DECODE_CONFIG_FILE, config)
+    return model
 
 
 def check_video_folder(folder: Path, steps: Sequence[str]) -> None:
-    """Refuse a folder that holds anything but videos made here, and folders of these steps."""
+    """Raise ValueError if a folder holds anything but videos made by this program and folders of these steps."""
     refuse_foreign_files(folder, lambda name: name in steps or VIDEO_FOLDER_FILES.fullmatch(name) is not None)
 
 
-def load_decode_vae(config: DecodeConfig) -> vae.WanVae:
-    """Read the VAE onto the device."""
-    folder = locate_model(config.model, ("vae",))
-    return vae.load_vae(folder, dtype=getattr(torch, config.vae_dtype), device=pick_device(config.device))
-
-
-def decode_step(config: DecodeConfig, model: vae.WanVae, group: LatentGroup, folder: Path) -> list[Path]:
-    """Write the videos of one step and their contact sheet; the files made."""
+def decode_step(config: DecodeConfig, model: vae.WanVae, step: str, folder: Path) -> list[Path]:
+    """Write the videos of one step and their contact sheet; returns the files. ValueError if latents are not finite."""
+    store = Path(config.latents)
+    group = latent_store.describe_group(store, step)
+    folder.mkdir(exist_ok=True)
     files, sheet_rows = [], []
-    for row in track_progress(range(len(group.keys)), total=len(group.keys), label="decode"):
-        pixels = decode_latent_row(model, Path(config.latents), group, row)
-        files.append(write_video(folder / f"{group.keys[row]}.mp4", pixels, fps=group.spec.fps))
-        if row < MAX_SHEET_ROWS:
+    for row, key in enumerate(track_progress(group.keys, total=len(group.keys), label="decode")):
+        (latents,) = read_finite_latents(store, group, range(row, row + 1))
+        pixels = vae.decode_video(model, latents).numpy()
+        files.append(write_video(folder / f"{key}.mp4", pixels, fps=group.spec.fps))
+        if row < MAX_SHEET_ROWS:  # a sheet of thousands of videos would fill the memory
             sheet_rows.append(make_thumbnails(pixels, columns=config.columns))
+    # last, because `decode_as_written` takes a contact sheet for a finished step
     return [*files, write_contact_sheet(folder / CONTACT_SHEET, sheet_rows)]
 
 
-def write_contact_sheet(path: Path, rows: Sequence[numpy.ndarray]) -> Path:
-    """Write rows of pictures, one below the other, as a PNG file; whole or not at all."""
-    data = io.BytesIO()
-    Image.fromarray(numpy.concatenate(rows)).save(data, format="PNG")
-    write_file(path, data.getbuffer())
-    return path
-
-
-def decode_latent_row(model: vae.WanVae, store: Path, group: LatentGroup, row: int) -> numpy.ndarray:
-    """Decode one video (F X Y 3) uint8; ValueError where its latents are damaged."""
-    video = latent_store.read_latents(store, group.step, row)
-    if not torch.isfinite(video).all():
-        raise ValueError(f"latents={store}: {group.step}/{group.keys[row]} is not finite")
-    return vae.decode_video(model, video).numpy()
+def read_finite_latents(store: Path, group: latent_store.LatentGroup, rows: range) -> Tensor:
+    """Return rows of a group (B C T H W); ValueError if a value is not finite."""
+    latents = latent_store.read_latent_rows(store, group.step, rows.start, rows.stop)
+    for key, video in zip(group.keys[rows.start : rows.stop], latents, strict=True):
+        if not video.isfinite().all():
+            raise ValueError(f"latents={store}: {group.step}/{key} is not finite; generate it again")
+    return latents
 
 
 def make_thumbnails(pixels: numpy.ndarray, *, columns: int) -> numpy.ndarray:
-    """Evenly spaced frames of a video (F X Y 3), first and last included, side by side, (x columns*y 3) uint8."""
+    """Return evenly spaced frames of a video (F X Y 3), first and last included, in a row: (x columns*y 3) uint8."""
     frame_indices = numpy.linspace(0, len(pixels) - 1, columns).round().astype(int)
     height, width = pixels.shape[1:3]
     size = (min(width, THUMBNAIL_WIDTH), round(height * min(1.0, THUMBNAIL_WIDTH / width)))
@@ -100,31 +117,9 @@ def make_thumbnails(pixels: numpy.ndarray, *, columns: int) -> numpy.ndarray:
     )
 
 
-def decode_as_written(config: DecodeConfig) -> Iterator[Path]:
-    """Decode each finished step into a folder of its own and give its contact sheet, until the run says it has ended.
-
-    A step whose contact sheet is there is not decoded again. The store may not be there yet.
-    """
-    store, out = Path(config.latents), Path(config.out)
-    check_video_folder(out, complete_steps(store))
-    model = load_decode_vae(config)
-    out.mkdir(parents=True, exist_ok=True)
-    write_config(out / DECODE_CONFIG_FILE, config)
-    while True:
-        is_complete = latent_store.is_store_complete(store)  # asked before looking, so that the last step is not missed
-        for step in undecoded_steps(store, out):
-            (out / step).mkdir(exist_ok=True)
-            yield decode_step(config, model, latent_store.describe_group(store, step), out / step)[-1]
-        if is_complete:
-            return
-        time.sleep(POLL_SECONDS)
-
-
-def complete_steps(store: Path) -> list[str]:
-    """Finished steps of the store; none where it is not there yet."""
-    return latent_store.complete_groups(store) if (store / "zarr.json").is_file() else []
-
-
-def undecoded_steps(store: Path, out: Path) -> list[str]:
-    """Finished steps of the store without a contact sheet."""
-    return [step for step in complete_steps(store) if not (out / step / CONTACT_SHEET).is_file()]
+def write_contact_sheet(path: Path, rows: Sequence[numpy.ndarray]) -> Path:
+    """Write rows of pictures, one below the other, as a PNG file, atomically; returns its path."""
+    data = io.BytesIO()
+    Image.fromarray(numpy.concatenate(rows)).save(data, format="PNG")
+    write_file(path, data.getbuffer())
+    return path

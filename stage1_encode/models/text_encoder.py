@@ -1,4 +1,7 @@
-"""The door to `UMT5EncoderModel` and its tokenizer, and the cleaning of prompts. Shapes: L text rows, D text width."""
+"""The only loader of `UMT5EncoderModel` and its tokenizer; prompt cleaning and embedding.
+
+Shapes: B prompts, L text rows, D text width.
+"""
 
 import html
 from collections.abc import Sequence
@@ -8,6 +11,7 @@ from pathlib import Path
 import ftfy
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.activations import NewGELUActivation
 from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
@@ -25,16 +29,11 @@ class TextEncoder:
     model: UMT5EncoderModel
     tokenizer: PreTrainedTokenizerBase
 
-    @property
-    def text_width(self) -> int:
-        """D."""
-        return self.model.config.d_model
-
 
 def load_text_encoder(folder: Path, *, dtype: torch.dtype, device: torch.device) -> TextEncoder:
-    """Read the text encoder of a model folder; ValueError where it is broken or no UMT5."""
+    """Load the text encoder of a model folder; ValueError if it is broken or not a UMT5."""
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # `check_missing_weights` says it in one line
+    logging.set_verbosity_error()  # missing weights are reported by `check_missing_weights`
     weights_folder, tokenizer_folder = folder / "text_encoder", folder / "tokenizer"
     with report_load_errors(weights_folder):
         model, loading_info = UMT5EncoderModel.from_pretrained(weights_folder, dtype=dtype, output_loading_info=True)
@@ -45,12 +44,12 @@ def load_text_encoder(folder: Path, *, dtype: torch.dtype, device: torch.device)
 
 
 def fuse_layers(model: UMT5EncoderModel) -> UMT5EncoderModel:
-    """The same model with its norms and activations, seven and eight passes over memory each, in one pass."""
+    """Replace norms and activations, in place, by fused ones: one pass over memory instead of seven or eight."""
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, UMT5LayerNorm):
             norm = nn.RMSNorm(module.weight.shape, module.variance_epsilon, elementwise_affine=False)
-            norm.weight = module.weight
+            norm.weight = module.weight  # the same parameter, no copy
             setattr(model.get_submodule(parent), child, norm)
         elif isinstance(module, NewGELUActivation):
             setattr(model.get_submodule(parent), child, nn.GELU("tanh"))
@@ -58,25 +57,26 @@ def fuse_layers(model: UMT5EncoderModel) -> UMT5EncoderModel:
 
 
 def compile_blocks(encoder: TextEncoder) -> TextEncoder:
-    """The same encoder with its blocks, which are all alike, compiled once for every batch shape."""
+    """Compile the blocks in place; they are identical, so torch compiles one and reuses it."""
     for block in encoder.model.encoder.block:
-        block.compile(dynamic=True)
+        block.compile(dynamic=True)  # batches differ in both dimensions
     return encoder
 
 
 def clean_prompt(prompt: str) -> str:
-    """A prompt as the model was trained on it: repaired, HTML unescaped twice, one space between words."""
+    """Clean a prompt as in the model's training: encoding repaired, HTML unescaped twice, whitespace collapsed."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
 def tokenize_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of clean prompts, cut to 512, the end token included."""
+    """Return the token ids of clean prompts, truncated to 512 including the end token."""
     return encoder.tokenizer(list(prompts), truncation=True, max_length=TEXT_LENGTH).input_ids
 
 
 def group_by_length(tokens: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """Places of prompts, shortest first, in batches of at most `budget` tokens, padding included, or of one prompt."""
+    """Return batches of prompt indices, shortest first, of one prompt or at most `max_tokens` including padding."""
     batches: list[list[int]] = []
+    # sorted by length, so that little padding is computed and the last prompt of a batch is its longest
     for index in sorted(range(len(tokens)), key=lambda index: len(tokens[index])):
         if batches and (len(batches[-1]) + 1) * len(tokens[index]) <= max_tokens:
             batches[-1].append(index)
@@ -86,24 +86,24 @@ def group_by_length(tokens: Sequence[Sequence[int]], max_tokens: int) -> list[li
 
 
 def pad_tokens(tokens: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids (B L) padded to the longest of a batch, and where they are true (B L)."""
+    """Return token ids padded to the longest prompt (B L) and the mask (B L), True at tokens."""
+    ids = pad_sequence([torch.tensor(line) for line in tokens], batch_first=True, padding_value=pad_id)
     lengths = torch.tensor([len(line) for line in tokens])
-    longest = int(lengths.max())
-    ids = torch.tensor([[*line, *[pad_id] * (longest - len(line))] for line in tokens])
-    return ids, torch.arange(longest) < lengths[:, None]
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]  # not ids != pad_id: a prompt may contain that token
 
 
 @torch.no_grad()
 def embed_prompts(encoder: TextEncoder, tokens: Sequence[Sequence[int]], *, max_tokens: int) -> list[Tensor]:
-    """Embeddings (L D) bf16 on the CPU, the true rows only, in the order of `tokens`.
+    """Return embeddings (L D) bf16 on the CPU, without padding rows, in the order of `tokens`.
 
-    On a GPU the work is only begun when this returns: wait for the device before reading them.
+    On a GPU they are copied asynchronously: synchronize with the device before reading them.
     """
     device = encoder.model.device
     embeddings: list[Tensor] = [torch.empty(0)] * len(tokens)
     for batch in group_by_length(tokens, max_tokens):
         ids, mask = pad_tokens([tokens[index] for index in batch], encoder.tokenizer.pad_token_id)
         hidden = encoder.model(copy_async(ids, device), copy_async(mask, device)).last_hidden_state
+        # the next batch is queued before this copy has finished: the GPU never waits for Python
         hidden = copy_async(hidden.to(torch.bfloat16), torch.device("cpu"))
         for row, index in enumerate(batch):
             embeddings[index] = hidden[row, : len(tokens[index])]

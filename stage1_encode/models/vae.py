@@ -1,4 +1,4 @@
-"""The door to `AutoencoderKLWan`, and the only home of its latents' mean and std.
+"""The only loader of `AutoencoderKLWan`, and the only place that applies the mean and std of its latents.
 
 Shapes: B batch, C channels, T latent frames, H W latent size, F pixel frames, X Y pixel height and width.
 """
@@ -19,53 +19,51 @@ from torch.nn import functional
 from common.video import LATENT_CHANNELS
 from stage1_encode.models.loading import check_missing_weights, report_load_errors
 from stage1_encode.models.vae_decoder import VideoDecoder, stream_frames
-from stage1_encode.models.vae_ops import select_backend
+from stage1_encode.models.vae_ops import NORM_EPS
 
 MEMORY_FORMAT = torch.channels_last_3d
-NORM_EPS = 1e-24  # as good as none, but zeros stay zeros
-DEFAULT_CHUNK_FRAMES = 2  # latent frames decoded at once
-TF32 = "tf32"  # float32 whose convolutions round their inputs to 10 bits of mantissa on a GPU
+CHUNK_FRAMES = 2  # latent frames decoded at once; more take more memory and are hardly faster
+TF32 = "tf32"  # float32 whose convolutions round their inputs to 10 mantissa bits on a GPU
 
 
 @dataclass(frozen=True)
 class WanVae:
-    """The autoencoder and its normalisation."""
+    """The autoencoder and the normalization of its latents."""
 
     model: AutoencoderKLWan
     mean: Tensor  # (1 C 1 1 1)
     std: Tensor  # (1 C 1 1 1)
-    compiled: bool = False  # decode by the fastest kernels, see `vae_ops.select_backend`
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Return the device of model and normalization."""
         return self.mean.device
 
     @cached_property
     def decoder(self) -> VideoDecoder:
-        """The decoder half for videos, made when it is first asked for."""
-        return VideoDecoder(self.model, select_backend(self.device, self.model.dtype, compiled=self.compiled))
+        """Return the streaming decoder, built on first use."""
+        return VideoDecoder(self.model)
 
     def release_diffusers_decoder(self) -> None:
-        """Let go of diffusers' own decoder, of which `decoder` has the weights in an order of its own."""
-        assert self.decoder.colours
+        """Free diffusers' own decoder; `decoder` holds a rearranged copy of its weights."""
+        assert self.decoder is not None  # builds the copy
         self.model.decoder = None
 
 
 @dataclass(frozen=True)
 class FrameEncoder:
-    """The encoder half, made for single frames."""
+    """The encoder half, specialized for single frames."""
 
     net: Callable[[Tensor], Tensor]
     dtype: torch.dtype
     mean: Tensor  # (1 C 1 1 1)
     std: Tensor  # (1 C 1 1 1)
-    compiled_batch: int  # pictures that the compiled network takes at once; 0 = any number
+    compiled_batch: int  # fixed batch size of the compiled network; 0 = not compiled, any size
     tf32: bool
 
 
 class FrameConv(nn.Module):
-    """A causal 3-D convolution of a single frame: the frames before it are zero, so only its last tap counts."""
+    """A causal 3-D convolution of a single frame: the frames before it are zero, so only the last tap counts."""
 
     def __init__(self, conv: nn.Conv3d) -> None:
         super().__init__()
@@ -75,13 +73,13 @@ class FrameConv(nn.Module):
         self.padding = tuple(size // 2 for size in conv.kernel_size[1:])
 
     def forward(self, x: Tensor, cache_x: None = None) -> Tensor:
-        """(B c 1 x y) -> (B d 1 x' y')."""
+        """(B c 1 x y) -> (B d 1 x' y'); diffusers passes no cache for the first frame."""
         assert x.shape[2] == 1 and cache_x is None, x.shape
         return functional.conv2d(x.squeeze(2), self.weight, self.bias, self.stride, self.padding).unsqueeze(2)
 
 
 class FrameNorm(nn.Module):
-    """The VAE's norm over channels in one pass: they lie side by side in channels-last memory."""
+    """The VAE's norm over channels, fused: in channels-last memory they are contiguous."""
 
     def __init__(self, norm: WanRMS_norm) -> None:
         super().__init__()
@@ -93,7 +91,7 @@ class FrameNorm(nn.Module):
 
 
 class FrameEncoderNet(nn.Module):
-    """Pictures to the mode of their latents, by the encoder's own layers."""
+    """Maps pictures to the mode of their latents; takes over the layers of the model's encoder and modifies them."""
 
     def __init__(self, model: AutoencoderKLWan) -> None:
         super().__init__()
@@ -101,45 +99,40 @@ class FrameEncoderNet(nn.Module):
         self.encoder, self.head = model.encoder, FrameConv(model.quant_conv)
         for name, module in list(self.encoder.named_modules()):
             parent, _, child = name.rpartition(".")
-            if isinstance(module, nn.Conv3d) and child != "time_conv":  # time starts at the second frame
+            if isinstance(module, nn.Conv3d) and child != "time_conv":  # unused for the first frame
                 setattr(self.encoder.get_submodule(parent), child, FrameConv(module))
             elif isinstance(module, WanRMS_norm):
                 setattr(self.encoder.get_submodule(parent), child, FrameNorm(module))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B 3 1 X Y) in [-1, 1] -> (B C 1 H W)."""
+        """(B 3 1 X Y) in [-1, 1] -> (B C 1 H W), not normalized."""
         cells = rearrange(images, "b c f (x p) (y q) -> b (c q p) f x y", p=self.patch, q=self.patch)
         return self.head(self.encoder(cells.contiguous(memory_format=MEMORY_FORMAT))).chunk(2, dim=1)[0]
 
 
 def parse_vae_dtype(precision: str) -> torch.dtype:
-    """The type of the weights of a precision's name."""
+    """Return the weight dtype of a precision's name; that of 'tf32' is float32."""
     return torch.float32 if precision == TF32 else getattr(torch, precision)
 
 
 def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device) -> WanVae:
-    """Read the VAE of a model folder; ValueError where it is broken or not a Wan2.2 one."""
-    logging.set_verbosity_error()  # `check_missing_weights` says it in one line
-    with report_load_errors(folder / "vae"):
-        model, loading_info = AutoencoderKLWan.from_pretrained(
-            folder / "vae", torch_dtype=dtype, output_loading_info=True
-        )
-    check_missing_weights(folder / "vae", loading_info)
-    if model.config.z_dim != LATENT_CHANNELS:
-        raise ValueError(
-            f"model={folder}: the VAE has {model.config.z_dim} channels, Wan2.2-TI2V-5B has {LATENT_CHANNELS}"
-        )
-    mean, std = (
-        rearrange(torch.tensor(values, device=device), "c -> 1 c 1 1 1")
-        for values in (model.config.latents_mean, model.config.latents_std)
-    )
+    """Load the VAE of a model folder; ValueError if it is broken or not that of Wan2.2."""
+    logging.set_verbosity_error()  # missing weights are reported by `check_missing_weights`
+    path = folder / "vae"
+    with report_load_errors(path):
+        model, loading_info = AutoencoderKLWan.from_pretrained(path, torch_dtype=dtype, output_loading_info=True)
+    check_missing_weights(path, loading_info)
+    if (channels := model.config.z_dim) != LATENT_CHANNELS:
+        raise ValueError(f"model={folder}: the VAE has {channels} channels, Wan2.2-TI2V-5B has {LATENT_CHANNELS}")
+    statistics = torch.tensor([model.config.latents_mean, model.config.latents_std], device=device)
+    mean, std = rearrange(statistics, "s c -> s 1 c 1 1 1")
     return WanVae(model.to(device).eval().requires_grad_(False), mean, std)
 
 
 def make_frame_encoder(vae: WanVae, *, compiled_batch: int = 0, tf32: bool = False) -> FrameEncoder:
-    """The encoder half of a VAE for single frames, a third of the work; the VAE itself must not be used after.
+    """Return the encoder half for single frames, at a third of the work; it modifies the VAE's own encoder.
 
-    `compiled_batch` > 0 compiles it for batches of that many pictures.
+    `compiled_batch` > 0 compiles it for batches of exactly that many pictures.
     """
     plain = FrameEncoderNet(vae.model).eval()
     net = torch.compile(plain, dynamic=False) if compiled_batch else plain
@@ -148,13 +141,13 @@ def make_frame_encoder(vae: WanVae, *, compiled_batch: int = 0, tf32: bool = Fal
 
 @torch.inference_mode()
 def encode_frames(encoder: FrameEncoder, pixels: Tensor) -> Tensor:
-    """First-frame latents (B C 1 H W) float32 of pictures (B X Y 3) uint8: the mode, normalised.
+    """Return first-frame latents (B C 1 H W) float32, the normalized mode, of pictures (B X Y 3) uint8.
 
-    On a GPU the work is only begun when this returns, and `pixels` should be pinned.
+    On a GPU this runs asynchronously if `pixels` is in pinned memory.
     """
     count, device = len(pixels), encoder.mean.device
     images = rearrange(pixels.to(device, non_blocking=True), "b x y c -> b c 1 x y").float() / 127.5 - 1
-    if encoder.compiled_batch > count:
+    if encoder.compiled_batch > count:  # a last, smaller batch would be compiled anew
         images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, 0, 0, encoder.compiled_batch - count))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=encoder.tf32):
         latents = encoder.net(images.to(encoder.dtype)).float()[:count]
@@ -162,23 +155,20 @@ def encode_frames(encoder: FrameEncoder, pixels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def decode_stream(vae: WanVae, latents: Tensor, *, chunk_frames: int = DEFAULT_CHUNK_FRAMES) -> Iterator[Tensor]:
-    """Pixels (F X Y 3) uint8 on the VAE's device of one video's latents (C T H W), as they are made.
-
-    `steps` latent frames go through at once: more are faster and take more memory.
-    """
+def decode_stream(vae: WanVae, latents: Tensor) -> Iterator[Tensor]:
+    """Yield pixels (F X Y 3) uint8 on the VAE's device while one video's latents (C T H W) are decoded."""
     denormalized = rearrange(latents.to(vae.device).float(), "c t h w -> 1 c t h w") * vae.std + vae.mean
-    yield from stream_frames(vae.decoder, denormalized[0].to(vae.model.dtype), max_frames=chunk_frames)
+    yield from stream_frames(vae.decoder, denormalized[0].to(vae.model.dtype), max_frames=CHUNK_FRAMES)
 
 
 @torch.inference_mode()
 def decode_video_batch(vae: WanVae, latents: Tensor) -> Tensor:
-    """Pixels (B F X Y 3) uint8 on the VAE's device of several small videos' latents (B C T H W), all at once."""
+    """Return pixels (B F X Y 3) uint8 on the VAE's device of several small videos (B C T H W), decoded at once."""
     denormalized = (latents.to(vae.device).float() * vae.std + vae.mean).to(vae.model.dtype)
     video = vae.model.decode(denormalized.contiguous(memory_format=MEMORY_FORMAT), return_dict=False)[0]
     return rearrange((video.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8), "b c f x y -> b f x y c")
 
 
 def decode_video(vae: WanVae, latents: Tensor) -> Tensor:
-    """Pixels (F X Y 3) uint8 on the CPU of one video's latents (C T H W)."""
+    """Return pixels (F X Y 3) uint8 on the CPU of one video's latents (C T H W)."""
     return torch.cat([frames.cpu() for frames in decode_stream(vae, latents)])

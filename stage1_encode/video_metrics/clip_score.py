@@ -1,4 +1,4 @@
-"""The door to a CLIP model of transformers that the user names. Shapes: F frames, X Y pixels, B pictures."""
+"""The CLIP score, by a CLIP model that the user provides. Shapes: F frames, X Y pixels, B pictures."""
 
 import json
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
-CLIP_FRAMES = 8  # of each video, evenly spaced
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
+CLIP_FRAMES = 8  # scored per video, evenly spaced
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI
 
 
 @dataclass(frozen=True)
 class ClipScorer:
-    """The model, its tokenizer and the normalisation of its pictures."""
+    """The model, its tokenizer and the normalization of its pictures."""
 
     model: CLIPModel
     tokenizer: PreTrainedTokenizerBase
@@ -26,39 +26,35 @@ class ClipScorer:
 
 
 def load_clip(folder: str, device: torch.device) -> ClipScorer:
-    """Read a CLIP folder; ValueError where it is none, or its weights are not all there as safetensors."""
+    """Load a CLIP folder; ValueError if it is not one, or if its weights are incomplete or not safetensors."""
     preprocessor_file = Path(folder) / "preprocessor_config.json"
     if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"clip={folder}: holds no config.json; name the folder of a CLIP model")
+        raise ValueError(f"clip_model={folder}: holds no config.json; give the folder of a CLIP model")
     if not list(Path(folder).glob("*.safetensors")):
-        raise ValueError(f"clip={folder}: holds no .safetensors weights; a pickled file is not read, convert it")
+        raise ValueError(f"clip_model={folder}: holds no .safetensors weights; convert the pickled ones")
     preprocessor = json.loads(preprocessor_file.read_bytes()) if preprocessor_file.is_file() else {}
-    mean, std = (
-        rearrange(torch.tensor(values, device=device), "c -> c 1 1")
-        for values in (preprocessor.get("image_mean", CLIP_MEAN), preprocessor.get("image_std", CLIP_STD))
-    )
+    statistics = preprocessor.get("image_mean", CLIP_MEAN), preprocessor.get("image_std", CLIP_STD)
+    mean, std = rearrange(torch.tensor(statistics, device=device), "s c -> s c 1 1")
     model, loading_info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    missing = sorted(loading_info["missing_keys"])
+    missing = sorted(loading_info["missing_keys"])  # transformers would draw them at random
     if missing:
-        raise ValueError(f"clip={folder}: lacks weights of a CLIP model: {', '.join(missing[:3])}")
+        raise ValueError(f"clip_model={folder}: lacks weights ({', '.join(missing[:3])}); copy the folder again")
     return ClipScorer(model.to(device).eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder), mean, std)
 
 
 @torch.no_grad()
 def clip_score(clip: ClipScorer, video: numpy.ndarray, prompt: str) -> float:
-    """100 x cosine of frames and prompt, mean over 8 frames of a video (F X Y 3) uint8."""
+    """Return 100 x cosine similarity of frames and prompt, averaged over 8 frames of a video (F X Y 3) uint8."""
     frame_indices = numpy.linspace(0, len(video) - 1, min(CLIP_FRAMES, len(video))).round().astype(int)
-    pictures = (
-        rearrange(torch.from_numpy(video[frame_indices]).to(clip.mean.device).float(), "b x y c -> b c x y") / 255
-    )
+    device = clip.mean.device
+    pictures = rearrange(torch.from_numpy(video[frame_indices]).to(device).float(), "b x y c -> b c x y") / 255
+    # CLIP's preprocessing: the shorter side to the crop size, then a center crop
     crop_size, short = clip.model.config.vision_config.image_size, min(pictures.shape[2:])
     size = tuple(max(crop_size, round(length * crop_size / short)) for length in pictures.shape[2:])
     resized = functional.interpolate(pictures, size=size, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (resized.shape[2] - crop_size) // 2, (resized.shape[3] - crop_size) // 2
     pixels = (resized[:, :, top : top + crop_size, left : left + crop_size] - clip.mean) / clip.std
     max_tokens = clip.model.config.text_config.max_position_embeddings
-    text_inputs = clip.tokenizer([prompt], truncation=True, max_length=max_tokens, return_tensors="pt").to(
-        clip.mean.device
-    )
-    output = clip.model(input_ids=text_inputs.input_ids, attention_mask=text_inputs.attention_mask, pixel_values=pixels)
+    text = clip.tokenizer([prompt], truncation=True, max_length=max_tokens, return_tensors="pt").to(device)
+    output = clip.model(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=pixels)
     return 100 * float(functional.cosine_similarity(output.image_embeds, output.text_embeds).mean())

@@ -1,12 +1,11 @@
-"""The pixel half of `evaluate`: decode some videos of every set, look at them, write those that the report shows.
+"""The pixel half of `evaluate`: decodes some videos of every set, measures them and writes those that the report shows.
 
-Shapes: B videos, F frames, X Y pixels. It reads OUT/contest.json and OUT/latents.zarr, and writes OUT/pixels.json,
-OUT/videos/ and, with an I3D network, OUT/i3d.safetensors.
+Reads OUT/contest.json and OUT/latents.zarr; writes OUT/pixels.json, OUT/videos/ and, with an I3D network,
+OUT/i3d.safetensors. Shapes: B videos, F frames, X Y pixels, D features.
 """
 
 import json
-from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -23,6 +22,7 @@ from common.progress import ProgressBar
 from shards import latent_store
 from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
 from shards.dataset import DataSet, open_data_set
+from stage1_encode.generation.decode import read_finite_latents
 from stage1_encode.media.video_writer import write_video
 from stage1_encode.models import vae
 from stage1_encode.video_metrics import clip_score, custom_judge, frame_metrics, i3d_features
@@ -32,24 +32,8 @@ MAX_REPORT_WIDTH = 480  # pixels of a video in the report
 
 
 @dataclass(frozen=True)
-class VideoEvalConfig:
-    """What is to be measured, and with what."""
-
-    out: str  # folder of the evaluation
-    shards: str
-    model: str
-    videos: int
-    report_videos: int
-    analyser: str | None = None
-    i3d: str | None = None
-    clip: str | None = None
-    device: str = "auto"
-    batch_size: int = 1  # videos decoded at once
-
-
-@dataclass(frozen=True)
 class EvaluationTools:
-    """Everything loaded."""
+    """The loaded models and data; None = not asked for."""
 
     vae: vae.WanVae
     data: DataSet
@@ -59,150 +43,119 @@ class EvaluationTools:
 
 
 @dataclass(frozen=True)
-class VideoMetrics:
-    """One video's figures; None = does not apply or was not asked for."""
+class SetResults:
+    """What the tools say about one set of videos, one entry per video that has it."""
 
-    psnr: float | None  # of frame 0 to the given first frame as the VAE shows it
-    perceptual: float | None
-    motion: float
-    saturation: float
-    contrast: float
-    clip: float | None
+    psnr: list[float] = field(default_factory=list)  # of frame 0 to the given first frame, as the VAE decodes it
+    motion: list[float] = field(default_factory=list)
+    saturation: list[float] = field(default_factory=list)
+    contrast: list[float] = field(default_factory=list)
+    clip: list[float] = field(default_factory=list)
+    answers: list[custom_judge.JudgeAnswers] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)  # (D)
+
+    def add_batch(
+        self, tools: EvaluationTools, videos: Tensor, first_frames: list[Tensor | None], prompts: list[str]
+    ) -> None:
+        """Append what the tools say about videos (B F X Y 3) uint8."""
+        # a video without a given first frame is compared with itself, and its psnr dropped
+        pairs = list(zip(videos[:, 0], first_frames, strict=True))
+        psnr = frame_metrics.psnr(videos[:, 0], torch.stack([own if given is None else given for own, given in pairs]))
+        self.psnr.extend(value for value, (_, given) in zip(psnr.tolist(), pairs, strict=True) if given is not None)
+        self.motion.extend(frame_metrics.frame_motion(videos).tolist())
+        self.saturation.extend(frame_metrics.colour_saturation(videos).tolist())
+        self.contrast.extend(frame_metrics.frame_contrast(videos).tolist())
+        for video, prompt in zip(videos, prompts, strict=True):
+            if tools.clip:
+                self.clip.append(clip_score.clip_score(tools.clip, video.cpu().numpy(), prompt))
+            if tools.i3d:
+                self.features.append(i3d_features.extract_i3d_features(tools.i3d, video.cpu().numpy(), video.device))
+        if tools.judge:
+            self.answers.extend(tools.judge(videos, prompts))
+
+    def summarize(self) -> dict[str, object]:
+        """Return the mean of each metric, None if no video has it, and the share of true answers per question."""
+        columns = {name: vars(self)[name] for name in ("psnr", "motion", "saturation", "contrast", "clip")}
+        means = {name: fmean(values) if values else None for name, values in columns.items()}
+        return means | {"answers": custom_judge.true_shares(self.answers)}
 
 
-def measure_videos(config: VideoEvalConfig) -> Path:
-    """Look at the first videos of every set; the file of figures."""
-    out = Path(config.out)
-    comparison = read_comparison(out)
-    tools = load_tools(config)
-    metrics: dict[str, list[VideoMetrics]] = defaultdict(list)
-    answers: dict[str, list[custom_judge.JudgeAnswers]] = defaultdict(list)
-    features: dict[str, list[Tensor]] = defaultdict(list)
-    count = min(config.videos, comparison.count)
-    first_frame_pixels = decode_first_frames(tools, count, config.batch_size)
-    names = sets_to_measure(comparison, references=config.i3d is not None)
-    with ProgressBar(count * len(names), label="look at videos") as progress:
-        for name in names:
-            group = latent_store.describe_group(out / LATENTS_STORE, name)
-            for start in range(0, count, config.batch_size):
-                rows = range(start, min(start + config.batch_size, count))
-                prompts = [group.prompts[row] for row in rows]
-                videos = decode_rows(tools.vae, out / LATENTS_STORE, name, rows)
-                metrics[name] += measure_frames(tools, videos, first_frame_pixels[rows.start : rows.stop], prompts)
-                if tools.judge:
-                    answers[name] += tools.judge(videos, prompts)
-                if tools.i3d:
-                    features[name] += [
-                        i3d_features.extract_i3d_features(tools.i3d, video.cpu().numpy(), tools.vae.device)
-                        for video in videos
-                    ]
-                for row in rows if name in first_seed_sets(comparison) else ():
-                    if row < config.report_videos:
-                        pixels = videos[row - start].cpu().numpy()
-                        write_report_video(out / VIDEOS_FOLDER / name / f"{row:03d}.mp4", pixels, fps=group.spec.fps)
+def load_tools(
+    model: str, shards: str, device: str, *, judge: str | None, i3d_model: str | None, clip_model: str | None
+) -> EvaluationTools:
+    """Load the VAE, the data set and what else is asked for; ValueError for any that cannot be used."""
+    torch_device = pick_device(device)
+    return EvaluationTools(
+        vae.load_vae(
+            locate_model(model, ("vae",)), dtype=torch.float32, device=torch_device
+        ),  # exact: metrics compare runs
+        open_data_set(shards),
+        custom_judge.load_judge(judge) if judge else None,
+        i3d_features.load_i3d(i3d_model, torch_device) if i3d_model else None,
+        clip_score.load_clip(clip_model, torch_device) if clip_model else None,
+    )
+
+
+def measure_videos(out: Path, tools: EvaluationTools, *, max_videos: int, report_videos: int, batch_size: int) -> Path:
+    """Measure the first videos of every set of the comparison in `out`; returns the file of the results.
+
+    The videos of the first `report_videos` conditions and of the first seed are written for the report.
+    """
+    comparison, store = read_comparison(out), out / LATENTS_STORE
+    count = min(max_videos, comparison.count)
+    first_frames = decode_first_frames(tools, count, batch_size)  # once, as every set starts from them
+    report_names = [latent_set_name(candidate, comparison.seeds[0]) for candidate in comparison.contestants]
+    results = {name: SetResults() for name in sets_to_measure(comparison, references=tools.i3d is not None)}
+    with ProgressBar(count * len(results), label="measure videos") as progress:
+        for name, result in results.items():
+            group = latent_store.describe_group(store, name)
+            for start in range(0, count, batch_size):
+                rows = range(start, min(start + batch_size, count))
+                videos = decode_latents(tools.vae, read_finite_latents(store, group, rows))
+                result.add_batch(tools, videos, first_frames[start : rows.stop], list(group.prompts[start : rows.stop]))
+                if name in report_names:
+                    for row, video in zip(rows[: max(0, report_videos - start)], videos, strict=False):
+                        write_report_video(out / VIDEOS_FOLDER / name / f"{row:03d}.mp4", video, fps=group.spec.fps)
                 progress.advance(count=len(rows))
-    if features:
-        write_file(out / FEATURES_FILE, save({name: torch.stack(parts) for name, parts in features.items()}))
-    summaries = {
-        name: summarize_metrics(metrics[name]) | {"answers": custom_judge.true_shares(answers[name])} for name in names
-    }
-    facts = {"videos": count, "shown": min(config.report_videos, count), "i3d": bool(features), "sets": summaries}
-    write_file(out / PIXELS_FILE, (json.dumps(facts, indent=1) + "\n").encode())
+    if tools.i3d:
+        features = {name: torch.stack(result.features) for name, result in results.items()}
+        write_file(out / FEATURES_FILE, save(features))  # the distance between sets is the report's work
+    facts = {"videos": count, "shown": min(report_videos, count), "i3d": tools.i3d is not None}
+    sets = {name: result.summarize() for name, result in results.items()}
+    write_file(out / PIXELS_FILE, (json.dumps(facts | {"sets": sets}, indent=1) + "\n").encode())
     return out / PIXELS_FILE
 
 
-def load_tools(config: VideoEvalConfig) -> EvaluationTools:
-    """Load the VAE and what else was asked for; the user's mistakes come out before any work."""
-    device = pick_device(config.device)
-    return EvaluationTools(
-        vae.load_vae(locate_model(config.model, ("vae",)), dtype=torch.float32, device=device),
-        open_data_set(config.shards),
-        custom_judge.load_judge(config.analyser) if config.analyser else None,
-        i3d_features.load_i3d(config.i3d, device) if config.i3d else None,
-        clip_score.load_clip(config.clip, device) if config.clip else None,
-    )
-
-
-def first_seed_sets(comparison: Comparison) -> list[str]:
-    """Each contestant's set of the first seed: the videos that are shown."""
-    return [latent_set_name(candidate, comparison.seeds[0]) for candidate in comparison.contestants]
-
-
 def sets_to_measure(comparison: Comparison, *, references: bool) -> list[str]:
-    """The sets to look at; the teacher's further references only where a distance needs them."""
+    """Return the names of the sets, with the teacher's further seeds only if a distance needs these `references`."""
     names = [latent_set_name(candidate, seed) for candidate in comparison.contestants for seed in comparison.seeds]
-    reference_names = (
-        [latent_set_name(comparison.teacher, seed) for seed in comparison.references] if references else []
-    )
-    return list(dict.fromkeys([*names, *reference_names]))
+    if references:
+        names += [latent_set_name(comparison.teacher, seed) for seed in comparison.references]
+    return list(dict.fromkeys(names))  # a reference may be one of the teacher's own seeds
 
 
-def decode_rows(model: vae.WanVae, store: Path, name: str, rows: range) -> Tensor:
-    """Decode rows of a set (B F X Y 3) uint8 on the VAE's device; ValueError where its latents are damaged."""
-    latent_rows = latent_store.read_latent_rows(store, name, rows.start, rows.stop)
-    if not torch.isfinite(latent_rows).all():
-        raise ValueError(f"latents={store}: {name}, one of the rows {rows.start} to {rows.stop - 1} is not finite")
-    return decode_latents(model, latent_rows)
+def decode_latents(model: vae.WanVae, latents: Tensor) -> Tensor:
+    """Return pixels (B F X Y 3) uint8 on the VAE's device of latents (B C T H W)."""
+    if len(latents) > 1:
+        return vae.decode_video_batch(model, latents)
+    return vae.decode_video(model, latents[0])[None].to(model.device)  # streamed, so that a large video fits
 
 
-def decode_latents(model: vae.WanVae, latent_rows: Tensor) -> Tensor:
-    """Pixels (B F X Y 3) of latents (B C T H W): one large video by the decoder made for those, or all at once."""
-    return (
-        vae.decode_video_batch(model, latent_rows)
-        if len(latent_rows) > 1
-        else vae.decode_video(model, latent_rows[0])[None].to(model.device)
-    )
+def decode_first_frames(tools: EvaluationTools, count: int, batch_size: int) -> list[Tensor | None]:
+    """Return the given first frames (X Y 3) uint8 as the VAE decodes them; None for records without one."""
+    latents = [tools.data.read_record(row).first_frame for row in range(count)]
+    present = [frame for frame in latents if frame is not None]
+    batches = [present[start : start + batch_size] for start in range(0, len(present), batch_size)]
+    pictures = (picture for batch in batches for picture in decode_latents(tools.vae, torch.stack(batch))[:, 0])
+    return [None if frame is None else next(pictures) for frame in latents]
 
 
-def decode_first_frames(tools: EvaluationTools, count: int, batch: int) -> list[Tensor | None]:
-    """The given first frames (X Y 3) uint8 as the VAE shows them; None where there is none."""
-    first_frame_latents = [tools.data.read_record(row).first_frame for row in range(count)]
-    present = [frame for frame in first_frame_latents if frame is not None]
-    parts = [decode_latents(tools.vae, torch.stack(present[i : i + batch])) for i in range(0, len(present), batch)]
-    pictures = (picture for part in parts for picture in part[:, 0])
-    return [None if frame is None else next(pictures) for frame in first_frame_latents]
-
-
-def measure_frames(
-    tools: EvaluationTools, videos: Tensor, first_frame_pixels: list[Tensor | None], prompts: list[str]
-) -> list[VideoMetrics]:
-    """Measure videos (B F X Y 3) uint8, of which `given` are the first frames."""
-    frames = videos[:, 0]
-    pictures = torch.stack(
-        [start if column is None else column for start, column in zip(frames, first_frame_pixels, strict=True)]
-    )
-    columns = (
-        frame_metrics.psnr(frames, pictures),
-        frame_metrics.perceptual_distance(frames, pictures),
-        frame_metrics.frame_motion(videos),
-        frame_metrics.colour_saturation(videos),
-        frame_metrics.frame_contrast(videos),
-    )
-    metrics = []
-    for index, (psnr, perceptual, *pixel_metrics) in enumerate(
-        zip(*(column.tolist() for column in columns), strict=True)
-    ):
-        score = clip_score.clip_score(tools.clip, videos[index].cpu().numpy(), prompts[index]) if tools.clip else None
-        has_first_frame = first_frame_pixels[index] is not None
-        motion, saturation, contrast = pixel_metrics
-        fidelity = (psnr, perceptual) if has_first_frame else (None, None)
-        metrics.append(VideoMetrics(fidelity[0], fidelity[1], motion, saturation, contrast, score))
-    return metrics
-
-
-def summarize_metrics(metrics: list[VideoMetrics]) -> dict[str, object]:
-    """Means over the videos of a set; None where no video has the figure."""
-    columns = {
-        name: [vars(metric)[name] for metric in metrics if vars(metric)[name] is not None] for name in vars(metrics[0])
-    }
-    return {name: fmean(values) if values else None for name, values in columns.items()}
-
-
-def write_report_video(path: Path, video: numpy.ndarray, *, fps: int) -> None:
-    """Write a video, made smaller where it is wide."""
-    height, width = video.shape[1:3]
+def write_report_video(path: Path, video: Tensor, *, fps: int) -> None:
+    """Write a video (F X Y 3) uint8, scaled down to the report's width."""
+    frames = video.cpu().numpy()
+    height, width = frames.shape[1:3]
     if width > MAX_REPORT_WIDTH:
-        size = (MAX_REPORT_WIDTH, round(height * MAX_REPORT_WIDTH / width / 2) * 2)
-        video = numpy.stack([numpy.asarray(Image.fromarray(frame).resize(size)) for frame in video])
+        size = (MAX_REPORT_WIDTH, round(height * MAX_REPORT_WIDTH / width / 2) * 2)  # H.264 needs even sizes
+        frames = numpy.stack([numpy.asarray(Image.fromarray(frame).resize(size)) for frame in frames])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(path, video, fps=fps)
+    write_video(path, frames, fps=fps)

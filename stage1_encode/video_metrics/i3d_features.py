@@ -1,4 +1,4 @@
-"""Features of an I3D network that the user names, for the Frechet video distance (arXiv 1812.01717).
+"""Features of an I3D network that the user provides, for the Frechet video distance (arXiv 1812.01717).
 
 Shapes: F frames, X Y pixels, D features.
 """
@@ -15,19 +15,20 @@ INPUT_SIZE = 224
 
 
 def load_i3d(path: str, device: torch.device) -> torch.jit.ScriptModule:
-    """Read a TorchScript file, as `i3d_torchscript.pt` of StyleGAN-V; ValueError where it is none."""
+    """Load a TorchScript file such as `i3d_torchscript.pt` of StyleGAN-V; ValueError if it cannot be read."""
     if not Path(path).is_file():
-        raise ValueError(f"i3d={path}: no such file")
+        raise ValueError(f"i3d_model={path}: no such file")
     try:
         return torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
-        raise ValueError(f"i3d={path}: is not a TorchScript file") from error
+        raise ValueError(f"i3d_model={path}: is not a TorchScript file") from error
 
 
 @torch.no_grad()
 def extract_i3d_features(net: torch.jit.ScriptModule, video: numpy.ndarray, device: torch.device) -> Tensor:
-    """Features (D) of a video (F X Y 3) uint8, stretched to 224x224 in [-1, 1]."""
+    """Return the features (D) of a video (F X Y 3) uint8, which is stretched to 224x224 and scaled to [-1, 1]."""
     frames = rearrange(torch.from_numpy(video).to(device).float(), "f x y c -> f c x y") / 127.5 - 1
     resized = functional.interpolate(frames, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True)
+    # the file's own rescaling and resizing is switched off, because it does not antialias
     output = net(rearrange(resized, "f c x y -> 1 c f x y"), rescale=False, resize=False, return_features=True)
     return output[0].float().cpu()

@@ -9,7 +9,7 @@ from common.video import VideoSpec
 DTYPES = ("float32", "bfloat16")  # of the network
 WEIGHT_SETS = ("ema", "student")  # prefixes of the tensors of a checkpoint
 VAE_DTYPES = ("auto", "float32", "bfloat16")
-VRAM_CHOICES = ("auto", "full", "24gb", "16gb")
+VRAM_CHOICES = ("auto", "full", "16gb")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class SampleConfig:
         choices=VRAM_CHOICES,
         group="memory",
         old_name="memory",
+        old_values={"24gb": "16gb"},  # a slower and larger mode of the last release
     )
     device: str = device_option(advanced=True)
 

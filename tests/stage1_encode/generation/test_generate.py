@@ -1,4 +1,4 @@
-"""Sampling in one process: the same records as `encode`, segments that go on, memory modes that change nothing."""
+"""Generation in one process: the same records as `encode`, segments that continue, offload that changes nothing."""
 
 import time
 import weakref
@@ -27,13 +27,7 @@ from stage1_encode.generation.condition_encoder import (
     load_condition_encoder,
     read_row_picture,
 )
-from stage1_encode.generation.generate import (
-    MEMORY_PLANS,
-    GenerationRequest,
-    MemoryPlan,
-    choose_memory_plan,
-    generate_videos,
-)
+from stage1_encode.generation.generate import GenerationRequest, generate_videos, needs_offload
 from stage1_encode.media.rows import Row, read_shard_rows
 from stage1_encode.models import vae
 from tests import tiny_models
@@ -42,8 +36,8 @@ CPU = torch.device("cpu")
 SPEC = VideoSpec(9, 64, 96, fps=12)
 
 
-class Noise:
-    """A sampler whose latents are noise behind the given first frame; it remembers where it was moved."""
+class NoiseSampler:
+    """A sampler whose latents are noise behind the given first frame; it records where it was moved."""
 
     def __init__(self) -> None:
         self.moves: list[str] = []
@@ -58,7 +52,7 @@ class Noise:
                 video[:, :1] = record.first_frame.float()
         return torch.stack(videos)
 
-    def move(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         self.moves.append(device.type)
 
 
@@ -68,7 +62,7 @@ def models(model: Path) -> ConditionEncoder:
 
 
 @pytest.fixture
-def order(tmp_path: Path) -> GenerationRequest:
+def video_request(tmp_path: Path) -> GenerationRequest:
     Image.fromarray(tiny_models.picture(90, 160, seed=3)).save(tmp_path / "first.png")
     rows = [("a &amp; b", "first.png", 1), ("c", "", 2)]
     table = tiny_models.write_csv(tmp_path / "p.csv", rows, ("prompt", "image", "seed"))
@@ -76,33 +70,33 @@ def order(tmp_path: Path) -> GenerationRequest:
     return GenerationRequest(table, tmp_path / "out", tmp_path / "x.zarr", SPEC, 0)
 
 
-def frames(path: Path) -> int:
+def count_frames(path: Path) -> int:
     with av.open(str(path)) as file:
         return len(list(file.decode(video=0)))
 
 
 def test_records_are_those_of_encode(
-    order: GenerationRequest, model: Path, models: ConditionEncoder, tmp_path: Path
+    video_request: GenerationRequest, model: Path, models: ConditionEncoder, tmp_path: Path
 ) -> None:
-    (rows,) = read_shard_rows(order.csv_path, shard_size=9, text_only=True)
-    found = encode_conditions(models, rows, order.csv_path, SPEC, keep_text_on_device=True)
+    (rows,) = read_shard_rows(video_request.csv_path, shard_size=9, text_only=True)
+    result = encode_conditions(models, rows, video_request.csv_path, SPEC, keep_text_on_device=True)
     encode(
         EncodeConfig(
-            str(order.csv_path), str(model), str(tmp_path / "data"), 9, 64, 96, 12,
+            str(video_request.csv_path), str(model), str(tmp_path / "data"), 9, 64, 96, 12,
             text_only=True, vae_dtype="float32", device="cpu", workers=1,
         )
     )  # fmt: skip
     data = open_data_set(str(tmp_path / "data"))
-    for number, record in enumerate(found):
-        wanted = data.read_record(number)
+    for number, record in enumerate(result):
+        expected = data.read_record(number)
         assert (record.key, record.source.prompt, record.source.seed) == (
-            wanted.key,
-            wanted.source.prompt,
-            wanted.source.seed,
+            expected.key,
+            expected.source.prompt,
+            expected.source.seed,
         )
-        assert torch.allclose(record.text.float(), wanted.text.float(), atol=0.02)  # prompts are batched otherwise
-    assert torch.equal(found[0].first_frame, data.read_record(0).first_frame)
-    assert found[1].first_frame is None
+        assert torch.allclose(record.text.float(), expected.text.float(), atol=0.02)  # prompts are batched otherwise
+    assert torch.equal(result[0].first_frame, data.read_record(0).first_frame)
+    assert result[1].first_frame is None
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
@@ -111,10 +105,10 @@ def test_pictures_of_any_mode_become_first_frames(tmp_path: Path, mode: str) -> 
     deep = Image.fromarray(pixels[..., 0].astype("uint16") * 257)
     name = "x.tif" if mode == "CMYK" else "x.png"
     (deep if mode == "I;16" else Image.fromarray(pixels).convert(mode)).save(tmp_path / name)
-    found = read_row_picture(Row(0, 2, name, "a", None, ""), "a", tmp_path / "p.csv", SPEC)
-    assert isinstance(found, Tensor), found
-    assert found.shape == (64, 96, 3)
-    assert 5 < found.float().std() < 120
+    result = read_row_picture(Row(0, 2, name, "a", None, ""), "a", tmp_path / "p.csv", SPEC)
+    assert isinstance(result, Tensor), result
+    assert result.shape == (64, 96, 3)
+    assert 5 < result.float().std() < 120
 
 
 @pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 180), (6, 90), (8, 270)])
@@ -126,32 +120,38 @@ def test_pictures_are_turned_upright(tmp_path: Path, orientation: int, turn: int
     exif[0x0112] = orientation
     upright.rotate(turn, expand=True).save(tmp_path / "turned.png", exif=exif)
     rows = [Row(0, 2, name, "a", None, "") for name in ("turned.png", "upright.png")]
-    found, wanted = (read_row_picture(row, "a", tmp_path / "p.csv", SPEC) for row in rows)
-    assert torch.equal(found, wanted)
+    result, expected = (read_row_picture(row, "a", tmp_path / "p.csv", SPEC) for row in rows)
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3000, 20), (20, 3000)])
 def test_pictures_of_any_size_become_first_frames(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.new("RGB", size, (10, 200, 90)).save(tmp_path / "x.png")
-    found = read_row_picture(Row(0, 2, "x.png", "a", None, ""), "a", tmp_path / "p.csv", SPEC)
-    assert isinstance(found, Tensor), found
-    assert (found == torch.tensor([10, 200, 90])).all()
+    result = read_row_picture(Row(0, 2, "x.png", "a", None, ""), "a", tmp_path / "p.csv", SPEC)
+    assert isinstance(result, Tensor), result
+    assert (result == torch.tensor([10, 200, 90])).all()
 
 
-def test_segments_go_on_from_the_last_frame(order: GenerationRequest, models: ConditionEncoder) -> None:
-    longer = GenerationRequest(order.csv_path, order.out, order.store, SPEC, 0, segments=2, batch_size=2)
-    made = generate_videos(longer, models, Noise(), MemoryPlan())
-    assert [path.name for path in made] == ["000000000.mp4", "000000001.mp4", "contact.png"]
-    assert [frames(path) for path in made[:2]] == [1 + 2 * 8] * 2
-    assert describe_group(order.store, "sample").keys[:3] == ("000000000-0", "000000000-1", "000000001-0")
+def test_segments_go_on_from_the_last_frame(video_request: GenerationRequest, models: ConditionEncoder) -> None:
+    longer = GenerationRequest(
+        video_request.csv_path, video_request.out, video_request.store, SPEC, 0, segments=2, batch_size=2
+    )
+    outputs = generate_videos(longer, models, NoiseSampler())
+    assert [path.name for path in outputs] == ["000000000.mp4", "000000001.mp4", "contact.png"]
+    assert [count_frames(path) for path in outputs[:2]] == [1 + 2 * 8] * 2
+    assert describe_group(video_request.store, "sample").keys[:3] == ("000000000-0", "000000000-1", "000000001-0")
     for row in (0, 2):
-        last = vae.decode_video(models.vae, read_latents(order.store, "sample", row))[-1]
-        assert torch.equal(read_latents(order.store, "sample", row + 1)[:, :1], encode_picture(models, last).float())
-    assert not torch.equal(read_latents(order.store, "sample", 0)[:, 1:], read_latents(order.store, "sample", 1)[:, 1:])
+        last = vae.decode_video(models.vae, read_latents(video_request.store, "sample", row))[-1]
+        assert torch.equal(
+            read_latents(video_request.store, "sample", row + 1)[:, :1], encode_picture(models, last).float()
+        )
+    assert not torch.equal(
+        read_latents(video_request.store, "sample", 0)[:, 1:], read_latents(video_request.store, "sample", 1)[:, 1:]
+    )
 
 
 def test_memory_does_not_grow_with_segments(
-    order: GenerationRequest, models: ConditionEncoder, monkeypatch: pytest.MonkeyPatch
+    video_request: GenerationRequest, models: ConditionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When latents are asked for, those before the last ones are gone, on a slow disk too."""
     alive: list[int] = []
@@ -163,103 +163,107 @@ def test_memory_does_not_grow_with_segments(
 
     monkeypatch.setattr(latent_store, "write_latents", slow)
 
-    class Watched(Noise):
+    class WatchedSampler(NoiseSampler):
         def __init__(self) -> None:
             super().__init__()
-            self.made: list[weakref.ref[Tensor]] = []
+            self.sampled: list[weakref.ref[Tensor]] = []
 
         def __call__(self, records: list[Record], seeds: list[int], segment: int) -> Tensor:
-            alive.append(sum(made() is not None for made in self.made))
+            alive.append(sum(latents() is not None for latents in self.sampled))
             x0 = super().__call__(records, seeds, segment)
-            self.made.append(weakref.ref(x0))
+            self.sampled.append(weakref.ref(x0))
             return x0
 
-    generate_videos(replace(order, segments=6), models, Watched(), MemoryPlan())
+    generate_videos(replace(video_request, segments=6), models, WatchedSampler())
     assert len(alive) == 12
     assert max(alive) <= 1
 
 
 def test_only_what_the_contact_sheet_shows_is_kept(
-    order: GenerationRequest, models: ConditionEncoder, monkeypatch: pytest.MonkeyPatch
+    video_request: GenerationRequest, models: ConditionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    takes: list[generate.VideoJob] = []
+    jobs: list[generate.VideoJob] = []
     remember = generate.VideoJob.__init__
 
     def init(self: generate.VideoJob, *given: object, **options: object) -> None:
         remember(self, *given, **options)
-        takes.append(self)
+        jobs.append(self)
 
     monkeypatch.setattr(generate.VideoJob, "__init__", init)
     monkeypatch.setattr(generate, "MAX_SHEET_ROWS", 1)
-    made = generate_videos(order, models, Noise(), MemoryPlan())
-    assert Image.open(made[-1]).height == 64
-    assert [len(take.sheet_frames) for take in takes] == [generate.SHEET_COLUMNS, 0]
-    assert all(frame.untyped_storage().nbytes() == frame.nbytes for frame in takes[0].sheet_frames), (
-        "no view of a video"
+    outputs = generate_videos(video_request, models, NoiseSampler())
+    assert Image.open(outputs[-1]).height == 64
+    assert [len(job.sheet_frames) for job in jobs] == [generate.SHEET_COLUMNS, 0]
+    assert all(frame.untyped_storage().nbytes() == frame.nbytes for frame in jobs[0].sheet_frames), (
+        "not a view of a video"
     )
 
 
-def test_memory_modes_give_the_same_files(order: GenerationRequest, models: ConditionEncoder) -> None:
-    made = {}
-    for name, placing in MEMORY_PLANS.items():
-        sampler = Noise()
-        paths = generate_videos(order, models, sampler, placing)
-        made[name] = [path.read_bytes() for path in paths]
-    assert made["full"] == made["24gb"] == made["16gb"]
-    assert sampler.moves == ["cpu"] * 5  # away for the texts, then there and away for each of two batches
+def test_offload_gives_the_same_files(video_request: GenerationRequest, models: ConditionEncoder) -> None:
+    files, moves = [], []
+    for offload in (False, True):
+        sampler = NoiseSampler()
+        paths = generate_videos(video_request, models, sampler, offload=offload)
+        files.append([path.read_bytes() for path in paths])
+        moves.append(sampler.moves)
+    assert files[0] == files[1]
+    # with offload: away while texts are embedded, then there and away for each of two batches
+    assert moves == [["cpu"] * 2, ["cpu"] * 5]
 
 
 @pytest.mark.parametrize(
-    ("gib", "asked", "found"),
-    [(79, "auto", "full"), (23.6, "auto", "24gb"), (15.7, "auto", "16gb"), (79, "16gb", "16gb")],
+    ("gib", "vram", "offload"),
+    [(79, "auto", False), (23.6, "auto", True), (15.7, "auto", True), (79, "16gb", True), (79, "full", False)],
 )
-def test_the_card_chooses(monkeypatch: pytest.MonkeyPatch, gib: float, asked: str, found: str) -> None:
+def test_the_card_decides_on_offload(monkeypatch: pytest.MonkeyPatch, gib: float, vram: str, offload: bool) -> None:
     card = SimpleNamespace(total_memory=int(gib * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    assert choose_memory_plan(asked, torch.device("cuda", 0)) == MEMORY_PLANS[found]
+    assert needs_offload(vram, torch.device("cuda", 0)) is offload
+    assert not needs_offload(vram, CPU)
 
 
-def test_too_small_a_card_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(total_memory=int(23.6 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    with pytest.raises(ValueError, match=r"memory=full: full needs 33 GiB and the card has 24; --memory 24gb fits"):
-        choose_memory_plan("full", torch.device("cuda", 0))
+    with pytest.raises(ValueError, match=r"vram=full: needs 33 GiB and the card has 24; give --vram 16gb"):
+        needs_offload("full", torch.device("cuda", 0))
     card.total_memory = 8 * 2**30
-    with pytest.raises(ValueError, match="nothing fits"):
-        choose_memory_plan("auto", torch.device("cuda", 0))
+    for vram, required in (("auto", 15), ("full", 33), ("16gb", 15)):
+        with pytest.raises(ValueError, match=f"vram={vram}: needs {required} GiB and the card has 8; nothing fits"):
+            needs_offload(vram, torch.device("cuda", 0))
 
 
-def test_latents_that_are_not_finite_leave_no_video(order: GenerationRequest, models: ConditionEncoder) -> None:
-    class Broken(Noise):
+def test_latents_that_are_not_finite_leave_no_video(video_request: GenerationRequest, models: ConditionEncoder) -> None:
+    class BrokenSampler(NoiseSampler):
         def __call__(self, records: list[Record], seeds: list[int], segment: int) -> Tensor:
             return super().__call__(records, seeds, segment) / 0
 
     with pytest.raises(ValueError, match="not finite"):
-        generate_videos(order, models, Broken(), MemoryPlan())
-    assert not list(order.out.glob("*.partial"))
+        generate_videos(video_request, models, BrokenSampler())
+    assert not list(video_request.out.glob("*.partial"))
 
 
-def test_ranks_share_the_rows(order: GenerationRequest, models: ConditionEncoder, tmp_path: Path) -> None:
+def test_ranks_share_the_rows(video_request: GenerationRequest, models: ConditionEncoder, tmp_path: Path) -> None:
     """Two processes make what one makes, file by file."""
-    whole = {path.name: path.read_bytes() for path in generate_videos(order, models, Noise(), MemoryPlan())[:2]}
+    expected = {path.name: path.read_bytes() for path in generate_videos(video_request, models, NoiseSampler())[:2]}
     (tmp_path / "share").mkdir()
     for rank in (0, 1):
-        part = replace(order, out=tmp_path / "share", store=tmp_path / f"{rank}.zarr", rank=rank, world=2)
-        assert [path.name for path in generate_videos(part, models, Noise(), MemoryPlan())] == [
+        part = replace(video_request, out=tmp_path / "share", store=tmp_path / f"{rank}.zarr", rank=rank, world=2)
+        assert [path.name for path in generate_videos(part, models, NoiseSampler())] == [
             f"00000000{rank}.mp4",
             f"contact-{rank}.png",
         ]
-        assert torch.equal(read_latents(part.store, "sample", 0), read_latents(order.store, "sample", rank))
-    assert {path.name: path.read_bytes() for path in (tmp_path / "share").glob("*.mp4")} == whole
-    assert generate_videos(replace(order, rank=2, world=3), models, Noise(), MemoryPlan()) == []
+        assert torch.equal(read_latents(part.store, "sample", 0), read_latents(video_request.store, "sample", rank))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "share").glob("*.mp4")} == expected
+    assert generate_videos(replace(video_request, rank=2, world=3), models, NoiseSampler()) == []
 
 
-def test_too_little_memory_says_what_would_fit(order: GenerationRequest, models: ConditionEncoder) -> None:
-    class Large(Noise):
+def test_too_little_memory_says_what_would_fit(video_request: GenerationRequest, models: ConditionEncoder) -> None:
+    class LargeSampler(NoiseSampler):
         def __call__(self, records: list[Record], seeds: list[int], segment: int) -> Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    for name, way in (("full", "give --memory 16gb"), ("16gb", "give a smaller --batch-size, --height or --width")):
-        with pytest.raises(ValueError, match=f"too small for 9 x 64 x 96, batch size 1: {way}"):
-            generate_videos(order, models, Large(), MEMORY_PLANS[name])
-    assert not list(order.out.glob("*.mp4*"))
+    for offload, remedy in ((False, "--vram 16gb"), (True, "a smaller --batch-size, --height or --width")):
+        with pytest.raises(ValueError, match=f"batch_size=1: videos of 9 x 64 x 96 do not fit .*; give {remedy}"):
+            generate_videos(video_request, models, LargeSampler(), offload=offload)
+    assert not list(video_request.out.glob("*.mp4*"))

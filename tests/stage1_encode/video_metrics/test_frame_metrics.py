@@ -1,4 +1,4 @@
-"""Pixel metrics on pictures whose answers are known; the judge; stand-ins for CLIP and I3D."""
+"""Pixel metrics of pictures with known answers; the judge; small models in place of CLIP and I3D."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from tests import tiny_models
 GREY = numpy.full((32, 32, 3), 100, numpy.uint8)
 
 
-class StandIn(torch.nn.Module):
-    """The call of an I3D file: two features, the mean of the first channel and the number of frames."""
+class FakeI3d(torch.nn.Module):
+    """Has the call of an I3D file; its two features are the mean of the first channel and the number of frames."""
 
     def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
         return torch.stack([x[:, 0].mean(dim=(1, 2, 3)), torch.full((x.shape[0],), float(x.shape[2]))], dim=1)
@@ -23,19 +23,8 @@ class StandIn(torch.nn.Module):
 
 def test_psnr() -> None:
     grey = torch.from_numpy(GREY)
-    found = frame_metrics.psnr(torch.stack([grey, grey]), torch.stack([grey, grey + 10]))
-    assert found.tolist() == [100, pytest.approx(20 * numpy.log10(255 / 10))]
-
-
-def test_perceptual_distance_orders_damage() -> None:
-    picture = tiny_models.picture(64, 64, seed=1)
-    moved, noise = (
-        tiny_models.picture(64, 64, seed=1, shift=2),
-        numpy.random.default_rng(0).integers(0, 255, picture.shape),
-    )
-    others = torch.from_numpy(numpy.stack([picture, moved, noise.astype(numpy.uint8)]))
-    same, near, far = frame_metrics.perceptual_distance(others[:1].expand(3, -1, -1, -1), others).tolist()
-    assert same == 0 < near < far
+    result = frame_metrics.psnr(torch.stack([grey, grey]), torch.stack([grey, grey + 10]))
+    assert result.tolist() == [100, pytest.approx(20 * numpy.log10(255 / 10))]
 
 
 def test_motion_saturation_contrast() -> None:
@@ -62,8 +51,8 @@ def test_a_judge_from_a_file(tmp_path: Path) -> None:
         {"n": True},
         {"n": True},
     ]
-    found = custom_judge.true_shares([{"a": True, "b": [True, False]}, {"a": False}, {"a": True, "b": [False, False]}])
-    assert found == {"a": pytest.approx(2 / 3), "b": 0.25}
+    result = custom_judge.true_shares([{"a": True, "b": [True, False]}, {"a": False}, {"a": True, "b": [False, False]}])
+    assert result == {"a": pytest.approx(2 / 3), "b": 0.25}
     (tmp_path / "only.py").write_text("def judge_all(v, p):\n    return [{'n': len(v) == 2}] * 2\n")
     assert custom_judge.load_judge(str(tmp_path / "only.py"))(torch.zeros(2, 1), ["a", "b"]) == [
         {"n": True},
@@ -73,22 +62,22 @@ def test_a_judge_from_a_file(tmp_path: Path) -> None:
     assert custom_judge.true_shares([{"a": value} for value in values]) == {"a": pytest.approx(5 / 7)}
     (tmp_path / "none.py").write_text("x = 1\n")
     for name in ("none.py", "gone.py"):
-        with pytest.raises(ValueError, match=f"analyser=.*{name}"):
+        with pytest.raises(ValueError, match=f"judge=.*{name}"):
             custom_judge.load_judge(str(tmp_path / name))
 
 
-def test_i3d_stand_in(tmp_path: Path) -> None:
+def test_i3d_features(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    torch.jit.script(StandIn()).save(str(tmp_path / "i3d.pt"))
+    torch.jit.script(FakeI3d()).save(str(tmp_path / "i3d.pt"))
     video = numpy.stack([GREY] * 5)
-    found = i3d_features.extract_i3d_features(i3d_features.load_i3d(str(tmp_path / "i3d.pt"), cpu), video, cpu)
-    assert found.tolist() == pytest.approx([100 / 127.5 - 1, 5])
+    result = i3d_features.extract_i3d_features(i3d_features.load_i3d(str(tmp_path / "i3d.pt"), cpu), video, cpu)
+    assert result.tolist() == pytest.approx([100 / 127.5 - 1, 5])
     (tmp_path / "bad.pt").write_text("no")
     with pytest.raises(ValueError, match="bad.pt"):
         i3d_features.load_i3d(str(tmp_path / "bad.pt"), cpu)
 
 
-def test_clip_stand_in(tmp_path: Path) -> None:
+def test_clip_score(tmp_path: Path) -> None:
     size = tiny_models.make_tokenizer(tmp_path)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     words = {"vocab_size": size, "max_position_embeddings": 24, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 0}
@@ -110,8 +99,8 @@ def test_clip_stand_in(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     del weights["logit_scale"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"clip=.*: lacks weights of a CLIP model: logit_scale"):
+    with pytest.raises(ValueError, match=r"clip_model=.*: lacks weights \(logit_scale\)"):
         clip_score.load_clip(str(tmp_path), torch.device("cpu"))
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"clip=.*: holds no \.safetensors weights"):
+    with pytest.raises(ValueError, match=r"clip_model=.*: holds no \.safetensors weights"):
         clip_score.load_clip(str(tmp_path), torch.device("cpu"))
