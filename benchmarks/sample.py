@@ -28,14 +28,7 @@ from common.video import VideoSpec
 from shards.latent_store import read_latents
 from shards.record import Record, collate_records
 from stage1_encode.generation.condition_encoder import encode_conditions
-from stage1_encode.generation.generate import (
-    GROUP_NAME,
-    MEMORY_PLANS,
-    GenerationRequest,
-    LatentSampler,
-    MemoryPlan,
-    generate_videos,
-)
+from stage1_encode.generation.generate import GROUP_NAME, GenerationRequest, LatentSampler, generate_videos
 from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import vae, vae_decoder
 from stage2_distill.dmd.rollout import rollout
@@ -75,10 +68,9 @@ class SampleBenchmark:
         (self.folder / f"{count}").mkdir(exist_ok=True)
         return GenerationRequest(table, out, self.folder / f"{count}.zarr", self.spec, 0)
 
-    def generate(self, count: int, memory: str = "full") -> None:
-        """Generate videos in a memory mode."""
-        plan = MemoryPlan() if memory == "full" else MEMORY_PLANS[memory]
-        generate_videos(self.request(count), self.models, self.sampler, plan)
+    def generate(self, count: int, *, offload: bool = False) -> None:
+        """Generate videos, with idle models in host memory if `offload`."""
+        generate_videos(self.request(count), self.models, self.sampler, offload=offload)
 
     def records(self) -> list[Record]:
         """Return the records of one row."""
@@ -153,10 +145,10 @@ class SampleBenchmark:
         # `sample` drops diffusers' decoder, but the part stock needs it again
         self.diffusers_decoder = self.models.vae.model.decoder.to("cpu")
         self.models.vae.release_diffusers_decoder()
-        self.generate(1, "16gb")  # the first move to host memory, which copies, is not part of a video
+        self.generate(1, offload=True)  # the first move to host memory, which copies, is not part of a video
         self.models.vae.decoder.free_memory()
         peak_gib()
-        seconds = statistics.median(call_times(lambda: self.generate(1, "16gb"), self.repeats))
+        seconds = statistics.median(call_times(lambda: self.generate(1, offload=True), self.repeats))
         same = f"same latents {torch.equal(self.latents(), full)}"
         yield "--memory 16gb", f"{seconds:.2f} s, peak {peak_gib():.1f} GiB, {same}"
         self.student.move_to(self.device)
