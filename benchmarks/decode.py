@@ -56,7 +56,7 @@ class ConvolutionTimer:
 
 def decode_video(decoder: VideoDecoder, z: Tensor) -> Tensor:
     """Return pixels (F X Y 3) uint8 of latents (C T H W)."""
-    return torch.cat(list(stream_frames(decoder, z, max_frames=vae.DEFAULT_CHUNK_FRAMES)))
+    return torch.cat(list(stream_frames(decoder, z, max_frames=vae.CHUNK_FRAMES)))
 
 
 def whole_rows(model: AutoencoderKLWan, z: Tensor) -> Iterator[Row]:

@@ -28,7 +28,12 @@ from common.video import VideoSpec
 from shards.latent_store import read_latents
 from shards.record import Record, collate_records
 from stage1_encode.generation.condition_encoder import encode_conditions
-from stage1_encode.generation.generate import GROUP_NAME, GenerationRequest, LatentSampler, generate_videos
+from stage1_encode.generation.generate import (
+    GROUP_NAME,
+    GenerationRequest,
+    LatentSampler,
+    generate_videos,
+)
 from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import vae, vae_decoder
 from stage2_distill.dmd.rollout import rollout
@@ -131,7 +136,7 @@ class SampleBenchmark:
         figure = f"{stock.whole:.2f} s, x{stock.whole / ours:.2f} of ours; a step {stock.step:.2f} s"
         yield "diffusers, 4 steps", figure
         yield "diffusers, 50 guided steps, projected", f"{guided:.0f} s, x{guided / ours:.1f} of ours"
-        decoder, max_frames = self.models.vae.decoder, vae.DEFAULT_CHUNK_FRAMES
+        decoder, max_frames = self.models.vae.decoder, vae.CHUNK_FRAMES
         pixels = torch.cat(list(vae_decoder.stream_frames(decoder, stock.latents[0], max_frames=max_frames)))
         wanted = ((stock.video[0].float().clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
         psnr = -10 * float(((pixels.float() - wanted).square().mean() / 255**2).log10())
@@ -150,7 +155,7 @@ class SampleBenchmark:
         peak_gib()
         seconds = statistics.median(call_times(lambda: self.generate(1, offload=True), self.repeats))
         same = f"same latents {torch.equal(self.latents(), full)}"
-        yield "--memory 16gb", f"{seconds:.2f} s, peak {peak_gib():.1f} GiB, {same}"
+        yield "--vram 16gb", f"{seconds:.2f} s, peak {peak_gib():.1f} GiB, {same}"
         self.student.move_to(self.device)
 
     def many_rows(self) -> Iterator[Row]:
