@@ -57,10 +57,12 @@ class Witness:
 
     def note_part(self, rollouts, part, condition: Condition, exit_index: int) -> rollout.Simulated:
         self.part = part
-        return self.simulate(rollouts, part, condition, exit_index)
+        samples = self.simulate(rollouts, part, condition, exit_index)
+        self.part = None  # rollouts of previews are not noted
+        return samples
 
     def note_noise(self, denoiser, noise: Tensor, condition: Condition, **options) -> Tensor:
-        for place, sample in enumerate(self.part.samples):
+        for place, sample in enumerate(self.part.samples if self.part else ()):
             drawn = digest(noise[place], condition.text[place], condition.first_frame[place])
             self.seen.append((self.part.iteration, self.part.role, sample, drawn))
         return self.rollout(denoiser, noise, condition, **options)
