@@ -56,17 +56,10 @@ def is_plain_name(key: str) -> bool:
 
 def to_members(record: Record) -> dict[str, bytes]:
     """Serialise a record as {member name: bytes}; equal records give equal bytes."""
-    tensors = {"text": record.text, "first_frame": record.first_frame}
-    stored = {
-        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, tensor in tensors.items()
-        if tensor is not None
-    }
-    metadata = json.dumps(vars(record.source), ensure_ascii=False, sort_keys=True)
-    return {
-        f"{record.key}.{TENSORS_SUFFIX}": save_tensors(stored),
-        f"{record.key}.{METADATA_SUFFIX}": metadata.encode(),
-    }
+    tensors = {"text": record.text} | ({} if record.first_frame is None else {"first_frame": record.first_frame})
+    stored = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
+    metadata = json.dumps(vars(record.source), ensure_ascii=False, sort_keys=True).encode()
+    return {f"{record.key}.{TENSORS_SUFFIX}": save_tensors(stored), f"{record.key}.{METADATA_SUFFIX}": metadata}
 
 
 def parse_safetensors(data: bytes | memoryview) -> dict[str, Tensor]:
@@ -98,12 +91,8 @@ def from_members(key: str, tensors: bytes | memoryview, metadata: bytes | memory
 
 
 def pad_text(text: Tensor, length: int = TEXT_LENGTH) -> Tensor:
-    """Append zero rows to text (L D), or cut it, to (length D).
-
-    A length under 512 needs at least one zero row, which represents all further ones in the attention; ValueError if
-    the text leaves none.
-    """
-    rows = text.shape[0]
+    """Append zero rows to text (L D), or cut it, to (length D); ValueError if `length` < 512 leaves no zero row."""
+    rows = text.shape[0]  # one zero row represents all further ones in the attention
     if rows >= length < TEXT_LENGTH:
         raise ValueError(f"max_text_tokens={length}: a prompt has {rows} tokens; give at least {rows + 1}")
     return torch.nn.functional.pad(text, (0, 0, 0, length - rows))  # a negative pad cuts
@@ -113,9 +102,8 @@ def group_by_first_frame(records: Sequence[Record], size: int) -> list[list[int]
     """Indices of records in batches of at most `size`, those with a first frame first, the others apart."""
     with_frame = [index for index, record in enumerate(records) if record.first_frame is not None]
     without_frame = [index for index, record in enumerate(records) if record.first_frame is None]
-    return [
-        group[start : start + size] for group in (with_frame, without_frame) for start in range(0, len(group), size)
-    ]
+    groups = (with_frame, without_frame)
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
 def collate_records(records: Sequence[Record], *, max_text_tokens: int = TEXT_LENGTH) -> Batch:

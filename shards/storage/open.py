@@ -23,10 +23,7 @@ class LocalStorage:
         self.location = location
 
     def read(self, name: str, start: int = 0, size: int | None = None, *, fresh: bool = False) -> memoryview:
-        """Up to `size` bytes of a file from `start` on (None = all), in writable memory; FileNotFoundError.
-
-        `fresh` bypasses a cache, which a local folder does not have.
-        """
+        """Up to `size` bytes of a file from `start` on (None = all), in writable memory; `fresh` changes nothing."""
         with (Path(self.location) / name).open("rb", buffering=0) as file:
             length = max(0, os.fstat(file.fileno()).st_size - start) if size is None else size
             buffer = numpy.empty(length, numpy.uint8).data  # unlike a bytearray, not zeroed before it is filled
@@ -38,10 +35,8 @@ Storage = LocalStorage | ObjectStore
 
 
 def url_scheme(prefix: str) -> str:
-    """The scheme of an object-store prefix, "" for a local folder; ValueError for anything else.
-
-    fsspec also knows schemes that run programs or are chained by `::`, so only those listed are accepted.
-    """
+    """The scheme of an object-store prefix, "" for a local folder; ValueError for anything else."""
+    # fsspec also knows schemes that run programs or are chained by `::`, so only those listed are accepted.
     scheme, separator, _ = prefix.partition("://")
     if separator and scheme.lower() in URL_SCHEMES and "::" not in prefix:
         return scheme.lower()
@@ -66,25 +61,20 @@ def open_storage(prefix: str, *, cache_bytes: int) -> Storage:
 def read_with_retry(
     storage: Storage, name: str, read_bytes: Callable[[bool], T], find_damage: Callable[[T], list[str]]
 ) -> T:
-    """What `read_bytes(fresh)` reads of the file `name`, if `find_damage` returns no names; else a second, fresh read.
-
-    Raises ValueError naming the file and its damaged parts if the second read is bad too.
-    """
-    damage: list[str] = []
-    for fresh in (False, True):  # the first may come from a stale cache or a bad transfer
-        data = read_bytes(fresh)
-        damage = find_damage(data)
-        if not damage:
-            return data
-    parts = ", ".join(damage)
-    raise ValueError(f"{storage.location}/{name}: damaged at {parts} (hash differs, read twice); run verify --repair")
+    """What `read_bytes(fresh)` reads; ValueError if `find_damage` names damaged parts even of a second, fresh read."""
+    data = read_bytes(False)
+    if find_damage(data):  # perhaps a stale cache or a bad transfer
+        data = read_bytes(True)
+        if damage := find_damage(data):
+            problem = f"damaged at {', '.join(damage)} (hash differs, read twice)"
+            raise ValueError(f"{storage.location}/{name}: {problem}; run verify --repair")
+    return data
 
 
 def read_verified_file(storage: Storage, name: str, sha256: str) -> memoryview:
     """The bytes of a small file, its hash verified; see `read_with_retry`."""
-    return read_with_retry(
-        storage,
-        name,
-        lambda fresh: storage.read(name, fresh=fresh),
-        lambda data: [] if hashlib.sha256(data).hexdigest() == sha256 else ["the whole file"],
-    )
+
+    def find_damage(data: memoryview) -> list[str]:
+        return [] if hashlib.sha256(data).hexdigest() == sha256 else ["the whole file"]
+
+    return read_with_retry(storage, name, lambda fresh: storage.read(name, fresh=fresh), find_damage)
