@@ -127,7 +127,7 @@ class Bench:
     @torch.no_grad()
     def plain(self, records: list[Record]) -> Tensor:
         """The same latents by diffusers' own forward."""
-        condition = collate_records(records).condition.to(self.device)
+        condition = collate_records(records).to(self.device)
         draws = [make_generator(0, 0, 0, "sample", self.device)]
         noise = draw_normal(self.spec.latent_shape, draws)
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,18 +50,16 @@ class DataSet:
         name, (member_names, offsets) = self.manifest.shards[shard_index].name, self._load_offsets(shard_index)
         start, tensors_size, tensors_crc = offsets[first].tolist()
         metadata_start, metadata_size, metadata_crc = offsets[first + 1].tolist()
+        # One read covers both members and the tar header between them.
+        gap_end, size = metadata_start - start, metadata_start + metadata_size - start
 
-        def read_members(fresh: bool) -> tuple[memoryview, memoryview]:
-            # One read covers both members and the tar header between them.
-            data = self.storage.read(name, start, metadata_start + metadata_size - start, fresh=fresh)
-            return data[:tensors_size], data[metadata_start - start :]
+        def damaged_members(data: memoryview) -> list[str]:
+            damaged = zlib.crc32(data[:tensors_size]) != tensors_crc, zlib.crc32(data[gap_end:]) != metadata_crc
+            return list(compress(member_names[first : first + 2], damaged))
 
-        def damaged_members(members: tuple[memoryview, memoryview]) -> list[str]:
-            pairs = zip(members, (tensors_crc, metadata_crc), strict=True)
-            return [member_names[first + i] for i, (data, crc) in enumerate(pairs) if zlib.crc32(data) != crc]
-
-        members = read_with_retry(self.storage, name, read_members, damaged_members)
-        return from_members(member_names[first].removesuffix(f".{TENSORS_SUFFIX}"), *members)
+        data = read_with_retry(self.storage, damaged_members, name, start, size)
+        key = member_names[first].removesuffix(f".{TENSORS_SUFFIX}")
+        return from_members(key, data[:tensors_size], data[gap_end:])
 
     def record_index(self, position: int, *, seed: int) -> int:
         """Number of the record at a position of the endless order of `seed`."""

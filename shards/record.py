@@ -41,14 +41,6 @@ class Record:
     text: Tensor  # (L D) bf16, without padding
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Records collated for the denoiser."""
-
-    keys: tuple[str, ...]
-    condition: Condition
-
-
 def is_plain_name(key: str) -> bool:
     """Whether a key, which becomes a file name, cannot leave its folder."""
     return bool(key) and ".." not in key and not set(key) & set("/\\\0")
@@ -106,8 +98,8 @@ def group_by_first_frame(records: Sequence[Record], size: int) -> list[list[int]
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
-def collate_records(records: Sequence[Record], *, max_text_tokens: int = TEXT_LENGTH) -> Batch:
-    """Stack records into a batch; in a mixed batch, records without a first frame get zeros and `given` False."""
+def collate_records(records: Sequence[Record], *, max_text_tokens: int = TEXT_LENGTH) -> Condition:
+    """Stack records for the denoiser; in a mixed batch, records without a first frame get zeros and `given` False."""
     frames = [record.first_frame for record in records]
     example = next((frame for frame in frames if frame is not None), None)
     first_frame = given = None
@@ -115,5 +107,4 @@ def collate_records(records: Sequence[Record], *, max_text_tokens: int = TEXT_LE
         first_frame = torch.stack([torch.zeros_like(example) if frame is None else frame for frame in frames])
         given = torch.tensor([frame is not None for frame in frames])
     text = torch.stack([pad_text(record.text, max_text_tokens) for record in records])
-    condition = Condition(first_frame, text, None if given is None or given.all() else given)  # None = all
-    return Batch(tuple(record.key for record in records), condition)
+    return Condition(first_frame, text, None if given is None or given.all() else given)  # None = all

@@ -202,7 +202,7 @@ def load_micro_batches(
     stream = RecordStream(data, seed=config.seed, max_text_tokens=config.max_text_tokens)
 
     def read_micro_batch(part: MicroBatch) -> tuple[MicroBatch, Condition]:
-        return part, augment_condition(stream.read_batch(part.positions).condition, part, config)
+        return part, augment_condition(stream.read_batch(part.positions), part, config)
 
     start = (
         start_iteration - start_iteration % config.student_update_interval if config.rollout_reuse else start_iteration

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import numpy
 
@@ -13,7 +12,6 @@ from shards.storage.cache import DiskCache
 from shards.storage.object_store import CLIENT_ERRORS, ObjectStore
 
 URL_SCHEMES = tuple(CLIENT_ERRORS)
-T = TypeVar("T")
 
 
 class LocalStorage:
@@ -58,13 +56,14 @@ def open_storage(prefix: str, *, cache_bytes: int) -> Storage:
     return LocalStorage(prefix)
 
 
-def read_with_retry(
-    storage: Storage, name: str, read_bytes: Callable[[bool], T], find_damage: Callable[[T], list[str]]
-) -> T:
-    """What `read_bytes(fresh)` reads; ValueError if `find_damage` names damaged parts even of a second, fresh read."""
-    data = read_bytes(False)
+FindDamage = Callable[[memoryview], list[str]]  # names of the damaged parts of the bytes that were read
+
+
+def read_with_retry(storage: Storage, find_damage: FindDamage, name: str, *byte_range: int) -> memoryview:
+    """`storage.read(name, *byte_range)`; ValueError if a second, fresh read is damaged too."""
+    data = storage.read(name, *byte_range)
     if find_damage(data):  # perhaps a stale cache or a bad transfer
-        data = read_bytes(True)
+        data = storage.read(name, *byte_range, fresh=True)
         if damage := find_damage(data):
             problem = f"damaged at {', '.join(damage)} (hash differs, read twice)"
             raise ValueError(f"{storage.location}/{name}: {problem}; run verify --repair")
@@ -77,4 +76,4 @@ def read_verified_file(storage: Storage, name: str, sha256: str) -> memoryview:
     def find_damage(data: memoryview) -> list[str]:
         return [] if hashlib.sha256(data).hexdigest() == sha256 else ["the whole file"]
 
-    return read_with_retry(storage, name, lambda fresh: storage.read(name, fresh=fresh), find_damage)
+    return read_with_retry(storage, find_damage, name)

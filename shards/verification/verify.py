@@ -59,10 +59,9 @@ def delete_broken_files(report: VerifyReport) -> list[str]:
     for shard in broken_shard_names(report):
         to_delete |= {index_file_name(shard), shard}
     if to_delete:
-        # The manifest goes first: a data set with a manifest is always complete, even if this is interrupted.
-        (folder / MANIFEST_FILE).unlink(missing_ok=True)
         to_delete.add(MANIFEST_FILE)
-    for name in to_delete:
+    # The manifest goes first: a data set with a manifest is always complete, even if this is interrupted.
+    for name in sorted(to_delete, key=lambda name: name != MANIFEST_FILE):
         (folder / name).unlink(missing_ok=True)
     return sorted(to_delete)
 

@@ -77,10 +77,10 @@ class PreviewWriter:
     @torch.no_grad()
     def _sample_rows(self, student: PreviewStudent, step: str, rows: list[int]) -> None:
         config, count = student.config, len(self.records)
-        batch = collate_records([self.records[row % count] for row in rows], max_text_tokens=config.max_text_tokens)
+        condition = collate_records([self.records[row % count] for row in rows], max_text_tokens=config.max_text_tokens)
         x0 = sample_student(
             student.denoiser,
-            batch.condition.to(student.ranks.device),
+            condition.to(student.ranks.device),
             sigmas=config.sigmas,
             latent_shape=config.spec.latent_shape,
             keys=[(config.seed, 0, row) for row in rows],
