@@ -222,7 +222,7 @@ def sample_rows(
     """Latents (B C T H W) of some conditions."""
     device, sigmas, shape = pick_device(setting.config.device), sampler.sigmas, setting.facts.spec.latent_shape
     records = [setting.records[row] for row in rows]
-    condition = collate_records(records, max_text_tokens=setting.config.max_text_tokens).condition.to(device)
+    condition = collate_records(records, max_text_tokens=setting.config.max_text_tokens).to(device)
     guided_denoiser = guided(denoiser, negative_text=setting.negative_text.to(device), scale=sampler.guidance_scale)
     # Noise depends on the seed and the row alone: candidates share it, whatever their batch.
     keys, purpose = [(seed, 0, row) for row in rows], "evaluate"

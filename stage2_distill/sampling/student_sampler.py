@@ -67,7 +67,7 @@ class StudentSampler:
 
     def build_condition(self, records: Sequence[Record]) -> Condition:
         """The records' condition on the network's device."""
-        return collate_records(records, max_text_tokens=self.max_text_tokens).condition.to(self.device)
+        return collate_records(records, max_text_tokens=self.max_text_tokens).to(self.device)
 
     @torch.no_grad()
     def sample_latents(self, condition: Condition, seeds: Sequence[int], segment: int) -> Tensor:
