@@ -106,15 +106,10 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     data_digest = hashlib.sha256(repr((data.manifest.shards, data.manifest.negative_sha256)).encode()).hexdigest()
     Path(config.out).mkdir(parents=True, exist_ok=True)
     write_config(Path(config.out) / EVALUATION_CONFIG_FILE, config)
-    return EvaluationSetup(
-        config,
-        first,
-        tuple(data.read_record(index) for index in range(count)),
-        pad_text(data.negative, config.max_text_tokens),
-        f"{count} of {data_digest}",
-        float(str(first.config["guidance_scale"] if config.guidance_scale is None else config.guidance_scale)),
-        Path(config.out) / LATENTS_STORE,
-    )
+    records = tuple(data.read_record(index) for index in range(count))
+    negative_text, store = pad_text(data.negative, config.max_text_tokens), Path(config.out) / LATENTS_STORE
+    scale = float(str(first.config["guidance_scale"] if config.guidance_scale is None else config.guidance_scale))
+    return EvaluationSetup(config, first, records, negative_text, f"{count} of {data_digest}", scale, store)
 
 
 def teacher_samplers(setting: EvaluationSetup) -> list[CandidateSampler]:

@@ -95,15 +95,9 @@ def build_report(
             own, others = ([pixels["sets"][name] for name in names] for names in (sets, teacher_sets))
             results |= pixel_summary(own, others)
         contestants[candidate.name] = results
-    return EvaluationReport(
-        comparison.count,
-        comparison.seeds,
-        comparison.guidance_scale,
-        pixels["videos"],
-        seed_statistics(teacher_scores.frechet),
-        contestants,
-        selection,
-    )
+    settings = comparison.count, comparison.seeds, comparison.guidance_scale
+    floor = seed_statistics(teacher_scores.frechet)
+    return EvaluationReport(*settings, pixels["videos"], floor, contestants, selection)
 
 
 def latent_summary(own: CandidateScores, teacher: CandidateScores) -> dict[str, Metric]:
