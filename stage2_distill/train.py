@@ -28,7 +28,7 @@ from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, accumulatio
 from stage2_distill.model.attention import enable_determinism
 from stage2_distill.monitoring.metrics_log import METRICS_FILE, StepResult, complete_lines
 from stage2_distill.monitoring.monitor import TrainingMonitor
-from stage2_distill.monitoring.preview import PREVIEW_STORE, PreviewStudent, PreviewWriter, open_previews
+from stage2_distill.monitoring.preview import PREVIEW_STORE, PreviewWriter, read_preview_records
 from stage2_distill.optim.optimizers import optimizer_form
 from stage2_distill.resume import resume_run, training_state
 from stage2_distill.trainer import DivergedError, Trainer, train_step
@@ -146,7 +146,7 @@ def train_loop(
                 saver.prepare_buffers(training_state(trainer))
             if previews.is_due(completed):
                 saver.wait_for_copies()  # the average takes the student's place meanwhile
-                previews.write_step(preview_student(trainer), completed)
+                previews.write_step(completed)
             stopping = stop.is_requested() or completed == config.iterations
             if stopping or completed % config.checkpoint_every == 0:
                 watch.sync()
@@ -162,20 +162,15 @@ def train_loop(
             logging.info("stopped after iteration %d; resume with the same command", completed)
 
 
-def preview_student(trainer: Trainer) -> PreviewStudent:
-    """What previews need of a trainer."""
-    student = trainer.roles.student
-    denoiser = trainer.role_denoiser(student)
-    return PreviewStudent(trainer.config, trainer.ranks, student, denoiser, trainer.ema, trainer.timer)
-
-
 def start_previews(out: Path, trainer: Trainer, data: DataSet | DataSetMixture, start_iteration: int) -> PreviewWriter:
     """The previews of a run, of which a new one makes the first at once."""
-    previews = open_previews(out, trainer.config, data)
-    if trainer.ranks.rank == 0:
+    config, ranks, student = trainer.config, trainer.ranks, trainer.roles.student
+    records, denoiser = read_preview_records(config, data), trainer.role_denoiser(student)
+    previews = PreviewWriter(out / PREVIEW_STORE, records, config, ranks, student, denoiser, trainer.ema, trainer.timer)
+    if ranks.rank == 0:
         previews.close(complete=False)
     if start_iteration == 0 and previews.is_due(0):
-        previews.write_step(preview_student(trainer), 0)
+        previews.write_step(0)
     return previews
 
 
