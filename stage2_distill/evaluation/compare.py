@@ -33,6 +33,7 @@ from stage2_distill.checkpointing import format as checkpoints
 from stage2_distill.dmd.rollout import sample_euler, sample_student
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import reference_seeds, score_candidates, seed_statistics
+from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.wan import guided, load_transformer, make_denoiser
 from stage2_distill.sampling.student_sampler import check_model, load_student
 
@@ -163,8 +164,8 @@ def open_denoiser(config: EvaluateConfig, checkpoint: Path | None) -> Denoiser:
     if checkpoint is None:
         net = load_transformer(locate_model(config.model, ("transformer",)), dtype).to(device).requires_grad_(False)
     else:
-        facts, weights = checkpoints.read_facts(checkpoint), config.weights
-        net = load_student(checkpoint, facts, model=config.model, weights=weights, dtype=dtype, device=device)
+        plan, model, weights = ExecutionPlan(), config.model, config.weights
+        net = load_student(checkpoint, plan, model=model, weights=weights, dtype=dtype, device=device)
     return make_denoiser(net, dtype)
 
 

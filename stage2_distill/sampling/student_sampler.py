@@ -61,14 +61,9 @@ class StudentSampler:
     @torch.no_grad()
     def sample_latents(self, condition: Condition, seeds: Sequence[int], segment: int) -> Tensor:
         """Latents (B C T H W) of a condition; equal seeds and segments give equal noise."""
-        return sample_student(
-            wan.make_denoiser(self.net, self.dtype),
-            condition,
-            sigmas=self.sigmas,
-            latent_shape=self.spec.latent_shape,
-            keys=[(seed, 0, segment) for seed in seeds],
-            purpose="sample",
-        )
+        denoiser, keys = wan.make_denoiser(self.net, self.dtype), [(seed, 0, segment) for seed in seeds]
+        sigmas, shape = self.sigmas, self.spec.latent_shape
+        return sample_student(denoiser, condition, sigmas=sigmas, latent_shape=shape, keys=keys, purpose="sample")
 
 
 def open_student(config: SampleConfig) -> StudentSampler:
@@ -81,7 +76,7 @@ def open_student(config: SampleConfig) -> StudentSampler:
     is_shared = config.data is None and int(os.environ.get("WORLD_SIZE", "1")) > 1
     ranks = start_process_group(config.device).world if is_shared else 1
     plan, device = ExecutionPlan(compiled=config.compile, ranks=ranks), pick_device(config.device)
-    net = load_student(checkpoint, facts, plan, model=config.model, weights=config.weights, dtype=dtype, device=device)
+    net = load_student(checkpoint, plan, model=config.model, weights=config.weights, dtype=dtype, device=device)
     check_context_parallel(ranks, tokens=spec.num_tokens, heads=net.config.num_attention_heads)
     sigmas = timestep_sigmas(config.timesteps, s=facts.shift) if config.timesteps else facts.sigmas
     return StudentSampler(net, spec, sigmas, dtype, config.max_text_tokens)
@@ -95,19 +90,13 @@ def check_model(model: str, facts: checkpoints.StudentFacts, parts: Sequence[str
 
 
 def load_student(
-    checkpoint: Path,
-    facts: checkpoints.StudentFacts,
-    plan: ExecutionPlan | None = None,
-    *,
-    model: str,
-    weights: str,
-    dtype: torch.dtype,
-    device: torch.device,
+    checkpoint: Path, plan: ExecutionPlan, *, model: str, weights: str, dtype: torch.dtype, device: torch.device
 ) -> WanTransformer:
     """Read `weights` (ema or student) of a checkpoint directly onto a device; no parameter requires a gradient.
 
     Raises ValueError if the student was distilled from another model or needs another sampler.
     """
+    facts = checkpoints.read_facts(checkpoint)
     check_model(model, facts, ("transformer",))
     if facts.sampler != checkpoints.SAMPLER_KIND:
         raise ValueError(f"{checkpoint}: needs the sampler {facts.sampler}, which this version does not have")
