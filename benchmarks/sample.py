@@ -118,7 +118,7 @@ class SampleBenchmark:
     @torch.no_grad()
     def diffusers_latents(self, records: list[Record]) -> Tensor:
         """Return the same latents by diffusers' own forward pass."""
-        condition = collate_records(records).condition.to(self.device)
+        condition = collate_records(records).to(self.device)
         generators = [make_generator(0, 0, 0, "sample", self.device)]
         noise = draw_normal(self.spec.latent_shape, generators)
 

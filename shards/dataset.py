@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shards.manifest import Manifest, ShardInfo, load_manifest, load_negative_embedding
 from shards.record import TENSORS_SUFFIX, Record, from_members
-from shards.shuffle import shuffled_index
+from shards.shuffle import permute_index
 from shards.storage.open import Storage, open_storage, read_verified_file, read_with_retry
 from shards.writer import ShardIndex, index_file_name, parse_index
 
@@ -42,40 +42,33 @@ class DataSet:
         self._load_offsets = lru_cache(max_cached_shards)(self._read_offsets)  # safe for threads
 
     def read_record(self, index: int) -> Record:
-        """Record `index` of 0..num_records-1, its checksums verified. Safe to call from several threads.
-
-        Raises IndexError for another index and ValueError that names the damaged members.
-        """
+        """Record `index` of 0..num_records-1, for any thread; IndexError, or ValueError naming damaged members."""
         if not 0 <= index < self.num_records:
             raise IndexError(f"record {index} of {self.num_records}")
         shard_index = bisect_right(self._first_records, index) - 1
         first = 2 * (index - self._first_records[shard_index])
         name, (member_names, offsets) = self.manifest.shards[shard_index].name, self._load_offsets(shard_index)
-        tensors_entry, metadata_entry = offsets[first : first + 2].tolist()
-        start, tensors_size, tensors_crc = tensors_entry
-        metadata_start, metadata_size, metadata_crc = metadata_entry
+        start, tensors_size, tensors_crc = offsets[first].tolist()
+        metadata_start, metadata_size, metadata_crc = offsets[first + 1].tolist()
+        # One read covers both members and the tar header between them.
+        gap_end, size = metadata_start - start, metadata_start + metadata_size - start
 
-        def read_members(fresh: bool) -> tuple[memoryview, memoryview]:
-            # One read covers both members and the tar header between them.
-            data = self.storage.read(name, start, metadata_start + metadata_size - start, fresh=fresh)
-            return data[:tensors_size], data[metadata_start - start :]
+        def damaged_members(data: memoryview) -> list[str]:
+            damaged = zlib.crc32(data[:tensors_size]) != tensors_crc, zlib.crc32(data[gap_end:]) != metadata_crc
+            return list(compress(member_names[first : first + 2], damaged))
 
-        def damaged_members(members: tuple[memoryview, memoryview]) -> list[str]:
-            pairs = zip(members, (tensors_crc, metadata_crc), strict=True)
-            return [member_names[first + i] for i, (data, crc) in enumerate(pairs) if zlib.crc32(data) != crc]
-
-        members = read_with_retry(self.storage, name, read_members, damaged_members)
-        return from_members(member_names[first].removesuffix(f".{TENSORS_SUFFIX}"), *members)
+        data = read_with_retry(self.storage, damaged_members, name, start, size)
+        key = member_names[first].removesuffix(f".{TENSORS_SUFFIX}")
+        return from_members(key, data[:tensors_size], data[gap_end:])
 
     def record_index(self, position: int, *, seed: int) -> int:
         """Number of the record at a position of the endless order of `seed`."""
-        return shuffled_index(position, count=self.num_records, seed=seed)
+        epoch, index = divmod(position, self.num_records)
+        return permute_index(index, count=self.num_records, seed=seed, epoch=epoch)
 
     def _read_offsets(self, shard_index: int) -> tuple[tuple[str, ...], numpy.ndarray]:
-        """Names of a tar's members, and their (offset, size, crc32) as an array (N 3); record i has 2i and 2i + 1.
-
-        This takes a tenth of the memory of the `ShardIndex`.
-        """
+        """Names of a tar's members, and their (offset, size, crc32) as an array (N 3); record i has 2i and 2i + 1."""
+        # The array takes a tenth of the memory of the `ShardIndex`.
         members = read_shard_index(self.storage, self.manifest.shards[shard_index]).members
         offsets = [(member.offset, member.size, member.crc32) for member in members]
         return tuple(member.name for member in members), numpy.array(offsets, numpy.int64)
@@ -87,10 +80,7 @@ def read_shard_index(storage: Storage, shard: ShardInfo) -> ShardIndex:
 
 
 def open_data_set(prefix: str | Path, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> DataSet:
-    """Open the finished data set in a folder or at an object-store prefix; ValueError if there is none.
-
-    Up to `cache_bytes` of an object store are kept on the local disk.
-    """
+    """Open a data set in a folder, or at a prefix with `cache_bytes` of disk cache; ValueError if it is unfinished."""
     storage = open_storage(str(prefix), cache_bytes=cache_bytes)
     try:
         manifest = load_manifest(storage)
@@ -102,10 +92,7 @@ def open_data_set(prefix: str | Path, *, cache_bytes: int = DEFAULT_CACHE_BYTES)
 
 
 def prefetch_ordered(load_item: Callable[[T], R], items: Iterable[T], *, depth: int, threads: int) -> Iterator[R]:
-    """Yield `load_item(item)` in the order of `items`, computed up to `depth` items ahead by threads.
-
-    An error of `load_item` is raised when its item's turn comes.
-    """
+    """Yield `load_item(item)` in the order of `items`, up to `depth` ahead by threads; an error comes in its turn."""
     pending: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
     try:

@@ -30,10 +30,8 @@ class LatentGroup:
 
 
 def create_group(path: Path, group: LatentGroup, *, videos_per_chunk: int = 1) -> None:
-    """Create the array of one step; a group of the same name is replaced.
-
-    With `videos_per_chunk` > 1, many small videos are written and read faster, but only one process may write.
-    """
+    """Create the array of one step, replacing a group of that name; more `videos_per_chunk` suit small videos."""
+    # Only one process may write if a chunk holds several videos.
     zarr_group = zarr.open_group(path, mode="a").create_group(group.step, overwrite=True)
     shape, chunks = (len(group.keys), *group.spec.latent_shape), (videos_per_chunk, *group.spec.latent_shape)
     # Latents are close to noise, which compression does not make smaller.

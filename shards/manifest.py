@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.files import write_file
 from common.video import VideoSpec
-from shards.storage.open import Storage, read_verified_file
+from shards.storage.open import LocalStorage, Storage, read_verified_file
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE, NEGATIVE_FILE = "manifest.json", "negative.safetensors"
@@ -85,11 +85,10 @@ def write_manifest(folder: Path, manifest: Manifest, negative: Tensor) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in a local folder; ValueError if it is missing, damaged, empty or of another schema."""
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
+    if not (folder / MANIFEST_FILE).is_file():
         state = "is unfinished: run the same encode command again" if folder.is_dir() else "does not exist"
         raise ValueError(f"shards={folder}: {state} (no {MANIFEST_FILE})")
-    return parse_manifest(memoryview(path.read_bytes()), str(folder))
+    return load_manifest(LocalStorage(str(folder)))
 
 
 def hash_matches(data: memoryview) -> bool:
@@ -109,9 +108,12 @@ def _parse_shard_or_dict(fields: dict[str, Any]) -> object:
     return ShardInfo(**fields) if fields.keys() == SHARD_FIELDS else fields
 
 
-def parse_manifest(data: memoryview, location: str) -> Manifest:
-    """The manifest in the bytes of its file; ValueError naming `location` if it is damaged, empty or too new."""
-    path = f"{location}/{MANIFEST_FILE}"
+def load_manifest(storage: Storage) -> Manifest:
+    """The manifest, never from a cache; ValueError if it is damaged, empty or of another schema."""
+    path = f"{storage.location}/{MANIFEST_FILE}"
+    data = storage.read(MANIFEST_FILE, fresh=True)
+    if not hash_matches(data):  # perhaps the transfer was at fault
+        data = storage.read(MANIFEST_FILE, fresh=True)
     if not hash_matches(data):
         raise ValueError(f"{path}: is damaged (its hash differs) or not a manifest; run the encode command again")
     try:
@@ -128,16 +130,8 @@ def parse_manifest(data: memoryview, location: str) -> Manifest:
     if invalid_names:  # such as ../../victim, which verify --repair would delete
         raise ValueError(f"{path}: names a shard {invalid_names[0]!r}, which is not shard-NUMBER.tar; encode again")
     if manifest.records == 0:
-        raise ValueError(f"shards={location}: the data set is empty")
+        raise ValueError(f"shards={storage.location}: the data set is empty")
     return manifest
-
-
-def load_manifest(storage: Storage) -> Manifest:
-    """The manifest, never from a cache; ValueError if it is damaged, empty or of another schema."""
-    data = storage.read(MANIFEST_FILE, fresh=True)
-    if not hash_matches(data):  # perhaps the transfer was at fault
-        data = storage.read(MANIFEST_FILE, fresh=True)
-    return parse_manifest(data, storage.location)
 
 
 def load_negative_embedding(storage: Storage, manifest: Manifest) -> Tensor:
@@ -156,11 +150,8 @@ def read_negative_embedding(folder: Path) -> Tensor:
 
 def list_differences(expected: Mapping[str, object], actual: Mapping[str, object]) -> list[str]:
     """One line for each field of `expected` whose value in `actual` is another or missing."""
-    return [
-        f"{name}: {actual.get(name)!r}, expected {value!r}"
-        for name, value in expected.items()
-        if actual.get(name) != value
-    ]
+    differing = [name for name, value in expected.items() if actual.get(name) != value]
+    return [f"{name}: {actual.get(name)!r}, expected {expected[name]!r}" for name in differing]
 
 
 def check_manifest(folder: Path | str, manifest: Manifest, *, spec: VideoSpec, encoder: dict[str, object]) -> None:

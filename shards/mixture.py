@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 
+from common.condition import Condition
 from common.seed import derive_seed
 from common.video import TEXT_LENGTH
-from shards.dataset import DEFAULT_CACHE_BYTES, DataSet, open_data_set
+from shards.dataset import DataSet, open_data_set
 from shards.manifest import list_differences
-from shards.record import Batch, Record, collate_records
+from shards.record import Record, collate_records
 from shards.shuffle import permute_index
 
 WEIGHT_RESOLUTION = 1000  # weights are rounded to a thousandth
@@ -94,14 +95,14 @@ class RecordStream:
         """Number of the record at a position."""
         return self.data.record_index(position, seed=self.seed)
 
-    def read_batch(self, positions: Sequence[int]) -> Batch:
+    def read_batch(self, positions: Sequence[int]) -> Condition:
         """The records at these positions, collated."""
         records = [self.data.read_record(self.record_index(position)) for position in positions]
         return collate_records(records, max_text_tokens=self.max_text_tokens)
 
 
-def open_data_sets(shards: Sequence[str], *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> DataSet | DataSetMixture:
+def open_data_sets(shards: Sequence[str]) -> DataSet | DataSetMixture:
     """Open one data set, or several `PREFIX` or `PREFIX:WEIGHT` as one; ValueError if they cannot be mixed."""
     parts = [parse_weight(text) for text in shards]
-    data_sets = [open_data_set(prefix, cache_bytes=cache_bytes) for prefix, _ in parts]
+    data_sets = [open_data_set(prefix) for prefix, _ in parts]
     return data_sets[0] if len(parts) == 1 else DataSetMixture(data_sets, [weight for _, weight in parts])

@@ -41,14 +41,6 @@ class Record:
     text: Tensor  # (L D) bf16, without padding
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Records collated for the denoiser."""
-
-    keys: tuple[str, ...]
-    condition: Condition
-
-
 def is_plain_name(key: str) -> bool:
     """Whether a key, which becomes a file name, cannot leave its folder."""
     return bool(key) and ".." not in key and not set(key) & set("/\\\0")
@@ -56,17 +48,10 @@ def is_plain_name(key: str) -> bool:
 
 def to_members(record: Record) -> dict[str, bytes]:
     """Serialise a record as {member name: bytes}; equal records give equal bytes."""
-    tensors = {"text": record.text, "first_frame": record.first_frame}
-    stored = {
-        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, tensor in tensors.items()
-        if tensor is not None
-    }
-    metadata = json.dumps(vars(record.source), ensure_ascii=False, sort_keys=True)
-    return {
-        f"{record.key}.{TENSORS_SUFFIX}": save_tensors(stored),
-        f"{record.key}.{METADATA_SUFFIX}": metadata.encode(),
-    }
+    tensors = {"text": record.text} | ({} if record.first_frame is None else {"first_frame": record.first_frame})
+    stored = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
+    metadata = json.dumps(vars(record.source), ensure_ascii=False, sort_keys=True).encode()
+    return {f"{record.key}.{TENSORS_SUFFIX}": save_tensors(stored), f"{record.key}.{METADATA_SUFFIX}": metadata}
 
 
 def parse_safetensors(data: bytes | memoryview) -> dict[str, Tensor]:
@@ -98,12 +83,8 @@ def from_members(key: str, tensors: bytes | memoryview, metadata: bytes | memory
 
 
 def pad_text(text: Tensor, length: int = TEXT_LENGTH) -> Tensor:
-    """Append zero rows to text (L D), or cut it, to (length D).
-
-    A length under 512 needs at least one zero row, which represents all further ones in the attention; ValueError if
-    the text leaves none.
-    """
-    rows = text.shape[0]
+    """Append zero rows to text (L D), or cut it, to (length D); ValueError if `length` < 512 leaves no zero row."""
+    rows = text.shape[0]  # one zero row represents all further ones in the attention
     if rows >= length < TEXT_LENGTH:
         raise ValueError(f"max_text_tokens={length}: a prompt has {rows} tokens; give at least {rows + 1}")
     return torch.nn.functional.pad(text, (0, 0, 0, length - rows))  # a negative pad cuts
@@ -113,13 +94,12 @@ def group_by_first_frame(records: Sequence[Record], size: int) -> list[list[int]
     """Indices of records in batches of at most `size`, those with a first frame first, the others apart."""
     with_frame = [index for index, record in enumerate(records) if record.first_frame is not None]
     without_frame = [index for index, record in enumerate(records) if record.first_frame is None]
-    return [
-        group[start : start + size] for group in (with_frame, without_frame) for start in range(0, len(group), size)
-    ]
+    groups = (with_frame, without_frame)
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
-def collate_records(records: Sequence[Record], *, max_text_tokens: int = TEXT_LENGTH) -> Batch:
-    """Stack records into a batch; in a mixed batch, records without a first frame get zeros and `given` False."""
+def collate_records(records: Sequence[Record], *, max_text_tokens: int = TEXT_LENGTH) -> Condition:
+    """Stack records for the denoiser; in a mixed batch, records without a first frame get zeros and `given` False."""
     frames = [record.first_frame for record in records]
     example = next((frame for frame in frames if frame is not None), None)
     first_frame = given = None
@@ -127,5 +107,4 @@ def collate_records(records: Sequence[Record], *, max_text_tokens: int = TEXT_LE
         first_frame = torch.stack([torch.zeros_like(example) if frame is None else frame for frame in frames])
         given = torch.tensor([frame is not None for frame in frames])
     text = torch.stack([pad_text(record.text, max_text_tokens) for record in records])
-    condition = Condition(first_frame, text, None if given is None or given.all() else given)  # None = all
-    return Batch(tuple(record.key for record in records), condition)
+    return Condition(first_frame, text, None if given is None or given.all() else given)  # None = all

@@ -45,9 +45,3 @@ def permute_index(index: int, *, count: int, seed: int, epoch: int) -> int:
     while value >= count:  # half of the numbers at most are outside, if count > 2
         value = _permute_bits(value, bits, keys)
     return value
-
-
-def shuffled_index(position: int, *, count: int, seed: int) -> int:
-    """The number in range(count) at a position of the endless order, which has each number once in every epoch."""
-    epoch, index = divmod(position, count)
-    return permute_index(index, count=count, seed=seed, epoch=epoch)

@@ -100,9 +100,7 @@ def read_index(folder: Path, name: str) -> ShardIndex | None:
 def parse_index(data: bytes | memoryview) -> ShardIndex:
     """The content of a sidecar; `index_sha256` of its shard is the hash of `data`."""
     fields = json.loads(str(data, "utf-8"))
-    return ShardIndex(
-        replace(ShardInfo(**fields["shard"]), index_sha256=hashlib.sha256(data).hexdigest()),
-        fields["rows_sha256"],
-        tuple(TarMember(**member) for member in fields["members"]),
-        tuple(RowFailure(**failure) for failure in fields["failures"]),
-    )
+    shard = replace(ShardInfo(**fields["shard"]), index_sha256=hashlib.sha256(data).hexdigest())
+    members = tuple(TarMember(**member) for member in fields["members"])
+    failures = tuple(RowFailure(**failure) for failure in fields["failures"])
+    return ShardIndex(shard, fields["rows_sha256"], members, failures)

@@ -234,7 +234,7 @@ def load_micro_batches(run: TrainingRun, start_iteration: int) -> Generator[tupl
     dropout = config.select(ConditionDropout)
 
     def read_micro_batch(micro_batch: MicroBatch) -> tuple[MicroBatch, Condition]:
-        return micro_batch, dropout.augment(stream.read_batch(micro_batch.positions).condition, micro_batch)
+        return micro_batch, dropout.augment(stream.read_batch(micro_batch.positions), micro_batch)
 
     # a reused rollout began at the student's last turn
     start = start_iteration - (start_iteration % config.student_update_interval if config.rollout_reuse else 0)

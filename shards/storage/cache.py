@@ -31,12 +31,11 @@ class DiskCache:
         if not self.max_bytes:  # switched off, which does not empty the folder
             return None
         path = self._entry_path(key)
-        try:
+        with suppress(OSError):
             data = path.read_bytes()
             os.utime(path)  # the time of the last use, which decides what is removed
-        except OSError:
-            return None
-        return data
+            return data
+        return None
 
     def put(self, key: str, data: bytes) -> None:
         """Store `data` unless it is too large; a folder that cannot be written only costs time."""

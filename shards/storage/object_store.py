@@ -29,10 +29,8 @@ log = logging.getLogger(__name__)
 def client_options(scheme: str) -> dict[str, Any]:
     """Time limits, in the form that the client of a scheme takes; the default of others is finite already."""
     if scheme in ("http", "https"):
-        timeout = import_module("aiohttp").ClientTimeout(
-            total=None, sock_connect=CONNECT_SECONDS, sock_read=STALL_SECONDS
-        )
-        return {"client_kwargs": {"timeout": timeout}}
+        limits = {"total": None, "sock_connect": CONNECT_SECONDS, "sock_read": STALL_SECONDS}
+        return {"client_kwargs": {"timeout": import_module("aiohttp").ClientTimeout(**limits)}}
     if scheme == "s3":
         return {"config_kwargs": {"connect_timeout": CONNECT_SECONDS, "read_timeout": STALL_SECONDS}}
     return {}
@@ -53,10 +51,7 @@ class ObjectStore:
         self.connection_errors: tuple[type[Exception], ...] = (OSError, *client_errors)
 
     def read(self, name: str, start: int = 0, size: int | None = None, *, fresh: bool = False) -> memoryview:
-        """`size` bytes of a file from `start` on (None = all); `fresh` bypasses the cache.
-
-        Raises FileNotFoundError, and ConnectionError if all attempts fail.
-        """
+        """`size` bytes of a file from `start` on (None = all), not cached if `fresh`; ConnectionError if it fails."""
         key = f"{self.location}/{name}:{start}:{size}"
         data = None if fresh else self.cache.get(key)
         if data is None:

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import numpy
 
@@ -13,7 +12,6 @@ from shards.storage.cache import DiskCache
 from shards.storage.object_store import CLIENT_ERRORS, ObjectStore
 
 URL_SCHEMES = tuple(CLIENT_ERRORS)
-T = TypeVar("T")
 
 
 class LocalStorage:
@@ -23,10 +21,7 @@ class LocalStorage:
         self.location = location
 
     def read(self, name: str, start: int = 0, size: int | None = None, *, fresh: bool = False) -> memoryview:
-        """Up to `size` bytes of a file from `start` on (None = all), in writable memory; FileNotFoundError.
-
-        `fresh` bypasses a cache, which a local folder does not have.
-        """
+        """Up to `size` bytes of a file from `start` on (None = all), in writable memory; `fresh` changes nothing."""
         with (Path(self.location) / name).open("rb", buffering=0) as file:
             length = max(0, os.fstat(file.fileno()).st_size - start) if size is None else size
             buffer = numpy.empty(length, numpy.uint8).data  # unlike a bytearray, not zeroed before it is filled
@@ -38,10 +33,8 @@ Storage = LocalStorage | ObjectStore
 
 
 def url_scheme(prefix: str) -> str:
-    """The scheme of an object-store prefix, "" for a local folder; ValueError for anything else.
-
-    fsspec also knows schemes that run programs or are chained by `::`, so only those listed are accepted.
-    """
+    """The scheme of an object-store prefix, "" for a local folder; ValueError for anything else."""
+    # fsspec also knows schemes that run programs or are chained by `::`, so only those listed are accepted.
     scheme, separator, _ = prefix.partition("://")
     if separator and scheme.lower() in URL_SCHEMES and "::" not in prefix:
         return scheme.lower()
@@ -63,28 +56,24 @@ def open_storage(prefix: str, *, cache_bytes: int) -> Storage:
     return LocalStorage(prefix)
 
 
-def read_with_retry(
-    storage: Storage, name: str, read_bytes: Callable[[bool], T], find_damage: Callable[[T], list[str]]
-) -> T:
-    """What `read_bytes(fresh)` reads of the file `name`, if `find_damage` returns no names; else a second, fresh read.
+FindDamage = Callable[[memoryview], list[str]]  # names of the damaged parts of the bytes that were read
 
-    Raises ValueError naming the file and its damaged parts if the second read is bad too.
-    """
-    damage: list[str] = []
-    for fresh in (False, True):  # the first may come from a stale cache or a bad transfer
-        data = read_bytes(fresh)
-        damage = find_damage(data)
-        if not damage:
-            return data
-    parts = ", ".join(damage)
-    raise ValueError(f"{storage.location}/{name}: damaged at {parts} (hash differs, read twice); run verify --repair")
+
+def read_with_retry(storage: Storage, find_damage: FindDamage, name: str, *byte_range: int) -> memoryview:
+    """`storage.read(name, *byte_range)`; ValueError if a second, fresh read is damaged too."""
+    data = storage.read(name, *byte_range)
+    if find_damage(data):  # perhaps a stale cache or a bad transfer
+        data = storage.read(name, *byte_range, fresh=True)
+        if damage := find_damage(data):
+            problem = f"damaged at {', '.join(damage)} (hash differs, read twice)"
+            raise ValueError(f"{storage.location}/{name}: {problem}; run verify --repair")
+    return data
 
 
 def read_verified_file(storage: Storage, name: str, sha256: str) -> memoryview:
     """The bytes of a small file, its hash verified; see `read_with_retry`."""
-    return read_with_retry(
-        storage,
-        name,
-        lambda fresh: storage.read(name, fresh=fresh),
-        lambda data: [] if hashlib.sha256(data).hexdigest() == sha256 else ["the whole file"],
-    )
+
+    def find_damage(data: memoryview) -> list[str]:
+        return [] if hashlib.sha256(data).hexdigest() == sha256 else ["the whole file"]
+
+    return read_with_retry(storage, find_damage, name)

@@ -1,9 +1,9 @@
-"""Checking one shard byte by byte: its sidecar, its tar, the members of the tar and their records."""
+"""Checking files byte by byte: the negative prompt's, or a shard's sidecar, its tar, the members and records."""
 
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.video import TEXT_LENGTH
 from shards.dataset import read_shard_index
-from shards.manifest import Manifest, ShardInfo
+from shards.manifest import NEGATIVE_FILE, Manifest, ShardInfo, load_negative_embedding
 from shards.record import METADATA_SUFFIX, TENSORS_SUFFIX, Record, from_members
 from shards.storage.open import Storage
 from shards.writer import RowFailure, ShardIndex, TarMember, index_file_name
@@ -49,6 +49,17 @@ class ShardReport:
     def add_problem(self, file: str, member: str, reason: str) -> None:
         """Note a problem that encoding this shard again repairs."""
         self.problems.append(DataProblem(file, member, reason, self.shard.name))
+
+
+def negative_problems(storage: Storage, manifest: Manifest) -> Iterator[DataProblem]:
+    """The problem of the negative prompt's embedding, if it has one."""
+    try:
+        negative = load_negative_embedding(storage, manifest)
+    except (OSError, ValueError) as error:
+        yield DataProblem(NEGATIVE_FILE, "text", str(error))
+        return
+    if negative.ndim != 2 or negative.shape[1] != manifest.encoder.text_dim or not negative.isfinite().all():
+        yield DataProblem(NEGATIVE_FILE, "text", f"is {tuple(negative.shape)}, or holds NaN or infinity")
 
 
 def check_shard(storage: Storage, manifest: Manifest, shard: ShardInfo) -> ShardReport:
@@ -102,9 +113,7 @@ def _check_tar(storage: Storage, manifest: Manifest, index: ShardIndex, report: 
         report.add_problem(name, "", "hash differs, outside of the data of its members")
 
 
-def _check_record(
-    manifest: Manifest, pair: tuple[TarMember, TarMember], parts: Sequence[memoryview], report: ShardReport
-) -> None:
+def _check_record(manifest: Manifest, pair: Sequence[TarMember], parts: list[memoryview], report: ShardReport) -> None:
     name, key = report.shard.name, pair[0].name.removesuffix(f".{TENSORS_SUFFIX}")
     try:
         record = from_members(key, *parts)

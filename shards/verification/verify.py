@@ -9,16 +9,9 @@ from pathlib import Path
 
 from common.progress import track_progress
 from shards.dataset import prefetch_ordered
-from shards.manifest import (
-    MANIFEST_FILE,
-    NEGATIVE_FILE,
-    SHARD_NAME_PATTERN,
-    Manifest,
-    load_manifest,
-    load_negative_embedding,
-)
+from shards.manifest import MANIFEST_FILE, SHARD_NAME_PATTERN, Manifest, load_manifest
 from shards.storage.open import LocalStorage, Storage, open_storage
-from shards.verification.check_shard import DataProblem, ShardReport, check_shard
+from shards.verification.check_shard import DataProblem, ShardReport, check_shard, negative_problems
 from shards.verification.statistics import VerifyReport, collect_values, find_outliers, summarize_values
 from shards.writer import index_file_name
 
@@ -27,10 +20,7 @@ VERIFY_THREADS = 4
 
 
 def verify_data_set(prefix: str | Path) -> VerifyReport:
-    """Check every byte and every record of the data set in a folder or at an object-store prefix.
-
-    Raises ValueError only if there is no data set.
-    """
+    """Check every byte and record of a data set in a folder or at a prefix; ValueError only if there is none."""
     storage = open_storage(str(prefix), cache_bytes=0)  # what is stored, not what was cached
     try:
         manifest = load_manifest(storage)
@@ -40,18 +30,18 @@ def verify_data_set(prefix: str | Path) -> VerifyReport:
         return VerifyReport(storage.location, None, (DataProblem(MANIFEST_FILE, "", str(error)),))
     check = partial(check_shard, storage, manifest)
     checked = prefetch_ordered(check, manifest.shards, depth=2 * VERIFY_THREADS, threads=VERIFY_THREADS)
-    shard_reports = list(track_progress(checked, total=len(manifest.shards), label="verify"))
+    reports = list(track_progress(checked, total=len(manifest.shards), label="verify"))
     problems = (
-        *_negative_problems(storage, manifest),
-        *(problem for report in shard_reports for problem in report.problems),
-        *_duplicate_keys(shard_reports),
-        *_row_problems(shard_reports),
-        *_failure_problems(storage, manifest, shard_reports),
+        *negative_problems(storage, manifest),
+        *(problem for report in reports for problem in report.problems),
+        *_duplicate_keys(reports),
+        *_row_problems(reports),
+        *_failure_problems(storage, manifest, reports),
         *_unlisted_shards(storage, manifest),
     )
-    values = collect_values(shard_reports)
-    outliers, summaries = find_outliers(shard_reports, values), summarize_values(values)
-    sources = sum((report.sources for report in shard_reports), Counter[str]()).most_common()
+    values = collect_values(reports)
+    outliers, summaries = find_outliers(reports, values), summarize_values(values)
+    sources = sum((report.sources for report in reports), Counter[str]()).most_common()
     return VerifyReport(storage.location, manifest, problems, outliers, summaries, dict(sources))
 
 
@@ -69,37 +59,26 @@ def delete_broken_files(report: VerifyReport) -> list[str]:
     for shard in broken_shard_names(report):
         to_delete |= {index_file_name(shard), shard}
     if to_delete:
-        # The manifest goes first: a data set with a manifest is always complete, even if this is interrupted.
-        (folder / MANIFEST_FILE).unlink(missing_ok=True)
         to_delete.add(MANIFEST_FILE)
-    for name in to_delete:
+    # The manifest goes first: a data set with a manifest is always complete, even if this is interrupted.
+    for name in sorted(to_delete, key=lambda name: name != MANIFEST_FILE):
         (folder / name).unlink(missing_ok=True)
     return sorted(to_delete)
 
 
-def _negative_problems(storage: Storage, manifest: Manifest) -> Iterator[DataProblem]:
-    try:
-        negative = load_negative_embedding(storage, manifest)
-    except (OSError, ValueError) as error:
-        yield DataProblem(NEGATIVE_FILE, "text", str(error))
-        return
-    if negative.ndim != 2 or negative.shape[1] != manifest.encoder.text_dim or not negative.isfinite().all():
-        yield DataProblem(NEGATIVE_FILE, "text", f"is {tuple(negative.shape)}, or holds NaN or infinity")
-
-
-def _duplicate_keys(shard_reports: Sequence[ShardReport]) -> Iterator[DataProblem]:
+def _duplicate_keys(reports: Sequence[ShardReport]) -> Iterator[DataProblem]:
     first_shard: dict[str, str] = {}
-    for report in shard_reports:
+    for report in reports:
         for key in report.keys:
             if key in first_shard:
                 yield DataProblem(report.shard.name, key, f"this key is also in {first_shard[key]}", report.shard.name)
             first_shard[key] = report.shard.name
 
 
-def _row_problems(shard_reports: Sequence[ShardReport]) -> Iterator[DataProblem]:
+def _row_problems(reports: Sequence[ShardReport]) -> Iterator[DataProblem]:
     """Every row of the CSV must be one record or one failure, in the order of the shards."""
     last_line = 0
-    for report in shard_reports:
+    for report in reports:
         lines, shard = sorted(report.lines), report.shard
         if report.problems or not lines:  # a damaged shard lacks the lines of its unreadable records
             continue
@@ -109,12 +88,10 @@ def _row_problems(shard_reports: Sequence[ShardReport]) -> Iterator[DataProblem]
         last_line = lines[-1]
 
 
-def _failure_problems(
-    storage: Storage, manifest: Manifest, shard_reports: Sequence[ShardReport]
-) -> Iterator[DataProblem]:
-    if any(report.problems for report in shard_reports):
+def _failure_problems(storage: Storage, manifest: Manifest, reports: Sequence[ShardReport]) -> Iterator[DataProblem]:
+    if any(report.problems for report in reports):
         return
-    failures = [failure for report in shard_reports for failure in report.failures]
+    failures = [failure for report in reports for failure in report.failures]
     if len(failures) != manifest.failures:
         yield DataProblem(MANIFEST_FILE, "", f"counts {manifest.failures} failures, the sidecars {len(failures)}")
     try:

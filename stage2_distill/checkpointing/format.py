@@ -11,6 +11,7 @@ import logging
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ def write_best(run: Path, name: str, *, distance: float, iteration: int) -> Path
     return run / BEST_FILE
 
 
-def write_json(path: Path, value: dict[str, object]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write a JSON file completely or not at all."""
     write_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
@@ -127,16 +128,12 @@ def write_json(path: Path, value: dict[str, object]) -> None:
 def read_facts(checkpoint: Path) -> StudentFacts:
     """The facts about the student of a checkpoint."""
     fields = json.loads((checkpoint / STUDENT_FILE).read_bytes())
-    fields["spec"] = VideoSpec(**fields["spec"])
-    fields["ladder"] = tuple(fields["ladder"])
-    return StudentFacts(**fields)
+    parsed = {"spec": VideoSpec(**fields["spec"]), "ladder": tuple(fields["ladder"])}  # JSON has no tuples
+    return StudentFacts(**fields | parsed)
 
 
 def checkpoint_damage(checkpoint: Path, *, rank: int = 0, world: int = 1) -> str | None:
-    """The first problem of a checkpoint as text, None if every byte is as it was written.
-
-    Each of `world` ranks reads only its share of the files.
-    """
+    """The first problem of a checkpoint as text, None if it is intact; each of `world` ranks reads a share of it."""
     try:
         index = json.loads((checkpoint / INDEX_FILE).read_bytes())
         expected = [(checkpoint / name, FileFacts(**fields)) for name, fields in sorted(index.items())]

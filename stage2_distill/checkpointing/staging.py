@@ -40,21 +40,16 @@ def allocate_host_buffers(tensors: Mapping[str, Tensor], buffers: HostBuffers) -
 
 
 class StagedState:
-    """Copies of the state as it is at construction; the tensors of the role that is updated `first` come first.
+    """Copies of the state as it is at construction; the tensors of the role that is updated `first` come first."""
 
-    Host memory is copied by threads, GPU memory on a stream of its own beside the computation.
-    """
-
-    def __init__(
-        self, tensors: Mapping[str, Tensor], cpu_mesh: DeviceMesh, host_buffers: HostBuffers, *, first: str
-    ) -> None:
-        self.tensors, self.cpu_mesh = tensors, cpu_mesh
+    def __init__(self, tensors: Mapping[str, Tensor], mesh: DeviceMesh, buffers: HostBuffers, *, first: str) -> None:
+        self.tensors, self.cpu_mesh = tensors, mesh
         names = sorted(tensors, key=lambda name: role_of_tensor(name) != first)
         self.parts = {name: local_tensor(tensors[name]).detach() for name in names}  # of this rank
-        self.copies = {name: host_buffers[name].view(p.dtype).view(p.shape) for name, p in self.parts.items()}
+        self.copies = {name: buffers[name].view(p.dtype).view(p.shape) for name, p in self.parts.items()}
         self.gpu_events: dict[str, torch.cuda.Event] = {}  # by role, after its last tensor
         self.host_tasks: dict[str, list[Future[None]]] = {STUDENT: [], CRITIC: []}
-        if any(part.is_cuda for part in self.parts.values()):
+        if any(part.is_cuda for part in self.parts.values()):  # on a stream of its own, beside the computation
             self._copy_from_gpu()
         executor = ThreadPoolExecutor(COPY_THREADS)
         for name in (name for name in names if not self.parts[name].is_cuda):
@@ -81,12 +76,9 @@ class StagedState:
         return not all(task.done() for task in self.host_tasks[role]) or (event is not None and not event.query())
 
     def wait_for_role(self, role: str) -> None:
-        """Make the current stream wait for the role's copies from the GPU, and this thread for those from host memory.
-
-        The CPU thus keeps queueing work for the GPU.
-        """
+        """Make the current stream wait for the role's copies from the GPU, and this thread for those of host memory."""
         wait(self.host_tasks[role])
-        if role in self.gpu_events:
+        if role in self.gpu_events:  # only the stream waits, so the CPU keeps queueing work
             torch.cuda.current_stream().wait_event(self.gpu_events[role])
 
     def wait_for_all(self) -> dict[str, Tensor]:

@@ -31,17 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from common.files import sync_folder
 from common.timer import PhaseTimer
-from stage2_distill.checkpointing.format import (
-    INDEX_FILE,
-    PARTIAL_SUFFIX,
-    STUDENT_FILE,
-    FileFacts,
-    StudentFacts,
-    error_reason,
-    prune_checkpoints,
-    step_folder,
-    write_json,
-)
+from stage2_distill.checkpointing import format as layout
 from stage2_distill.checkpointing.staging import HostBuffers, StagedState, allocate_host_buffers, build_cpu_mesh
 from stage2_distill.distributed.dtensor import local_tensor
 from stage2_distill.distributed.process_group import RankContext
@@ -51,7 +41,7 @@ FILE_BYTES = 2**30  # per file; safetensors holds a file in memory once more whi
 WRITE_TIMEOUT = timedelta(hours=2)  # ranks wait this long for the slowest rank's files
 ERROR_EXIT_SECONDS = 60.0  # after an error another rank may be dead, and the job would wait for it in vain
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
-FileIndex = dict[str, FileFacts]  # by file name
+FileIndex = dict[str, layout.FileFacts]  # by file name
 
 
 class SaveError(RuntimeError):
@@ -63,7 +53,7 @@ class CheckpointJob:
     """One save: `write` and `commit` are called by all ranks together, and fail on all if they fail on one."""
 
     folder: Path
-    facts: StudentFacts
+    facts: layout.StudentFacts
     ranks: RankContext
     group: dist.ProcessGroup
     failure: str | None = "the last checkpoint was not finished"  # None once the folder has its name
@@ -71,7 +61,7 @@ class CheckpointJob:
     @property
     def partial_folder(self) -> Path:
         """The folder before it has its name."""
-        return self.folder.with_name(self.folder.name + PARTIAL_SUFFIX)
+        return self.folder.with_name(self.folder.name + layout.PARTIAL_SUFFIX)
 
     def write(self, tensors: dict[str, Tensor]) -> FileIndex:
         """Write this rank's files, read them back and hash them; returns the index of the files of all ranks."""
@@ -90,9 +80,11 @@ class CheckpointJob:
         """Write the metadata and give the folder its name, on rank 0."""
         with fail_on_all_ranks(self.group):
             if self.ranks.rank == 0:
-                write_json(self.partial_folder / STUDENT_FILE, asdict(self.facts))
-                index |= {STUDENT_FILE: FileFacts.read(self.partial_folder / STUDENT_FILE)}
-                write_json(self.partial_folder / INDEX_FILE, {name: asdict(index[name]) for name in sorted(index)})
+                student_file = self.partial_folder / layout.STUDENT_FILE
+                layout.write_json(student_file, asdict(self.facts))
+                index |= {student_file.name: layout.FileFacts.read(student_file)}
+                fields = {name: asdict(index[name]) for name in sorted(index)}
+                layout.write_json(self.partial_folder / layout.INDEX_FILE, fields)
                 sync_folder(self.partial_folder)  # the files must be on the disk before the folder has its name
                 self.partial_folder.replace(self.folder)
                 sync_folder(self.folder.parent)
@@ -125,7 +117,7 @@ class CheckpointWriter:
         """Start allocating host memory for copies of `tensors`, so that the first `save` need not wait for it."""
         return self.allocator.submit(allocate_host_buffers, tensors, self.host_buffers)
 
-    def save(self, tensors: Mapping[str, Tensor], facts: StudentFacts, *, first: str = STUDENT) -> None:
+    def save(self, tensors: Mapping[str, Tensor], facts: layout.StudentFacts, *, first: str = STUDENT) -> None:
         """Start a checkpoint of live tensors, after the one before; SaveError if the host has no memory for copies.
 
         The tensors may change after `wait_for_copies`; `register_step_hooks` makes optimizers wait for their own. With
@@ -133,11 +125,11 @@ class CheckpointWriter:
         """
         self.wait()
         self.staged = self._stage(tensors, first) if self.options.async_checkpoint else None
-        self.job = CheckpointJob(step_folder(self.run_folder, facts.iteration), facts, self.ranks, self.group)
+        self.job = CheckpointJob(layout.step_folder(self.run_folder, facts.iteration), facts, self.ranks, self.group)
         # a daemon: a job that waits for a dead rank must not keep the process alive
         self.thread = threading.Thread(target=self._run, args=(self.job, dict(tensors)), name="checkpoint", daemon=True)
         self.thread.start()
-        if self.staged is None:
+        if self.staged is None:  # --no-async-checkpoint: return when the checkpoint has ended
             self.wait()
 
     def _stage(self, tensors: Mapping[str, Tensor], first: str) -> StagedState:
@@ -145,7 +137,7 @@ class CheckpointWriter:
             self.prepare_buffers(tensors).result()
         except (RuntimeError, MemoryError) as error:
             raise SaveError(
-                f"async_checkpoint=True: no host memory for a copy of the state ({error_reason(error)}); "
+                f"async_checkpoint=True: no host memory for a copy of the state ({layout.error_reason(error)}); "
                 "repeat the command with --no-async-checkpoint"
             ) from error
         return StagedState(tensors, self.cpu_mesh, self.host_buffers, first=first)
@@ -157,7 +149,7 @@ class CheckpointWriter:
         try:
             job.commit(job.write(tensors if self.staged is None else self.staged.wait_for_all()))
         except WRITE_ERRORS as error:
-            job.failure = f"checkpoint {job.folder.name} could not be written ({error_reason(error)})"
+            job.failure = f"checkpoint {job.folder.name} could not be written ({layout.error_reason(error)})"
             if self.ranks.rank == 0:
                 shutil.rmtree(job.partial_folder, ignore_errors=True)
             if self.ranks.rank == 0 or isinstance(error, OSError):
@@ -167,7 +159,7 @@ class CheckpointWriter:
             self.staged = None  # it refers to the whole state, which may be replaced
         job.failure = None
         if self.ranks.rank == 0:
-            prune_checkpoints(self.run_folder, self.options.keep_last, self.options.keep_every)
+            layout.prune_checkpoints(self.run_folder, self.options.keep_last, self.options.keep_every)
             logging.info("checkpoint %s, written in %.1f s", job.folder.name, time.perf_counter() - start_time)
 
     def register_step_hooks(self, optimizers: Mapping[str, torch.optim.Optimizer], clock: PhaseTimer) -> None:
@@ -183,8 +175,7 @@ class CheckpointWriter:
 
     def wait_for_copies(self) -> None:
         """Wait until all tensors of the last save may change."""
-        staged = self.staged
-        if staged is not None:
+        if (staged := self.staged) is not None:
             staged.wait_for_all()
 
     def wait(self, seconds: float | None = None) -> None:
@@ -198,7 +189,7 @@ class CheckpointWriter:
         if self.job is not None and self.job.failure is not None:
             raise SaveError(f"{self.job.failure}; free disk space and repeat the same command")
         if self.ranks.rank == 0:  # an earlier run may have been killed between its last commit and the pruning
-            prune_checkpoints(self.run_folder, self.options.keep_last, self.options.keep_every)
+            layout.prune_checkpoints(self.run_folder, self.options.keep_last, self.options.keep_every)
 
     def __enter__(self) -> Self:
         return self
@@ -243,7 +234,7 @@ def verify_files(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> File
             for name in file.keys():  # noqa: SIM118
                 if not same_bytes(file.get_tensor(name), local_tensor(tensors[name]).cpu()):
                     raise OSError(f"{path.name}: {name} is not what was written")
-        index[path.name] = FileFacts.read(path)
+        index[path.name] = layout.FileFacts.read(path)
     return index
 
 

@@ -13,11 +13,8 @@ Net = TypeVar("Net", bound=torch.nn.Module)
 
 
 def apply_fsdp(net: Net, ranks: RankContext, dtype: torch.dtype, *, net_casts: bool = False) -> Net:
-    """Apply FSDP2 to a network on the meta device: each block, then the root. The caller allocates this rank's part.
-
-    The network computes in `dtype`, gradients are reduced in float32. A single process does not shard if all
-    parameters have the dtype already or if the network casts the others itself (`net_casts`).
-    """
+    """Apply FSDP2 to a network on the meta device: each block, then the root. The caller allocates this rank's part."""
+    # A single process does not shard if all parameters have `dtype` or if the network casts the others (`net_casts`).
     if ranks.world > 1 or not (net_casts or all(parameter.dtype == dtype for parameter in net.parameters())):
         # inputs are not cast: bfloat16 would round the times
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -29,10 +26,8 @@ def apply_fsdp(net: Net, ranks: RankContext, dtype: torch.dtype, *, net_casts: b
 
 
 def set_gradient_all_reduce(net: torch.nn.Module, last: bool) -> None:
-    """Average gradients over the replicas of HSDP in the next backward pass only if it is the `last` of an update.
-
-    Every pass still scatters them over the shards: unsharded gradients of 5 B parameters would take 20 GB per rank.
-    """
+    """Average gradients over the replicas of HSDP in the next backward pass only if it is the `last` of an update."""
+    # Every pass still scatters them over the shards: unsharded gradients of 5 B parameters would take 20 GB per rank.
     root = next((module for module in net.modules() if isinstance(module, FSDPModule)), None)
     if root is not None:
         root.set_requires_all_reduce(last)  # of its submodules too

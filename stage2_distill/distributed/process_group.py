@@ -21,10 +21,7 @@ class RankContext:
 
 
 def start_process_group(device: str, *, replicate: int = 1) -> RankContext:
-    """Join the process group that torchrun describes; without torchrun, a group of one.
-
-    ValueError if the ranks cannot be divided into `replicate` equal groups that each hold a complete network.
-    """
+    """Join the process group that torchrun describes, else one of its own; ValueError if `replicate` does not fit."""
     torch_device = pick_device(device)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
@@ -39,11 +36,9 @@ def start_process_group(device: str, *, replicate: int = 1) -> RankContext:
 
 
 def restart_store(store: dist.Store) -> dist.Store:
-    """A part of torchrun's store for this start of the ranks.
-
-    torchrun keeps its store when it restarts killed ranks, and they must not find the addresses of dead processes. On
-    several nodes it counts restarts per node, so the count cannot name a common part, and the whole store is used.
-    """
+    """A part of torchrun's store for this start of the ranks."""
+    # torchrun keeps its store when it restarts killed ranks, and they must not find the addresses of dead processes. On
+    # several nodes it counts restarts per node, so the count cannot name a common part, and the whole store is used.
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         return store
     return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -29,17 +29,11 @@ from shards.comparison import LATENTS_STORE, Candidate, Comparison, latent_set_n
 from shards.dataset import open_data_set
 from shards.manifest import check_manifest
 from shards.record import Record, collate_records, group_by_first_frame, pad_text
-from stage2_distill.checkpointing.format import (
-    StudentFacts,
-    list_checkpoints,
-    newest_checkpoint,
-    read_facts,
-    resolve_checkpoint,
-    write_best,
-)
+from stage2_distill.checkpointing import format as checkpoints
 from stage2_distill.dmd.rollout import sample_euler, sample_student
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import reference_seeds, score_candidates, seed_statistics
+from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.wan import guided, load_transformer, make_denoiser
 from stage2_distill.sampling.student_sampler import check_model, load_student
 
@@ -53,16 +47,12 @@ class EvaluationSetup:
     """What all candidates share."""
 
     config: EvaluateConfig
-    facts: StudentFacts  # of the first checkpoint
+    facts: checkpoints.StudentFacts  # of the first checkpoint
     records: tuple[Record, ...]  # N, the conditions
     negative_text: Tensor  # (L D)
     records_digest: str
     guidance_scale: float
-
-    @property
-    def store(self) -> Path:
-        """The zarr store of all latents."""
-        return Path(self.config.out) / LATENTS_STORE
+    store: Path  # zarr store of all latents
 
 
 @dataclass(frozen=True)
@@ -93,7 +83,7 @@ def sample_comparison(config: EvaluateConfig) -> Comparison:
     setting = open_evaluation(config)
     if config.select:
         select_best(setting)
-    students = student_samplers(setting, [resolve_checkpoint(Path(name)) for name in config.checkpoint])
+    students = student_samplers(setting, [checkpoints.resolve_checkpoint(Path(name)) for name in config.checkpoint])
     comparison = sample_sets(setting, [*teacher_samplers(setting), *students])
     write_comparison(Path(config.out), comparison)
     return comparison
@@ -101,10 +91,10 @@ def sample_comparison(config: EvaluateConfig) -> Comparison:
 
 def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     """Read the conditions; ValueError if they, the model and the checkpoints do not belong together."""
-    first, *others = (read_facts(newest_checkpoint(Path(name))) for name in config.checkpoint)
+    first, *others = (checkpoints.read_facts(checkpoints.newest_checkpoint(Path(name))) for name in config.checkpoint)
     if first.spec.latent_shape[1] < MIN_LATENT_FRAMES:
-        frames = f"{first.spec.num_frames} frames"
-        raise ValueError(f"checkpoint={config.checkpoint[0]}: {frames}; a distance needs 9 or more")
+        frames = first.spec.num_frames
+        raise ValueError(f"checkpoint={config.checkpoint[0]}: {frames} frames; a distance needs 9 or more")
     check_model(config.model, first, ("vae", "transformer"))
     for facts in others:
         check_model(config.model, facts, ("transformer",))
@@ -117,14 +107,10 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     data_digest = hashlib.sha256(repr((data.manifest.shards, data.manifest.negative_sha256)).encode()).hexdigest()
     Path(config.out).mkdir(parents=True, exist_ok=True)
     write_config(Path(config.out) / EVALUATION_CONFIG_FILE, config)
-    return EvaluationSetup(
-        config,
-        first,
-        tuple(data.read_record(index) for index in range(count)),
-        pad_text(data.negative, config.max_text_tokens),
-        f"{count} of {data_digest}",
-        float(str(first.config["guidance_scale"] if config.guidance_scale is None else config.guidance_scale)),
-    )
+    records = tuple(data.read_record(index) for index in range(count))
+    negative_text, store = pad_text(data.negative, config.max_text_tokens), Path(config.out) / LATENTS_STORE
+    scale = float(str(first.config["guidance_scale"] if config.guidance_scale is None else config.guidance_scale))
+    return EvaluationSetup(config, first, records, negative_text, f"{count} of {data_digest}", scale, store)
 
 
 def teacher_samplers(setting: EvaluationSetup) -> list[CandidateSampler]:
@@ -142,7 +128,7 @@ def student_samplers(setting: EvaluationSetup, folders: Sequence[Path]) -> list[
     """Checkpoints, each with its own sigmas, without duplicates; the first is named `student`."""
     samplers: list[CandidateSampler] = []
     for folder in folders:
-        facts = read_facts(folder)
+        facts = checkpoints.read_facts(folder)
         if facts.spec != setting.facts.spec:
             raise ValueError(f"checkpoint={folder}: makes videos of {facts.spec}, the first of {setting.facts.spec}")
         resolved = folder.resolve()
@@ -160,7 +146,11 @@ def sample_sets(setting: EvaluationSetup, samplers: Sequence[CandidateSampler]) 
     candidates = tuple(sampler.candidate for sampler in samplers)
     pairs = [(samplers[0], seed) for seed in sorted({*seeds, *references})]
     pairs += [(sampler, seed) for sampler in samplers[1:] for seed in sorted(seeds)]
-    missing = [pair for pair in pairs if not is_current_set(setting, *pair)]
+    missing = []
+    for sampler, seed in pairs:
+        stored = latent_store.read_group_facts(setting.store, latent_set_name(sampler.candidate, seed))
+        if stored.get("digest") != set_digest(setting, sampler, seed):
+            missing.append((sampler, seed))
     for checkpoint, group in groupby(missing, key=lambda pair: pair[0].checkpoint):
         denoiser = open_denoiser(setting.config, checkpoint)
         for sampler, seed in group:
@@ -174,8 +164,8 @@ def open_denoiser(config: EvaluateConfig, checkpoint: Path | None) -> Denoiser:
     if checkpoint is None:
         net = load_transformer(locate_model(config.model, ("transformer",)), dtype).to(device).requires_grad_(False)
     else:
-        facts, weights = read_facts(checkpoint), config.weights
-        net = load_student(checkpoint, facts, model=config.model, weights=weights, dtype=dtype, device=device)
+        plan, model, weights = ExecutionPlan(), config.model, config.weights
+        net = load_student(checkpoint, plan, model=model, weights=weights, dtype=dtype, device=device)
     return make_denoiser(net, dtype)
 
 
@@ -186,12 +176,6 @@ def set_digest(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -
         weights = fingerprint_folder(sampler.checkpoint) + setting.config.weights
     settings = (sampler.sigmas, sampler.guidance_scale, sampler.renoise, setting.config.dtype)
     return hashlib.sha256(repr((weights, settings, setting.records_digest, seed)).encode()).hexdigest()
-
-
-def is_current_set(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -> bool:
-    """Whether the store has the complete set that would be sampled now."""
-    stored = latent_store.read_group_facts(setting.store, latent_set_name(sampler.candidate, seed))
-    return stored.get("digest") == set_digest(setting, sampler, seed)
 
 
 def sample_set(setting: EvaluationSetup, sampler: CandidateSampler, denoiser: Denoiser, seed: int) -> None:
@@ -222,7 +206,7 @@ def sample_rows(
     """Latents (B C T H W) of some conditions."""
     device, sigmas, shape = pick_device(setting.config.device), sampler.sigmas, setting.facts.spec.latent_shape
     records = [setting.records[row] for row in rows]
-    condition = collate_records(records, max_text_tokens=setting.config.max_text_tokens).condition.to(device)
+    condition = collate_records(records, max_text_tokens=setting.config.max_text_tokens).to(device)
     guided_denoiser = guided(denoiser, negative_text=setting.negative_text.to(device), scale=sampler.guidance_scale)
     # Noise depends on the seed and the row alone: candidates share it, whatever their batch.
     keys, purpose = [(seed, 0, row) for row in rows], "evaluate"
@@ -235,17 +219,14 @@ def sample_rows(
 def select_best(setting: EvaluationSetup) -> Path:
     """Score every checkpoint of the first run by its distance to the teacher; write the best's name to RUN/best."""
     run = Path(setting.config.checkpoint[0])
-    if newest_checkpoint(run) == run:
+    if checkpoints.newest_checkpoint(run) == run:
         raise ValueError(f"checkpoint={run}: is one checkpoint; --select chooses among those of a run")
-    folders = list_checkpoints(run)
+    folders = checkpoints.list_checkpoints(run)
     samplers = student_samplers(setting, folders)
     comparison = sample_sets(setting, [teacher_samplers(setting)[0], *samplers])
     scores = score_candidates(setting.store, comparison)
-    distances = {
-        folder.name: seed_statistics(scores[sampler.name].frechet)
-        for folder, sampler in zip(folders, samplers, strict=True)
-    }
-    best = min(distances, key=lambda name: distances[name].mean)
-    rows = [{"checkpoint": name, **vars(distance)} for name, distance in distances.items()]
+    distances = [seed_statistics(scores[sampler.name].frechet) for sampler in samplers]
+    rows = [{"checkpoint": one.name, **vars(distance)} for one, distance in zip(folders, distances, strict=True)]
     write_file(Path(setting.config.out) / SELECTION_FILE, (json.dumps(rows, indent=1) + "\n").encode())
-    return write_best(run, best, distance=distances[best].mean, iteration=int(best.removeprefix("step-")))
+    distance, best = min((distance.mean, folder) for distance, folder in zip(distances, folders, strict=True))
+    return checkpoints.write_best(run, best.name, distance=distance, iteration=checkpoints.iteration_of(best))

@@ -124,17 +124,14 @@ def score_candidates(store: Path, comparison: Comparison) -> dict[str, Candidate
     return scores
 
 
-def set_names(comparison: Comparison) -> list[str]:
-    """The sets of all candidates, then the teacher's further references."""
-    teacher_sets = [latent_set_name(comparison.teacher, seed) for seed in comparison.references]
-    own = [latent_set_name(candidate, seed) for candidate in comparison.contestants for seed in comparison.seeds]
-    return list(dict.fromkeys([*own, *teacher_sets]))
-
-
 def collect_sums(store: Path, comparison: Comparison) -> ScoreSums:
     """Read every set once, the same few rows of all sets at a time."""
-    names, sums = set_names(comparison), ScoreSums()
-    step = max(1, BATCH_BYTES // (len(names) * latent_store.read_latents(store, names[0], 0).nbytes))
+    candidates, seeds = comparison.contestants, comparison.seeds
+    # The teacher's references may be sets of its own seeds: each name counts once.
+    references = [latent_set_name(comparison.teacher, seed) for seed in comparison.references]
+    names = {*references, *(latent_set_name(candidate, seed) for candidate in candidates for seed in seeds)}
+    sums, video_bytes = ScoreSums(), latent_store.read_latents(store, references[0], 0).nbytes
+    step = max(1, BATCH_BYTES // (len(names) * video_bytes))
     with ProgressBar(comparison.count, label="compare latents") as progress:
         for start in range(0, comparison.count, step):
             stop = min(start + step, comparison.count)

@@ -12,20 +12,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from safetensors.torch import load as load_tensors
-from torch import Tensor
 
 from common.files import write_file
 from shards import latent_store
-from shards.comparison import LATENTS_STORE, Candidate, Comparison, latent_set_name, read_comparison
+from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
+from stage2_distill.evaluation import latent_metrics
 from stage2_distill.evaluation.compare import SELECTION_FILE
 from stage2_distill.evaluation.config import EvaluateConfig
-from stage2_distill.evaluation.latent_metrics import (
-    CandidateScores,
-    SeedStatistics,
-    frechet_distance,
-    score_candidates,
-    seed_statistics,
-)
+from stage2_distill.evaluation.latent_metrics import CandidateScores, SeedStatistics, seed_statistics
 
 REPORT_FILE, PAGE_FILE, VIDEOS_FOLDER = "report.json", "report.html", "videos"
 PIXELS_FILE, I3D_FILE = "pixels.json", "i3d.safetensors"  # written by stage1_encode/video_metrics
@@ -35,7 +29,8 @@ LATENT_TITLES = ("distance", "times the floor", "to teacher, same noise", "diver
 ABSOLUTE_METRICS, RATIO_METRICS = ("psnr", "clip"), ("motion", "saturation", "contrast")  # ratios to the teacher's
 MIN_CONDITIONS = 2048  # with 192, 4 steps of a teacher could not be told from 50
 SMALLEST_DIVISOR = 1e-12  # a teacher without motion, say, must not fail the report
-STYLE = """
+PAGE_START = """<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width,initial-scale=1"><title>Student against teacher</title><style>
 :root{color-scheme:light dark;--ink:#1b1f24;--paper:#fff;--soft:#6a737d;--line:#d8dee4}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e8eb;--paper:#14171a;--soft:#9aa4ae;--line:#343b42}}
 *{box-sizing:border-box}body{margin:0 auto;max-width:75rem;padding:1rem;background:var(--paper);color:var(--ink);
@@ -45,88 +40,64 @@ th,td{padding:.35rem .7rem;border-bottom:1px solid var(--line);text-align:right;
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
 .row{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:.7rem}figure{margin:0}
 figcaption,.soft{font-size:.85rem;color:var(--soft)}video{width:100%;display:block;border-radius:4px}
-"""
+</style></head><body><h1>Student against teacher</h1>"""
 # Browsers may ignore `autoplay`, so the script starts the videos too.
-SCRIPT = "for(const v of document.querySelectorAll('video'))v.play().catch(()=>{});"
+SCRIPT = "<script>for(const v of document.querySelectorAll('video'))v.play().catch(()=>{});</script>"
 
 Metric: TypeAlias = SeedStatistics | float | None  # None = not measured
 
 
 @dataclass(frozen=True)
-class CandidateReport:
-    """All results of one candidate."""
-
-    label: str
-    metrics: dict[str, Metric]  # by their names in report.json
-    answers: dict[str, SeedStatistics]  # share of true answers of the judge, by question
-
-
-@dataclass(frozen=True)
 class EvaluationReport:
-    """All results of an evaluation."""
+    """All results of an evaluation; the fields are the keys of report.json."""
 
-    comparison: Comparison
-    floor: SeedStatistics  # distance between sets of the teacher itself
-    candidates: tuple[CandidateReport, ...]  # in the order of the comparison
+    count: int  # N, conditions
+    seeds: tuple[int, ...]
+    guidance_scale: float
     videos: int  # decoded videos per set
-    shown: int  # conditions whose videos are on the page
+    floor: SeedStatistics  # distance between sets of the teacher itself
+    contestants: dict[str, dict[str, Any]]  # the teacher first; by name: label, each metric, answers of the judge
     selection: list[dict[str, Any]] | None  # content of selection.json
 
 
 def write_report(config: EvaluateConfig) -> Path:
     """Write OUT/report.json and OUT/report.html; return the path of the latter."""
-    out = Path(config.out)
-    report = build_report(out, with_videos=config.videos > 0, with_selection=config.select)
-    # The JSON encoder calls `vars` for the records that it does not know: SeedStatistics.
-    text = json.dumps(report_content(report), indent=1, ensure_ascii=False, default=vars)
+    out, comparison = Path(config.out), read_comparison(Path(config.out))
+    pixels = json.loads((out / PIXELS_FILE).read_bytes()) if config.videos else {"videos": 0, "shown": 0}
+    selection = json.loads((out / SELECTION_FILE).read_bytes()) if config.select else None
+    report = build_report(out, comparison, pixels, selection)
+    # The JSON encoder calls `vars` for the records that it does not know: EvaluationReport and SeedStatistics.
+    text = json.dumps(report, indent=1, ensure_ascii=False, default=vars)
     write_file(out / REPORT_FILE, (text + "\n").encode())
-    write_file(out / PAGE_FILE, render_page(out, report).encode())
+    videos = video_section(out, comparison, pixels["shown"])
+    write_file(out / PAGE_FILE, render_page(report, videos).encode())
     return out / PAGE_FILE
 
 
-def build_report(out: Path, *, with_videos: bool, with_selection: bool) -> EvaluationReport:
-    """Collect the results from the files in OUT."""
-    comparison = read_comparison(out)
-    scores = score_candidates(out / LATENTS_STORE, comparison)
-    teacher = scores[comparison.teacher.name]
-    pixels: dict[str, Any] = {"videos": 0, "shown": 0}
-    if with_videos:
-        pixels = json.loads((out / PIXELS_FILE).read_bytes())
-    features = load_tensors((out / I3D_FILE).read_bytes()) if pixels.get("i3d") else {}
-    candidates = []
+def build_report(
+    out: Path, comparison: Comparison, pixels: Mapping[str, Any], selection: list[dict[str, Any]] | None
+) -> EvaluationReport:
+    """Collect the results from the store of latents and from the contents of pixels.json and selection.json."""
+    scores = latent_metrics.score_candidates(out / LATENTS_STORE, comparison)
+    teacher_scores = scores[comparison.teacher.name]
+    teacher_sets = [latent_set_name(comparison.teacher, seed) for seed in comparison.seeds]
+    references = [latent_set_name(comparison.teacher, seed) for seed in comparison.references]
+    features = load_tensors((out / I3D_FILE).read_bytes()) if pixels.get("i3d") else {}  # (N D) by set
+    contestants: dict[str, dict[str, Any]] = {}
     for candidate in comparison.contestants:
-        metrics = {"evaluations": candidate.evaluations, **latent_summary(scores[candidate.name], teacher)}
-        answers: dict[str, SeedStatistics] = {}
-        if with_videos:
-            own, others = (
-                [pixels["sets"][latent_set_name(one, seed)] for seed in comparison.seeds]
-                for one in (candidate, comparison.teacher)
-            )
-            metrics |= pixel_summary(own, others)
-            answers = answer_summary(own)
-        if features:
-            metrics["fvd"] = frechet_video_distance(features, comparison, candidate)
-        candidates.append(CandidateReport(candidate.label, metrics, answers))
-    selection = json.loads((out / SELECTION_FILE).read_bytes()) if with_selection else None
-    floor = seed_statistics(teacher.frechet)
-    return EvaluationReport(comparison, floor, tuple(candidates), pixels["videos"], pixels["shown"], selection)
-
-
-def report_content(report: EvaluationReport) -> dict[str, object]:
-    """The content of report.json; each candidate is one flat object."""
-    comparison, contestants = report.comparison, {}
-    for candidate, one in zip(comparison.contestants, report.candidates, strict=True):
-        answers = {"answers": one.answers} if report.videos else {}
-        contestants[candidate.name] = {"label": one.label, **one.metrics, **answers}
-    return {
-        "count": comparison.count,
-        "seeds": comparison.seeds,
-        "guidance_scale": comparison.guidance_scale,
-        "videos": report.videos,
-        "floor": report.floor,
-        "contestants": contestants,
-        "selection": report.selection,
-    }
+        sets = [latent_set_name(candidate, seed) for seed in comparison.seeds]
+        results: dict[str, Any] = {"label": candidate.label, "evaluations": candidate.evaluations}
+        results |= latent_summary(scores[candidate.name], teacher_scores)
+        if features:  # the Frechet video distance, to the teacher's set of another seed
+            pairs = [(features[own], features[other]) for own, other in zip(sets, references, strict=True)]
+            results["fvd"] = seed_statistics([latent_metrics.frechet_distance(*pair) for pair in pairs])
+        if pixels["videos"]:
+            own, others = ([pixels["sets"][name] for name in names] for names in (sets, teacher_sets))
+            results |= pixel_summary(own, others)
+        contestants[candidate.name] = results
+    settings = comparison.count, comparison.seeds, comparison.guidance_scale
+    floor = seed_statistics(teacher_scores.frechet)
+    return EvaluationReport(*settings, pixels["videos"], floor, contestants, selection)
 
 
 def latent_summary(own: CandidateScores, teacher: CandidateScores) -> dict[str, Metric]:
@@ -143,31 +114,19 @@ def latent_summary(own: CandidateScores, teacher: CandidateScores) -> dict[str, 
     }
 
 
-def pixel_summary(own: Sequence[Mapping[str, Any]], teacher: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
-    """Pixel metrics over the seeds, from the sets' entries in pixels.json; some are relative to the teacher's."""
-    metrics: dict[str, Metric] = {}
+def pixel_summary(own: Sequence[Mapping[str, Any]], teacher: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Pixel metrics and answers over the seeds, from the sets' entries in pixels.json; some relate to the teacher's."""
+    metrics: dict[str, Any] = {}
     for key in ABSOLUTE_METRICS:
         metrics[key] = None if own[0][key] is None else seed_statistics([one[key] for one in own])
     for key in RATIO_METRICS:
         pairs = zip(own, teacher, strict=True)
         metrics[key] = seed_statistics([one[key] / max(other[key], SMALLEST_DIVISOR) for one, other in pairs])
-    return metrics
-
-
-def answer_summary(own: Sequence[Mapping[str, Any]]) -> dict[str, SeedStatistics]:
-    """Share of true answers over the seeds, by question; a seed without the question does not count."""
-    answers = [one["answers"] for one in own]
+    answers = [one["answers"] for one in own]  # shares of true answers, by question
     questions = sorted({question for one in answers for question in one})
-    return {key: seed_statistics([one[key] for one in answers if key in one]) for key in questions}
-
-
-def frechet_video_distance(
-    features: Mapping[str, Tensor], comparison: Comparison, candidate: Candidate
-) -> SeedStatistics:
-    """Frechet distance of I3D features (N D), by set, to the teacher's set of another seed."""
-    pairs = zip(comparison.seeds, comparison.references, strict=True)
-    names = [(latent_set_name(candidate, a), latent_set_name(comparison.teacher, b)) for a, b in pairs]
-    return seed_statistics([frechet_distance(features[own], features[other]) for own, other in names])
+    # A seed without the question does not count.
+    metrics["answers"] = {key: seed_statistics([one[key] for one in answers if key in one]) for key in questions}
+    return metrics
 
 
 def format_metric(value: Metric) -> str:
@@ -179,58 +138,57 @@ def format_metric(value: Metric) -> str:
     return f"{value.mean:.4g}" + ("" if value.deviation is None else f" ± {value.deviation:.2g}")
 
 
-def render_page(out: Path, report: EvaluationReport) -> str:
-    """The HTML page."""
-    comparison = report.comparison
-    deviation = " ± standard deviation" if len(comparison.seeds) > 1 else ""
+def render_page(report: EvaluationReport, videos: str) -> str:
+    """The HTML page; `videos` is the content of its section of videos."""
+    deviation = " ± standard deviation" if len(report.seeds) > 1 else ""
     summary = (
-        f"<p>{comparison.count} conditions, seeds {', '.join(map(str, comparison.seeds))}, guidance scale "
-        f"{comparison.guidance_scale:g}. Values are the mean{deviation} over the seeds. "
+        f"<p>{report.count} conditions, seeds {', '.join(map(str, report.seeds))}, guidance scale "
+        f"{report.guidance_scale:g}. Values are the mean{deviation} over the seeds. "
         "The distance is the Frechet distance of latents, by fixed random features, to the teacher's videos of "
         f"another seed; the floor, {format_metric(report.floor)}, is that between two sets of the teacher itself.</p>"
     )
-    if comparison.count < MIN_CONDITIONS:
+    if report.count < MIN_CONDITIONS:
         problem = "the distance cannot tell a good sampler from the floor"
         summary += f"<p><b>With fewer than {MIN_CONDITIONS} conditions {problem}.</b></p>"
-    latent_rows = [
-        (one.label, *(format_metric(one.metrics[key]) for key in LATENT_METRICS)) for one in report.candidates
-    ]
-    sections = [("Distance to the teacher", summary + html_table(("", *LATENT_TITLES), latent_rows))]
+    candidates = list(report.contestants.values())
+    rows = [(one["label"], *(format_metric(one[key]) for key in LATENT_METRICS)) for one in candidates]
+    sections = {"Distance to the teacher": summary + html_table(("", *LATENT_TITLES), rows)}
     if report.videos:
-        sections += [("Videos", video_section(out, report)), ("Pixel metrics", pixel_table(report))]
+        note = f"{report.videos} videos per set. psnr compares frame 0 with the given one as the VAE decodes it."
+        sections |= {"Videos": videos, "Pixel metrics": f'<p class="soft">{note}</p>' + pixel_table(candidates)}
     if report.selection:
         rows = [(one["checkpoint"], format_metric(seed_statistics(one["values"]))) for one in report.selection]
-        sections.append(("Checkpoints", html_table(("checkpoint", "distance"), rows)))
-    return html_page("Student against teacher", sections)
+        sections["Checkpoints"] = html_table(("checkpoint", "distance"), rows)
+    body = "".join(f"<section><h2>{heading}</h2>{content}</section>" for heading, content in sections.items())
+    return f"{PAGE_START}{body}{SCRIPT}</body></html>\n"
 
 
-def pixel_table(report: EvaluationReport) -> str:
+def pixel_table(candidates: Sequence[Mapping[str, Any]]) -> str:
     """The table of pixel metrics, without those that no candidate has."""
-    keys = [
-        key
-        for key in ("fvd", *ABSOLUTE_METRICS, *RATIO_METRICS)
-        if any(one.metrics.get(key) is not None for one in report.candidates)
-    ]
-    questions = sorted({question for one in report.candidates for question in one.answers})
+    names = ("fvd", *ABSOLUTE_METRICS, *RATIO_METRICS)
+    keys = [key for key in names if any(one.get(key) is not None for one in candidates)]
+    questions = sorted({question for one in candidates for question in one["answers"]})
     rows = []
-    for one in report.candidates:
-        values = [one.metrics.get(key) for key in keys] + [one.answers.get(question) for question in questions]
-        rows.append((one.label, *map(format_metric, values)))
+    for one in candidates:
+        values = [one.get(key) for key in keys] + [one["answers"].get(question) for question in questions]
+        rows.append((one["label"], *map(format_metric, values)))
     titles = [f"{key} / teacher's" if key in RATIO_METRICS else key for key in keys]
-    note = f"{report.videos} videos per set. psnr compares frame 0 with the given one as the VAE decodes it."
-    return f'<p class="soft">{note}</p>' + html_table(("", *titles, *questions), rows)
+    return html_table(("", *titles, *questions), rows)
 
 
-def video_section(out: Path, report: EvaluationReport) -> str:
-    """The videos of each condition side by side, all from the noise of the first seed."""
-    comparison = report.comparison
-    names = [(latent_set_name(one, comparison.seeds[0]), one.label) for one in comparison.contestants]
-    prompts = latent_store.describe_group(out / LATENTS_STORE, names[0][0]).prompts
-    parts = []
-    for row, prompt in enumerate(prompts[: report.shown]):
-        figures = "".join(html_video(out / VIDEOS_FOLDER / name / f"{row:03d}.mp4", label) for name, label in names)
-        parts.append(f'<p>{html.escape(prompt)}</p><div class="row">{figures}</div>')
-    return "".join(parts)
+def video_section(out: Path, comparison: Comparison, count: int) -> str:
+    """The videos of the first `count` conditions side by side, all from the noise of the first seed."""
+    sets = {latent_set_name(one, comparison.seeds[0]): html.escape(one.label) for one in comparison.contestants}
+    prompts = latent_store.describe_group(out / LATENTS_STORE, next(iter(sets))).prompts
+    content = ""
+    for row, prompt in enumerate(prompts[:count]):
+        content += f'<p>{html.escape(prompt)}</p><div class="row">'
+        for name, label in sets.items():
+            data = base64.b64encode((out / VIDEOS_FOLDER / name / f"{row:03d}.mp4").read_bytes()).decode()
+            video = f'<video src="data:video/mp4;base64,{data}" autoplay loop muted playsinline controls></video>'
+            content += f"<figure>{video}<figcaption>{label}</figcaption></figure>"
+        content += "</div>"
+    return content
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -238,24 +196,3 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
     titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     return f'<div class="wide"><table><tr>{titles}</tr>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
-
-
-def html_video(path: Path, label: str) -> str:
-    """A playing video with its label."""
-    source = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
-    video = f'<video src="{source}" autoplay loop muted playsinline controls></video>'
-    return f"<figure>{video}<figcaption>{html.escape(label)}</figcaption></figure>"
-
-
-def html_page(title: str, sections: Sequence[tuple[str, str]]) -> str:
-    """The complete file from (heading, HTML) sections."""
-    body = "".join(f"<section><h2>{html.escape(heading)}</h2>{inner}</section>" for heading, inner in sections)
-    head = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    )
-    name = html.escape(title)
-    return (
-        f"{head}<title>{name}</title><style>{STYLE}</style></head><body><h1>{name}</h1>{body}"
-        f"<script>{SCRIPT}</script></body></html>\n"
-    )

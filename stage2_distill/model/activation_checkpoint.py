@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from stage2_distill.model import layers
 from stage2_distill.model.attention import ATTENTION_OPS
-from stage2_distill.model.layers import ExecutionPlan, RotaryEmbedding, attention_part, block_forward, feed_forward_part
 from stage2_distill.offload.activations import ActivationOffloader
 
 FULL, OFFLOAD, SELECTIVE_MLP, OFF = "full", "offload", "selective-mlp", "off"  # the fifth choice is "selective"
@@ -22,22 +22,22 @@ BlockFunction: TypeAlias = Callable[..., Tensor]  # (block, x, text, temb, rope,
 
 
 @cache  # all blocks of all roles share the function and therefore its compiled graphs
-def block_runner(plan: ExecutionPlan) -> BlockFunction:
+def block_runner(plan: layers.ExecutionPlan) -> BlockFunction:
     """Return the function that runs a block under a plan."""
     if plan.checkpointing == OFF:
         return keep_everything(plan)
     return recompute_in_pieces(plan) if plan.checkpointing in (FULL, OFFLOAD) else keep_selected(plan)
 
 
-def keep_everything(plan: ExecutionPlan) -> BlockFunction:
+def keep_everything(plan: layers.ExecutionPlan) -> BlockFunction:
     """Strategy `off`: autograd keeps every activation of the block."""
-    compute: BlockFunction = partial(block_forward, plan=plan)
-    return maybe_compile(lambda *inputs: compute(*inputs), plan)
+    compute: BlockFunction = partial(layers.block_forward, plan=plan)
+    return layers.maybe_compile(lambda *inputs: compute(*inputs), plan)
 
 
-def keep_selected(plan: ExecutionPlan) -> BlockFunction:
+def keep_selected(plan: layers.ExecutionPlan) -> BlockFunction:
     """Strategies `selective` and `selective-mlp`: keep what `checkpoint_policy` selects, recompute the rest."""
-    compute: BlockFunction = partial(block_forward, plan=plan)
+    compute: BlockFunction = partial(layers.block_forward, plan=plan)
     policy = partial(checkpoint_policy, plan.checkpointing == SELECTIVE_MLP)
     contexts = partial(create_selective_checkpoint_contexts, policy)
 
@@ -46,7 +46,7 @@ def keep_selected(plan: ExecutionPlan) -> BlockFunction:
             return compute(*inputs)
         return checkpoint(compute, *inputs, use_reentrant=False, context_fn=contexts)
 
-    return maybe_compile(run_block, plan)
+    return layers.maybe_compile(run_block, plan)
 
 
 def checkpoint_policy(
@@ -60,22 +60,22 @@ def checkpoint_policy(
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recompute_in_pieces(plan: ExecutionPlan) -> BlockFunction:
+def recompute_in_pieces(plan: layers.ExecutionPlan) -> BlockFunction:
     """Strategies `full` and `offload`: recompute attention and feed-forward one after the other, each from its input.
 
     Recomputing both together, also as one compiled graph, would take two and a half times the memory. `offload` keeps
     the inputs in host memory and runs the feed-forward on half of the tokens at a time.
     """
     offloader = ActivationOffloader() if plan.checkpointing == OFFLOAD else None
-    attend = partial(attention_part, plan=plan)
+    attend = partial(layers.attention_part, plan=plan)
     without_gradient = keep_everything(plan)
-    attention_piece = maybe_compile(lambda *inputs: checkpoint(attend, *inputs, use_reentrant=False), plan)
-    feed_forward_piece = maybe_compile(
-        lambda *inputs: checkpoint(feed_forward_part, *inputs, use_reentrant=False), plan
+    attention_piece = layers.maybe_compile(lambda *inputs: checkpoint(attend, *inputs, use_reentrant=False), plan)
+    feed_forward_piece = layers.maybe_compile(
+        lambda *inputs: checkpoint(layers.feed_forward_part, *inputs, use_reentrant=False), plan
     )
 
     def run_block(
-        block: nn.Module, x: Tensor, text: Tensor, temb: Tensor, rope: RotaryEmbedding, first_frame_tokens: int
+        block: nn.Module, x: Tensor, text: Tensor, temb: Tensor, rope: layers.RotaryEmbedding, first_frame_tokens: int
     ) -> Tensor:
         if not torch.is_grad_enabled():
             return without_gradient(block, x, text, temb, rope, first_frame_tokens)
@@ -89,8 +89,3 @@ def recompute_in_pieces(plan: ExecutionPlan) -> BlockFunction:
         return torch.cat(outputs, dim=1)
 
     return run_block
-
-
-def maybe_compile(function: BlockFunction, plan: ExecutionPlan) -> BlockFunction:
-    """Return the function, compiled if the plan says so."""
-    return torch.compile(function, dynamic=False, fullgraph=True) if plan.compiled else function

@@ -24,7 +24,6 @@ from stage2_distill.model.context_parallel import ulysses_attention
 if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
     from stage2_distill.model.fused_kernels import linear_gelu, rms_norm_rope
 
-
 RotaryEmbedding: TypeAlias = tuple[Tensor, Tensor]  # cos and sin (1 N 1 d/2) float32
 
 
@@ -73,10 +72,10 @@ def final_norm(norm: nn.Module, x: Tensor, rows: Tensor, first_frame_tokens: int
     return modulate(norm(x.float()), shift, scale, first_frame_tokens).type_as(x)
 
 
-@cache
-def final_norm_function(compiled: bool) -> Callable[..., Tensor]:
-    """`final_norm`, compiled or not."""
-    return torch.compile(final_norm, dynamic=False, fullgraph=True) if compiled else final_norm
+@cache  # a function keeps its compiled form, and with it the graphs
+def maybe_compile(function: Callable[..., Tensor], plan: ExecutionPlan) -> Callable[..., Tensor]:
+    """Return the function, compiled if the plan says so."""
+    return torch.compile(function, dynamic=False, fullgraph=True) if plan.compiled else function
 
 
 def norm_and_rope(norm: nn.RMSNorm, x: Tensor, heads: int, rope: RotaryEmbedding | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stage2_distill.model.activation_checkpoint import block_runner
 from stage2_distill.model.context_parallel import gather_tokens, local_token_slice
-from stage2_distill.model.layers import ExecutionPlan, RotaryEmbedding, embed_patches, final_norm_function
+from stage2_distill.model.layers import ExecutionPlan, RotaryEmbedding, embed_patches, final_norm, maybe_compile
 
 
 class TransformerBlock(WanTransformerBlock):
@@ -70,7 +70,7 @@ class WanTransformer(WanTransformer3DModel):
         for block in self.blocks:
             x = block(x, text, modulation, rope, first_frame_tokens)
         rows = self.scale_shift_table[:, None] + temb[:, :, None]
-        x = self.proj_out(final_norm_function(plan.compiled)(self.norm_out, x, rows, first_frame_tokens))
+        x = self.proj_out(maybe_compile(final_norm, plan)(self.norm_out, x, rows, first_frame_tokens))
         if plan.ranks > 1:
             x = gather_tokens(x, plan.ranks)
         patch = dict(zip(("pt", "ph", "pw"), self.config.patch_size, strict=True))

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Self
 
 import torch
 
@@ -15,7 +14,7 @@ from common.progress import ProgressBar
 from stage2_distill.distributed.process_group import RankContext
 from stage2_distill.dmd.latent_stats import LATENT_STATS
 from stage2_distill.monitoring.alerts import MetricAlerts
-from stage2_distill.monitoring.metrics_log import METRICS_FILE, MetricsLog, StepResult, UpdateResult
+from stage2_distill.monitoring.metrics_log import METRICS_FILE, MetricsLog, StepResult
 from stage2_distill.monitoring.trackers import ExperimentTrackers
 
 
@@ -24,19 +23,15 @@ def metrics_line(iteration: int, step: StepResult, *, seconds: float, memory: fl
     line: dict[str, float] = {"iteration": iteration, "seconds": round(seconds, 4), "memory_gib": round(memory, 3)}
     line |= {f"seconds_{phase}": round(value, 4) for phase, value in step.seconds.items()}
     line |= {f"latent_{name}": value for name, value in zip(LATENT_STATS, step.critic.latent_stats, strict=True)}
-    line |= update_metrics("critic", step.critic)
+    for role, update in (("critic", step.critic), ("student", step.student)):
+        if update is None:
+            continue
+        line |= {f"{role}_loss": update.loss, f"{role}_grad_norm": update.grad_norm}
+        if update.exit_index is not None:  # losses of different exits differ by orders of magnitude
+            line |= {f"{role}_exit": update.exit_index, f"{role}_loss_exit{update.exit_index}": update.loss}
     if step.student is not None:
-        line |= update_metrics("student", step.student)
         # the loss is half the mean square of (fake - real) / mean|x0 - real|
         line["critic_teacher_gap"] = math.sqrt(2 * step.student.loss)
-    return line
-
-
-def update_metrics(role: str, update: UpdateResult) -> dict[str, float]:
-    """The metrics of one update; losses are also given per exit, because they differ by orders of magnitude."""
-    line = {f"{role}_loss": update.loss, f"{role}_grad_norm": update.grad_norm}
-    if update.exit_index is not None:
-        line |= {f"{role}_exit": update.exit_index, f"{role}_loss_exit{update.exit_index}": update.loss}
     return line
 
 
@@ -47,21 +42,21 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # ru_maxrss is in KiB
 
 
-class TrainingMonitor:
+class TrainingMonitor(ExitStack):
     """Context that writes each iteration of a run from `start` to `end`; all ranks but rank 0 are silent."""
 
     def __init__(
         self, out: Path, ranks: RankContext, *, start: int, end: int, wandb: str, options: Mapping[str, object]
     ) -> None:
-        self.device, self.is_main_rank = ranks.device, ranks.rank == 0
-        self.alerts, self.resources = MetricAlerts(), ExitStack()
-        self.progress = self.resources.enter_context(
+        super().__init__()
+        self.device, self.is_main_rank, self.alerts = ranks.device, ranks.rank == 0, MetricAlerts()
+        self.progress = self.enter_context(
             ProgressBar(end, initial=start, label="distill", quiet=not self.is_main_rank)
         )
         if self.is_main_rank:
-            self.metrics_log = self.resources.enter_context(closing(MetricsLog(out / METRICS_FILE, start=start)))
+            self.metrics_log = self.enter_context(closing(MetricsLog(out / METRICS_FILE, start=start)))
             trackers = ExperimentTrackers(out, start=start, wandb=wandb, options=options)
-            self.trackers = self.resources.enter_context(closing(trackers))
+            self.trackers = self.enter_context(closing(trackers))
             for line in self.metrics_log.kept_lines:  # what was warned about before the restart
                 self.alerts.check_line(line)
         self.last_write = time.perf_counter()
@@ -75,7 +70,9 @@ class TrainingMonitor:
         line = metrics_line(iteration, step, seconds=seconds, memory=peak_memory_gib(self.device))
         self.metrics_log.write(line)
         self.trackers.write(line)
-        self.progress.advance(progress_note(line))
+        losses = [f"{role} {line[f'{role}_loss']:.4f}" for role in ("student", "critic") if f"{role}_loss" in line]
+        speed = f"{line['seconds']:.2f} s, data {line.get('seconds_data', 0.0):.2f} s"
+        self.progress.advance(f"{' '.join(losses)}, {speed}, {line['memory_gib']:.1f} GiB")
         for warning in self.alerts.check_line(line):
             logging.warning(warning)
 
@@ -83,16 +80,3 @@ class TrainingMonitor:
         """Flush the metrics to the disk; call it before each checkpoint."""
         if self.is_main_rank:
             self.metrics_log.sync()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.resources.close()
-
-
-def progress_note(line: dict[str, float]) -> str:
-    """The end of the progress line: losses, seconds and memory."""
-    losses = [f"{role} {line[f'{role}_loss']:.4f}" for role in ("student", "critic") if f"{role}_loss" in line]
-    data_seconds = line.get("seconds_data", 0.0)
-    return f"{' '.join(losses)}, {line['seconds']:.2f} s, data {data_seconds:.2f} s, {line['memory_gib']:.1f} GiB"

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 PICTURE_FILE = "curves.png"
 MAX_POINTS = 150  # per curve; longer runs are averaged over windows
-MetricLines = Sequence[Mapping[str, float]]
 Curves = dict[str, tuple[list[float], list[float]]]  # iterations and values by metric
 PANELS = {  # title: prefixes of metrics
     "Student loss by exit": ("student_loss_exit",),
@@ -46,7 +45,7 @@ def plot_curves(run: Path) -> Path:
     return run / PICTURE_FILE
 
 
-def collect_curves(lines: MetricLines, prefixes: tuple[str, ...]) -> Curves:
+def collect_curves(lines: Sequence[Mapping[str, float]], prefixes: tuple[str, ...]) -> Curves:
     """Iterations and values of every metric whose name begins with one of `prefixes`, by name."""
     curves = {}
     for name in sorted({name for line in lines for name in line if name.startswith(prefixes)}):

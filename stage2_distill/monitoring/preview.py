@@ -91,10 +91,12 @@ class PreviewWriter:
     @torch.no_grad()
     def _sample_rows(self, student: PreviewStudent, step: str, rows: list[int]) -> None:
         options, count = student.options, len(self.records)
-        batch = collate_records([self.records[row % count] for row in rows], max_text_tokens=options.max_text_tokens)
+        condition = collate_records(
+            [self.records[row % count] for row in rows], max_text_tokens=options.max_text_tokens
+        )
         x0 = sample_student(
             student.denoiser,
-            batch.condition.to(student.ranks.device),
+            condition.to(student.ranks.device),
             sigmas=options.sigmas,
             latent_shape=options.spec.latent_shape,
             keys=[(options.seed, 0, row) for row in rows],

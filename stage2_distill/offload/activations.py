@@ -55,12 +55,9 @@ class ActivationOffloader:
         """Offload tensors like `reference` (B N D), or half as large, that the graph saves meanwhile; none on a CPU."""
         kind = (reference.dim(), reference.shape[-1:], reference.dtype)
 
-        def is_activation(value: Tensor) -> bool:
-            same_kind = (value.dim(), value.shape[-1:], value.dtype) == kind
-            return value.is_cuda and same_kind and 2 * value.numel() >= reference.numel()
-
         def pack(value: Tensor) -> Tensor | OffloadedActivation:
-            return self.offload(value) if is_activation(value) else value
+            same_kind = value.is_cuda and (value.dim(), value.shape[-1:], value.dtype) == kind
+            return self.offload(value) if same_kind and 2 * value.numel() >= reference.numel() else value
 
         def unpack(saved: Tensor | OffloadedActivation) -> Tensor:
             return self.restore(saved) if isinstance(saved, OffloadedActivation) else saved

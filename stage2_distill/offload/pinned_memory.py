@@ -16,21 +16,17 @@ TOUCH_THREADS = 16
 
 
 class PinnedPool:
-    """Moves tensors to pinned host memory if `offload` is set.
-
-    Tensors share slabs: torch rounds each pinned allocation up to a power of two, about 50 % overhead for weights.
-    """
+    """Moves tensors to pinned host memory, in slabs that they share, if `offload` is set."""
 
     def __init__(self, *, offload: bool, slab: int = SLAB_BYTES) -> None:
+        # torch rounds each pinned allocation up to a power of two: for weights, about 50 % overhead without slabs
         self.offload, self.slab_bytes = offload, slab
         self.slab = torch.empty(0, dtype=torch.uint8)
         self.slab_used = 0
 
     def place_tensor(self, value: Tensor) -> Tensor:
-        """A copy in pinned memory if `value` is on a GPU and the pool offloads, else `value` itself.
-
-        A DTensor becomes the plain tensor of its local part, so only networks that are not sharded may be offloaded.
-        """
+        """A copy in pinned memory if `value` is on a GPU and the pool offloads, else `value` itself."""
+        # A DTensor becomes the plain tensor of its local part: only networks that are not sharded may be offloaded.
         return self.copy_into_slab(local_tensor(value)) if self.offload and value.is_cuda else value
 
     def copy_into_slab(self, value: Tensor) -> Tensor:
@@ -58,8 +54,7 @@ def allocate_pinned(size: int) -> Tensor:
         list(pool.map(touch_pages, range(0, size, TOUCH_BYTES)))
     if torch.cuda.is_available():
         runtime, address = torch.cuda.cudart(), memory.ctypes.data
-        code = int(runtime.cudaHostRegister(address, size, 0))
-        if code != 0:
+        if (code := int(runtime.cudaHostRegister(address, size, 0))) != 0:
             raise RuntimeError(f"{size} bytes of host memory could not be pinned: CUDA error {code}")
         # not at exit: CUDA may be shut down by then, and the process gives up its memory anyway
         weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False

@@ -30,11 +30,9 @@ def copy_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.St
 
 
 class StagingBuffer:
-    """Device memory for one group at a time.
+    """Device memory for one group at a time."""
 
-    With an allocation per group, many groups would hold memory at once, because the CPU runs ahead of the device.
-    """
-
+    # With an allocation per group, many groups would hold memory at once, because the CPU runs ahead of the device.
     def __init__(self, device: torch.device) -> None:
         self.device, (self.load_stream, self.store_stream) = device, copy_streams(device)
         self.storage = torch.empty(0, dtype=torch.uint8, device=device)
@@ -69,9 +67,8 @@ class StagingBuffer:
         if size > self.storage.numel():
             self.outgrown.append(self.storage)
             self.storage, self.free_event = torch.empty(size, dtype=torch.uint8, device=self.device), None
-        views, used = {}, 0
+        views, used = dict(group), 0
         for name, value in group.items():
-            views[name] = value
             if not value.is_cuda:
                 views[name] = self.storage[used : used + value.nbytes].view(value.dtype).view(value.shape)
                 used += aligned_bytes(value)
@@ -81,11 +78,8 @@ class StagingBuffer:
 def prefetched_groups(
     groups: Iterable[TensorGroup], device: torch.device, *, write_back: bool = True
 ) -> Iterator[TensorGroup]:
-    """Yield each group on `device`, copied there one group ahead; it is valid until the next is requested.
-
-    With `write_back` it is then copied to its host memory, where the values are valid once the device has caught up.
-    Tensors that are on the device already are yielded as they are.
-    """
+    """Yield each group on `device`, copied there one group ahead; it is valid until the next is requested."""
+    # With `write_back`, host memory has a group's new values once the device has caught up.
     if device.type != "cuda":
         yield from groups
         return

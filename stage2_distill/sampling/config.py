@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-from common.flow import timestep_sigmas
 from common.options import check_fields, device_option, max_text_tokens_option, option
 from common.video import VideoSpec
 
@@ -72,7 +71,3 @@ class SampleConfig:
         """The checkpoint's video size with the options that are set in place of its own."""
         requested = {"num_frames": self.num_frames, "height": self.height, "width": self.width}
         return replace(spec, **{name: value for name, value in requested.items() if value is not None})
-
-    def explicit_sigmas(self, shift: float) -> tuple[float, ...] | None:
-        """Sigmas of `timesteps`; None = the checkpoint's own."""
-        return None if self.timesteps is None else timestep_sigmas(self.timesteps, s=shift)

@@ -205,7 +205,7 @@ def test_finish_prunes_what_a_killed_run_left(
         monkeypatch.context() as killed,
         CheckpointWriter(tmp_path, config.select(CheckpointOptions), start_process_group("cpu")) as writer,
     ):
-        killed.setattr(module, "prune_checkpoints", lambda *_: None)
+        killed.setattr(module.layout, "prune_checkpoints", lambda *_: None)
         for iteration in (1, 2):
             writer.save({"student.weight": torch.arange(6.0)}, replace(facts, iteration=iteration))
         writer.wait()

@@ -111,12 +111,12 @@ def test_without_the_knobs_a_condition_stays_as_it_is() -> None:
 def test_records_of_both_kinds_share_a_batch() -> None:
     frame, text = normal(48, 1, 4, 4, seed=0), normal(3, 16, seed=1)
     records = [Record(str(i), RecordSource("p", "", i), frame if i % 2 else None, text) for i in range(3)]
-    condition = collate_records(records).condition
+    condition = collate_records(records)
     assert condition.given.tolist() == [False, True, False]
     assert torch.equal(condition.first_frame[1], frame)
     assert condition.first_frame[0].abs().max() == 0
-    assert collate_records(records[::2]).condition.first_frame is None
-    assert collate_records(records[1:2]).condition.given is None
+    assert collate_records(records[::2]).first_frame is None
+    assert collate_records(records[1:2]).given is None
 
 
 def test_the_run_does_not_depend_on_the_batch_size(model: Path, tmp_path: Path) -> None:

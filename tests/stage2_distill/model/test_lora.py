@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from common.condition import Condition
 from stage2_distill import build, train
-from stage2_distill.checkpointing.format import load_checkpoint, newest_checkpoint, read_facts
+from stage2_distill.checkpointing.format import load_checkpoint, newest_checkpoint
 from stage2_distill.model.activation_checkpoint import block_runner
-from stage2_distill.model.layers import ExecutionPlan, final_norm_function
+from stage2_distill.model.layers import ExecutionPlan, maybe_compile
 from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters
 from stage2_distill.model.wan import load_transformer, make_denoiser
 from stage2_distill.sampling.student_sampler import load_merged, load_student
@@ -135,7 +135,7 @@ def test_all_adapters_share_compiled_graphs(model: Path, monkeypatch: pytest.Mon
     graphs, results = torch._dynamo.utils.counters["stats"], {}
     for compiled in (False, True):
         block_runner.cache_clear()
-        final_norm_function.cache_clear()
+        maybe_compile.cache_clear()
         torch._dynamo.reset()
         net = load_transformer(model, torch.float32, ExecutionPlan(checkpointing="full", compiled=compiled))
         layers = add_adapters(net, ("student", "critic"), LoraSettings(3, 6.0))
@@ -150,7 +150,7 @@ def test_all_adapters_share_compiled_graphs(model: Path, monkeypatch: pytest.Mon
             make_denoiser(role, torch.float32)(*inputs(0)).square().sum().backward()
         results[compiled] += [weight.grad for weight in weights]
     block_runner.cache_clear()
-    final_norm_function.cache_clear()
+    maybe_compile.cache_clear()
     assert graphs["unique_graphs"] - before == 2 + 1 + 1 + 2, "two of the final norm"
     for one, two in zip(results[True], results[False], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
@@ -168,9 +168,8 @@ def test_resumed_run_equals_uninterrupted_run(checkpoint: Path, model: Path, sha
 
 def test_merged_weights_are_base_plus_adapter(checkpoint: Path, model: Path) -> None:
     """The weights follow the formula, and the merged network predicts what the base with its adapter does."""
-    facts = read_facts(checkpoint)
     options = {"weights": "ema", "dtype": torch.float32, "device": torch.device("cpu")}
-    merged = load_student(checkpoint, facts, model=str(model), **options)
+    merged = load_student(checkpoint, ExecutionPlan(), model=str(model), **options)
     stored, base = tensors(checkpoint), base_weights(model)
     weights = dict(merged.named_parameters())
     assert weights.keys() == base.keys()

@@ -57,7 +57,7 @@ def test_preview_is_the_averaged_student(run: Path, model: Path, shards: Path) -
         return rollout(
             make_denoiser(net, torch.float32),
             noise,
-            collate_records(records).condition,
+            collate_records(records),
             sigmas=sigmas,
             generators=generators,
         )
