@@ -30,4 +30,4 @@ def refuse_foreign_files(folder: Path, is_own: Callable[[str], bool]) -> None:
         raise ValueError(f"out={folder}: is a file; give a folder")
     foreign = sorted(path.name for path in folder.glob("*") if not is_own(path.name))
     if foreign:
-        raise ValueError(f"out={folder}: holds something else ({', '.join(foreign[:3])}); give a new folder")
+        raise ValueError(f"out={folder}: holds other files ({', '.join(foreign[:3])}); give a new folder")

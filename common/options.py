@@ -254,6 +254,8 @@ def resolve_config(config: type[Config], options: Mapping[str, object]) -> Confi
         raise ValueError(f"config={path}: unknown {', '.join(unknown)}; known are {', '.join(known_fields)}")
     values |= {key: options[key] for key in known_fields if options.get(key) not in (None, ())}
     for name, item in known_fields.items():
+        if values.get(name) is False and "off" in option_spec(item).choices:  # YAML reads a bare `off` as false
+            values[name] = "off"
         if item.default is MISSING and name not in values:
             raise ValueError(f"missing --{name.replace('_', '-')}: {option_spec(item).help}")
     hints = get_type_hints(config)

@@ -268,7 +268,7 @@ def test_mistakes_of_sample(run: Path, model: Path, tmp_path: Path) -> None:
     assert "vae" in mistake("--prompt", "a", *out, base=other)
     half = shutil.copytree(model, tmp_path / "half")
     shutil.copytree(other / "transformer", half / "transformer", dirs_exist_ok=True)
-    assert "not the model that" in mistake("--prompt", "a", *out, base=half)
+    assert "its transformer is not the one of the distillation" in mistake("--prompt", "a", *out, base=half)
     assert "16gb" in mistake("--prompt", "a", *out, "--memory", "8gb")
     assert not (tmp_path / "v.mp4").exists()
     (tmp_path / "full").mkdir()

@@ -136,6 +136,11 @@ def test_old_name_in_yaml(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert len(caplog.messages) == 1
 
 
+def test_bare_off_in_yaml_is_the_choice_off(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("new_name: off\n")
+    assert resolve_config(Renamed, {"config": str(tmp_path / "c.yaml")}) == Renamed("off")
+
+
 def test_old_name_beside_the_new_one_is_refused() -> None:
     with pytest.raises(ValueError, match="^ancient=never: is the old name of new_name, which is given too"):
         resolve_config(Renamed, {"ancient": "never", "new_name": "on"})

@@ -269,7 +269,9 @@ def test_plan_with_a_missing_field_is_refused(clips: Path, model: Path, tmp_path
 def test_another_text_encoder_is_one_line_with_its_file(content: str, clips: Path, model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "model")
     (tmp_path / "model/text_encoder/config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"^model=.*/text_encoder/config\.json: describes no UMT5 text encoder; .*$"):
+    with pytest.raises(
+        ValueError, match=r"^model=.*/text_encoder/config\.json: does not describe a UMT5 text encoder; .*$"
+    ):
         encode(configure(clips / "clips.csv", tmp_path / "model", tmp_path / "out"))
 
 
@@ -285,7 +287,7 @@ def test_a_model_that_does_not_load_leaves_no_plan(part: str, clips: Path, model
 def test_a_folder_with_something_else_is_refused(clips: Path, model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds something else \(thesis.txt\)"):
+    with pytest.raises(ValueError, match=r"holds other files \(thesis.txt\)"):
         encode(configure(clips / "clips.csv", model, tmp_path / "out"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 

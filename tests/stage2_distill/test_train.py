@@ -71,7 +71,7 @@ def test_other_options_are_refused_by_name(model: Path, shards: Path, unbroken: 
 
 def test_foreign_folder_is_refused(model: Path, shards: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match=r"holds something else \(letter.txt\)"):
+    with pytest.raises(ValueError, match=r"holds other files \(letter.txt\)"):
         run_here(make_config(shards, model, tmp_path))
 
 
