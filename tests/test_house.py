@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.structure import measure_structure
+
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "common": {"common"},
@@ -272,3 +274,13 @@ def test_imports_of_tests() -> None:
     }
     named = {f"{path}: tests" for path, text in files.items() for n, _ in imports(text) if n.split(".")[0] == "tests"}
     assert named == set()
+
+
+def test_sizes_comments_and_names() -> None:
+    structure = measure_structure(ROOT)
+    assert structure.function_lines_max <= 40
+    assert structure.file_lines_max <= 400
+    assert structure.files_in_a_folder_max <= 10
+    assert structure.comments_per_100_lines >= 5
+    assert structure.words_in_a_name_median >= 2
+    assert structure.files_in_cycles == 0

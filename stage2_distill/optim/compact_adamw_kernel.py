@@ -36,17 +36,9 @@ def _quantize_blocks(moment, uniforms, top_ptr, tops, mask):  # type: ignore[no-
 
 @triton.jit
 def _update_kernel(  # type: ignore[no-untyped-def]
-    weight_ptr,
-    low_ptr,
-    grad_ptr,
-    moment_ptr,
-    top_ptr,
-    coefficients_ptr,
-    step_offset_ptr,
-    count,
-    QUANTIZED: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> None:
+    weight_ptr, low_ptr, grad_ptr, moment_ptr, top_ptr, coefficients_ptr, step_offset_ptr, count,
+    QUANTIZED: tl.constexpr, CHUNK: tl.constexpr,
+) -> None:  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
     factor = tl.load(coefficients_ptr + 7)
     count = tl.where(factor == factor, count, 0)  # NaN: nothing changes
