@@ -45,16 +45,10 @@ def make_shards(
             f"{number:09d}", RecordSource(f"prompt {number}", f"{number}.mp4", number + 2, size=(64, 64)), frame, text
         )
 
-    shards = [
-        write_shard(
-            folder,
-            shard_file_name(n),
-            [change(i, record(i)) for i in range(n * 8, n * 8 + 8)],
-            failures=[],
-            rows_sha256="",
-        ).shard
-        for n in range(records // 8)
-    ]
+    shards = []
+    for n in range(records // 8):
+        batch = [change(i, record(i)) for i in range(n * 8, n * 8 + 8)]
+        shards.append(write_shard(folder, shard_file_name(n), batch, failures=[], rows_sha256="").shard)
     encoder = EncoderInfo(
         vae=fingerprint_folder(model / "vae"),
         text_encoder=fingerprint_folder(model / "text_encoder"),
