@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from common.files import refuse_foreign_files
+from common.files import check_local_path, refuse_foreign_files
 from common.options import ConfigCommand, config_options, resolve_config, write_config
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
@@ -102,12 +102,13 @@ def decode_command(**options: object) -> None:
 
 
 @cli.command("plot")
-@click.argument("run", type=click.Path(path_type=Path))
-def plot_command(run: Path) -> None:
+@click.argument("run")
+def plot_command(run: str) -> None:
     """Draw the curves of a run into RUN/curves.png."""
     from stage2_distill.monitoring.plot import plot_curves
 
-    click.echo(str(plot_curves(run)))
+    check_local_path("run", run, is_output=True)
+    click.echo(str(plot_curves(Path(run))))
 
 
 @cli.command("demo")
@@ -117,6 +118,7 @@ def demo_command(out: str) -> None:
     from stage1_encode.encode import encode
     from stage2_distill.train import distill
 
+    check_local_path("out", out, is_output=True)
     nano, folder = Path(__file__).parent / "examples" / "nano", Path(out)
     common = {"model": str(nano / "model"), "device": "cpu"}
     data, held_out, run, videos = (folder / name for name in ("data", "held", "run", "videos"))

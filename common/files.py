@@ -1,8 +1,29 @@
 """Files and folders: written completely or not at all, and output folders checked before they are used."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+
+URL_PATTERN = re.compile(r"([^/]*)://|(s3|gs|hf):/", re.IGNORECASE)  # s3:/ is what pathlib makes of s3://
+UPLOAD_COMMANDS = {"s3": "aws s3 cp --recursive", "gs": "gcloud storage cp -r", "hf": "hf upload"}
+
+
+def check_local_path(name: str, path: str, *, is_output: bool) -> None:
+    """Raise ValueError if an option's path is empty or the address of a store, which would become a local folder."""
+    if not path.strip() or "\0" in path:
+        raise ValueError(f"{name}={path!r}: is no path; name a file or folder")
+    match = URL_PATTERN.match(path)
+    if match is None:  # a colon alone is a part of a name
+        return
+    scheme = (match[1] or match[2] or "").lower()
+    if scheme == "file":
+        remedy = "give the path without file://"
+    elif is_output:
+        remedy = f"write into a local folder, then copy it, e.g. with {UPLOAD_COMMANDS.get(scheme, 'rclone copy')}"
+    else:
+        remedy = "copy it to this machine and give its path"
+    raise ValueError(f"{name}={path}: only local files are {'written' if is_output else 'read'}; {remedy}")
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:

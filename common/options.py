@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import click
 import yaml
 
-from common.files import write_file
+from common.files import check_local_path, write_file
 from common.video import TEXT_LENGTH, VideoSpec
 
 Config = TypeVar("Config")
@@ -38,12 +38,13 @@ class OptionSpec:
     maximum: float | None = None  # inclusive
     above: float | None = None  # exclusive lower bound
     group: str = "general"  # heading in --help
+    path: str = ""  # "output" or "input": names a local file or folder, which is written or read
     advanced: bool = False  # listed by --help-all only
     old_name: str = ""  # accepted for one release
     old_values: Mapping[str, str] = field(default_factory=dict)  # {value under the old name: its name today}
 
     def check(self, name: str, value: object, kind: type) -> None:
-        """Raise ValueError if one value has another type, is not a choice, not a finite number or out of bounds."""
+        """Raise ValueError for another type, an unknown choice, a number out of bounds or a path that is an address."""
         accepted = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or isinstance(value, bool) is not (kind is bool):  # a bool is also an int
             raise ValueError(f"{name}={value!r}: must be {kind.__name__}")
@@ -51,6 +52,8 @@ class OptionSpec:
             nearest = get_close_matches(str(value), self.choices, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise ValueError(f"{name}={value}: choose one of {', '.join(self.choices)}{hint}")
+        if isinstance(value, str) and self.path:
+            check_local_path(name, value, is_output=self.path == "output")
         if not isinstance(value, int | float):
             return
         if not math.isfinite(value):

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
+from pathlib import Path
 
 from common.condition import Condition
 from common.seed import derive_seed
@@ -21,18 +22,22 @@ from shards.record import Record, collate_records
 from shards.shuffle import permute_index
 
 WEIGHT_RESOLUTION = 1000  # weights are rounded to a thousandth
+WEIGHT_PATTERN = re.compile(r"[-+]?([0-9.]+(e[-+]?[0-9]+)?|nan|inf(inity)?)", re.IGNORECASE)  # valid or not
 
 
 def parse_weight(text: str) -> tuple[str, float]:
     """Split `PREFIX` or `PREFIX:WEIGHT` into its prefix and its weight (default 1); ValueError for a bad weight."""
     prefix, _, tail = text.rpartition(":")
-    is_port = re.fullmatch(r"[a-z0-9]+://[^/]*", prefix)  # of https://host:8000
-    if not prefix or is_port or not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", tail):
+    is_port = re.fullmatch(r"[a-z0-9]+://[^/]*", prefix, re.IGNORECASE)  # of https://host:8000
+    is_name = Path(text).is_dir() and not Path(prefix).is_dir()  # a folder named out-12:30
+    if not prefix or is_port or is_name or not WEIGHT_PATTERN.fullmatch(tail):
         return text, 1.0
     try:
         weight = float(tail)
     except ValueError as error:
         raise ValueError(f"shards={text}: the weight {tail} is not a number") from error
+    if not math.isfinite(weight):
+        raise ValueError(f"shards={text}: the weight is {weight}; give a finite number")
     if not 1 / WEIGHT_RESOLUTION <= weight <= WEIGHT_RESOLUTION:
         raise ValueError(f"shards={text}: the weight must be between 1/{WEIGHT_RESOLUTION} and {WEIGHT_RESOLUTION}")
     return prefix, weight

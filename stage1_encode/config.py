@@ -21,9 +21,9 @@ NEGATIVE_PROMPT = (  # the official one of Wan2.2; do not translate it
 class EncodeConfig:
     """Options of `encode`."""
 
-    data: str = option(help="CSV with columns video (or path) and prompt (or text).", group="data")
+    data: str = option(help="CSV with columns video (or path) and prompt (or text).", path="input", group="data")
     model: str = option(help=MODEL_HELP, group="model")
-    out: str = option(help="Folder of the data set.", group="output")
+    out: str = option(help="Folder of the data set.", path="output", group="output")
     num_frames: int = size_option("num_frames")
     height: int = size_option("height")
     width: int = size_option("width")
@@ -103,7 +103,9 @@ class VerifyConfig:
 
     repair: bool = option(False, "Re-encode broken shards with the options of their data set.", group="repair")
     model: str | None = option(None, "Model folder or hub name: draws decoded first frames.", group="first-frames")
-    sheet: str = option("first-frames.png", "Image file for the decoded first frames.", group="first-frames")
+    sheet: str = option(
+        "first-frames.png", "Image file for the decoded first frames.", path="output", group="first-frames"
+    )
     device: str = device_option()
 
     def __post_init__(self) -> None:
@@ -116,9 +118,9 @@ class VerifyConfig:
 class DecodeConfig:
     """Options of `decode`."""
 
-    latents: str = option(help="Latents: a folder X.zarr.", group="data")
+    latents: str = option(help="Latents: a folder X.zarr.", path="input", group="data")
     model: str = option(help="Model folder or hub name of the VAE.", group="model")
-    out: str = option(help="Folder for the mp4 files and the contact sheet.", group="output")
+    out: str = option(help="Folder for the mp4 files and the contact sheet.", path="output", group="output")
     watch: bool = option(False, "Decode the previews of a training run as they appear, until it ends.", group="data")
     columns: int = option(6, "Frames per video on the contact sheet.", minimum=1, group="output", advanced=True)
     vae_dtype: str = option("float32", "Precision of the VAE.", choices=DTYPES, group="precision", advanced=True)

@@ -33,9 +33,12 @@ class DistillConfig:
         help="Data set made by encode; repeat the option as FOLDER:WEIGHT to mix data sets.", group="data"
     )
     model: str = option(help=MODEL_HELP, group="model")
-    out: str = option(help="Folder of the run.", group="output")
+    out: str = option(help="Folder of the run.", path="output", group="output")
     init_from: str | None = advanced(
-        None, "Run, checkpoint or model folder whose weights student and critic start from.", group="model"
+        None,
+        "Run, checkpoint or model folder whose weights student and critic start from.",
+        path="input",
+        group="model",
     )
     iterations: int = option(4000, "Iterations in total; each updates the critic once.", minimum=1, group="recipe")
     num_frames: int = size_option("num_frames", minimum=5, advanced=True)  # one latent frame after the first

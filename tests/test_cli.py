@@ -163,6 +163,27 @@ def test_yaml_then_options(run: Path, model: Path, tmp_path: Path) -> None:
     assert "critic_lr: 1.0e-07\n" in resolved
 
 
+def test_colons_are_parts_of_names_everywhere(
+    clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that FFmpeg, fsspec or zarr would take for a protocol, relative to the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("m:odel").symlink_to(model)
+    names = ("a:b.mp4", "concat:x.mp4", "pipe:1", "file:c.mp4", "data:d,e.mp4")
+    for number, name in enumerate(names):
+        shutil.copy(clips / f"clip-{number}.mp4", name)
+    Image.fromarray(picture(90, 160, seed=3)).save("http:p.png")
+    write_csv(Path("file:t.csv"), [(name, "fine") for name in names])
+    works("encode", "--data", "file:t.csv", "--model", "m:odel", "--out", "file:set", *SIZE)
+    assert "5 records + 0 failures" in works("verify", "file:set")
+    options = ["--iterations", 1, "--global-batch", 1, "--dtype", "float32", *SIZE]
+    works("distill", "--shards", "file:set", "--model", "m:odel", "--out", "data:run", *options)
+    options = ["--checkpoint", "data:run", "--model", "m:odel", "--dtype", "float32", "--image", "http:p.png"]
+    assert works("sample", "--out", "12:30.mp4", "--prompt", "a", *options) == "12:30.mp4\n"
+    works("decode", "--latents", "12:30.zarr", "--model", "m:odel", "--out", "out-12:30")
+    assert {path.name for path in Path("out-12:30").iterdir()} == {"000000000.mp4", "contact.png", "decode.yaml"}
+
+
 def test_mistakes_of_encode(model: Path, clips: Path, tmp_path: Path) -> None:
     def encode(table: Path, *more: object, out: Path = tmp_path / "out", code: int = 2) -> str:
         return refuses("encode", "--data", table, "--model", model, "--out", out, *SIZE, *more, code=code)

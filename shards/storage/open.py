@@ -38,7 +38,8 @@ def url_scheme(prefix: str) -> str:
     scheme, separator, _ = prefix.partition("://")
     if separator and scheme.lower() in URL_SCHEMES and "::" not in prefix:
         return scheme.lower()
-    if separator or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:|\|", prefix):  # C:/data is a folder
+    looks_foreign = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:|\|", prefix)  # C:/data does not
+    if separator or (looks_foreign and not Path(prefix).is_dir()):  # a folder may be named out-12:30
         allowed = ", ".join(f"{scheme}://" for scheme in URL_SCHEMES)
         raise ValueError(f"shards={prefix}: cannot be read; give a folder or one of {allowed}")
     return ""

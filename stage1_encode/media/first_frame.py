@@ -64,6 +64,7 @@ class FirstFrame:
 def read_first_frame(path: str, *, height: int, width: int) -> FirstFrame:
     """Read the first frame of a video or picture file or web address; `UnreadableError` says why it cannot."""
     if not path.startswith(URL_PREFIXES):
+        path = str(Path(path).absolute())  # FFmpeg takes what stands before a colon, as in pipe:1, for a protocol
         _check_readable_file(Path(path))
         picture = _read_picture(path)
         if picture is not None:

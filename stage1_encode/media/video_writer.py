@@ -34,7 +34,8 @@ class VideoWriter:
     def __init__(self, path: Path, *, fps: int) -> None:
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         options = {"movflags": "+faststart", "fflags": "+bitexact"}
-        self.file = av.open(str(self.partial), "w", format="mp4", options=options)
+        # absolute: FFmpeg takes what stands before a colon, as in out-12:30/a.mp4, for a protocol
+        self.file = av.open(str(self.partial.absolute()), "w", format="mp4", options=options)
         self.stream = self.file.add_stream("libx264", rate=fps, options=H264_OPTIONS)
         self.thread, self.pending, self.is_finished = ThreadPoolExecutor(1), deque[Future[None]](), False
 

@@ -158,14 +158,14 @@ def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)))
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint.absolute())))
         except CheckpointException as error:
             raise ValueError(f"{checkpoint}: does not have the required tensors ({error_reason(error)})") from error
 
 
 def stored_dtypes(checkpoint: Path) -> dict[str, torch.dtype]:
     """Names and dtypes of the tensors of a checkpoint."""
-    entries = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    entries = HuggingFaceStorageReader(str(checkpoint.absolute())).read_metadata().state_dict_metadata
     return {name: entry.properties.dtype for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 

@@ -223,7 +223,8 @@ def build_storage_writer(folder: Path, tensors: Mapping[str, Tensor], world: int
     for name, value in tensors.items():
         file_numbers[name] = 1 + total // (FILE_BYTES * world)  # a tensor's bytes are spread over all ranks
         total += value.numel() * value.element_size()
-    return HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_numbers, save_distributed=True)
+    # absolute: fsspec takes data:NAME for an address
+    return HuggingFaceStorageWriter(str(folder.absolute()), fqn_to_index_mapping=file_numbers, save_distributed=True)
 
 
 def verify_files(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> FileIndex:

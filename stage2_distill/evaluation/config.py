@@ -11,12 +11,14 @@ class EvaluateConfig:
     """Options of `evaluate`."""
 
     checkpoint: tuple[str, ...] = option(
-        help="Folder of a run or of one checkpoint; repeat the option to compare several.", group="model"
+        help="Folder of a run or of one checkpoint; repeat the option to compare several.", path="input", group="model"
     )
     shards: str = option(help="Data set of encode; its records are the conditions.", group="data")
     model: str = option(help="Model folder or hub name: the teacher, and the VAE for the videos.", group="model")
     out: str = option(
-        help="Folder for latents, videos, report.json and report.html; the same command resumes.", group="output"
+        help="Folder for latents, videos, report.json and report.html; the same command resumes.",
+        path="output",
+        group="output",
     )
     num_records: int = option(
         2048, "Number of records compared, from the first; at most all.", minimum=2, group="data", old_name="count"
@@ -37,13 +39,27 @@ class EvaluateConfig:
         4, "Number of conditions with videos in the report.", minimum=0, group="output", old_name="shown"
     )
     judge: str | None = option(
-        None, "Python file with judge(video, prompt) -> {question: bool}.", group="metrics", old_name="analyser"
+        None,
+        "Python file with judge(video, prompt) -> {question: bool}.",
+        path="input",
+        group="metrics",
+        old_name="analyser",
     )
     i3d_model: str | None = option(
-        None, "TorchScript file of I3D, for the Frechet video distance.", group="metrics", advanced=True, old_name="i3d"
+        None,
+        "TorchScript file of I3D, for the Frechet video distance.",
+        path="input",
+        group="metrics",
+        advanced=True,
+        old_name="i3d",
     )
     clip_model: str | None = option(
-        None, "CLIP model folder (transformers), for the CLIP score.", group="metrics", advanced=True, old_name="clip"
+        None,
+        "CLIP model folder (transformers), for the CLIP score.",
+        path="input",
+        group="metrics",
+        advanced=True,
+        old_name="clip",
     )
     batch_size: int = option(1, "Videos sampled, and decoded, at once.", minimum=1, group="memory")
     max_text_tokens: int = max_text_tokens_option(advanced=True, old_name="text_rows")

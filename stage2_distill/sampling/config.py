@@ -16,13 +16,15 @@ class SampleConfig:
     """Options of `sample`."""
 
     checkpoint: str = option(
-        help="Folder of a run (its best checkpoint, else its newest, is used) or of one checkpoint.", group="model"
+        help="Folder of a run (its best checkpoint, else its newest, is used) or of one checkpoint.",
+        path="input",
+        group="model",
     )
     model: str = option(help="Model folder or hub name.", group="model")
-    out: str = option(help="An .mp4 file for --prompt, a folder for --data.", group="output")
+    out: str = option(help="An .mp4 file for --prompt, a folder for --data.", path="output", group="output")
     prompt: str | None = option(None, "Prompt of a single video.", group="data")
     image: str | None = option(None, "First frame of a single video; default: from the prompt alone.", group="data")
-    data: str | None = option(None, "CSV of many videos, columns prompt, image, seed.", group="data")
+    data: str | None = option(None, "CSV of many videos, columns prompt, image, seed.", path="input", group="data")
     seed: int = option(0, "Seed of the noise; a seed in the CSV takes precedence.", minimum=0, group="data")
     timesteps: tuple[float, ...] | None = option(
         None, "Timesteps of the sampler, if not those of training.", group="recipe", advanced=True, old_name="ladder"

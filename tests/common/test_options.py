@@ -115,6 +115,64 @@ def test_the_holes_of_the_review_are_closed() -> None:
             SampleConfig(**COMMANDS["sample"][1] | wrong)
 
 
+PATH_OPTIONS = [
+    (command, item.name, option_spec(item).path)
+    for command, (config, _) in COMMANDS.items()
+    for item in fields(config)
+    if option_spec(item).path
+]
+ADDRESSES = (
+    "s3://b/x", "S3://b/x", "s3:/b/x", "gs://b/x", "hf://datasets/a/b", "file:///tmp/x", "FILE://x", "memory://x",
+    "abfs://c@a.net/x", "http://h/x", "simplecache::s3://b/x", "scp://me@host:/x", "://x", "",
+)  # fmt: skip
+
+
+def test_every_option_that_is_written_says_so() -> None:
+    outputs = {(command, name) for command, name, path in PATH_OPTIONS if path == "output"}
+    assert outputs == {(command, "sheet" if command == "verify" else "out") for command in COMMANDS}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize(("command", "name", "path"), PATH_OPTIONS)
+def test_an_address_is_refused_where_only_local_files_are_used(
+    command: str, name: str, path: str, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, valid = COMMANDS[command]
+    if name in ("data", "prompt"):  # `sample` takes one of the two
+        valid = {key: value for key, value in valid.items() if key != "prompt"}
+    value = (address,) if isinstance(valid.get(name), tuple) else address
+    verb = "written" if path == "output" else "read"
+    with pytest.raises(ValueError, match=rf"^{name}=.*: (only local files are {verb}|is no path); \S.*"):
+        config(**valid | {name: value})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["demo", "--out"], ["plot"]])
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_demo_and_plot_refuse_an_address_too(
+    command: list[str], address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = CliRunner().invoke(cli, [*command, address])
+    assert isinstance(outcome.exception, ValueError), outcome
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_remedy_names_the_tool_of_the_store() -> None:
+    for address, remedy in {
+        "S3://b/x": "aws s3 cp --recursive", "gs://b": "gcloud storage cp -r", "hf://a": "hf upload",
+        "sftp://h/x": "rclone copy", "file:///x": "give the path without file://",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=remedy):
+            EncodeConfig("a.csv", "m", address)
+
+
+@pytest.mark.parametrize("name", ["out-12:30", "file:x", "a:b/c", "data:x", "concat:x", "pipe:1", "C:/x", "./a://b"])
+def test_a_colon_is_a_part_of_a_name(name: str) -> None:
+    assert EncodeConfig(name, "m", name).out == name
+
+
 @dataclass(frozen=True)
 class Renamed:
     """A configuration with an option that had another name and other values in the last release."""

@@ -41,8 +41,27 @@ def test_weights_are_parsed(text, prefix, weight):
     assert parse_weight(text) == (prefix, weight)
 
 
+def test_a_folder_whose_name_ends_like_a_weight_is_a_folder(tmp_path):
+    named = make_data_set(tmp_path / "out-12:30", [2])
+    assert parse_weight(str(named)) == (str(named), 1)
+    assert parse_weight(f"{named}:0.5") == (str(named), 0.5)
+    assert open_data_sets([str(named)]).num_records == 2
+    make_data_set(tmp_path / "out-12", [1])  # now 30 is the weight of this one
+    assert parse_weight(str(named)) == (str(tmp_path / "out-12"), 30)
+
+
 @pytest.mark.parametrize(
-    ("text", "message"), [("a:0", "between 1/1000"), ("a:1001", "and 1000"), ("a:1.2.3", "is not a number")]
+    ("text", "message"),
+    [
+        ("a:0", "between 1/1000"),
+        ("a:-1", "between 1/1000"),
+        ("a:1001", "and 1000"),
+        ("a:1.2.3", "is not a number"),
+        ("a:nan", "the weight is nan; give a finite number"),
+        ("s3://bucket/a:NaN", "the weight is nan; give a finite number"),
+        ("a:-inf", "the weight is -inf; give a finite number"),
+        ("a:Infinity", "the weight is inf; give a finite number"),
+    ],
 )
 def test_bad_weights_are_refused(text, message):
     with pytest.raises(ValueError, match=f"shards={text}: .*{message}"):
