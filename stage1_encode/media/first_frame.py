@@ -202,11 +202,16 @@ def _read_with_av(file: av.container.InputContainer, stream: VideoStream) -> tup
     """The upright first frame by PyAV, and the width of its pixels divided by their height."""
     frame = _decode_first_frame(file, stream)
     _check_pixels(frame.width, frame.height)
-    has_alpha = any(part.is_alpha for part in frame.format.components)
-    image = Image.fromarray(frame.to_ndarray(format="rgba" if has_alpha else "rgb24"))
+    image = _frame_to_image(frame)
     aspect, orientation = float(stream.sample_aspect_ratio or 1), _display_orientation(frame)
     transpose = ORIENTATION_TRANSPOSES.get(orientation)
     return (image if transpose is None else image.transpose(transpose)), 1 / aspect if orientation[0] else aspect
+
+
+def _frame_to_image(frame: av.VideoFrame) -> Image.Image:
+    """A decoded frame as it is stored: 8-bit RGB, or RGBA if it has transparency."""
+    has_alpha = any(part.is_alpha for part in frame.format.components)
+    return Image.fromarray(frame.to_ndarray(format="rgba" if has_alpha else "rgb24"))
 
 
 def _display_orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
