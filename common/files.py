@@ -1,9 +1,16 @@
-"""Files and folders: written completely or not at all, and output folders checked before they are used."""
+"""Files and folders: written completely or not at all, parsed into typed records, checked before they are used."""
 
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+# A number of bytes, records or elements. The bound keeps sums of such numbers within 64 bits.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 
 URL_PATTERN = re.compile(r"([^/]*)://|(s3|gs|hf):/", re.IGNORECASE)  # s3:/ is what pathlib makes of s3://
 UPLOAD_COMMANDS = {"s3": "aws s3 cp --recursive", "gs": "gcloud storage cp -r", "hf": "hf upload"}
@@ -43,6 +50,27 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def parse_json(data: bytes | memoryview, kind: type[T], where: object) -> T:
+    """JSON as a record of type `kind`; ValueError that begins with `where` if it is not one.
+
+    Types, required fields and bounds are those of the record's annotations and `__post_init__`; unknown fields, which
+    a newer version may have written, are ignored.
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:  # the latter for brackets nested a thousand times
+        raise ValueError(f"{where}: is damaged or from another program ({error})") from error
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """The JSON file `path` as a record, see `parse_json`; ValueError that names the file if it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return parse_json(data, kind, path)
 
 
 def refuse_foreign_files(folder: Path, is_own: Callable[[str], bool]) -> None:

@@ -31,6 +31,7 @@ DOORS = {  # library -> the only files that may import it
     "decord": {"stage1_encode/media/first_frame.py"},
     "av": {"stage1_encode/media/first_frame.py", "stage1_encode/media/video_writer.py"},
     "zarr": {"shards/latent_store.py"},
+    "msgspec": {"common/files.py", "shards/latent_store.py"},
     "webdataset": {"shards/"},
     "click": {"cli.py", "common/options.py"},
     "peft": {"stage2_distill/model/lora.py"},

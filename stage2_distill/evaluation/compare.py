@@ -5,6 +5,7 @@ Shapes: N records, B batch, C channels, T latent frames, H W latent size, L text
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -146,16 +147,24 @@ def sample_sets(setting: EvaluationSetup, samplers: Sequence[CandidateSampler]) 
     candidates = tuple(sampler.candidate for sampler in samplers)
     pairs = [(samplers[0], seed) for seed in sorted({*seeds, *references})]
     pairs += [(sampler, seed) for sampler in samplers[1:] for seed in sorted(seeds)]
-    missing = []
-    for sampler, seed in pairs:
-        stored = latent_store.read_group_facts(setting.store, latent_set_name(sampler.candidate, seed))
-        if stored.get("digest") != set_digest(setting, sampler, seed):
-            missing.append((sampler, seed))
+    missing = [pair for pair in pairs if not is_set_usable(setting, *pair)]
     for checkpoint, group in groupby(missing, key=lambda pair: pair[0].checkpoint):
         denoiser = open_denoiser(setting.config, checkpoint)
         for sampler, seed in group:
             sample_set(setting, sampler, denoiser, seed)
     return Comparison(candidates, seeds, references, len(setting.records), setting.guidance_scale)
+
+
+def is_set_usable(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -> bool:
+    """Whether a set in the store is complete and from the same weights and settings; damage is logged."""
+    name = latent_set_name(sampler.candidate, seed)
+    if not (setting.store / name).is_dir():
+        return False
+    damage = latent_store.group_damage(setting.store, name)
+    if damage is not None:
+        logging.warning("%s; the set %s is sampled again", damage, name)
+        return False
+    return latent_store.read_group_facts(setting.store, name).digest == set_digest(setting, sampler, seed)
 
 
 def open_denoiser(config: EvaluateConfig, checkpoint: Path | None) -> Denoiser:
@@ -195,7 +204,7 @@ def sample_set(setting: EvaluationSetup, sampler: CandidateSampler, denoiser: De
                 raise ValueError(f"{sampler.checkpoint or setting.config.model}: produces latents that are not finite")
             latent_store.write_latents(store, name, rows, x0)
             progress.advance(count=len(rows))
-    facts: dict[str, str | float] = {"digest": set_digest(setting, sampler, seed), "seconds": median(seconds)}
+    facts = latent_store.SetFacts(set_digest(setting, sampler, seed), median(seconds))
     latent_store.finish_group(store, name, facts=facts)
 
 
