@@ -21,7 +21,7 @@ from common.condition import Denoiser
 from common.device import pick_device
 from common.files import write_file
 from common.flow import shift
-from common.model_folder import fingerprint_folder, locate_model
+from common.model_folder import digest_files, locate_model
 from common.options import write_config
 from common.progress import ProgressBar
 from common.seed import draw_normal, make_generator
@@ -134,7 +134,7 @@ def student_samplers(setting: EvaluationSetup, folders: Sequence[Path]) -> list[
             raise ValueError(f"checkpoint={folder}: makes videos of {facts.spec}, the first of {setting.facts.spec}")
         resolved = folder.resolve()
         title = f"{resolved.parent.name}-{resolved.name}"
-        sets = f"{title}-{fingerprint_folder(folder)[:6]}"  # runs in different places may have the same name
+        sets = f"{title}-{digest_files(folder)[:6]}"  # runs in different places may have the same name
         name, title = (sets, title) if samplers else ("student", "student")
         if sets not in [sampler.sets for sampler in samplers]:
             samplers.append(CandidateSampler(name, title, sets, facts.sigmas, checkpoint=folder))
@@ -182,7 +182,7 @@ def set_digest(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -
     """Digest of everything that decides a set's latents."""
     weights = setting.facts.transformer
     if sampler.checkpoint is not None:
-        weights = fingerprint_folder(sampler.checkpoint) + setting.config.weights
+        weights = digest_files(sampler.checkpoint) + setting.config.weights
     settings = (sampler.sigmas, sampler.guidance_scale, sampler.renoise, setting.config.dtype)
     return hashlib.sha256(repr((weights, settings, setting.records_digest, seed)).encode()).hexdigest()
 

@@ -192,7 +192,8 @@ def test_errors_name_the_option(workspace: Path, model: Path, tmp_path: Path) ->
         sample_comparison(make_evaluation(workspace, model, tmp_path / "out", checkpoint=(str(short),)))
     for part in ("vae", "transformer"):
         changed = shutil.copytree(model, tmp_path / part)
-        (changed / part / "config.json").write_text((model / part / "config.json").read_text() + "\n")
+        settings = json.loads((model / part / "config.json").read_text()) | {"decides_something": 1}
+        (changed / part / "config.json").write_text(json.dumps(settings))
         with pytest.raises(ValueError, match=f"model={changed}: its {part} is not the one .* use {model}$"):
             sample_comparison(make_evaluation(workspace, changed, tmp_path / "out"))
 
