@@ -1,27 +1,24 @@
 """The folder of a data set while it is encoded: its plan, its lock, and which of its shards are finished.
 
 `plan.json` names everything that changes a record, so that a later run continues a data set only with equal settings.
-A run locks the bytes of `encode.lock` that stand for its shards; the system releases them when the process ends.
+A run holds the slots of `encode.lock` that stand for its shards, so that several runs may share the folder.
 """
 
 import csv
-import fcntl
 import io
 import json
-import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from common.files import refuse_foreign_files, write_file
+from common.files import FolderLock, refuse_foreign_files, write_file
 from common.model_folder import fingerprint_folder
 from common.options import write_config
 from common.video import VideoSpec
 from shards.manifest import (
     MANIFEST_FILE,
-    MODEL_FIELDS,
     NEGATIVE_FILE,
     SCHEMA_VERSION,
     EncoderInfo,
@@ -38,8 +35,8 @@ from stage1_encode.models.loading import read_text_width
 
 PLAN_FILE, ENCODE_CONFIG_FILE, FAILURES_FILE, LOCK_FILE = "plan.json", "encode.yaml", "failures.csv", "encode.lock"
 FIXED_FILES = (PLAN_FILE, ENCODE_CONFIG_FILE, FAILURES_FILE, LOCK_FILE, MANIFEST_FILE, NEGATIVE_FILE)
-DATA_SET_FILES = re.compile(rf"({'|'.join(FIXED_FILES)}|shard-\d{{6,}}\.(tar|json))(\.partial)?")
-PLAN_BYTE, MANIFEST_BYTE, FIRST_SHARD_BYTE = 0, 1, 2  # offsets in the lock file
+DATA_SET_FILES = re.compile(rf"({'|'.join(FIXED_FILES)}|shard-\d{{6,}}\.(tar|json))(\.partial)?|{LOCK_FILE}(\.\d+)+")
+PLAN_SLOT, MANIFEST_SLOT, FIRST_SHARD_SLOT = 0, 1, 2  # of the lock file
 
 
 @dataclass(frozen=True)
@@ -94,20 +91,6 @@ def check_data_set_folder(folder: Path) -> None:
 
 
 @contextmanager
-def open_lock_file(folder: Path) -> Iterator[int]:
-    """Create the folder if needed and yield its lock file's descriptor; ValueError if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise ValueError(f"out={folder}: {error.strerror}") from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)  # releases every lock of this process on the file
-
-
-@contextmanager
 def report_write_errors(folder: Path) -> Iterator[None]:
     """Turn an OSError while writing, for example of a full disk, into a ValueError of one line."""
     try:
@@ -116,24 +99,13 @@ def report_write_errors(folder: Path) -> Iterator[None]:
         raise ValueError(f"out={folder}: {error.strerror}; fix this and rerun the same command") from error
 
 
-def lock_shard(descriptor: int, folder: Path, number: int) -> None:
-    """Lock a shard until the lock file is closed; ValueError if another process has locked it."""
-    try:  # lockf and not flock, which locks whole files only
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, FIRST_SHARD_BYTE + number)
-    except (BlockingIOError, PermissionError) as error:  # which of the two depends on the system
-        raise ValueError(f"out={folder}: another encode is working on it; wait for it to end") from error
-
-
-def check_plan(folder: Path, plan: EncodingPlan) -> EncodingPlan:
-    """The plan of the data set that was begun in the folder, or else `plan`; ValueError naming their differences.
-
-    They may differ in the fingerprints of a model that was saved again: the data set keeps its own.
-    """
+def check_plan(folder: Path, plan: EncodingPlan) -> None:
+    """Raise ValueError if a data set with another plan was begun in the folder; the message names the differences."""
     path = folder / PLAN_FILE
     if not path.is_file():
         if (folder / shard_file_name(0)).exists():  # its settings are unknown
             raise ValueError(f"out={folder}: holds shards and no {PLAN_FILE}; give a new folder")
-        return plan
+        return
     try:
         written = _flatten_fields(json.loads(path.read_bytes()))
     except (ValueError, AttributeError) as error:
@@ -141,9 +113,6 @@ def check_plan(folder: Path, plan: EncodingPlan) -> EncodingPlan:
     differences = list_differences(_flatten_fields(asdict(plan)), written)
     if differences:
         raise ValueError(f"out={folder}: was begun with other settings: {'; '.join(differences)}; give a new folder")
-    vae, text_encoder, tokenizer = (str(written[f"encoder.{name}"]) for name in MODEL_FIELDS)
-    encoder = replace(plan.encoder, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
-    return replace(plan, encoder=encoder)  # so that the manifest has the fingerprints of the plan
 
 
 def _flatten_fields(fields: dict[str, object]) -> dict[str, object]:
@@ -174,7 +143,7 @@ class DataSetFolder:
     path: Path
     config: EncodeConfig
     plan: EncodingPlan
-    lock: int  # descriptor of the lock file
+    lock: FolderLock
 
     def survey_shards(
         self, shards: Iterable[list[Row]], *, assigned: range = range(0), broken_files: Collection[str] = ()
@@ -186,7 +155,7 @@ class DataSetFolder:
         survey = ShardSurvey([], {}, {})
         for number, rows in enumerate(shards):
             if number in assigned:
-                lock_shard(self.lock, self.path, number)
+                self.lock.hold(FIRST_SHARD_SLOT + number)
             is_broken = index_file_name(shard_file_name(number)) in broken_files
             index = None if is_broken else read_finished_index(self.path, number)
             if index is not None:
@@ -214,7 +183,7 @@ class DataSetFolder:
 
     def commit_plan(self, survey: ShardSurvey) -> None:
         """Write the plan and the options of a new data set, and mark the data set as incomplete."""
-        with self._hold_byte(PLAN_BYTE):
+        with self.lock.hold_briefly(PLAN_SLOT), report_write_errors(self.path):
             check_plan(self.path, self.plan)  # another job may have begun the data set meanwhile
             if not (self.path / PLAN_FILE).is_file():
                 options = replace(self.config.with_absolute_paths, retry_failures=False)  # `repair` retries nothing
@@ -232,7 +201,7 @@ class DataSetFolder:
         Returns the sidecars of the finished shards by number, and whether the data set is complete. Those that are not
         `known` belong to other processes, which may have replaced them since the survey, and are read here.
         """
-        with self._hold_byte(MANIFEST_BYTE):
+        with self.lock.hold_briefly(MANIFEST_SLOT), report_write_errors(self.path):
             read = {
                 number: known.get(number) or read_finished_index(self.path, number, rows)
                 for number, rows in enumerate(row_counts)
@@ -247,16 +216,6 @@ class DataSetFolder:
                 write_file(self.path / FAILURES_FILE, _failures_csv(failures))
                 write_manifest(self.path, manifest, read_negative_embedding(self.path))
         return indices, True
-
-    @contextmanager
-    def _hold_byte(self, offset: int) -> Iterator[None]:
-        """Wait for one byte of the lock file and hold it while writing; OSErrors become ValueErrors."""
-        fcntl.lockf(self.lock, fcntl.LOCK_EX, 1, offset)
-        try:
-            with report_write_errors(self.path):
-                yield
-        finally:
-            fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, offset)
 
 
 def _is_manifest_written(folder: Path, manifest: Manifest) -> bool:

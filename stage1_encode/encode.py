@@ -9,18 +9,19 @@ from itertools import chain
 from pathlib import Path
 
 from common.device import pick_device
+from common.files import FolderLock
 from common.model_folder import locate_model
 from shards.manifest import NEGATIVE_FILE
 from shards.writer import ShardIndex
 from stage1_encode.config import EncodeConfig
 from stage1_encode.dataset_folder import (
     FAILURES_FILE,
+    LOCK_FILE,
     DataSetFolder,
     ShardSurvey,
     check_data_set_folder,
     check_plan,
     make_encoding_plan,
-    open_lock_file,
 )
 from stage1_encode.executors import EXECUTORS, rank_and_world
 from stage1_encode.media.rows import read_shard_rows
@@ -55,10 +56,10 @@ def encode(config: EncodeConfig) -> EncodeReport:
         pick_device(config.device)  # reports a missing GPU before anything is written
     plan = make_encoding_plan(config, locate_model(config.model, ENCODER_PARTS))
     check_data_set_folder(folder)
-    plan = check_plan(folder, plan)
+    check_plan(folder, plan)
     shards = read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=config.text_only)
     shards = chain([next(shards)], shards)  # reports an unusable CSV before the folder is created
-    with open_lock_file(folder) as lock:
+    with FolderLock(folder, LOCK_FILE) as lock:
         data_set = DataSetFolder(folder, config, plan, lock)
         survey = data_set.survey_shards(shards, assigned=assigned)
         indices = survey.finished | encode_unfinished(data_set, survey, embed_negative=0 in assigned)

@@ -1,5 +1,6 @@
 """After `verify`: encode what it reported as broken again, and draw the first frames of a data set."""
 
+import io
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -11,7 +12,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 
 from common.device import pick_device
-from common.model_folder import fingerprint_folder, locate_model, same_fingerprint
+from common.files import FolderLock, write_file
+from common.model_folder import fingerprint_folder, locate_model
 from common.options import resolve_config
 from shards.dataset import DataSet, open_data_set
 from shards.record import Record
@@ -20,10 +22,10 @@ from shards.verification.verify import delete_broken_files
 from stage1_encode.config import EncodeConfig, VerifyConfig
 from stage1_encode.dataset_folder import (
     ENCODE_CONFIG_FILE,
+    LOCK_FILE,
     DataSetFolder,
     check_plan,
     make_encoding_plan,
-    open_lock_file,
 )
 from stage1_encode.encode import EncodeReport, encode
 from stage1_encode.media.rows import read_shard_rows
@@ -44,10 +46,10 @@ def repair_data_set(report: VerifyReport, config: VerifyConfig) -> EncodeReport:
         raise ValueError(f"shards={report.location}: only a local folder is repaired; copy it, or encode it again")
     options = original_config(folder, config)
     plan = make_encoding_plan(options, locate_model(options.model, ENCODER_PARTS))
-    plan = check_plan(folder, plan)
+    check_plan(folder, plan)
     pick_device(options.device)
     shards = read_shard_rows(Path(options.data), shard_size=options.shard_size, text_only=options.text_only)
-    with open_lock_file(folder) as lock:
+    with FolderLock(folder, LOCK_FILE) as lock:
         data_set = DataSetFolder(folder, options, plan, lock)
         data_set.survey_shards(shards, broken_files={problem.file for problem in report.problems})
     delete_broken_files(report)  # only now: everything that `encode` would refuse has been checked
@@ -71,7 +73,7 @@ def draw_contact_sheet(report: VerifyReport, config: VerifyConfig) -> Path:
     """
     assert config.model, config
     folder, data = locate_model(config.model, ("vae",)), open_data_set(report.location)
-    if not same_fingerprint(fingerprint_folder(folder / "vae"), data.manifest.encoder.vae):
+    if fingerprint_folder(folder / "vae") != data.manifest.encoder.vae:
         raise ValueError(f"model={config.model}: its VAE is not the one that {report.location} was made with")
     model = vae.load_vae(folder, dtype=torch.float32, device=pick_device(config.device))
     cells = [draw_cell(model, record) for record in evenly_spaced_records(data)]
@@ -79,9 +81,10 @@ def draw_contact_sheet(report: VerifyReport, config: VerifyConfig) -> Path:
         raise ValueError(f"shards={report.location}: no record has a first frame to show")
     cells += [numpy.full_like(cells[0], 255)] * (-len(cells) % PICTURES_PER_ROW)  # white cells complete the last row
     pixels = rearrange(numpy.stack(cells), "(row column) x y c -> (row x) (column y) c", column=PICTURES_PER_ROW)
-    path = Path(config.sheet)
+    path, sheet = Path(config.sheet), io.BytesIO()
+    Image.fromarray(pixels).save(sheet, format="PNG" if path.suffix == ".png" else "JPEG")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    write_file(path, sheet.getbuffer())
     return path
 
 

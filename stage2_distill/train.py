@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from common.condition import Condition
 from common.files import refuse_foreign_files
@@ -19,10 +18,10 @@ from shards.manifest import Manifest, check_manifest
 from shards.mixture import DataSetMixture, RecordStream, open_data_sets
 from shards.record import pad_text
 from stage2_distill.build import build_roles, build_trainer
-from stage2_distill.checkpointing.format import SAMPLER_KIND, StudentFacts, list_checkpoints
+from stage2_distill.checkpointing.format import SAMPLER_KIND, StudentFacts, delete_unfinished, list_checkpoints
 from stage2_distill.checkpointing.writer import CheckpointOptions, CheckpointWriter
 from stage2_distill.config import DistillConfig
-from stage2_distill.distributed.process_group import start_process_group
+from stage2_distill.distributed.process_group import own_folder, start_process_group
 from stage2_distill.distributed.signals import StopSignal
 from stage2_distill.dmd.condition_dropout import ConditionDropout
 from stage2_distill.dmd.schedule import CRITIC, MicroBatch, Schedule
@@ -77,12 +76,15 @@ def distill(config: DistillConfig) -> Path:
     check_manifest(Path(config.shards[0]), data.manifest, spec=config.spec, encoder=expected_encoder(model))
     schedule = Schedule.of(config, ranks.world)
     out = Path(config.out)
-    open_run_folder(out, config, first=ranks.rank == 0)  # before anything slow
-    roles = build_roles(config, ranks, model)
-    negative_text = pad_text(data.negative, config.max_text_tokens).to(ranks.device)
-    facts = student_facts(config, model, data.manifest, roles.form)
-    run = TrainingRun(config, build_trainer(config, ranks, schedule, roles, negative_text), data, facts)
-    train_loop(run, start_or_resume(run))
+    check_run_folder(out, config)
+    with own_folder(out, ranks):
+        if ranks.rank == 0:
+            open_run_folder(out, config)  # before anything slow
+        roles = build_roles(config, ranks, model)
+        negative_text = pad_text(data.negative, config.max_text_tokens).to(ranks.device)
+        facts = student_facts(config, model, data.manifest, roles.form)
+        run = TrainingRun(config, build_trainer(config, ranks, schedule, roles, negative_text), data, facts)
+        train_loop(run, start_or_resume(run))
     return list_checkpoints(out)[-1]
 
 
@@ -100,23 +102,27 @@ def expected_encoder(model: Path) -> dict[str, object]:
     return {part: fingerprint_folder(model / part) for part in ("vae", "text_encoder") if (model / part).is_dir()}
 
 
-def open_run_folder(out: Path, config: DistillConfig, *, first: bool) -> None:
-    """Create the run's folder; ValueError if it holds something else or a run with other options.
-
-    Until its first iteration is complete any option may change; then only a preview shows the old ones, and is deleted.
-    """
+def check_run_folder(out: Path, config: DistillConfig) -> None:
+    """Raise ValueError if a folder holds something else, or a run with other options and a completed iteration."""
     stored = out / RUN_CONFIG_FILE
     if not stored.is_file():
         refuse_foreign_files(out, lambda name: name == f"{RUN_CONFIG_FILE}.partial")
     changed = changed_options(stored, config) if stored.is_file() else []
     if changed and (complete_lines(out / METRICS_FILE) or list_checkpoints(out)):
         raise ValueError(f"out={out}: holds a run with other options: {'; '.join(changed)}; name another folder")
-    dist.barrier()  # every rank must have looked before the first one writes
-    if first:
-        out.mkdir(parents=True, exist_ok=True)
-        if changed:
-            shutil.rmtree(out / PREVIEW_STORE, ignore_errors=True)
-        write_config(stored, config)
+
+
+def open_run_folder(out: Path, config: DistillConfig) -> None:
+    """Write the options of a run into its folder, which this process owns, and delete what a killed run left there.
+
+    Until its first iteration is complete any option may change; then only a preview shows the old ones, and is deleted.
+    """
+    check_run_folder(out, config)  # again: another run may have begun since
+    delete_unfinished(out)  # first: it may fill the disk
+    stored = out / RUN_CONFIG_FILE
+    if stored.is_file() and changed_options(stored, config):
+        shutil.rmtree(out / PREVIEW_STORE, ignore_errors=True)
+    write_config(stored, config)
 
 
 def changed_options(stored: Path, config: DistillConfig) -> list[str]:

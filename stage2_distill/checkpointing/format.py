@@ -82,16 +82,16 @@ def iteration_of(folder: Path) -> int:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    folders = (path.parent for path in run.glob(f"step-*/{STUDENT_FILE}"))
-    return sorted((path for path in folders if STEP_FOLDER_PATTERN.fullmatch(path.name)), key=iteration_of)
+    """Checkpoints of a run, oldest first; each was complete when it got its name."""
+    folders = (path for path in run.glob("step-*") if STEP_FOLDER_PATTERN.fullmatch(path.name) and path.is_dir())
+    return sorted(folders, key=iteration_of)
 
 
 def newest_checkpoint(folder: Path) -> Path:
     """`folder` itself if it is a checkpoint, else the newest checkpoint of the run; ValueError if there is none."""
-    if (folder / STUDENT_FILE).is_file():
-        return folder
     folders = list_checkpoints(folder)
+    if (folder / STUDENT_FILE).is_file() or (STEP_FOLDER_PATTERN.fullmatch(folder.name) and not folders):
+        return folder
     if not folders:
         raise ValueError(f"checkpoint={folder}: holds no checkpoint (step-*/{STUDENT_FILE}); name a run of distill")
     return folders[-1]
@@ -183,12 +183,16 @@ def rename_with_suffix(folder: Path, suffix: str) -> Path:
     return folder.replace(renamed)
 
 
+def delete_unfinished(run: Path) -> None:
+    """Delete the checkpoints that a killed run left unfinished or half deleted."""
+    for folder in run.glob(f"step-*{PARTIAL_SUFFIX}"):
+        shutil.rmtree(folder)
+
+
 def set_aside(run: Path, *, after: int) -> None:
-    """Rename the checkpoints after iteration `after`, which are damaged, and delete unfinished ones."""
-    for folder in run.glob("step-*"):
-        if folder.suffix == PARTIAL_SUFFIX:
-            shutil.rmtree(folder)
-        elif STEP_FOLDER_PATTERN.fullmatch(folder.name) and iteration_of(folder) > after:
+    """Rename the checkpoints after iteration `after`, which are damaged."""
+    for folder in list_checkpoints(run):
+        if iteration_of(folder) > after:
             rename_with_suffix(folder, DAMAGED_SUFFIX)
 
 

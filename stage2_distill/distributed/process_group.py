@@ -1,13 +1,17 @@
 """The process group: ranks, their device and their mesh."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from common.device import pick_device
+from common.files import FolderLock
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,28 @@ def build_mesh(device_type: str, world: int, replicate: int) -> DeviceMesh:
     if replicate == 1:
         return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (replicate, world // replicate), mesh_dim_names=("replicate", "shard"))
+
+
+@contextmanager
+def own_folder(folder: Path, ranks: RankContext) -> Iterator[None]:
+    """Hold the lock of an output folder on all ranks: one that outlives the first still keeps other runs out.
+
+    The folder has its lock file before any rank goes on. ValueError on the first rank if another run holds the lock.
+    """
+    if ranks.rank > 0:
+        wait_for_ranks()
+    with FolderLock(folder) as lock:
+        if ranks.rank == 0:
+            lock.hold()
+        lock.share()
+        if ranks.rank == 0:
+            wait_for_ranks()
+        yield
+
+
+def wait_for_ranks() -> None:
+    """Return once all ranks have called this; unlike `dist.barrier` it works without NCCL."""
+    on_any_rank(False)
 
 
 def gather_from_ranks(values: torch.Tensor) -> torch.Tensor:

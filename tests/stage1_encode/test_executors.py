@@ -13,9 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from common.files import FolderLock
 from shards.manifest import read_manifest
 from shards.verification.verify import verify_data_set
-from stage1_encode.dataset_folder import lock_shard, open_lock_file
+from stage1_encode.dataset_folder import FIRST_SHARD_SLOT, LOCK_FILE
 from stage1_encode.encode import TooManyFailuresError, encode
 from stage1_encode.executors import LocalExecutor
 from tests import tiny_models
@@ -91,14 +92,14 @@ def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_pa
     ready, ready_to = os.pipe()
     child = os.fork()
     if not child:
-        with open_lock_file(tmp_path / "out") as lock:
-            lock_shard(lock, tmp_path / "out", 1)
+        with FolderLock(tmp_path / "out", LOCK_FILE) as lock:
+            lock.hold(FIRST_SHARD_SLOT + 1)
             os.write(ready_to, b"x")
             time.sleep(60)
         os._exit(0)
     os.read(ready, 1)
     config = configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2)
-    with pytest.raises(ValueError, match="another encode is working on it"):
+    with pytest.raises(ValueError, match=f"out=.*: process {child} on .* is working on it; wait for it to end"):
         encode(config)
     assert encode(configure(clips / "clips.csv", model, tmp_path / "out", shard_size=2, shard_range="0:1")).shards == 1
     os.kill(child, signal.SIGKILL)
@@ -123,7 +124,6 @@ def test_a_full_disk_is_one_line_and_leaves_whole_shards(
     first = out / "shard-000000.tar"
     assert first.is_file() == is_kept and not (out / "manifest.json").exists()
     before = first.stat().st_mtime_ns if is_kept else 0
-    (out / f"{name}.partial").unlink()
     encode(config)
     assert hashes(out) == hashes(complete_set)
     assert not is_kept or first.stat().st_mtime_ns == before

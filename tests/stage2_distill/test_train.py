@@ -69,6 +69,20 @@ def test_other_options_are_refused_by_name(model: Path, shards: Path, unbroken: 
         run_here(make_config(shards, model, unbroken.parent, seed=5))
 
 
+def test_the_second_run_in_a_folder_is_refused(model: Path, shards: Path, unbroken: Path, tmp_path: Path) -> None:
+    shutil.copytree(unbroken.parent, tmp_path / "run")
+    code = f"import sys, pathlib; from common.files import FolderLock; FolderLock(pathlib.Path({str(tmp_path / 'run')!r})).hold(); print(); sys.stdin.read()"  # noqa: E501
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    first.stdout.readline()
+    with pytest.raises(
+        ValueError, match=rf"^out={tmp_path / 'run'}: process {first.pid} on \S+ is working on it; wait"
+    ):
+        run_here(make_config(shards, model, tmp_path / "run", iterations=7))
+    first.kill()
+    first.wait()
+    assert run_here(make_config(shards, model, tmp_path / "run", iterations=7)).name == "step-000007"
+
+
 def test_foreign_folder_is_refused(model: Path, shards: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match=r"holds other files \(letter.txt\)"):
