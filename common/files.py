@@ -1,4 +1,4 @@
-"""Files and folders: written completely or not at all, and output folders that one run at a time writes.
+"""Files and folders: written completely or not at all, parsed into records, and owned by one run at a time.
 
 The rule of every command: a run checks its inputs and its output folder, then takes the folder's lock; under torchrun
 rank 0 does so and the other ranks wait for it. It writes beside what is there, and renames when everything is complete.
@@ -15,7 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+# A number of bytes, records or elements. The bound keeps sums of such numbers within 64 bits.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 
 LOCK_FILE, UNFINISHED_FOLDER = "owner.lock", "unfinished"
 OWN_NAMES = re.compile(rf"{LOCK_FILE}(\.\d+)*|{UNFINISHED_FOLDER}")  # may lie in the output folder of any command
@@ -65,6 +71,27 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def parse_json(data: bytes | memoryview, kind: type[T], where: object) -> T:
+    """JSON as a record of type `kind`; ValueError that begins with `where` if it is not one.
+
+    Types, required fields and bounds are those of the record's annotations and `__post_init__`; unknown fields, which
+    a newer version may have written, are ignored.
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:  # the latter for brackets nested a thousand times
+        raise ValueError(f"{where}: is damaged or from another program ({error})") from error
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """The JSON file `path` as a record, see `parse_json`; ValueError that names the file if it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return parse_json(data, kind, path)
 
 
 def refuse_foreign_files(folder: Path, is_own: Callable[[str], bool] = lambda name: False) -> None:

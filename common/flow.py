@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,10 +20,15 @@ def shift(u: Number, s: float) -> Number:
 
 
 def timestep_sigmas(timesteps: Sequence[float], *, s: float) -> tuple[float, ...]:
-    """Shifted sigmas (K) of timesteps; ValueError unless they are in (0, 1000] and strictly falling."""
+    """Shifted sigmas (K) of timesteps; ValueError unless they fall strictly from 1000 and stay above 0."""
     is_falling = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
-    if not timesteps or not is_falling or timesteps[0] > 1000 or timesteps[-1] <= 0:
-        raise ValueError(f"timesteps={list(timesteps)}: needs strictly falling numbers in (0, 1000]")
+    # The first step is taken from pure noise, so a lower first timestep would tell the network a wrong noise level.
+    if not timesteps or not is_falling or not math.isclose(timesteps[0], 1000) or timesteps[-1] <= 0:
+        given = ",".join(f"{timestep:g}" for timestep in timesteps)
+        raise ValueError(
+            f"timesteps={given}: must start at 1000, which is pure noise, and fall strictly towards 0, as in "
+            "1000,750,500,250; they are given before the shift, not as sigmas"
+        )
     return tuple(shift(timestep / 1000, s) for timestep in timesteps)
 
 

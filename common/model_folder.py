@@ -1,51 +1,139 @@
 """Locating a model by its folder or hub name, and fingerprints that tell models apart without loading them."""
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "transformer")
 BLOCK_BYTES, MAX_BLOCKS = 4096, 256  # of a weight file, up to this many evenly spaced blocks are hashed
+TENSOR_BLOCKS = 4  # the same for one tensor
+# Settings that say who wrote a file, and change nothing that is computed; so do all that begin with "_" but one.
+STAMPS = {"architectures", "backend", "dtype", "is_local", "name_or_path", "torch_dtype", "transformers_version"}
+CLASS_KEY = "_class_name"
+DERIVED_FILES = ("*.index.json", "generation_config.json")  # where tensors are, and how a language model writes
 
 
-def locate_model(model: str, parts: Sequence[str]) -> Path:
+def locate_model(model: str, parts: Sequence[str], *, option: str = "model") -> Path:
     """Local folder of `model`, a folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers or a hub name.
 
-    Only the `parts` of a hub name are downloaded. ValueError naming the first part that is missing.
+    Only the `parts` of a hub name, NAME or NAME@REVISION, are downloaded. ValueError, which begins with the name of
+    the `option`, for the first part that is missing.
     """
     folder = Path(model)
-    if not folder.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+    name, _, revision = model.partition("@")
+    if not folder.exists() and name.count("/") == 1 and not model.startswith((".", "/", "~")):
+        files = ["*.json", *(f"{part}/*" for part in parts)]
         try:
-            folder = Path(snapshot_download(model, allow_patterns=["*.json", *(f"{part}/*" for part in parts)]))
+            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             reason = str(error).partition("\n")[0]
-            raise ValueError(f"model={model}: no such folder, and the hub has no such model ({reason})") from error
+            raise ValueError(f"{option}={model}: no such folder, and the hub has no such model ({reason})") from error
+    if folder.is_file():
+        raise ValueError(f"{option}={model}: is a file; give a folder")
     if not folder.is_dir():
-        raise ValueError(f"model={model}: no such folder, and not a hub name of the form OWNER/NAME")
+        raise ValueError(f"{option}={model}: no such folder, and not a hub name of the form OWNER/NAME")
     for part in parts:
         config = f"{part}/tokenizer_config.json" if part == "tokenizer" else f"{part}/config.json"
         if not (folder / config).is_file():
-            raise ValueError(f"model={model}: {config} is missing; a model folder holds {', '.join(MODEL_PARTS)}")
+            raise ValueError(f"{option}={model}: {config} is missing; a model folder holds {', '.join(MODEL_PARTS)}")
         if part != "tokenizer" and not list((folder / part).glob("*.safetensors")):
-            raise ValueError(f"model={model}: {part}/ holds no .safetensors weights")
+            raise ValueError(f"{option}={model}: {part}/ holds no .safetensors weights")
     return folder
 
 
 def fingerprint_folder(folder: Path) -> str:
-    """Hex digest (32 digits) of the names, sizes and contents of one part of a model; large files are sampled."""
+    """Fingerprint of one part of a model, `FILES-CONTENT`: the digests of its files and of what they mean.
+
+    Compare fingerprints with `same_fingerprint`; those of release 0.1 are FILES alone.
+    """
+    return f"{digest_files(folder)}-{digest_content(folder)}"
+
+
+def same_fingerprint(one: object, other: object) -> bool:
+    """Whether two fingerprints belong to the same model: to the same files, or to files with the same content."""
+    return not set(str(one).split("-")).isdisjoint(str(other).split("-"))
+
+
+def digest_files(folder: Path) -> str:
+    """Hex digest (32 digits) of the names, sizes and bytes of a folder's files; large files are sampled."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.model"), *folder.glob("*.safetensors")]):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())
         with path.open("rb") as file:
-            if size <= BLOCK_BYTES * MAX_BLOCKS:
-                digest.update(file.read())
-                continue
             # Fine-tuning changes every block, so 1 MB of a weight file tells it apart from any other.
-            for block in range(MAX_BLOCKS):
-                file.seek(block * (size - BLOCK_BYTES) // (MAX_BLOCKS - 1))
-                digest.update(file.read(BLOCK_BYTES))
+            for block in sample_blocks(file, 0, size, MAX_BLOCKS):
+                digest.update(block)
     return digest.hexdigest()[:32]
+
+
+def digest_content(folder: Path) -> str:
+    """Hex digest (32 digits) of a part's settings and tensors, however they are written and spread over files."""
+    entries = [f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in folder.glob("*.model")]
+    for path in folder.glob("*.json"):
+        if not any(path.match(pattern) for pattern in DERIVED_FILES):
+            entries.append(f"{path.name}:{canonical_settings(path.read_bytes())}")
+    for path in folder.glob("*.safetensors"):
+        entries += tensor_digests(path)
+    return hashlib.sha256("\n".join(sorted(entries)).encode()).hexdigest()[:32]
+
+
+def canonical_settings(data: bytes) -> str:
+    """The settings of a JSON file without stamps and unset ones, in one spelling; a damaged file as it is."""
+    try:
+        settings = json.loads(data)
+    except (ValueError, RecursionError):
+        return repr(data)
+    if isinstance(settings, dict):
+        settings = {
+            key: value
+            for key, value in settings.items()
+            if value is not None and key not in STAMPS and (key == CLASS_KEY or not key.startswith("_"))
+        }
+    return json.dumps(settings, sort_keys=True)
+
+
+def tensor_digests(path: Path) -> Iterator[str]:
+    """One line per tensor of a safetensors file: name, dtype, shape and a digest of sampled bytes."""
+    with path.open("rb") as file:
+        try:
+            tensors = read_tensor_table(file, path.stat().st_size)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # whoever loads it says so
+            tensors = [(f"{path.name} damaged", 0, path.stat().st_size)]
+        for label, begin, end in tensors:
+            digest = hashlib.sha256()
+            for block in sample_blocks(file, begin, end, TENSOR_BLOCKS):
+                digest.update(block)
+            yield f"{label} {digest.hexdigest()}"
+
+
+def read_tensor_table(file: BinaryIO, size: int) -> list[tuple[str, int, int]]:
+    """Name with dtype and shape, first byte and end of each tensor of a safetensors file of `size` bytes."""
+    data_start = 8 + int.from_bytes(file.read(8), "little")
+    if data_start > size:
+        raise ValueError("the header is longer than the file")
+    header = json.loads(file.read(data_start - 8))
+    header.pop("__metadata__", None)
+    table = []
+    for name, item in header.items():
+        begin, end = (data_start + int(offset) for offset in item["data_offsets"])
+        if not data_start <= begin <= end <= size:
+            raise ValueError(f"{name} lies outside the file")
+        table.append((f"{name} {item['dtype']} {item['shape']}", begin, end))
+    return table
+
+
+def sample_blocks(file: BinaryIO, begin: int, end: int, count: int) -> Iterator[bytes]:
+    """The bytes begin..end-1 of a file, or `count` evenly spaced blocks of them if they are more."""
+    if end - begin <= BLOCK_BYTES * count:
+        file.seek(begin)
+        yield file.read(end - begin)
+        return
+    for block in range(count):
+        file.seek(begin + block * (end - begin - BLOCK_BYTES) // (count - 1))
+        yield file.read(BLOCK_BYTES)

@@ -13,10 +13,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from common.files import write_file
+from common.model_folder import same_fingerprint
 from common.video import VideoSpec
 from shards.storage.open import LocalStorage, Storage, read_verified_file
 
 SCHEMA_VERSION = 1
+MODEL_FIELDS = ("vae", "text_encoder", "tokenizer")  # of EncoderInfo: fingerprints
 MANIFEST_FILE, NEGATIVE_FILE = "manifest.json", "negative.safetensors"
 ZERO_HASH = "0" * 64  # stands for the manifest's own hash while that hash is taken
 SHARD_NAME_PATTERN = re.compile(r"shard-[0-9]{6,}\.tar")  # nothing else is opened or deleted as a tar
@@ -148,9 +150,15 @@ def read_negative_embedding(folder: Path) -> Tensor:
         raise ValueError(f"{path}: missing or damaged; delete it and run encode again ({error})") from error
 
 
+def same_value(name: str, one: object, other: object) -> bool:
+    """Whether two values of a field, given as `vae` or `encoder.vae`, are equal or fingerprints of the same model."""
+    is_fingerprint = name.rpartition(".")[2] in MODEL_FIELDS and other is not None
+    return one == other or (is_fingerprint and same_fingerprint(one, other))
+
+
 def list_differences(expected: Mapping[str, object], actual: Mapping[str, object]) -> list[str]:
-    """One line for each field of `expected` whose value in `actual` is another or missing."""
-    differing = [name for name, value in expected.items() if actual.get(name) != value]
+    """One line for each field of `expected` whose value in `actual` is another or missing; see `same_value`."""
+    differing = [name for name, value in expected.items() if not same_value(name, value, actual.get(name))]
     return [f"{name}: {actual.get(name)!r}, expected {expected[name]!r}" for name in differing]
 
 

@@ -19,6 +19,7 @@ from common.options import write_config
 from common.video import VideoSpec
 from shards.manifest import (
     MANIFEST_FILE,
+    MODEL_FIELDS,
     NEGATIVE_FILE,
     SCHEMA_VERSION,
     EncoderInfo,
@@ -99,13 +100,16 @@ def report_write_errors(folder: Path) -> Iterator[None]:
         raise ValueError(f"out={folder}: {error.strerror}; fix this and rerun the same command") from error
 
 
-def check_plan(folder: Path, plan: EncodingPlan) -> None:
-    """Raise ValueError if a data set with another plan was begun in the folder; the message names the differences."""
+def check_plan(folder: Path, plan: EncodingPlan) -> EncodingPlan:
+    """The plan of the data set that was begun in the folder, or else `plan`; ValueError naming their differences.
+
+    They may differ in the fingerprints of a model that was saved again: the data set keeps its own.
+    """
     path = folder / PLAN_FILE
     if not path.is_file():
         if (folder / shard_file_name(0)).exists():  # its settings are unknown
             raise ValueError(f"out={folder}: holds shards and no {PLAN_FILE}; give a new folder")
-        return
+        return plan
     try:
         written = _flatten_fields(json.loads(path.read_bytes()))
     except (ValueError, AttributeError) as error:
@@ -113,6 +117,9 @@ def check_plan(folder: Path, plan: EncodingPlan) -> None:
     differences = list_differences(_flatten_fields(asdict(plan)), written)
     if differences:
         raise ValueError(f"out={folder}: was begun with other settings: {'; '.join(differences)}; give a new folder")
+    vae, text_encoder, tokenizer = (str(written[f"encoder.{name}"]) for name in MODEL_FIELDS)
+    encoder = replace(plan.encoder, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+    return replace(plan, encoder=encoder)  # so that the manifest has the fingerprints of the plan
 
 
 def _flatten_fields(fields: dict[str, object]) -> dict[str, object]:

@@ -56,7 +56,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
         pick_device(config.device)  # reports a missing GPU before anything is written
     plan = make_encoding_plan(config, locate_model(config.model, ENCODER_PARTS))
     check_data_set_folder(folder)
-    check_plan(folder, plan)
+    plan = check_plan(folder, plan)
     shards = read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=config.text_only)
     shards = chain([next(shards)], shards)  # reports an unusable CSV before the folder is created
     with FolderLock(folder, LOCK_FILE) as lock:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from common.device import pick_device
 from common.files import FolderLock, write_file
-from common.model_folder import fingerprint_folder, locate_model
+from common.model_folder import fingerprint_folder, locate_model, same_fingerprint
 from common.options import resolve_config
 from shards.dataset import DataSet, open_data_set
 from shards.record import Record
@@ -46,7 +46,7 @@ def repair_data_set(report: VerifyReport, config: VerifyConfig) -> EncodeReport:
         raise ValueError(f"shards={report.location}: only a local folder is repaired; copy it, or encode it again")
     options = original_config(folder, config)
     plan = make_encoding_plan(options, locate_model(options.model, ENCODER_PARTS))
-    check_plan(folder, plan)
+    plan = check_plan(folder, plan)
     pick_device(options.device)
     shards = read_shard_rows(Path(options.data), shard_size=options.shard_size, text_only=options.text_only)
     with FolderLock(folder, LOCK_FILE) as lock:
@@ -73,7 +73,7 @@ def draw_contact_sheet(report: VerifyReport, config: VerifyConfig) -> Path:
     """
     assert config.model, config
     folder, data = locate_model(config.model, ("vae",)), open_data_set(report.location)
-    if fingerprint_folder(folder / "vae") != data.manifest.encoder.vae:
+    if not same_fingerprint(fingerprint_folder(folder / "vae"), data.manifest.encoder.vae):
         raise ValueError(f"model={config.model}: its VAE is not the one that {report.location} was made with")
     model = vae.load_vae(folder, dtype=torch.float32, device=pick_device(config.device))
     cells = [draw_cell(model, record) for record in evenly_spaced_records(data)]

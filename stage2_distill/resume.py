@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.model_folder import locate_model
+from common.model_folder import locate_model, same_fingerprint
 from stage2_distill.checkpointing.format import (
     STUDENT_FILE,
     StudentFacts,
@@ -52,7 +52,7 @@ def resume_run(run_folder: Path, roles: Roles, facts: StudentFacts, ranks: RankC
     completed = 0 if checkpoint is None else iteration_of(checkpoint)
     if checkpoint is not None:
         stored_facts, expected_position = read_facts(checkpoint), schedule.stream_position(completed)
-        if stored_facts.transformer != facts.transformer:
+        if not same_fingerprint(stored_facts.transformer, facts.transformer):
             raise ValueError(f"model={facts.base_model}: not the model of {checkpoint}, {stored_facts.base_model}")
         tensors = training_state(roles)
         check_tensors(checkpoint, tensors, stored_facts)
@@ -122,7 +122,7 @@ def check_source(checkpoint: Path, roles: Roles, facts: StudentFacts, ranks: Ran
     missing = expected - stored_dtypes(checkpoint).keys()
     if missing:
         raise ValueError(f"init_from={checkpoint}: does not fit the model {facts.base_model}: lacks {min(missing)}")
-    if facts.config["lora_rank"] and read_facts(checkpoint).transformer != facts.transformer:
+    if facts.config["lora_rank"] and not same_fingerprint(read_facts(checkpoint).transformer, facts.transformer):
         raise ValueError(f"init_from={checkpoint}: its adapters belong to another base than {facts.base_model}")
 
 

@@ -103,7 +103,7 @@ def read_finite_latents(store: Path, group: latent_store.LatentGroup, rows: rang
     latents = latent_store.read_latent_rows(store, group.step, rows.start, rows.stop)
     for key, video in zip(group.keys[rows.start : rows.stop], latents, strict=True):
         if not video.isfinite().all():
-            raise ValueError(f"latents={store}: {group.step}/{key} is not finite; generate it again")
+            raise ValueError(f"latents={store}: {group.step}/{key} is not finite; sample it again")
     return latents
 
 

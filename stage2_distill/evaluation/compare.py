@@ -5,6 +5,7 @@ Shapes: N records, B batch, C channels, T latent frames, H W latent size, L text
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from common.condition import Denoiser
 from common.device import pick_device
 from common.files import write_file
 from common.flow import shift
-from common.model_folder import fingerprint_folder, locate_model
+from common.model_folder import digest_files, locate_model
 from common.options import write_config
 from common.progress import ProgressBar
 from common.seed import draw_normal, make_generator
@@ -133,7 +134,7 @@ def student_samplers(setting: EvaluationSetup, folders: Sequence[Path]) -> list[
             raise ValueError(f"checkpoint={folder}: makes videos of {facts.spec}, the first of {setting.facts.spec}")
         resolved = folder.resolve()
         title = f"{resolved.parent.name}-{resolved.name}"
-        sets = f"{title}-{fingerprint_folder(folder)[:6]}"  # runs in different places may have the same name
+        sets = f"{title}-{digest_files(folder)[:6]}"  # runs in different places may have the same name
         name, title = (sets, title) if samplers else ("student", "student")
         if sets not in [sampler.sets for sampler in samplers]:
             samplers.append(CandidateSampler(name, title, sets, facts.sigmas, checkpoint=folder))
@@ -146,16 +147,24 @@ def sample_sets(setting: EvaluationSetup, samplers: Sequence[CandidateSampler]) 
     candidates = tuple(sampler.candidate for sampler in samplers)
     pairs = [(samplers[0], seed) for seed in sorted({*seeds, *references})]
     pairs += [(sampler, seed) for sampler in samplers[1:] for seed in sorted(seeds)]
-    missing = []
-    for sampler, seed in pairs:
-        stored = latent_store.read_group_facts(setting.store, latent_set_name(sampler.candidate, seed))
-        if stored.get("digest") != set_digest(setting, sampler, seed):
-            missing.append((sampler, seed))
+    missing = [pair for pair in pairs if not is_set_usable(setting, *pair)]
     for checkpoint, group in groupby(missing, key=lambda pair: pair[0].checkpoint):
         denoiser = open_denoiser(setting.config, checkpoint)
         for sampler, seed in group:
             sample_set(setting, sampler, denoiser, seed)
     return Comparison(candidates, seeds, references, len(setting.records), setting.guidance_scale)
+
+
+def is_set_usable(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -> bool:
+    """Whether a set in the store is complete and from the same weights and settings; damage is logged."""
+    name = latent_set_name(sampler.candidate, seed)
+    if not (setting.store / name).is_dir():
+        return False
+    damage = latent_store.group_damage(setting.store, name)
+    if damage is not None:
+        logging.warning("%s; the set %s is sampled again", damage, name)
+        return False
+    return latent_store.read_group_facts(setting.store, name).digest == set_digest(setting, sampler, seed)
 
 
 def open_denoiser(config: EvaluateConfig, checkpoint: Path | None) -> Denoiser:
@@ -173,7 +182,7 @@ def set_digest(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -
     """Digest of everything that decides a set's latents."""
     weights = setting.facts.transformer
     if sampler.checkpoint is not None:
-        weights = fingerprint_folder(sampler.checkpoint) + setting.config.weights
+        weights = digest_files(sampler.checkpoint) + setting.config.weights
     settings = (sampler.sigmas, sampler.guidance_scale, sampler.renoise, setting.config.dtype)
     return hashlib.sha256(repr((weights, settings, setting.records_digest, seed)).encode()).hexdigest()
 
@@ -195,7 +204,7 @@ def sample_set(setting: EvaluationSetup, sampler: CandidateSampler, denoiser: De
                 raise ValueError(f"{sampler.checkpoint or setting.config.model}: produces latents that are not finite")
             latent_store.write_latents(store, name, rows, x0)
             progress.advance(count=len(rows))
-    facts: dict[str, str | float] = {"digest": set_digest(setting, sampler, seed), "seconds": median(seconds)}
+    facts = latent_store.SetFacts(set_digest(setting, sampler, seed), median(seconds))
     latent_store.finish_group(store, name, facts=facts)
 
 

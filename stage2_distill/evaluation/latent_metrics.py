@@ -114,7 +114,7 @@ def score_candidates(store: Path, comparison: Comparison) -> dict[str, Candidate
     scores = {}
     for candidate in comparison.contestants:
         names = [latent_set_name(candidate, seed) for seed in comparison.seeds]
-        seconds = [float(latent_store.read_group_facts(store, name)["seconds"]) for name in names]
+        seconds = [latent_store.read_group_facts(store, name).seconds for name in names]
         scores[candidate.name] = CandidateScores(
             tuple(frechet_distance(sets[name], other) for name, other in zip(names, references, strict=True)),
             tuple(sums.to_teacher[name] / comparison.count for name in names),

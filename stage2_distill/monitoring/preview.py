@@ -66,7 +66,7 @@ class PreviewWriter:
     def write_step(self, student: PreviewStudent, iteration: int) -> None:
         """Sample and store the preview after `iteration` iterations; all ranks call it together."""
         step, is_main_rank = f"step-{iteration:06d}", student.ranks.rank == 0
-        exists = (self.store / "zarr.json").is_file() and step in latent_store.complete_groups(self.store)
+        exists = latent_store.group_damage(self.store, step) is None
         dist.barrier()  # all ranks have looked before rank 0 writes
         if exists:
             return

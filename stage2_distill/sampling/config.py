@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from common.flow import timestep_sigmas
 from common.options import check_fields, device_option, max_text_tokens_option, option
 from common.video import VideoSpec
 
@@ -68,6 +69,8 @@ class SampleConfig:
         if self.data is not None and self.image is not None:
             raise ValueError("--image goes with --prompt; a CSV names its images in the column image")
         self.video_spec(VideoSpec())  # rejects sizes that no model supports before anything is loaded
+        if self.timesteps is not None:
+            timestep_sigmas(self.timesteps, s=1)  # the shift is in the checkpoint; it does not decide what is valid
 
     def video_spec(self, spec: VideoSpec) -> VideoSpec:
         """The checkpoint's video size with the options that are set in place of its own."""

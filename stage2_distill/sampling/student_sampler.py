@@ -12,7 +12,7 @@ from torch import Tensor
 from common.condition import Condition
 from common.device import OffloadedTensors, pick_device
 from common.flow import timestep_sigmas
-from common.model_folder import fingerprint_folder, locate_model
+from common.model_folder import fingerprint_folder, locate_model, same_fingerprint
 from common.video import TEXT_LENGTH, VideoSpec
 from shards.record import Record, collate_records
 from stage2_distill.checkpointing import format as checkpoints
@@ -85,8 +85,12 @@ def open_student(config: SampleConfig) -> StudentSampler:
 def check_model(model: str, facts: checkpoints.StudentFacts, parts: Sequence[str]) -> None:
     """Raise ValueError if a part of a model is not the one that the student was distilled with."""
     for part in parts:
-        if fingerprint_folder(locate_model(model, (part,)) / part) != vars(facts)[part]:
-            raise ValueError(f"model={model}: its {part} is not the one of the distillation; use {facts.base_model}")
+        given, distilled = fingerprint_folder(locate_model(model, (part,)) / part), str(vars(facts)[part])
+        if not same_fingerprint(given, distilled):
+            raise ValueError(
+                f"model={model}: its {part} is not the one of the distillation (fingerprint {given}, was {distilled}); "
+                f"use {facts.base_model}"
+            )
 
 
 def load_student(

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from shards.manifest import read_manifest, read_negative_embedding
+from shards.mixture import open_data_sets
 from shards.record import Record, from_members, pad_text
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import TooManyFailuresError, encode
@@ -113,6 +114,24 @@ def test_text_only_rows_and_seeds(clips: Path, model: Path, tmp_path: Path) -> N
     assert failures(tmp_path / "out") == [{"line": "4", "path": "", "reason": "seed 'x' is not a whole number"}]
     table = tiny_models.write_csv(tmp_path / "only.csv", [("a",)], ["prompt"])
     assert encode(configure(table, model, tmp_path / "only", text_only=True)).records == 1
+
+
+def test_a_model_that_was_saved_again_continues_a_data_set(
+    clips: Path, model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Another version stamp changes no record; the finished data set has the bytes that the first model gives."""
+    saved_again = shutil.copytree(model, tmp_path / "saved again")
+    for part in ("vae", "text_encoder"):
+        path = saved_again / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"_diffusers_version": "9", "_name_or_path": "x"}))
+    shutil.copytree(dataset, tmp_path / "set")
+    for name in ("manifest.json", "shard-000001.json", "shard-000001.tar"):
+        (tmp_path / "set" / name).unlink()
+    encode(configure(clips / "clips.csv", saved_again, tmp_path / "set"))
+    assert hashes(tmp_path / "set") == hashes(dataset)
+    encode(configure(clips / "clips.csv", saved_again, tmp_path / "other"))
+    both = open_data_sets([str(dataset), str(tmp_path / "other")])  # can be mixed
+    assert both.num_records == 12
 
 
 def test_the_same_command_again_does_nothing(clips: Path, model: Path, dataset: Path, tmp_path: Path) -> None:

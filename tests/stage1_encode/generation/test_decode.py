@@ -136,7 +136,13 @@ def test_mistakes_are_named(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out/thesis.txt").touch()
     with pytest.raises(ValueError, match=r"holds other files \(thesis.txt\)"):
         decode(config)
-    latent_store.write_latents(store, "sample", [0], torch.full((1, *SPEC.latent_shape), float("nan")))
+    chunk = store / "sample/latents/c/1"
+    chunk.rename(tmp_path / "lost")
+    with pytest.raises(ValueError, match=f"latents={store}: sample: the chunk of 000000001, {chunk}/.*is missing"):
+        decode(DecodeConfig(str(store), str(model), str(tmp_path / "out3"), device="cpu"))
+    broken = torch.zeros(1, *SPEC.latent_shape)
+    broken[0, 5, 0] = float("nan")
+    latent_store.write_latents(store, "sample", [0], broken)
     with pytest.raises(ValueError, match="sample/000000000 is not finite"):
         decode(DecodeConfig(str(store), str(model), str(tmp_path / "out2"), device="cpu"))
 

@@ -40,7 +40,9 @@ def test_a_crashing_or_hanging_decoder_costs_one_file(tmp_path: Path, monkeypatc
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
     names = ["good", "segfault", "hang", "exit", "greedy", "good-after"]
     for name in names:
-        tiny_models.make_clip(tmp_path / f"{name}.mp4", seed=0)
+        path = tiny_models.make_clip(tmp_path / f"{name}.mp4", seed=0)
+        if "good" not in name:  # decord is asked only for codecs that PyAV does not know
+            path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz1"))
     pool = ReaderPool(1, SPEC, 2.0)
     start = time.monotonic()
     results = [pool.submit(str(tmp_path / f"{name}.mp4")) for name in names]

@@ -6,6 +6,7 @@ from common.flow import timestep_sigmas
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.schedule import Schedule
 from stage2_distill.dmd.score_noise import ScoreNoise
+from stage2_distill.sampling.config import SampleConfig
 
 
 def config(**changes: object) -> DistillConfig:
@@ -90,7 +91,27 @@ def test_average_copies_until_its_start() -> None:
     assert decays == [0, 0, 0.99, 0.99]
 
 
-@pytest.mark.parametrize("indices", [(), (500, 1000), (1000, 0), (1200, 5), (500, 500)])
-def test_ladder_refuses(indices: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="strictly falling"):
+@pytest.mark.parametrize(
+    "indices",
+    [
+        (),
+        (500, 1000),
+        (1000, 0),
+        (1200, 5),
+        (500, 500),
+        (1, 0.75, 0.5, 0.25),
+        (999, 500),
+        (750,),
+        (1000, -5),
+        (1000, 1000),
+    ],
+)
+def test_timesteps_that_do_not_fall_from_pure_noise_are_refused(indices: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"timesteps=.*: must start at 1000, which is pure noise, and fall strictly"):
         timestep_sigmas(indices, s=5.0)
+    for make in (
+        lambda: DistillConfig(shards=("d",), model="m", out="o", timesteps=indices),
+        lambda: SampleConfig(checkpoint="c", model="m", out="o.mp4", prompt="p", timesteps=indices),
+    ):
+        with pytest.raises(ValueError, match="timesteps=.*: must start at 1000"):
+            make()

@@ -120,6 +120,25 @@ def test_repeated_command_samples_only_missing_sets(
     assert "undistilled" not in log  # it uses no guidance
 
 
+def test_a_set_that_lost_a_chunk_is_sampled_again_and_named(
+    workspace: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = make_evaluation(workspace, model, tmp_path, seeds=(0,))
+    comparison = sample_comparison(evaluation)
+    before = read_set(tmp_path, comparison, "teacher", 0)
+    chunks = tmp_path / "latents.zarr" / "teacher-seed-0" / "latents" / "c"
+    shutil.rmtree(chunks)
+    with pytest.raises(ValueError, match="teacher-seed-0: the chunk of .* is missing"):
+        score_candidates(tmp_path / "latents.zarr", comparison)
+    capfd.readouterr()
+    with caplog.at_level(logging.WARNING):
+        sample_comparison(evaluation)
+    assert f"{chunks}/0/0/0/0/0, is missing" in caplog.text
+    assert "the set teacher-seed-0 is sampled again" in caplog.text
+    assert "student" not in capfd.readouterr().err  # the other sets are kept
+    torch.testing.assert_close(read_set(tmp_path, comparison, "teacher", 0), before, rtol=0, atol=0)
+
+
 def test_references_are_independent_sets() -> None:
     assert reference_seeds((0, 1, 2)) == (1, 2, 0)
     assert reference_seeds((4,)) == (5,)
@@ -173,7 +192,8 @@ def test_errors_name_the_option(workspace: Path, model: Path, tmp_path: Path) ->
         sample_comparison(make_evaluation(workspace, model, tmp_path / "out", checkpoint=(str(short),)))
     for part in ("vae", "transformer"):
         changed = shutil.copytree(model, tmp_path / part)
-        (changed / part / "config.json").write_text((model / part / "config.json").read_text() + "\n")
+        settings = json.loads((model / part / "config.json").read_text()) | {"decides_something": 1}
+        (changed / part / "config.json").write_text(json.dumps(settings))
         with pytest.raises(ValueError, match=f"model={changed}: its {part} is not the one .* use {model}$"):
             sample_comparison(make_evaluation(workspace, changed, tmp_path / "out"))
 
