@@ -19,6 +19,7 @@ from common.options import ConfigCommand, config_options, resolve_config, write_
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.evaluation.config import EvaluateConfig
+from stage2_distill.export.config import ExportConfig
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.turbo_config import translated_options
 
@@ -90,6 +91,15 @@ def evaluate_command(**options: object) -> None:
     click.echo(str(evaluate_students(resolve_config(EvaluateConfig, options))))
 
 
+@cli.command("export", cls=ConfigCommand)
+@config_options(ExportConfig)
+def export_command(**options: object) -> None:
+    """Write a student as files of diffusers, ComfyUI and others, with a model card."""
+    from stage2_distill.export.export import export_student
+
+    click.echo(str(export_student(resolve_config(ExportConfig, options))))
+
+
 @cli.command("decode", cls=ConfigCommand)
 @config_options(DecodeConfig)
 def decode_command(**options: object) -> None:
@@ -158,8 +168,9 @@ def sample_videos(config: SampleConfig) -> list[Path]:
         run_sampling_worker(student)
         return []
     models = load_condition_encoder(
-        config.model, precision=config.vae_dtype, device=student.device, keep_text_on_device=not offload
-    )
+        config.model, precision=config.vae_dtype, device=student.device, keep_text_on_device=not offload,
+        condition_dtype=config.dtype,
+    )  # fmt: skip
     prepare_output(out, config, is_first_rank=rank == 0)
     if shared_video:
         rank, world = 0, 1  # the leader alone writes the file

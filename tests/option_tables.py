@@ -8,6 +8,7 @@ from common.options import option_spec
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.evaluation.config import EvaluateConfig
+from stage2_distill.export.config import ExportConfig
 from stage2_distill.sampling.config import SampleConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
@@ -18,6 +19,7 @@ COMMANDS = {
     "sample": SampleConfig,
     "decode": DecodeConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
 }
 HEAD = """# Options
 

@@ -125,7 +125,7 @@ def test_csv_of_prompts_becomes_a_folder(run: Path, model: Path, tmp_path: Path)
     made = sample(run, model, tmp_path / "out", "--data", run / "p.csv", "--batch-size", 2).split()
     assert [Path(path).suffix for path in made] == [".mp4", ".mp4", ".mp4", ".png"]
     latents = [read_latents(tmp_path / "out" / "latents.zarr", "sample", row) for row in range(3)]
-    assert numpy.array_equal(latents[0], latents[2])
+    assert numpy.allclose(latents[0], latents[2], atol=1e-5)  # padding differs
     assert not numpy.array_equal(latents[0], latents[1])
     sheet = Image.open(tmp_path / "out" / "contact.png")
     assert sheet.height > 3 * 64 * 0.9

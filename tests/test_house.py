@@ -26,6 +26,7 @@ DOORS = {  # library -> the only files that may import it
         "stage2_distill/model/wan.py",
         "stage2_distill/model/transformer.py",
         "stage2_distill/model/layers.py",
+        "stage2_distill/export/few_step_scheduler.py",  # travels with an export and is loaded by diffusers
     },
     "transformers": {"stage1_encode/models/text_encoder.py", "stage1_encode/video_metrics/clip_score.py"},
     "decord": {"stage1_encode/media/first_frame.py"},

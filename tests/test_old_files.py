@@ -31,6 +31,7 @@ LAST = {"standard": 8, "compact": 5, "lora": 5}  # iterations after which the ol
 # Machines of another kind round differently. There the norm of the difference, relative to the norm of the expected
 # values, is at most this; with AVX2 and SSE4 kernels it is 1e-7 for float32, 6e-4 for compact weights and 9e-3 for
 # videos, whose prompts are embedded in bfloat16. Training changes the weights by 7e-3.
+# 0.1 rounded the conditions of `sample` to bfloat16 in float32 too, so its videos differ everywhere.
 FLOAT32, COMPACT, EMBEDDED = 1e-6, 2e-3, 2e-2
 TOLERANCES = {"standard": FLOAT32, "compact": COMPACT, "lora": FLOAT32}
 MEASURED = ("seconds", "memory_gib")  # metrics that differ from run to run
@@ -70,20 +71,20 @@ def as_flags(options: Path) -> list[str]:
     return words
 
 
-def assert_same(name: str, value: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Equal values on a machine of the same kind; else within the tolerance."""
+def assert_same(name: str, value: Tensor, expected: Tensor, tolerance: float, *, exact: bool = SAME_MACHINE) -> None:
+    """Equal values on a machine of the same kind, if `exact`; else within the tolerance."""
     assert (value.shape, value.dtype) == (expected.shape, expected.dtype), name
     if torch.equal(value, expected):
         return
     difference = float((value.double() - expected.double()).norm() / expected.double().norm())
-    assert not SAME_MACHINE, f"{name}: relative difference {difference:.1e}, expected equal values on this machine"
+    assert not exact, f"{name}: relative difference {difference:.1e}, expected equal values on this machine"
     assert difference <= tolerance, f"{name}: relative difference {difference:.1e}, expected at most {tolerance:g}"
 
 
-def assert_same_latents(name: str, store: Path, tolerance: float) -> None:
+def assert_same_latents(name: str, store: Path, tolerance: float, *, exact: bool = SAME_MACHINE) -> None:
     """Compare an array of latents with the expected one of that name."""
     value = torch.from_numpy(zarr.open_array(store / "latents", mode="r")[:])
-    assert_same(name, value, load_file(OLD / "expected" / "latents.safetensors")[name], tolerance)
+    assert_same(name, value, load_file(OLD / "expected" / "latents.safetensors")[name], tolerance, exact=exact)
 
 
 def joined(tensors: Mapping[str, Tensor], role: str) -> Tensor:
@@ -158,13 +159,13 @@ def test_run_resumes(name: str, folder: Path) -> None:
 
 def test_sample(folder: Path) -> None:
     run("sample", "--config", "options/sample.yaml")
-    assert_same_latents("videos", folder / "videos" / "latents.zarr" / "sample", EMBEDDED)
+    assert_same_latents("videos", folder / "videos" / "latents.zarr" / "sample", EMBEDDED, exact=False)
 
 
 def test_sample_by_flags(folder: Path) -> None:
     """One video of the LoRA run: its adapters are merged by the options that its checkpoint holds."""
     run("sample", *as_flags(folder / "options" / "sample-one.yaml"))
-    assert_same_latents("one", folder / "one.zarr" / "sample", EMBEDDED)
+    assert_same_latents("one", folder / "one.zarr" / "sample", EMBEDDED, exact=False)
 
 
 def test_evaluate(folder: Path) -> None:

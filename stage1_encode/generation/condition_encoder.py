@@ -35,6 +35,12 @@ class ConditionEncoder:
     vae: WanVae
     frames: FrameEncoder
     device: torch.device
+    dtype: torch.dtype = torch.bfloat16  # of the text encoder and of the conditions
+
+    @cached_property
+    def rows(self) -> RowEncoder:
+        """Return the same models as `encode` uses them."""
+        return RowEncoder(self.frames, self.text, self.dtype)
 
     @cached_property
     def text_tensors(self) -> OffloadedTensors:
@@ -43,9 +49,14 @@ class ConditionEncoder:
 
 
 def load_condition_encoder(
-    model: str, *, precision: str, device: torch.device, keep_text_on_device: bool = True
+    model: str,
+    *,
+    precision: str,
+    device: torch.device,
+    keep_text_on_device: bool = True,
+    condition_dtype: str = "bfloat16",
 ) -> ConditionEncoder:
-    """Load the VAE onto the device, and the text encoder, in bfloat16, onto the device or into host memory.
+    """Load the VAE onto the device, and the text encoder, in `condition_dtype`, onto the device or into host memory.
 
     `precision` of the VAE: a dtype, or auto, which is bfloat16 on a GPU and float32 on the CPU.
     """
@@ -54,19 +65,20 @@ def load_condition_encoder(
     autoencoder = vae.load_vae(folder, dtype=getattr(torch, dtype_name), device=device)
     autoencoder.release_diffusers_decoder()  # the larger half of the VAE, which would lie unused
     text_device = device if keep_text_on_device else torch.device("cpu")
-    text = text_encoder.load_text_encoder(folder, dtype=torch.bfloat16, device=text_device)
-    return ConditionEncoder(text, autoencoder, vae.make_frame_encoder(autoencoder), device)
+    dtype = getattr(torch, condition_dtype)
+    text = text_encoder.load_text_encoder(folder, dtype=dtype, device=text_device)
+    return ConditionEncoder(text, autoencoder, vae.make_frame_encoder(autoencoder), device, dtype)
 
 
 def encode_conditions(
     encoder: ConditionEncoder, rows: Sequence[Row], table: Path, spec: VideoSpec, *, keep_text_on_device: bool
 ) -> list[Record]:
-    """Return the records of rows, with the same numbers as `encode`.
+    """Return the records of rows, in bfloat16 with the same numbers as `encode`.
 
     The text encoder moves to the device, and back to host memory unless `keep_text_on_device`. ValueError names the
     first row that cannot be used.
     """
-    row_encoder = RowEncoder(encoder.frames, encoder.text)
+    row_encoder = encoder.rows
     prompts, tokens = row_encoder.tokenize_prompts([row.prompt for row in rows])
     with ThreadPoolExecutor(PICTURE_THREADS) as pool:  # PIL and decord release the interpreter lock
         pending_pictures = pool.map(lambda row, prompt: read_row_picture(row, prompt, table, spec), rows, prompts)
@@ -102,5 +114,5 @@ def read_row_picture(row: Row, prompt: str, table: Path, spec: VideoSpec) -> Ten
 
 
 def encode_picture(encoder: ConditionEncoder, pixels: Tensor) -> Tensor:
-    """Return the latent (C 1 H W) bfloat16, on the VAE's device, of a picture (X Y 3) uint8 on any device."""
-    return RowEncoder(encoder.frames, encoder.text).encode_pictures(pixels[None])[0]
+    """Return the latent (C 1 H W), on the VAE's device, of a picture (X Y 3) uint8 on any device."""
+    return encoder.rows.encode_pictures(pixels[None])[0]

@@ -18,6 +18,7 @@ class RowEncoder:
 
     vae: vae.FrameEncoder
     text: text_encoder.TextEncoder
+    dtype: torch.dtype = torch.bfloat16  # of the results; a data set always stores bf16
 
     def tokenize_prompts(self, prompts: Sequence[str]) -> tuple[list[str], list[list[int]]]:
         """The cleaned prompts, and their token ids."""
@@ -25,9 +26,9 @@ class RowEncoder:
         return clean, text_encoder.tokenize_prompts(self.text, clean)
 
     def embed_tokens(self, tokens: Sequence[Sequence[int]], *, max_tokens: int) -> list[Tensor]:
-        """Embeddings (L D) bf16 on the CPU, perhaps still in transfer, with `max_tokens` per batch."""
-        return text_encoder.embed_prompts(self.text, tokens, max_tokens=max_tokens)
+        """Embeddings (L D) on the CPU, perhaps still in transfer, with `max_tokens` per batch."""
+        return text_encoder.embed_prompts(self.text, tokens, max_tokens=max_tokens, dtype=self.dtype)
 
     def encode_pictures(self, pixels: Tensor) -> Tensor:
-        """First-frame latents (B C 1 H W) bf16, on the VAE's device, of pictures (B X Y 3) uint8."""
-        return vae.encode_frames(self.vae, pixels).to(torch.bfloat16)
+        """First-frame latents (B C 1 H W), on the VAE's device, of pictures (B X Y 3) uint8."""
+        return vae.encode_frames(self.vae, pixels).to(self.dtype)

@@ -93,8 +93,10 @@ def pad_tokens(tokens: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def embed_prompts(encoder: TextEncoder, tokens: Sequence[Sequence[int]], *, max_tokens: int) -> list[Tensor]:
-    """Return embeddings (L D) bf16 on the CPU, without padding rows, in the order of `tokens`.
+def embed_prompts(
+    encoder: TextEncoder, tokens: Sequence[Sequence[int]], *, max_tokens: int, dtype: torch.dtype = torch.bfloat16
+) -> list[Tensor]:
+    """Return embeddings (L D) in a dtype on the CPU, without padding rows, in the order of `tokens`.
 
     On a GPU they are copied asynchronously: synchronize with the device before reading them.
     """
@@ -104,7 +106,7 @@ def embed_prompts(encoder: TextEncoder, tokens: Sequence[Sequence[int]], *, max_
         ids, mask = pad_tokens([tokens[index] for index in batch], encoder.tokenizer.pad_token_id)
         hidden = encoder.model(copy_async(ids, device), copy_async(mask, device)).last_hidden_state
         # the next batch is queued before this copy has finished: the GPU never waits for Python
-        hidden = copy_async(hidden.to(torch.bfloat16), torch.device("cpu"))
+        hidden = copy_async(hidden.to(dtype), torch.device("cpu"))
         for row, index in enumerate(batch):
             embeddings[index] = hidden[row, : len(tokens[index])]
     return embeddings

@@ -163,10 +163,16 @@ def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{checkpoint}: does not have the required tensors ({error_reason(error)})") from error
 
 
+def stored_shapes(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Names of the tensors of a checkpoint with the shape of all ranks' parts together, and the dtype."""
+    entries = HuggingFaceStorageReader(str(checkpoint.absolute())).read_metadata().state_dict_metadata
+    tensors = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in tensors.items()}
+
+
 def stored_dtypes(checkpoint: Path) -> dict[str, torch.dtype]:
     """Names and dtypes of the tensors of a checkpoint."""
-    entries = HuggingFaceStorageReader(str(checkpoint.absolute())).read_metadata().state_dict_metadata
-    return {name: entry.properties.dtype for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    return {name: dtype for name, (_, dtype) in stored_shapes(checkpoint).items()}
 
 
 def error_reason(error: BaseException) -> str:

@@ -24,6 +24,11 @@ class LoraSettings:
     rank: int
     alpha: float  # an adapter's product is scaled by alpha / rank
 
+    @property
+    def scale(self) -> float:
+        """Factor of an adapter's product."""
+        return self.alpha / self.rank
+
 
 def lora_settings(options: Mapping[str, object]) -> LoraSettings | None:
     """The adapters that a run's options request; None = all weights are trained."""

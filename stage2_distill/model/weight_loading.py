@@ -3,10 +3,8 @@
 One file is open at a time, so a rank's host memory stays below its own part plus one file, whatever the model's size.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,28 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from stage2_distill.distributed.dtensor import local_tensor
 from stage2_distill.model.split_float32 import split_master
-
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-
-
-class StoredTensor(Protocol):
-    """A tensor in a safetensors file; indexing reads only the requested part."""
-
-    def get_shape(self) -> list[int]:
-        """Shape of the full tensor."""
-
-    def __getitem__(self, index: object) -> Tensor:
-        """Read a part."""
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a diffusers model folder; ValueError if it has none."""
-    index = folder / f"{WEIGHTS_FILE}.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    raise ValueError(f"{folder}: holds no {WEIGHTS_FILE} (nor its .index.json)")
+from stage2_distill.weight_files.stored_weights import StoredTensor, weight_files
 
 
 def read_weights(folder: Path, tensors: Mapping[str, Tensor], remainders: Mapping[str, Tensor] | None = None) -> None:

@@ -33,7 +33,9 @@ class SampleConfig:
     weights: str = option("ema", "Weights to sample from.", choices=WEIGHT_SETS, group="model", advanced=True)
     batch_size: int = option(1, "Videos sampled at once.", minimum=1, group="memory", advanced=True)
     max_text_tokens: int = max_text_tokens_option(advanced=True, old_name="text_rows")
-    dtype: str = option("bfloat16", "Precision of the network.", choices=DTYPES, group="model", advanced=True)
+    dtype: str = option(
+        "bfloat16", "Precision of the network and its conditions.", choices=DTYPES, group="model", advanced=True
+    )
     vae_dtype: str = option(
         "auto", "VAE precision; auto: bfloat16 on GPUs, else float32.", choices=VAE_DTYPES, group="model", advanced=True
     )

@@ -14,6 +14,8 @@ from common.video import LATENT_CHANNELS
 from shards.record import Record
 from stage2_distill.sampling.student_sampler import StudentSampler
 
+HEADER_SIZE = 5  # numbers sent before a request; all zero = no more
+
 
 class LeaderSampler:
     """The first rank's sampler; leaving its context ends the other ranks."""
@@ -40,14 +42,17 @@ class LeaderSampler:
 
     def __exit__(self, *_error: object) -> None:
         if not self.in_call:
-            dist.broadcast(torch.zeros(4, dtype=torch.int64, device=self.student.device), 0)  # no seeds: the end
+            dist.broadcast(
+                torch.zeros(HEADER_SIZE, dtype=torch.int64, device=self.student.device), 0
+            )  # no seeds: the end
             dist.destroy_process_group()
 
 
 def broadcast_request(condition: Condition, seeds: Sequence[int], segment: int) -> None:
     """Send a condition, its seeds and its segment to all other ranks."""
     text, frame = condition.text, condition.first_frame
-    header = (len(seeds), segment, text.shape[1], int(frame is not None))  # decides the shapes of the rest
+    # decides the shapes and the dtype of the rest
+    header = (len(seeds), segment, text.shape[1], int(frame is not None), int(text.dtype == torch.float32))
     numbers = (torch.tensor(values, device=text.device) for values in (header, list(seeds)))
     for tensor in (*numbers, text, frame):
         if tensor is not None:
@@ -57,15 +62,16 @@ def broadcast_request(condition: Condition, seeds: Sequence[int], segment: int) 
 def receive_request(student: StudentSampler) -> tuple[Condition, list[int], int] | None:
     """Condition, seeds and segment of the first rank's next request; None = no more."""
     device = student.device
-    header = torch.zeros(4, dtype=torch.int64, device=device)
+    header = torch.zeros(HEADER_SIZE, dtype=torch.int64, device=device)
     dist.broadcast(header, 0)
-    count, segment, rows, with_frame = header.tolist()
+    count, segment, rows, with_frame, is_float32 = header.tolist()
     if not count:
         return None
     seeds = torch.zeros(count, dtype=torch.int64, device=device)
-    text = torch.zeros(count, rows, student.net.config.text_dim, dtype=torch.bfloat16, device=device)  # as in a record
+    dtype = torch.float32 if is_float32 else torch.bfloat16
+    text = torch.zeros(count, rows, student.net.config.text_dim, dtype=dtype, device=device)
     size = (count, LATENT_CHANNELS, 1, *student.spec.latent_shape[2:])
-    frame = torch.zeros(size, dtype=torch.bfloat16, device=device) if with_frame else None
+    frame = torch.zeros(size, dtype=dtype, device=device) if with_frame else None
     for tensor in (seeds, text, frame):
         if tensor is not None:
             dist.broadcast(tensor, 0)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from common.options import write_config
 from stage2_distill.model.wan import load_transformer
-from stage2_distill.model.weight_loading import WEIGHTS_FILE, read_weights
+from stage2_distill.model.weight_loading import read_weights
+from stage2_distill.weight_files.stored_weights import WEIGHTS_FILE
 from tests.stage2_distill.training_helpers import ROOT, make_config, run_ranks
 
 

@@ -1,0 +1,91 @@
+"""The command `export`: a checkpoint's student as files of another program, with a model card.
+
+The folder is made complete under another name and renamed last, so that it exists completely or not at all.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from common.device import pick_device
+from common.model_folder import locate_model
+from stage2_distill.export.config import DIFFUSERS, LORA, ExportConfig
+from stage2_distill.export.diffusers_folder import COPIED_PARTS, write_diffusers_folder, write_scheduler
+from stage2_distill.export.lora_file import write_adapter, write_low_rank
+from stage2_distill.export.model_card import CardFacts, find_licence, render_card
+from stage2_distill.export.student_weights import StudentWeights, cast_weight, open_student_weights
+from stage2_distill.export.wan_file import sampling_metadata, write_wan_file, write_workflows
+from stage2_distill.sampling.student_sampler import check_model
+
+CARD_FILE = "README.md"
+
+
+def export_student(config: ExportConfig) -> Path:
+    """Write the files of one format into a new folder; returns the folder."""
+    out = Path(config.out)
+    parts: Sequence[str] = ("transformer", *COPIED_PARTS) if config.format == DIFFUSERS else ("transformer",)
+    model = locate_model(config.model, parts)
+    with open_student_weights(config.checkpoint, config.model, config.weights) as student, new_folder(out) as folder:
+        check_rank(config, student)
+        licence = find_licence(student.facts.base_model, model)
+        card = CardFacts(config, out.resolve().name, student.checkpoint, student.facts, licence)
+        if config.format == DIFFUSERS:
+            check_model(config.model, student.facts, ("vae", "text_encoder"))
+            dtype = getattr(torch, config.dtype)
+            tensors = ((name, cast_weight(name, weight, dtype)) for name, weight in student.read_weights())
+            write_diffusers_folder(folder, model, student.facts, tensors, student.shapes(dtype))
+        else:
+            card = write_single_file(folder, card, student)
+        (folder / CARD_FILE).write_text(render_card(card), encoding="utf-8")
+    return out
+
+
+def check_rank(config: ExportConfig, student: StudentWeights) -> None:
+    """Raise ValueError unless a rank is given exactly if one is needed."""
+    if config.format != LORA:
+        return
+    if student.adapters is None and config.rank is None:
+        raise ValueError(f"format={LORA}: {student.checkpoint} has all weights trained; give --rank, such as 64")
+    if student.adapters is not None and config.rank is not None:
+        own = student.adapters.rank
+        raise ValueError(f"rank={config.rank}: {student.checkpoint} has adapters of rank {own} already; leave it out")
+
+
+def write_single_file(folder: Path, card: CardFacts, student: StudentWeights) -> CardFacts:
+    """Write a file of the formats wan or lora with its workflows; returns the card with what is lost."""
+    config, facts, dtype = card.config, card.facts, getattr(torch, card.config.dtype)
+    metadata = sampling_metadata(facts, card.base, card.licence)
+    is_lora = config.format == LORA
+    path = folder / f"{card.name}.safetensors"
+    write_workflows(folder, card.name, facts, is_lora=is_lora)
+    if not is_lora:
+        tensors = ((name, cast_weight(name, weight, dtype)) for name, weight in student.read_weights())
+        write_wan_file(folder, card.name, tensors, student.shapes(dtype), metadata)
+        return card
+    write_scheduler(folder / "scheduler", facts)
+    if config.rank is None:
+        logging.info("%d pairs", write_adapter(path, student, dtype, metadata))
+        return card
+    errors = write_low_rank(path, student, config.rank, dtype, metadata, pick_device(config.device))
+    logging.info("rank %d keeps %.2f %% of the energy", errors.rank, 100 * errors.kept_energy)
+    return replace(card, errors=errors)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` at the end, or vanishes after an error; ValueError if `out` exists."""
+    if out.exists():
+        raise ValueError(f"out={out}: exists already; give a new folder")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed export
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing after the rename
