@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from common.files import FolderLock, refuse_foreign_files, write_file
+from common.files import FolderLock, read_json, refuse_foreign_files, write_file
 from common.model_folder import fingerprint_folder
 from common.options import write_config
 from common.video import VideoSpec
 from shards.manifest import (
     MANIFEST_FILE,
-    MODEL_FIELDS,
     NEGATIVE_FILE,
     SCHEMA_VERSION,
     EncoderInfo,
@@ -110,16 +109,11 @@ def check_plan(folder: Path, plan: EncodingPlan) -> EncodingPlan:
         if (folder / shard_file_name(0)).exists():  # its settings are unknown
             raise ValueError(f"out={folder}: holds shards and no {PLAN_FILE}; give a new folder")
         return plan
-    try:
-        written = _flatten_fields(json.loads(path.read_bytes()))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: is damaged; give a new folder") from error
-    differences = list_differences(_flatten_fields(asdict(plan)), written)
+    written = read_json(path, EncodingPlan)
+    differences = list_differences(_flatten_fields(asdict(plan)), _flatten_fields(asdict(written)))
     if differences:
         raise ValueError(f"out={folder}: was begun with other settings: {'; '.join(differences)}; give a new folder")
-    vae, text_encoder, tokenizer = (str(written[f"encoder.{name}"]) for name in MODEL_FIELDS)
-    encoder = replace(plan.encoder, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
-    return replace(plan, encoder=encoder)  # so that the manifest has the fingerprints of the plan
+    return written  # so that the manifest has the fingerprints of the plan
 
 
 def _flatten_fields(fields: dict[str, object]) -> dict[str, object]:
@@ -136,7 +130,7 @@ def read_finished_index(folder: Path, number: int, min_rows: int = 0) -> ShardIn
     name = shard_file_name(number)
     try:
         index = read_index(folder, name)
-    except (ValueError, KeyError, TypeError):  # the sidecar is damaged
+    except ValueError:  # the sidecar is damaged
         return None
     if index is None or index.shard.rows < min_rows or (folder / name).stat().st_size != index.shard.size:
         return None
