@@ -178,8 +178,9 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         table = Path(write_prompt_csv(Path(temporary) / "prompt.csv", config) if is_single else str(config.data))
         request = GenerationRequest(
-            table, out, store, student.spec, config.seed, config.segments, config.batch_size, rank, world
-        )
+            table, out, store, student.spec, config.seed, config.segments, config.batch_size, rank, world,
+            config.base_folder,
+        )  # fmt: skip
         with LeaderSampler(student) if shared_video else nullcontext(student) as sampler:
             return generate_videos(request, models, sampler, offload=offload)
 

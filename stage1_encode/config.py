@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.options import MODEL_HELP, check_fields, device_option, option, size_option
+from common.options import MODEL_HELP, base_folder_option, check_fields, device_option, option, size_option
 from common.video import VideoSpec
+from stage1_encode.media.rows import rows_folder
 
 DTYPES = ("float32", "bfloat16")
 VAE_DTYPES = ("float32", "tf32", "float16", "bfloat16")  # tf32: float32 weights, convolutions in TF32
@@ -40,6 +41,10 @@ class EncodeConfig:
     retry_failures: bool = option(
         False, "Re-encode shards with failed rows, e.g. after a missing disk was mounted.", group="failures"
     )
+    stop_after_failures: int = option(
+        50, "Stop when this many rows have failed and none has succeeded; 0 = never.", minimum=0, group="failures",
+        advanced=True,
+    )  # fmt: skip
     read_timeout: float = option(
         30.0, "Seconds per file to read it.", above=0, group="failures", advanced=True, old_name="time_limit"
     )
@@ -53,6 +58,7 @@ class EncodeConfig:
     )
     compile: bool = option(False, "Compile the encoders (a minute); faster from some thousand clips on.", group="speed")
     text_only: bool = option(False, "Allow rows without a video: their records have no first frame.", group="data")
+    base_folder: str | None = base_folder_option()
     text_batch_tokens: int = option(
         8192, "Prompt tokens embedded at once, with padding.", minimum=1, group="speed", advanced=True,
         old_name="text_tokens",
@@ -89,7 +95,10 @@ class EncodeConfig:
         # `model` may be a hub name, which looks like a relative path
         data, out = (str(Path(path).absolute()) for path in (self.data, self.out))
         model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
-        return replace(self, data=data, out=out, model=model)
+        folder, is_default = rows_folder(Path(self.data), self.base_folder), self.base_folder is None
+        # without the option paths follow the CSV when it is moved, except from a pipe
+        base = None if is_default and folder == Path(data).parent else str(folder)
+        return replace(self, data=data, out=out, model=model, base_folder=base)
 
     @property
     def spec(self) -> VideoSpec:

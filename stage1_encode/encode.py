@@ -57,7 +57,10 @@ def encode(config: EncodeConfig) -> EncodeReport:
     plan = make_encoding_plan(config, locate_model(config.model, ENCODER_PARTS))
     check_data_set_folder(folder)
     plan = check_plan(folder, plan)
-    shards = read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=config.text_only)
+    shards = read_shard_rows(
+        Path(config.data), shard_size=config.shard_size, text_only=config.text_only,
+        stop_after_failures=config.stop_after_failures,
+    )  # fmt: skip
     shards = chain([next(shards)], shards)  # reports an unusable CSV before the folder is created
     with FolderLock(folder, LOCK_FILE) as lock:
         data_set = DataSetFolder(folder, config, plan, lock)

@@ -108,7 +108,8 @@ def start_jobs(
 ) -> Iterator[ShardJob]:
     """Yield the jobs of shards {number: rows}; the prompts of the next one are tokenized meanwhile."""
     depth = 2 * (readers.count + config.batch_size)  # frames held in memory, across the borders of shards
-    rows_ahead = read_frames_ahead(chain.from_iterable(shards.values()), readers, Path(config.data), depth=depth)
+    all_rows, table = chain.from_iterable(shards.values()), Path(config.data)
+    rows_ahead = read_frames_ahead(all_rows, readers, table, depth=depth, base_folder=config.base_folder)
     frames = track_progress(rows_ahead, total=sum(len(rows) for rows in shards.values()), label="encode")
     waiting: deque[ShardJob] = deque()
     with ThreadPoolExecutor(1) as tokenizer:

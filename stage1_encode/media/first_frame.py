@@ -15,7 +15,7 @@ import av
 import numpy
 from PIL import Image, ImageOps
 
-from stage1_encode.media.rows import URL_PREFIXES
+from stage1_encode.media.rows import URL_PREFIXES, explain_missing_file
 from stage1_encode.media.video_frame import (
     NoDecoderError,
     UnreadableError,
@@ -97,7 +97,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _check_readable_file(path: Path) -> None:
     try:
         if not path.exists():
-            raise UnreadableError("does not exist")
+            raise UnreadableError(explain_missing_file(str(path)))
         if not path.is_file():  # opening a pipe would wait for a writer
             raise UnreadableError("is a folder" if path.is_dir() else "is no ordinary file")
         with path.open("rb") as file:

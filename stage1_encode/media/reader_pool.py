@@ -150,13 +150,13 @@ def default_worker_count() -> int:
 
 
 def read_frames_ahead(
-    rows: Iterable[Row], readers: ReaderPool, csv_path: Path, *, depth: int
+    rows: Iterable[Row], readers: ReaderPool, csv_path: Path, *, depth: int, base_folder: str | None = None
 ) -> Iterator["Future[FirstFrame] | None"]:
     """Yield each row's frame as a future, or None for a row without a usable file; `depth` rows are read ahead."""
     pending: deque[Future[FirstFrame] | None] = deque()
     for row in rows:
         is_readable = bool(row.path) and not row.problem
-        pending.append(readers.submit(locate_file(csv_path, row.path)) if is_readable else None)
+        pending.append(readers.submit(locate_file(csv_path, row.path, base_folder)) if is_readable else None)
         if len(pending) > depth:
             yield pending.popleft()
     yield from pending
