@@ -39,8 +39,6 @@ def encode_command(**options: object) -> None:
     state = "" if report.is_complete else " so far"
     summary = f"{report.records} records in {report.shards} shards, {report.failures} failed rows{state}"
     click.echo(f"{summary}: {report.folder}")
-    for item in report.notes:
-        click.echo(f"{item.records} records: {item.note}")
 
 
 @cli.command("verify", cls=ConfigCommand)
@@ -180,8 +178,9 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         table = Path(write_prompt_csv(Path(temporary) / "prompt.csv", config) if is_single else str(config.data))
         request = GenerationRequest(
-            table, out, store, student.spec, config.seed, config.segments, config.batch_size, rank, world
-        )
+            table, out, store, student.spec, config.seed, config.segments, config.batch_size, rank, world,
+            config.base_folder,
+        )  # fmt: skip
         with LeaderSampler(student) if shared_video else nullcontext(student) as sampler:
             return generate_videos(request, models, sampler, offload=offload)
 

@@ -76,6 +76,14 @@ def size_option(name: str, *, minimum: int | None = None, advanced: bool = False
     return option(*SIZE_OPTIONS[name], minimum=minimum, group="size", advanced=advanced)
 
 
+def base_folder_option() -> Any:  # noqa: ANN401
+    """The option `base_folder` of the commands that read a CSV."""
+    return option(
+        None, "Folder where relative paths of the CSV start; default: the CSV's.", path="input", group="data",
+        advanced=True,
+    )  # fmt: skip
+
+
 def device_option(*, advanced: bool = False) -> Any:  # noqa: ANN401
     """The option `device`, which `common.device.pick_device` understands."""
     text = "cpu, cuda, or auto: cuda if available."

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.files import write_file
+from common.files import read_json, write_file
 
 COMPARISON_FILE, LATENTS_STORE = "contest.json", "latents.zarr"  # in the folder of an evaluation
 
@@ -46,8 +46,5 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
 
 
 def read_comparison(folder: Path) -> Comparison:
-    """Read `contest.json`."""
-    fields = json.loads((folder / COMPARISON_FILE).read_bytes())
-    contestants = tuple(Candidate(**candidate) for candidate in fields["contestants"])
-    lists = {name: tuple(fields[name]) for name in ("seeds", "references")}  # JSON has no tuples
-    return Comparison(**fields | lists | {"contestants": contestants})
+    """Read `contest.json`; ValueError if it is missing or damaged."""
+    return read_json(folder / COMPARISON_FILE, Comparison)

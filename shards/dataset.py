@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, compress
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy
 from torch import Tensor
 
 from shards.manifest import Manifest, ShardInfo, load_manifest, load_negative_embedding
-from shards.record import TENSORS_SUFFIX, Record, from_members
+from shards.record import TENSORS_SUFFIX, Record, from_members, schema_problems
 from shards.shuffle import permute_index
 from shards.storage.open import Storage, open_storage, read_verified_file, read_with_retry
 from shards.writer import ShardIndex, index_file_name, parse_index
@@ -58,8 +59,20 @@ class DataSet:
             return list(compress(member_names[first : first + 2], damaged))
 
         data = read_with_retry(self.storage, damaged_members, name, start, size)
-        key = member_names[first].removesuffix(f".{TENSORS_SUFFIX}")
-        return from_members(key, data[:tensors_size], data[gap_end:])
+        return self._parse_record(name, member_names[first], data[:tensors_size], data[gap_end:])
+
+    def _parse_record(self, shard: str, member: str, tensors: memoryview, metadata: memoryview) -> Record:
+        """A record from the bytes of its members; ValueError naming the member if it does not fit the manifest."""
+        manifest = self.manifest
+        try:
+            record = from_members(member.removesuffix(f".{TENSORS_SUFFIX}"), tensors, metadata)
+            problems = schema_problems(record, manifest.spec.first_frame_shape, manifest.encoder.text_dim)
+        except ValueError as error:
+            problems = [str(error)]
+        if problems:
+            problem = f"is not a record of this data set ({'; '.join(problems)})"
+            raise ValueError(f"{self.storage.location}/{shard}: {member}: {problem}; run verify --repair")
+        return record
 
     def record_index(self, position: int, *, seed: int) -> int:
         """Number of the record at a position of the endless order of `seed`."""
@@ -75,8 +88,12 @@ class DataSet:
 
 
 def read_shard_index(storage: Storage, shard: ShardInfo) -> ShardIndex:
-    """The content of a shard's sidecar; ValueError if its hash is not the manifest's."""
-    return parse_index(read_verified_file(storage, index_file_name(shard.name), shard.index_sha256))
+    """The content of a shard's sidecar; ValueError if it is not what the manifest says of it."""
+    name = index_file_name(shard.name)
+    index = parse_index(read_verified_file(storage, name, shard.index_sha256), f"{storage.location}/{name}")
+    if replace(index.shard, name=shard.name) != shard:
+        raise ValueError(f"{storage.location}/{name}: describes {index.shard}, the manifest {shard}")
+    return index
 
 
 def open_data_set(prefix: str | Path, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> DataSet:

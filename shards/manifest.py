@@ -6,13 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from common.files import write_file
+from common.files import Count, parse_json, write_file
 from common.model_folder import same_fingerprint
 from common.video import VideoSpec
 from shards.storage.open import LocalStorage, Storage, read_verified_file
@@ -34,23 +33,31 @@ class EncoderInfo:
     tokenizer: str
     vae_dtype: str
     text_dtype: str
-    text_dim: int  # D
+    text_dim: Count  # D
     negative_prompt: str
 
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """One finished tar."""
+    """One finished tar; ValueError if its name is not that of a shard."""
 
     name: str
-    records: int
-    rows: int  # CSV rows it covers: records + failures
+    records: Count
+    rows: Count  # CSV rows it covers: records + failures
     sha256: str
-    size: int  # bytes
+    size: Count  # bytes
     index_sha256: str = ""  # of the sidecar; empty within the sidecar itself
 
+    def __post_init__(self) -> None:
+        if not SHARD_NAME_PATTERN.fullmatch(self.name):  # such as ../../victim, which verify --repair would delete
+            raise ValueError(f"names a shard {self.name!r}, which is not shard-NUMBER.tar")
 
-SHARD_FIELDS = ShardInfo.__annotations__.keys()
+
+@dataclass(frozen=True)
+class ManifestSchema:
+    """The field of the manifest that says how to read the others."""
+
+    schema: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Manifest:
     spec: VideoSpec
     encoder: EncoderInfo
     shards: tuple[ShardInfo, ...]
-    failures: int
+    failures: Count
     negative_sha256: str = ""  # of the file; filled in by write_manifest
 
     @property
@@ -104,12 +111,6 @@ def hash_matches(data: memoryview) -> bool:
     return stated.group(1).decode() == digest.hexdigest()
 
 
-def _parse_shard_or_dict(fields: dict[str, Any]) -> object:
-    # Called for each JSON object: 200,000 shards never exist as dicts, which take ten times the memory.
-    # The shards of another schema stay dicts, so that the error names the schema.
-    return ShardInfo(**fields) if fields.keys() == SHARD_FIELDS else fields
-
-
 def load_manifest(storage: Storage) -> Manifest:
     """The manifest, never from a cache; ValueError if it is damaged, empty or of another schema."""
     path = f"{storage.location}/{MANIFEST_FILE}"
@@ -118,36 +119,40 @@ def load_manifest(storage: Storage) -> Manifest:
         data = storage.read(MANIFEST_FILE, fresh=True)
     if not hash_matches(data):
         raise ValueError(f"{path}: is damaged (its hash differs) or not a manifest; run the encode command again")
-    try:
-        fields = json.loads(str(data, "utf-8"), object_hook=_parse_shard_or_dict)
-        if fields["schema"] != SCHEMA_VERSION:
-            remedy = f"this version reads only {SCHEMA_VERSION}; use the version that made it, or encode again"
-            raise ValueError(f"{path}: has schema {fields['schema']}, {remedy}")
-        spec, encoder = VideoSpec(**fields["spec"]), EncoderInfo(**fields["encoder"])
-        shards: tuple[ShardInfo, ...] = tuple(fields["shards"])
-        manifest = Manifest(SCHEMA_VERSION, spec, encoder, shards, fields["failures"], fields["negative_sha256"])
-        invalid_names = [shard.name for shard in shards if not SHARD_NAME_PATTERN.fullmatch(shard.name)]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a manifest ({error}); encode again") from error
-    if invalid_names:  # such as ../../victim, which verify --repair would delete
-        raise ValueError(f"{path}: names a shard {invalid_names[0]!r}, which is not shard-NUMBER.tar; encode again")
+    schema = parse_json(data, ManifestSchema, path).schema  # first, as another schema may have other fields
+    if schema != SCHEMA_VERSION:
+        remedy = f"this version reads only {SCHEMA_VERSION}; use the version that made it, or encode again"
+        raise ValueError(f"{path}: has schema {schema}, {remedy}")
+    manifest = parse_json(data, Manifest, path)
     if manifest.records == 0:
         raise ValueError(f"shards={storage.location}: the data set is empty")
     return manifest
 
 
 def load_negative_embedding(storage: Storage, manifest: Manifest) -> Tensor:
-    """The negative prompt's embedding (L D) bf16; ValueError if its hash is not the manifest's."""
-    return load(bytes(read_verified_file(storage, NEGATIVE_FILE, manifest.negative_sha256)))["text"]
+    """The negative prompt's embedding (L D) bf16; ValueError if its hash or shape is not the manifest's."""
+    data, path = read_verified_file(storage, NEGATIVE_FILE, manifest.negative_sha256), storage.location
+    negative = parse_embedding(bytes(data), f"{path}/{NEGATIVE_FILE}")
+    if negative.ndim != 2 or negative.shape[1] != manifest.encoder.text_dim or not negative.isfinite().all():
+        raise ValueError(f"{path}/{NEGATIVE_FILE}: is {tuple(negative.shape)}, or holds NaN or infinity")
+    return negative
+
+
+def parse_embedding(data: bytes, where: object) -> Tensor:
+    """The tensor `text` of a safetensors file; ValueError that begins with `where` if there is none."""
+    try:
+        return load(data)["text"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{where}: is not an embedding ({error}); delete it and run encode again") from error
 
 
 def read_negative_embedding(folder: Path) -> Tensor:
     """The negative prompt's embedding (L D) bf16 of a folder without a manifest; ValueError if it is missing."""
     path = folder / NEGATIVE_FILE
     try:
-        return load(path.read_bytes())["text"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: missing or damaged; delete it and run encode again ({error})") from error
+        return parse_embedding(path.read_bytes(), path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}); run encode again") from error
 
 
 def same_value(name: str, one: object, other: object) -> bool:

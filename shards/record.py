@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from common.condition import Condition
+from common.files import Count, parse_json
 from common.video import TEXT_LENGTH
 
 TENSORS_SUFFIX, METADATA_SUFFIX = "safetensors", "json"  # member names are KEY.safetensors and KEY.json
@@ -25,11 +27,10 @@ class RecordSource:
 
     prompt: str
     path: str  # as written in the CSV; "" = text only
-    line: int  # of the CSV, counted from 1
-    frame: int = 0  # index of the frame taken from the file
-    size: tuple[int, int] | None = None  # (height, width) of the upright source frame in pixels
+    line: Count  # of the CSV, counted from 1
+    frame: Count = 0  # index of the frame taken from the file
+    size: tuple[Count, Count] | None = None  # (height, width) of the upright source frame in pixels
     seed: int | None = None  # of the sampler, if the CSV has one
-    color: str = ""  # what was done to the colors of the first frame; "" = nothing, and KEY.json does not hold it
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,23 @@ class Record:
     text: Tensor  # (L D) bf16, without padding
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """One entry of a safetensors header."""
+
+    dtype: Literal["BF16", "F16", "F32"]
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, Count]  # begin and end, in bytes after the header
+
+
+@dataclass(frozen=True)
+class TensorsHeader:
+    """The header of KEY.safetensors. Its fields are the names of the tensors; others are ignored."""
+
+    text: StoredTensor
+    first_frame: StoredTensor | None = None
+
+
 def is_plain_name(key: str) -> bool:
     """Whether a key, which becomes a file name, cannot leave its folder."""
     return bool(key) and ".." not in key and not set(key) & set("/\\\0")
@@ -51,37 +69,51 @@ def to_members(record: Record) -> dict[str, bytes]:
     """Serialise a record as {member name: bytes}; equal records give equal bytes."""
     tensors = {"text": record.text} | ({} if record.first_frame is None else {"first_frame": record.first_frame})
     stored = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
-    fields = {name: value for name, value in vars(record.source).items() if name != "color" or value}
-    metadata = json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
+    metadata = json.dumps(vars(record.source), ensure_ascii=False, sort_keys=True).encode()
     return {f"{record.key}.{TENSORS_SUFFIX}": save_tensors(stored), f"{record.key}.{METADATA_SUFFIX}": metadata}
 
 
-def parse_safetensors(data: bytes | memoryview) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError or KeyError if it is not one.
+def parse_tensors(data: bytes | memoryview) -> tuple[Tensor, Tensor | None]:
+    """Text and first frame of KEY.safetensors; ValueError if it is not the safetensors file of a record.
 
     Layout: 8 bytes length of the header, JSON header, tensors (https://github.com/huggingface/safetensors).
     """
     # The library copies twice (0.1 ms per record); here the memory of a writable view becomes the tensors (0.01 ms).
     view = data if isinstance(data, memoryview) and not data.readonly else memoryview(bytearray(data))
     start = 8 + int.from_bytes(view[:8], "little")
-    tensors = {}
-    for name, entry in json.loads(bytes(view[8:start])).items():
-        shape, (first, end), dtype = entry["shape"], entry["data_offsets"], SAFETENSORS_DTYPES[entry["dtype"]]
-        tensor_bytes = view[start + first : start + end]
-        if math.prod(shape) * dtype.itemsize != len(tensor_bytes):
-            raise ValueError(f"tensor {name} of {shape} has {len(tensor_bytes)} bytes")
-        tensors[name] = torch.frombuffer(tensor_bytes, dtype=dtype).view(shape)
-    return tensors
+    header = parse_json(view[8:start], TensorsHeader, "the header of the tensors")
+    first_frame = None if header.first_frame is None else _view_tensor(view[start:], header.first_frame)
+    return _view_tensor(view[start:], header.text), first_frame
+
+
+def _view_tensor(data: memoryview, stored: StoredTensor) -> Tensor:
+    (begin, end), dtype = stored.data_offsets, SAFETENSORS_DTYPES[stored.dtype]
+    tensor_bytes = data[begin:end]
+    if not 0 < math.prod(stored.shape) * dtype.itemsize == len(tensor_bytes) == end - begin:
+        raise ValueError(f"a tensor of shape {stored.shape} has {len(tensor_bytes)} bytes")
+    return torch.frombuffer(tensor_bytes, dtype=dtype).view(stored.shape)
 
 
 def from_members(key: str, tensors: bytes | memoryview, metadata: bytes | memoryview) -> Record:
     """Rebuild a record from the bytes of its two members; the tensors share the memory of a writable view."""
     if not is_plain_name(key):
         raise ValueError(f"key {key!r}: holds a path; it must be a plain name")
-    loaded = parse_safetensors(tensors)
-    source = json.loads(bytes(metadata))
-    source["size"] = tuple(source["size"]) if source["size"] else None  # JSON has no tuples
-    return Record(key, RecordSource(**source), loaded.get("first_frame"), loaded["text"])
+    text, first_frame = parse_tensors(tensors)
+    return Record(key, parse_json(metadata, RecordSource, f"{key}.{METADATA_SUFFIX}"), first_frame, text)
+
+
+def schema_problems(record: Record, first_frame_shape: Sequence[int], text_dim: int) -> list[str]:
+    """What a record of a data set of these shapes must not have, in words."""
+    frame, text, shape = record.first_frame, record.text, tuple(first_frame_shape)
+    reasons = []
+    if frame is not None and (tuple(frame.shape) != shape or frame.dtype != torch.bfloat16):
+        reasons.append(f"first_frame is {tuple(frame.shape)} {frame.dtype}, expected {shape} bfloat16")
+    fits = text.ndim == 2 and 1 <= text.shape[0] <= TEXT_LENGTH and text.shape[1] == text_dim
+    if not fits or text.dtype != torch.bfloat16:
+        reasons.append(f"text is {tuple(text.shape)} {text.dtype}, expected (1..{TEXT_LENGTH}, {text_dim}) bfloat16")
+    if not record.source.prompt.strip():
+        reasons.append("the prompt is empty")
+    return reasons
 
 
 def pad_text(text: Tensor, length: int = TEXT_LENGTH) -> Tensor:

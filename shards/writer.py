@@ -9,17 +9,15 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from itertools import starmap
 from pathlib import Path
-from types import MappingProxyType
 
 import webdataset
 
-from common.files import write_file
+from common.files import Count, parse_json, write_file
 from shards.manifest import ShardInfo
-from shards.record import Record, to_members
+from shards.record import METADATA_SUFFIX, TENSORS_SUFFIX, Record, to_members
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,9 @@ class TarMember:
     """The position and the hashes of one member's data in its tar."""
 
     name: str
-    offset: int  # bytes; the header before the data is not counted
-    size: int  # bytes
-    crc32: int  # of the data; cheap enough to check at every read
+    offset: Count  # bytes; the header before the data is not counted
+    size: Count  # bytes
+    crc32: Count  # of the data; cheap enough to check at every read
     sha256: str  # of the data; checked by verify
 
 
@@ -37,17 +35,9 @@ class TarMember:
 class RowFailure:
     """A CSV row without a record."""
 
-    line: int
+    line: Count
     path: str
     reason: str
-
-
-@dataclass(frozen=True)
-class NoteCount:
-    """How many records something is known of that a report should tell."""
-
-    note: str
-    records: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,6 @@ class ShardIndex:
     rows_sha256: str  # of the CSV rows that it covers
     members: tuple[TarMember, ...]  # two per record: KEY.safetensors, then KEY.json
     failures: tuple[RowFailure, ...]
-    notes: tuple[NoteCount, ...] = ()  # sorted; the file does not hold an empty tuple
 
 
 def shard_file_name(number: int) -> str:
@@ -72,28 +61,18 @@ def index_file_name(name: str) -> str:
 
 
 def write_shard(
-    folder: Path,
-    name: str,
-    records: Iterable[Record],
-    *,
-    failures: Iterable[RowFailure],
-    rows_sha256: str,
-    notes: Mapping[str, int] = MappingProxyType({}),
+    folder: Path, name: str, records: Iterable[Record], *, failures: Iterable[RowFailure], rows_sha256: str
 ) -> ShardIndex:
-    """Write the tar `name` and its sidecar into `folder` and return the sidecar's content.
-
-    notes: {note: number of records}.
-    """
+    """Write the tar `name` and its sidecar into `folder` and return the sidecar's content."""
     tar_bytes, members = build_tar(records)
     num_records, row_failures = len(members) // 2, tuple(failures)
     num_rows = num_records + len(row_failures)
     shard = ShardInfo(name, num_records, num_rows, hashlib.sha256(tar_bytes).hexdigest(), len(tar_bytes))
-    index = ShardIndex(shard, rows_sha256, members, row_failures, tuple(starmap(NoteCount, sorted(notes.items()))))
-    fields = {name: value for name, value in asdict(index).items() if name != "notes" or value}
-    sidecar = (json.dumps(fields, ensure_ascii=False) + "\n").encode()
+    index = ShardIndex(shard, rows_sha256, members, row_failures)
+    sidecar = (json.dumps(asdict(index), ensure_ascii=False) + "\n").encode()
     write_file(folder / name, tar_bytes)
     write_file(folder / index_file_name(name), sidecar)
-    return parse_index(sidecar)
+    return parse_index(sidecar, name)
 
 
 def build_tar(records: Iterable[Record]) -> tuple[memoryview, tuple[TarMember, ...]]:
@@ -115,14 +94,26 @@ def build_tar(records: Iterable[Record]) -> tuple[memoryview, tuple[TarMember, .
 def read_index(folder: Path, name: str) -> ShardIndex | None:
     """The sidecar of the tar `name`; None if the shard is not finished."""
     sidecar = folder / index_file_name(name)
-    return parse_index(sidecar.read_bytes()) if sidecar.is_file() and (folder / name).is_file() else None
+    return parse_index(sidecar.read_bytes(), sidecar) if sidecar.is_file() and (folder / name).is_file() else None
 
 
-def parse_index(data: bytes | memoryview) -> ShardIndex:
-    """The content of a sidecar; `index_sha256` of its shard is the hash of `data`."""
-    fields = json.loads(str(data, "utf-8"))
-    shard = replace(ShardInfo(**fields["shard"]), index_sha256=hashlib.sha256(data).hexdigest())
-    members = tuple(TarMember(**member) for member in fields["members"])
-    failures = tuple(RowFailure(**failure) for failure in fields["failures"])
-    notes = tuple(NoteCount(**note) for note in fields.get("notes", ()))
-    return ShardIndex(shard, fields["rows_sha256"], members, failures, notes)
+def parse_index(data: bytes | memoryview, where: object) -> ShardIndex:
+    """The content of a sidecar, the hash of `data` filled in; ValueError that begins with `where` if it is damaged."""
+    index = parse_json(data, ShardIndex, where)
+    check_members(index, where)
+    return replace(index, shard=replace(index.shard, index_sha256=hashlib.sha256(data).hexdigest()))
+
+
+def check_members(index: ShardIndex, where: object) -> None:
+    """Raise ValueError if the members of a sidecar are not pairs, one per record, in order within the tar."""
+    shard, end = index.shard, 0
+    if (len(index.members), len(index.failures)) != (2 * shard.records, shard.rows - shard.records):
+        raise ValueError(f"{where}: does not describe {shard.records} records of {shard.rows} rows")
+    for member in index.members:  # before anything of the stated size is read
+        if member.offset < end or member.offset + member.size > shard.size:
+            problem = f"{member.size} bytes from {member.offset} on are not between the members of the tar"
+            raise ValueError(f"{where}: {member.name}: {problem}")
+        end = member.offset + member.size
+    for tensors, metadata in zip(index.members[::2], index.members[1::2], strict=True):
+        if metadata.name != f"{tensors.name.removesuffix(f'.{TENSORS_SUFFIX}')}.{METADATA_SUFFIX}":
+            raise ValueError(f"{where}: {tensors.name} and {metadata.name} are not the two members of a record")

@@ -4,13 +4,13 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.options import MODEL_HELP, check_fields, device_option, option, size_option
+from common.options import MODEL_HELP, base_folder_option, check_fields, device_option, option, size_option
 from common.video import VideoSpec
+from stage1_encode.media.rows import rows_folder
 
 DTYPES = ("float32", "bfloat16")
 VAE_DTYPES = ("float32", "tf32", "float16", "bfloat16")  # tf32: float32 weights, convolutions in TF32
 ENGINES = ("local", "ray")
-HDR_RULES, UNTAGGED_HD_RULES = ("tonemap", "refuse"), ("bt601", "bt709")
 NEGATIVE_PROMPT = (  # the official one of Wan2.2; do not translate it
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
@@ -41,6 +41,10 @@ class EncodeConfig:
     retry_failures: bool = option(
         False, "Re-encode shards with failed rows, e.g. after a missing disk was mounted.", group="failures"
     )
+    stop_after_failures: int = option(
+        50, "Stop when this many rows have failed and none has succeeded; 0 = never.", minimum=0, group="failures",
+        advanced=True,
+    )  # fmt: skip
     read_timeout: float = option(
         30.0, "Seconds per file to read it.", above=0, group="failures", advanced=True, old_name="time_limit"
     )
@@ -54,16 +58,7 @@ class EncodeConfig:
     )
     compile: bool = option(False, "Compile the encoders (a minute); faster from some thousand clips on.", group="speed")
     text_only: bool = option(False, "Allow rows without a video: their records have no first frame.", group="data")
-    hdr: str = option(
-        "tonemap", "Read HDR (HLG, PQ) as SDR, or let its rows fail.", choices=HDR_RULES, group="data", advanced=True
-    )
-    untagged_hd: str = option(
-        "bt601",
-        "Matrix of HD videos that name none: FFmpeg takes bt601, players bt709.",
-        choices=UNTAGGED_HD_RULES,
-        group="data",
-        advanced=True,
-    )
+    base_folder: str | None = base_folder_option()
     text_batch_tokens: int = option(
         8192, "Prompt tokens embedded at once, with padding.", minimum=1, group="speed", advanced=True,
         old_name="text_tokens",
@@ -100,7 +95,10 @@ class EncodeConfig:
         # `model` may be a hub name, which looks like a relative path
         data, out = (str(Path(path).absolute()) for path in (self.data, self.out))
         model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
-        return replace(self, data=data, out=out, model=model)
+        folder, is_default = rows_folder(Path(self.data), self.base_folder), self.base_folder is None
+        # without the option paths follow the CSV when it is moved, except from a pipe
+        base = None if is_default and folder == Path(data).parent else str(folder)
+        return replace(self, data=data, out=out, model=model, base_folder=base)
 
     @property
     def spec(self) -> VideoSpec:

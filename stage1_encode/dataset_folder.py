@@ -10,16 +10,15 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from common.files import FolderLock, refuse_foreign_files, write_file
+from common.files import FolderLock, read_json, refuse_foreign_files, write_file
 from common.model_folder import fingerprint_folder
 from common.options import write_config
 from common.video import VideoSpec
 from shards.manifest import (
     MANIFEST_FILE,
-    MODEL_FIELDS,
     NEGATIVE_FILE,
     SCHEMA_VERSION,
     EncoderInfo,
@@ -52,11 +51,6 @@ class EncodingPlan:
     compile: bool  # compiled kernels and other batches round differently
     batch_size: int
     text_tokens: int
-    hdr: str = "tonemap"  # fields with a default came later: a plan without them was made with the default
-    untagged_hd: str = "bt601"
-
-
-PLAN_DEFAULTS = {item.name: item.default for item in fields(EncodingPlan) if item.default is not MISSING}
 
 
 @dataclass(frozen=True)
@@ -88,8 +82,6 @@ def make_encoding_plan(config: EncodeConfig, model: Path) -> EncodingPlan:
         config.compile,
         config.batch_size,
         config.text_batch_tokens,
-        config.hdr,
-        config.untagged_hd,
     )
 
 
@@ -117,22 +109,17 @@ def check_plan(folder: Path, plan: EncodingPlan) -> EncodingPlan:
         if (folder / shard_file_name(0)).exists():  # its settings are unknown
             raise ValueError(f"out={folder}: holds shards and no {PLAN_FILE}; give a new folder")
         return plan
-    try:
-        written = _flatten_fields(PLAN_DEFAULTS | json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: is damaged; give a new folder") from error
-    differences = list_differences(_flatten_fields(asdict(plan)), written)
+    written = read_json(path, EncodingPlan)
+    differences = list_differences(_flatten_fields(asdict(plan)), _flatten_fields(asdict(written)))
     if differences:
         raise ValueError(f"out={folder}: was begun with other settings: {'; '.join(differences)}; give a new folder")
-    vae, text_encoder, tokenizer = (str(written[f"encoder.{name}"]) for name in MODEL_FIELDS)
-    encoder = replace(plan.encoder, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
-    return replace(plan, encoder=encoder)  # so that the manifest has the fingerprints of the plan
+    return written  # so that the manifest has the fingerprints of the plan
 
 
-def _flatten_fields(nested_fields: dict[str, object]) -> dict[str, object]:
+def _flatten_fields(fields: dict[str, object]) -> dict[str, object]:
     """The fields with the names of nested ones joined, as `encoder.vae`."""
     flattened: dict[str, object] = {}
-    for name, value in nested_fields.items():
+    for name, value in fields.items():
         nested = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
         flattened |= nested
     return flattened
@@ -143,7 +130,7 @@ def read_finished_index(folder: Path, number: int, min_rows: int = 0) -> ShardIn
     name = shard_file_name(number)
     try:
         index = read_index(folder, name)
-    except (ValueError, KeyError, TypeError):  # the sidecar is damaged
+    except ValueError:  # the sidecar is damaged
         return None
     if index is None or index.shard.rows < min_rows or (folder / name).stat().st_size != index.shard.size:
         return None

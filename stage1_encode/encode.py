@@ -3,17 +3,16 @@
 import logging
 import sys
 import time
-from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain, starmap
+from itertools import chain
 from pathlib import Path
 
 from common.device import pick_device
 from common.files import FolderLock
 from common.model_folder import locate_model
 from shards.manifest import NEGATIVE_FILE
-from shards.writer import NoteCount, ShardIndex
+from shards.writer import ShardIndex
 from stage1_encode.config import EncodeConfig
 from stage1_encode.dataset_folder import (
     FAILURES_FILE,
@@ -45,7 +44,6 @@ class EncodeReport:
     failures: int  # rows without a record
     shards: int  # finished ones
     is_complete: bool  # False = shards of other jobs are still missing
-    notes: tuple[NoteCount, ...] = ()  # most frequent first
 
 
 def encode(config: EncodeConfig) -> EncodeReport:
@@ -59,7 +57,10 @@ def encode(config: EncodeConfig) -> EncodeReport:
     plan = make_encoding_plan(config, locate_model(config.model, ENCODER_PARTS))
     check_data_set_folder(folder)
     plan = check_plan(folder, plan)
-    shards = read_shard_rows(Path(config.data), shard_size=config.shard_size, text_only=config.text_only)
+    shards = read_shard_rows(
+        Path(config.data), shard_size=config.shard_size, text_only=config.text_only,
+        stop_after_failures=config.stop_after_failures,
+    )  # fmt: skip
     shards = chain([next(shards)], shards)  # reports an unusable CSV before the folder is created
     with FolderLock(folder, LOCK_FILE) as lock:
         data_set = DataSetFolder(folder, config, plan, lock)
@@ -118,9 +119,4 @@ def build_report(
             f"the reasons are in {folder / FAILURES_FILE}, the other {records} records are in place; "
             "--retry-failures tries the failed rows again"
         )
-    notes = Counter[str]()
-    for index in indices:
-        notes.update({item.note: item.records for item in index.notes})
-    return EncodeReport(
-        folder, records, failures, len(indices), is_complete, tuple(starmap(NoteCount, notes.most_common()))
-    )
+    return EncodeReport(folder, records, failures, len(indices), is_complete)

@@ -11,6 +11,7 @@ import numpy
 from shards.storage.cache import DiskCache
 from shards.storage.object_store import CLIENT_ERRORS, ObjectStore
 
+MAX_FILE_BYTES = 2**30  # of a file that is read completely: manifest, sidecar and the like
 URL_SCHEMES = tuple(CLIENT_ERRORS)
 
 
@@ -23,7 +24,10 @@ class LocalStorage:
     def read(self, name: str, start: int = 0, size: int | None = None, *, fresh: bool = False) -> memoryview:
         """Up to `size` bytes of a file from `start` on (None = all), in writable memory; `fresh` changes nothing."""
         with (Path(self.location) / name).open("rb", buffering=0) as file:
-            length = max(0, os.fstat(file.fileno()).st_size - start) if size is None else size
+            available = max(0, os.fstat(file.fileno()).st_size - start)
+            if size is None and available > MAX_FILE_BYTES:
+                raise ValueError(f"{self.location}/{name}: has {available} bytes; no such file of a data set is read")
+            length = available if size is None else min(size, available)  # a stated size may be any number
             buffer = numpy.empty(length, numpy.uint8).data  # unlike a bytearray, not zeroed before it is filled
             file.seek(start)
             return buffer[: file.readinto(buffer)]

@@ -99,7 +99,7 @@ def _failure_problems(storage: Storage, manifest: Manifest, reports: Sequence[Sh
         rows = list(csv.reader(io.StringIO(text, newline="")))
     except FileNotFoundError:  # a copy for people may be deleted
         return
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         rows = [[str(error)]]
     if rows != [["line", "path", "reason"], *([str(item.line), item.path, item.reason] for item in failures)]:
         yield DataProblem(FAILURES_FILE, "", "is not the list of the failures in the sidecars")

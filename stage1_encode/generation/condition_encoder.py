@@ -6,7 +6,7 @@ Shapes: C channels, H W latent size, X Y pixels.
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -71,7 +71,13 @@ def load_condition_encoder(
 
 
 def encode_conditions(
-    encoder: ConditionEncoder, rows: Sequence[Row], table: Path, spec: VideoSpec, *, keep_text_on_device: bool
+    encoder: ConditionEncoder,
+    rows: Sequence[Row],
+    table: Path,
+    spec: VideoSpec,
+    *,
+    keep_text_on_device: bool,
+    base_folder: str | None = None,
 ) -> list[Record]:
     """Return the records of rows, in bfloat16 with the same numbers as `encode`.
 
@@ -81,7 +87,8 @@ def encode_conditions(
     row_encoder = encoder.rows
     prompts, tokens = row_encoder.tokenize_prompts([row.prompt for row in rows])
     with ThreadPoolExecutor(PICTURE_THREADS) as pool:  # PIL and decord release the interpreter lock
-        pending_pictures = pool.map(lambda row, prompt: read_row_picture(row, prompt, table, spec), rows, prompts)
+        read_picture = partial(read_row_picture, table=table, spec=spec, base_folder=base_folder)
+        pending_pictures = pool.map(read_picture, rows, prompts)
         encoder.text_tensors.move_to(encoder.device)
         embeddings = row_encoder.embed_tokens(tokens, max_tokens=TEXT_BATCH_TOKENS)
         pictures = list(pending_pictures)
@@ -100,14 +107,16 @@ def encode_conditions(
     ]
 
 
-def read_row_picture(row: Row, prompt: str, table: Path, spec: VideoSpec) -> Tensor | str | None:
+def read_row_picture(
+    row: Row, prompt: str, table: Path, spec: VideoSpec, base_folder: str | None = None
+) -> Tensor | str | None:
     """Return a row's first frame (X Y 3) uint8, None if it names no picture, or the reason why it cannot be used."""
     if problem := row.problem_with(prompt):
         return problem
     if not row.path:
         return None
     try:
-        frame = read_first_frame(locate_file(table, row.path), height=spec.height, width=spec.width)
+        frame = read_first_frame(locate_file(table, row.path, base_folder), height=spec.height, width=spec.width)
     except UnreadableError as error:
         return str(error)
     return torch.from_numpy(frame.pixels.copy())  # the array may be read-only

@@ -59,6 +59,7 @@ class GenerationRequest:
     batch_size: int = 1
     rank: int = 0  # this process generates every world-th row, starting with its rank
     world: int = 1
+    base_folder: str | None = None  # where relative paths of the CSV start, if not in its folder
 
     def seed_of(self, source: Row | RecordSource) -> int:
         """Return the seed of a row."""
@@ -161,7 +162,10 @@ class VideoGenerator:
         table, spec, batch_size = self.request.csv_path, self.request.spec, self.request.batch_size
         if self.offload:
             self.sampler.move_to(CPU)  # the text encoder takes its place
-        records = encode_conditions(self.encoder, rows, table, spec, keep_text_on_device=not self.offload)
+        records = encode_conditions(
+            self.encoder, rows, table, spec,
+            keep_text_on_device=not self.offload, base_folder=self.request.base_folder,
+        )  # fmt: skip
         for indices in group_by_first_frame(records, batch_size):
             previous_jobs = self.jobs[-batch_size:]
             self.generate_batch([records[index] for index in indices])

@@ -16,7 +16,6 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,7 +23,6 @@ from pathlib import Path
 import numpy
 
 from common.video import VideoSpec
-from stage1_encode.media.color import DEFAULT_RULES, ColorRules
 from stage1_encode.media.first_frame import FirstFrame, UnreadableError, read_first_frame
 from stage1_encode.media.rows import Row, locate_file
 
@@ -35,9 +33,7 @@ MAX_WORKERS = 16
 START_TIMEOUT_SECONDS = 60.0
 
 
-def serve_first_frames(
-    connection: Connection, height: int, width: int, time_limit: float, rules: ColorRules = DEFAULT_RULES
-) -> None:
+def serve_first_frames(connection: Connection, height: int, width: int, time_limit: float) -> None:
     """Answer each path that arrives with a JSON header and pixels (H W 3), until the other end is closed."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its children
@@ -47,8 +43,8 @@ def serve_first_frames(
         signal.setitimer(signal.ITIMER_REAL, time_limit)  # its default action ends the process, inside a decoder too
         header, body = dict[str, object](), b""
         try:
-            frame = read_first_frame(path, height=height, width=width, rules=rules)
-            header["size"], header["color"], body = frame.size, frame.color, frame.pixels.tobytes()
+            frame = read_first_frame(path, height=height, width=width)
+            header["size"], body = frame.size, frame.pixels.tobytes()
         except UnreadableError as error:
             header["reason"] = str(error)
         except MemoryError:
@@ -62,13 +58,13 @@ def serve_first_frames(
 class ReaderProcess:
     """A child process that reads first frames; used by one thread at a time."""
 
-    def __init__(self, spec: VideoSpec, time_limit: float, rules: ColorRules = DEFAULT_RULES) -> None:
-        self.spec, self.time_limit, self.rules = spec, time_limit, rules
+    def __init__(self, spec: VideoSpec, time_limit: float) -> None:
+        self.spec, self.time_limit = spec, time_limit
         self._start_process()
 
     def _start_process(self) -> None:
         self.connection, child_end = Pipe()
-        arguments = (child_end.fileno(), self.spec.height, self.spec.width, self.time_limit, *astuple(self.rules))
+        arguments = (child_end.fileno(), self.spec.height, self.spec.width, self.time_limit)
         command = [sys.executable, "-m", "stage1_encode.media.reader_pool", *map(str, arguments)]
         self.process = subprocess.Popen(
             command, cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL, pass_fds=(child_end.fileno(),)
@@ -98,7 +94,7 @@ class ReaderProcess:
         if "reason" in header:
             raise UnreadableError(header["reason"])
         pixels = numpy.frombuffer(body, numpy.uint8).reshape(self.spec.height, self.spec.width, 3)
-        return FirstFrame(pixels, tuple(header["size"]), header["color"])
+        return FirstFrame(pixels, tuple(header["size"]))
 
     def _restart_process(self) -> str:
         """Restart a crashed or hanging child and return the cause."""
@@ -122,12 +118,12 @@ class ReaderProcess:
 class ReaderPool:
     """Several reader processes behind one queue."""
 
-    def __init__(self, count: int, spec: VideoSpec, time_limit: float, rules: ColorRules = DEFAULT_RULES) -> None:
+    def __init__(self, count: int, spec: VideoSpec, time_limit: float) -> None:
         self.count = count
         self.idle_processes: queue.SimpleQueue[ReaderProcess] = queue.SimpleQueue()
         self.threads = ThreadPoolExecutor(count, thread_name_prefix="read")
         for _ in range(count):
-            self.idle_processes.put(ReaderProcess(spec, time_limit, rules))
+            self.idle_processes.put(ReaderProcess(spec, time_limit))
 
     def submit(self, path: str) -> "Future[FirstFrame]":
         """Begin to read a file."""
@@ -154,13 +150,13 @@ def default_worker_count() -> int:
 
 
 def read_frames_ahead(
-    rows: Iterable[Row], readers: ReaderPool, csv_path: Path, *, depth: int
+    rows: Iterable[Row], readers: ReaderPool, csv_path: Path, *, depth: int, base_folder: str | None = None
 ) -> Iterator["Future[FirstFrame] | None"]:
     """Yield each row's frame as a future, or None for a row without a usable file; `depth` rows are read ahead."""
     pending: deque[Future[FirstFrame] | None] = deque()
     for row in rows:
         is_readable = bool(row.path) and not row.problem
-        pending.append(readers.submit(locate_file(csv_path, row.path)) if is_readable else None)
+        pending.append(readers.submit(locate_file(csv_path, row.path, base_folder)) if is_readable else None)
         if len(pending) > depth:
             yield pending.popleft()
     yield from pending
@@ -168,5 +164,4 @@ def read_frames_ahead(
 
 if __name__ == "__main__":
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone, perhaps before this process was ready
-        descriptor, height, width, time_limit, *rules = sys.argv[1:]
-        serve_first_frames(Connection(int(descriptor)), int(height), int(width), float(time_limit), ColorRules(*rules))
+        serve_first_frames(Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

@@ -1,17 +1,32 @@
 """CSV -> `Row`. Shard k holds rows k*n to k*n+n-1, where n is the shard size: a pure function of the file."""
 
-import csv
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+
+from stage1_encode.media.csv_table import DELIMITERS, CsvError, CsvReader, CsvRow, FieldSplitter, open_csv
 
 # Accepted column names; if a CSV has several of them, the first counts.
 VIDEO_COLUMNS, PROMPT_COLUMNS, SEED_COLUMNS = ("video", "path", "image"), ("prompt", "text"), ("seed",)
-DELIMITERS = ",;\t"
 URL_PREFIXES = ("http://", "https://")
+DEVICE_FOLDERS = tuple(map(Path, ("/dev", "/dev/fd", "/proc/self/fd")))  # of pipes and standard input
+SPECIAL_PATHS = (  # what a path below a folder looks like that was meant for something else, and what to do
+    (re.compile(r"/file:/"), "is written as a file:// address; give the path without file://"),
+    (
+        re.compile(r"/([A-Za-z][A-Za-z0-9+.-]+):/"),
+        "is an address, of which only http:// and https:// are read",
+    ),
+    (re.compile(r"/~[^/]*/"), "begins with ~, which only a shell replaces; give the whole path"),
+    (re.compile(r"\$\w+|\$\{|%\w+%"), "names a variable, which only a shell replaces; give the whole path"),
+    (re.compile(r"\\"), "is written with backslashes; write / between folders"),
+    (re.compile(r"/[A-Za-z]:/"), "begins with the letter of a drive; give the path on this machine"),
+)
+SHOWN_COLUMNS, SHOWN_CHARACTERS = 12, 40  # of a header in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +61,31 @@ class CsvColumns:
     seed: int
 
 
-def locate_file(csv_path: Path, path: str) -> str:
-    """Path of a row's file: relative paths start at the CSV's folder, web addresses stay as they are."""
-    return path if path.startswith(URL_PREFIXES) else str(csv_path.absolute().parent / path)
+def rows_folder(csv_path: Path, base_folder: str | None) -> Path:
+    """Where a CSV's relative paths start: `base_folder`, else the CSV's folder, or the working one for a pipe."""
+    if base_folder is not None:
+        return Path(base_folder).absolute()
+    folder = csv_path.absolute().parent
+    return Path.cwd() if folder in DEVICE_FOLDERS else folder
+
+
+def locate_file(csv_path: Path, path: str, base_folder: str | None = None) -> str:
+    """Path of a row's file, see `rows_folder`; web addresses stay as they are."""
+    scheme, separator, rest = path.partition("://")
+    address = f"{scheme.lower()}{separator}{rest}"  # FFmpeg knows no HTTP://
+    return address if address.startswith(URL_PREFIXES) else str(rows_folder(csv_path, base_folder) / path)
+
+
+def explain_missing_file(path: str) -> str:
+    """Why a file that does not exist cannot be read: what its absolute path was probably meant to be."""
+    return next((reason for pattern, reason in SPECIAL_PATHS if pattern.search(path)), "does not exist")
+
+
+def count_reasons(reasons: Iterable[str], *, shown: int = 5) -> str:
+    """Reasons in words with their counts, the most frequent first."""
+    counts = Counter(reasons).most_common()
+    parts = [f"{count} x {reason}" for reason, count in counts[:shown]]
+    return "; ".join(parts + [f"{len(counts) - shown} other reasons"] * (len(counts) > shown))
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
@@ -59,47 +96,58 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def read_shard_rows(csv_path: Path, *, shard_size: int, text_only: bool) -> Iterator[list[Row]]:
-    """Yield the rows of shard 0, 1, ..., reading the file as they are requested.
+def read_shard_rows(
+    csv_path: Path, *, shard_size: int, text_only: bool, stop_after_failures: int = 0
+) -> Iterator[list[Row]]:
+    """Yield the rows of shard 0, 1, ..., reading the file as they are requested, and once.
 
-    Raises ValueError if the file cannot be read, has no rows or lacks a column.
+    Raises ValueError if the file cannot be read, has no rows or lacks a column, or if its first rows, as many as
+    `stop_after_failures` (0 = never), are all wrong.
     """
     rows = _read_rows(csv_path, text_only)
-    shard = list(islice(rows, shard_size))
-    if not shard:
+    first = list(islice(rows, max(1, stop_after_failures)))
+    if not first:
         raise ValueError(f"data={csv_path}: has a header and no rows")
+    if stop_after_failures and all(row.problem for row in first):
+        reasons = count_reasons(row.problem for row in first)
+        raise ValueError(f"data={csv_path}: line {first[0].line} and all others up to {first[-1].line} fail: {reasons}")
+    rows = chain(first, rows)
+    shard = list(islice(rows, shard_size))
     while shard:
         yield shard
         shard = list(islice(rows, shard_size))
 
 
 def _read_rows(csv_path: Path, text_only: bool) -> Iterator[Row]:
+    line = 1
     try:
-        # surrogateescape keeps bytes that are not UTF-8, so that only their own row fails
-        file = csv_path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+        with open_csv(csv_path) as file:
+            reader, number = CsvReader(file), 0
+            columns = find_columns(csv_path, reader.read_header(), text_only)
+            for row in reader.read_rows(columns.delimiter):
+                line = row.line
+                if row.problem or any(field.strip() for field in row.fields):  # blank lines are no rows
+                    yield _parse_row(number, row, columns, text_only)
+                    number += 1
     except OSError as error:
         raise ValueError(f"data={csv_path}: {error.strerror or error}") from error
-    with file:
-        columns = find_columns(csv_path, file.readline(), text_only)
-        reader = csv.reader(file, delimiter=columns.delimiter, strict=True)
-        number, line = 0, 2
-        try:
-            for fields in reader:
-                if any(field.strip() for field in fields):  # blank lines are no rows
-                    yield _parse_row(number, line, fields, columns, text_only)
-                    number += 1
-                line = reader.line_num + 2  # a quoted field may span lines; the header line was read before
-        except csv.Error as error:
-            raise ValueError(f"data={csv_path}: line {line}: {error}; is a quote left open?") from error
+    except CsvError as error:
+        raise ValueError(f"data={csv_path}: line {line}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"data={csv_path}: line {line} or a later one is not {error.encoding}; save it as UTF-8"
+        ) from error
 
 
 def find_columns(csv_path: Path, header: str, text_only: bool) -> CsvColumns:
     """Find the columns in a header line separated by commas, semicolons or tabs; ValueError if one is missing."""
     if not header.strip():
         raise ValueError(f"data={csv_path}: is empty; needs a header line with columns video and prompt")
+    if "\0" in header:
+        raise ValueError(f"data={csv_path}: is not text, or UTF-16 without its mark; save it as UTF-8 CSV")
     error = ""
     for delimiter in sorted(DELIMITERS, key=header.count, reverse=True):
-        names = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter))]
+        names = _split_header(header, delimiter)
         video, prompt, seed = (
             next((names.index(name) for name in aliases if name in names), -1)
             for aliases in (VIDEO_COLUMNS, PROMPT_COLUMNS, SEED_COLUMNS)
@@ -107,26 +155,51 @@ def find_columns(csv_path: Path, header: str, text_only: bool) -> CsvColumns:
         missing = ["video (or path)"] * (video < 0 and not text_only) + ["prompt (or text)"] * (prompt < 0)
         if not missing:
             return CsvColumns(delimiter, len(names), video, prompt, seed)
-        present = ", ".join(names).encode("utf-8", "replace").decode()
         # the most frequent delimiter is the likely one, so the error describes its columns
-        error = error or f"data={csv_path}: lacks the column {' and '.join(missing)}; found {present}"
+        error = error or f"data={csv_path}: lacks the column {' and '.join(missing)}; found {_show_columns(names)}"
     raise ValueError(error)
 
 
-def _parse_row(number: int, line: int, fields: list[str], columns: CsvColumns, text_only: bool) -> Row:
-    texts = [field.encode("utf-8", "replace").decode() for field in fields]
+def _split_header(header: str, delimiter: str) -> list[str]:
+    """The lower-case names of a header; wrong quotes stay a part of them."""
+    text = header.rstrip("\r\n")
+    try:
+        fields = FieldSplitter(delimiter, spaced=True).split(text)
+    except CsvError:
+        fields = None
+    return [name.strip().lower() for name in (fields or text.split(delimiter))]
+
+
+def _show_columns(names: Sequence[str]) -> str:
+    """The first names of columns, without what a terminal would not show."""
+    shown = [name[:SHOWN_CHARACTERS].encode("utf-8", "replace").decode() for name in names[:SHOWN_COLUMNS]]
+    text = ", ".join("".join(c if c.isprintable() else "?" for c in name) for name in shown)
+    return f"{text}, ..." if len(names) > SHOWN_COLUMNS else text
+
+
+def _parse_row(number: int, row: CsvRow, columns: CsvColumns, text_only: bool) -> Row:
+    texts = [field.encode("utf-8", "replace").decode() for field in row.fields]
     path, prompt, seed = (
         texts[index] if 0 <= index < len(texts) else "" for index in (columns.video, columns.prompt, columns.seed)
     )
     path, digits = path.strip(), seed.strip()
     has_seed = digits.isascii() and digits.isdigit()
-    problem = ""  # its wording is part of `rows_digest`: a change would make finished data sets look changed
-    if texts != fields:
+    # the wording of a problem is part of `rows_digest`: a change would make finished data sets look changed
+    if row.problem:
+        problem = row.problem
+    elif texts != row.fields:
         problem = "the line is not UTF-8"
-    elif len(fields) > columns.count:
-        problem = f"{len(fields)} columns where the header has {columns.count}; a prompt with commas needs quotes"
-    elif not path and not text_only:
-        problem = "no video given"
-    elif digits and not has_seed:
-        problem = f"seed {digits!r} is not a whole number"
-    return Row(number, line, path, prompt, int(seed) if has_seed else None, problem)
+    elif len(texts) > columns.count:
+        problem = f"{len(texts)} columns where the header has {columns.count}; a prompt with commas needs quotes"
+    else:
+        problem = _value_problem(path, prompt, "" if has_seed else digits, text_only=text_only)
+    return Row(number, row.line, path, prompt, int(seed) if has_seed else None, problem)
+
+
+def _value_problem(path: str, prompt: str, wrong_seed: str, *, text_only: bool) -> str:
+    """Why the values of a row cannot be used; "" = they can, as far as the CSV tells."""
+    if "\0" in path + prompt:
+        return "holds a zero byte"
+    if not path and not text_only:
+        return "no video given"
+    return f"seed {wrong_seed!r} is not a whole number" if wrong_seed else ""

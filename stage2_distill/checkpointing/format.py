@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from common.files import write_file
+from common.files import Count, read_json, write_file
 from common.flow import timestep_sigmas
 from common.video import VideoSpec
 
@@ -38,7 +38,7 @@ SAMPLER_KIND = "renoise"  # x0, then fresh noise at the next sigma
 class FileFacts:
     """Size and hash of one file of a checkpoint, as `index.json` stores them."""
 
-    size: int  # bytes
+    size: Count  # bytes
     sha256: str
 
     @classmethod
@@ -52,7 +52,7 @@ class FileFacts:
 class StudentFacts:
     """What a sampler must know about a checkpoint; the field names are the keys of `student.json`."""
 
-    iteration: int  # iterations completed
+    iteration: Count  # iterations completed
     ladder: tuple[float, ...]  # timesteps before the shift; the key keeps its old name, as old checkpoints have it
     shift: float
     sampler: str
@@ -62,13 +62,26 @@ class StudentFacts:
     vae: str  # fingerprint of the VAE that encoded the latents
     text_encoder: str  # fingerprint
     config: dict[str, object]
-    position: int = 0  # records read from the stream
+    position: Count = 0  # records read from the stream
     memory: str = ""  # optimizer form of the roles; the first checkpoints lack it
 
     @property
     def sigmas(self) -> tuple[float, ...]:
         """Noise levels of the timesteps after the shift."""
         return timestep_sigmas(self.ladder, s=self.shift)
+
+
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """The file `best` of a run."""
+
+    checkpoint: str  # name of the step folder
+    distance: float
+    iteration: Count
+
+    def __post_init__(self) -> None:
+        if not STEP_FOLDER_PATTERN.fullmatch(self.checkpoint):
+            raise ValueError(f"checkpoint={self.checkpoint}: is not the name of a step folder")
 
 
 def step_folder(run: Path, iteration: int) -> Path:
@@ -111,12 +124,12 @@ def resolve_checkpoint(folder: Path) -> Path:
 def read_best(run: Path) -> str | None:
     """Name of the step folder that the file `best` of a run selects; None without such a file."""
     path = run / BEST_FILE
-    return str(json.loads(path.read_bytes())["checkpoint"]) if path.is_file() else None
+    return read_json(path, BestCheckpoint).checkpoint if path.is_file() else None
 
 
 def write_best(run: Path, name: str, *, distance: float, iteration: int) -> Path:
     """Select the step folder `name` of a run as its best; returns the path of the file `best`."""
-    write_json(run / BEST_FILE, {"checkpoint": name, "distance": distance, "iteration": iteration})
+    write_json(run / BEST_FILE, vars(BestCheckpoint(name, distance, iteration)))
     return run / BEST_FILE
 
 
@@ -126,19 +139,17 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
 
 
 def read_facts(checkpoint: Path) -> StudentFacts:
-    """The facts about the student of a checkpoint."""
-    fields = json.loads((checkpoint / STUDENT_FILE).read_bytes())
-    parsed = {"spec": VideoSpec(**fields["spec"]), "ladder": tuple(fields["ladder"])}  # JSON has no tuples
-    return StudentFacts(**fields | parsed)
+    """The facts about the student of a checkpoint; ValueError if they are missing or damaged."""
+    return read_json(checkpoint / STUDENT_FILE, StudentFacts)
 
 
 def checkpoint_damage(checkpoint: Path, *, rank: int = 0, world: int = 1) -> str | None:
     """The first problem of a checkpoint as text, None if it is intact; each of `world` ranks reads a share of it."""
     try:
-        index = json.loads((checkpoint / INDEX_FILE).read_bytes())
-        expected = [(checkpoint / name, FileFacts(**fields)) for name, fields in sorted(index.items())]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"{INDEX_FILE} cannot be read ({error})"
+        index = read_json(checkpoint / INDEX_FILE, dict[str, FileFacts])
+    except ValueError as error:
+        return str(error)
+    expected = [(checkpoint / name, facts) for name, facts in sorted(index.items())]
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         problems = pool.map(lambda entry: file_damage(*entry), expected[rank::world])
         return next((problem for problem in problems if problem is not None), None)

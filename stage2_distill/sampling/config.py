@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from common.flow import timestep_sigmas
-from common.options import check_fields, device_option, max_text_tokens_option, option
+from common.options import base_folder_option, check_fields, device_option, max_text_tokens_option, option
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")  # of the network
@@ -56,6 +56,7 @@ class SampleConfig:
         old_name="memory",
         old_values={"24gb": "16gb"},  # a slower and larger mode of the last release
     )
+    base_folder: str | None = base_folder_option()
     device: str = device_option(advanced=True)
 
     def __post_init__(self) -> None:

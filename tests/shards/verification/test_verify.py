@@ -1,5 +1,3 @@
-import hashlib
-import json
 import random
 import shutil
 import tarfile
@@ -8,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shards.manifest import ZERO_HASH, read_manifest, read_negative_embedding, write_manifest
+from shards.manifest import read_manifest, read_negative_embedding, write_manifest
 from shards.verification.verify import broken_shard_names, delete_broken_files, verify_data_set
 from shards.writer import read_index, shard_file_name, write_shard
 from tests.shards.data_sets import FAILURE, TEXT_DIM, make_data_set, make_record, make_shards
+from tests.shards.forgery import sign_manifest
 from tests.shards.server import serve
 
 FAILURES_CSV = f"line,path,reason\n{FAILURE.line},{FAILURE.path},{FAILURE.reason}\n"
@@ -171,11 +170,7 @@ def test_a_shard_that_the_manifest_does_not_know_is_named(folder):
 
 
 def test_a_manifest_of_a_newer_schema_says_so_whatever_its_shards_have(folder):
-    fields = json.loads((folder / "manifest.json").read_text()) | {"sha256": ZERO_HASH, "schema": 2}
-    for shard in fields["shards"]:
-        shard["codec"] = "zstd"
-    text = json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
-    (folder / "manifest.json").write_text(text.replace(ZERO_HASH, hashlib.sha256(text.encode()).hexdigest()))
+    sign_manifest(folder, lambda fields: fields.update(schema=2, shards=[{"codec": "zstd"}]))
     with pytest.raises(ValueError, match=r"has schema 2, this version reads only 1; use the version that made it"):
         read_manifest(folder)
 
@@ -183,9 +178,7 @@ def test_a_manifest_of_a_newer_schema_says_so_whatever_its_shards_have(folder):
 @pytest.mark.parametrize("name", ["../victim.txt", "victim.tar", "shard-000001.tar/../../victim.txt"])
 def test_a_manifest_that_names_another_file_is_refused_and_the_file_left(folder, name):
     (folder.parent / "victim.txt").write_text("mine")
-    before = read_manifest(folder)
-    shards = (before.shards[0], replace(before.shards[1], name=name))
-    write_manifest(folder, replace(before, shards=shards), read_negative_embedding(folder))
+    sign_manifest(folder, lambda fields: fields["shards"][1].update(name=name))
     report = verify_data_set(folder)
     assert problem_places(report) == {("manifest.json", "")} and f"names a shard '{name}'" in str(report.problems[0])
     assert delete_broken_files(report) == ["manifest.json"]
