@@ -19,8 +19,21 @@ CLIENT_ERRORS: Mapping[str, tuple[tuple[str, str], ...]] = {  # besides OSError
     "https": (("aiohttp", "ClientError"),),
     "http": (("aiohttp", "ClientError"),),
     "s3": (("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError")),
-    "gs": (("aiohttp", "ClientError"), ("gcsfs.retry", "HttpError")),
+    "gs": (("aiohttp", "ClientError"), ("gcsfs.retry", "HttpError"), ("google.auth.exceptions", "GoogleAuthError")),
     "hf": (("huggingface_hub.errors", "HTTPError"),),
+}
+# A client's error that another attempt meets again: no credentials, no such region, a wrong address.
+PERMANENT_KINDS = {"PermissionError", "BotoCoreError", "GoogleAuthError", "InvalidURL", "LocalTokenNotFoundError"}
+# The exceptions from them: connections and transfers. A client's class names several of its own by inheritance.
+TRANSIENT_KINDS = {
+    *("HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseStreamingError", "ChecksumError"),
+    *("FlexibleChecksumError", "MetadataRetrievalError", "TransportError"),
+}
+TRANSIENT_STATUSES = (408, 409, 425, 429)  # timeout, conflict, too early, too many requests; and all from 500 on
+LOGIN_HINTS = {
+    "s3": "give credentials as for the aws tool, e.g. AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "run gcloud auth application-default login",
+    "hf": "run hf auth login, or set HF_TOKEN",
 }
 
 log = logging.getLogger(__name__)
@@ -34,6 +47,27 @@ def client_options(scheme: str) -> dict[str, Any]:
     if scheme == "s3":
         return {"config_kwargs": {"connect_timeout": CONNECT_SECONDS, "read_timeout": STALL_SECONDS}}
     return {}
+
+
+def response_status(error: Exception) -> int | None:
+    """The HTTP status that a client's error carries; None if it has none."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    if isinstance(response, dict):  # botocore's, which s3fs turns into an OSError
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    elif response is not None:  # huggingface_hub's
+        status = getattr(response, "status_code", None)
+    else:  # aiohttp's, gcsfs's
+        status = getattr(error, "code" if type(error).__name__ == "HttpError" else "status", None)
+    return int(str(status)) if str(status).isdecimal() else None
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether another attempt would fail in the same way, as without credentials or with a wrong address."""
+    status = response_status(error)
+    if status is not None:
+        return 300 <= status < 500 and status not in TRANSIENT_STATUSES
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & PERMANENT_KINDS) and not kinds & TRANSIENT_KINDS
 
 
 class ObjectStore:
@@ -63,11 +97,15 @@ class ObjectStore:
         for attempt in range(MAX_ATTEMPTS):
             try:
                 return self._fetch_once(name, start, size)
-            except (FileNotFoundError, PermissionError):  # another attempt would not help
+            except FileNotFoundError:  # another attempt would not help
                 raise
             except self.connection_errors as error:
                 delay = FIRST_DELAY * 2**attempt
                 reason = f"{self.location}/{name}: {type(error).__name__}: {error}"
+                if is_permanent(error):
+                    scheme = self.location.partition("://")[0].lower()
+                    hint = LOGIN_HINTS.get(scheme, "check the address and the rights")
+                    raise ConnectionError(f"{reason}; {hint}") from error
                 if attempt + 1 == MAX_ATTEMPTS:
                     raise ConnectionError(f"{reason} (tried {MAX_ATTEMPTS} times)") from error
                 log.warning("%s; again in %.1f s", reason, delay)

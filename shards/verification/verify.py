@@ -26,6 +26,8 @@ def verify_data_set(prefix: str | Path) -> VerifyReport:
         manifest = load_manifest(storage)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"shards={storage.location}: does not exist or is unfinished (no {MANIFEST_FILE})") from error
+    except ConnectionError as error:
+        raise ValueError(f"shards={error}") from error
     except ValueError as error:
         return VerifyReport(storage.location, None, (DataProblem(MANIFEST_FILE, "", str(error)),))
     check = partial(check_shard, storage, manifest)

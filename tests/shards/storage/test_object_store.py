@@ -1,8 +1,12 @@
 import logging
 import random
 
+import aiohttp
 import boto3
+import botocore.exceptions
 import fsspec
+import gcsfs.retry
+import google.auth.exceptions
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
@@ -11,7 +15,7 @@ from shards.dataset import open_data_set, prefetch_ordered
 from shards.mixture import RecordStream
 from shards.storage import object_store, open
 from shards.storage.cache import DiskCache
-from shards.storage.object_store import ObjectStore
+from shards.storage.object_store import ObjectStore, is_permanent
 from shards.storage.open import open_storage, url_scheme
 from tests.shards.data_sets import make_data_set, make_record
 from tests.shards.server import serve
@@ -87,6 +91,60 @@ def test_a_lost_server_is_named_after_the_last_try(server, caplog):
     assert sum(name.endswith(".tar") for name, _ in server.asked) == 4
     pauses = [record.getMessage().split("again in ")[1] for record in caplog.records]
     assert len(pauses) == 3  # after each try but the last
+
+
+@pytest.mark.parametrize("status", ["400", "401", "403", "410"])
+def test_an_answer_that_no_waiting_changes_is_final(server, caplog, status):
+    server.fault = lambda name, number: status
+    with pytest.raises(ValueError, match=rf"^shards={server.url}/manifest.json: .*{status}.*; check the address"):
+        open_data_set(server.url)
+    assert len(server.asked) == 1 and not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("error", "permanent"),
+    [
+        (botocore.exceptions.NoCredentialsError(), True),
+        (botocore.exceptions.PartialCredentialsError(provider="env", cred_var="x"), True),
+        (botocore.exceptions.ProfileNotFound(profile="x"), True),
+        (botocore.exceptions.NoRegionError(), True),
+        (botocore.exceptions.EndpointConnectionError(endpoint_url="x"), False),
+        (botocore.exceptions.ReadTimeoutError(endpoint_url="x"), False),
+        (botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2), False),
+        (google.auth.exceptions.DefaultCredentialsError("none"), True),
+        (google.auth.exceptions.TransportError("reset"), False),
+        (gcsfs.retry.HttpError({"code": 401, "message": "no"}), True),
+        (gcsfs.retry.HttpError({"code": 429, "message": "slow"}), False),
+        (gcsfs.retry.HttpError({"code": 503, "message": "busy"}), False),
+        (aiohttp.InvalidURL("http://["), True),
+        (aiohttp.ServerDisconnectedError(), False),
+        (PermissionError("Access Denied"), True),
+        (ConnectionResetError(), False),
+        (OSError("received 1 of 2 bytes"), False),
+        (TimeoutError(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_permanent_and_transient_errors(error, permanent):
+    assert is_permanent(error) is permanent
+
+
+def test_the_status_of_a_cause_decides():
+    for status, permanent in ((400, True), (301, True), (503, False)):
+        cause = botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
+        error = OSError("translated")
+        error.__cause__ = cause
+        assert is_permanent(error) is permanent
+
+
+def test_s3_without_credentials_fails_at_once(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(object_store, "FIRST_DELAY", 60)
+    with pytest.raises(ValueError, match=r"^shards=s3://no-bucket/x/manifest.json: NoCredentialsError: .*AWS_PROFILE"):
+        open_data_set("s3://no-bucket/x")
 
 
 def test_pauses_double(monkeypatch, tmp_path):
