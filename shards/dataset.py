@@ -37,7 +37,7 @@ class DataSet:
 
     def __init__(self, storage: Storage, manifest: Manifest, negative: Tensor) -> None:
         self.storage, self.manifest, self.negative = storage, manifest, negative  # negative (L D)
-        self.num_records = manifest.records
+        self.num_records, self.digests = manifest.records, (manifest.content_digest,)
         self._first_records = array("q", accumulate((shard.records for shard in manifest.shards), initial=0))
         max_cached_shards = max(1, MAX_CACHED_RECORDS * len(manifest.shards) // self.num_records)
         self._load_offsets = lru_cache(max_cached_shards)(self._read_offsets)  # safe for threads

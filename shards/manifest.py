@@ -77,6 +77,14 @@ class Manifest:
         return sum(shard.records for shard in self.shards)
 
     @property
+    def content_digest(self) -> str:
+        """Hex digest of all records and of the negative prompt's embedding: the same for every copy of a data set."""
+        digest = hashlib.sha256(self.negative_sha256.encode())
+        for shard in self.shards:
+            digest.update(f" {shard.records} {shard.sha256}".encode())
+        return digest.hexdigest()[:32]
+
+    @property
     def encoding(self) -> dict[str, object]:
         """The fields of spec and encoder, by name."""
         return vars(self.spec) | vars(self.encoder)

@@ -43,6 +43,12 @@ def parse_weight(text: str) -> tuple[str, float]:
     return prefix, weight
 
 
+def draw_shares(weights: Sequence[float]) -> tuple[int, ...]:
+    """Draws of each data set per cycle: 10 and 3 for weights of 1 and 0.3."""
+    rounded = [round(weight * WEIGHT_RESOLUTION) for weight in weights]
+    return tuple(share // math.gcd(*rounded) for share in rounded)
+
+
 @lru_cache(maxsize=64)
 def cycle_draws(shares: tuple[int, ...], seed: int, cycle: int) -> tuple[tuple[int, int], ...]:
     """For each position of a cycle: the index of its data set, and how many draws of it in this cycle precede."""
@@ -68,8 +74,8 @@ class DataSetMixture:
                 raise ValueError(f"shards={other.storage.location}: cannot be mixed with {location}: {differences}")
         self.data_sets, self.negative = tuple(data_sets), first.negative
         self.manifest = first.manifest  # only its spec and encoder are those of all
-        rounded = [round(weight * WEIGHT_RESOLUTION) for weight in weights]
-        self.draws_per_cycle = tuple(share // math.gcd(*rounded) for share in rounded)  # 1000 and 300: 10 and 3
+        self.draws_per_cycle = draw_shares(weights)
+        self.digests = tuple(digest for data in data_sets for digest in data.digests)
         self._first_records = array("q", accumulate((data.num_records for data in data_sets), initial=0))
         self.num_records = self._first_records[-1]
 

@@ -1,7 +1,7 @@
 """Where a run begins: at its newest valid checkpoint, at the weights of another run, or at those of the model."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from stage2_distill.checkpointing.format import (
 from stage2_distill.distributed.dtensor import local_tensor
 from stage2_distill.distributed.process_group import RankContext, on_any_rank
 from stage2_distill.dmd.schedule import Schedule
+from stage2_distill.model.lora import lora_settings
 from stage2_distill.model.split_float32 import join_master
 from stage2_distill.model.weight_loading import copy_weights, read_weights
 from stage2_distill.trainer import Roles, TrainedRole
@@ -43,17 +44,15 @@ def training_state(roles: Roles) -> dict[str, Tensor]:
     return {f"{group}.{name}": value.detach() for group, named in groups.items() for name, value in named.items()}
 
 
-def resume_run(run_folder: Path, roles: Roles, facts: StudentFacts, ranks: RankContext, schedule: Schedule) -> int:
+def resume_run(run_folder: Path, roles: Roles, ranks: RankContext, schedule: Schedule) -> int:
     """Load the newest valid checkpoint of the run and return its iteration; 0 if there is none.
 
-    facts: what checkpoints of this command say. ValueError if the run's are those of another command.
+    `checkpointing/identity.py` has checked that they belong together. ValueError if its tensors have another form.
     """
     checkpoint = newest_valid(run_folder, ranks)
     completed = 0 if checkpoint is None else iteration_of(checkpoint)
     if checkpoint is not None:
         stored_facts, expected_position = read_facts(checkpoint), schedule.stream_position(completed)
-        if not same_fingerprint(stored_facts.transformer, facts.transformer):
-            raise ValueError(f"model={facts.base_model}: not the model of {checkpoint}, {stored_facts.base_model}")
         tensors = training_state(roles)
         check_tensors(checkpoint, tensors, stored_facts)
         load_checkpoint(checkpoint, tensors)  # in place
@@ -95,25 +94,32 @@ def newest_valid(run_folder: Path, ranks: RankContext) -> Path | None:
 
 def initialize_from(source: str, roles: Roles, facts: StudentFacts, ranks: RankContext) -> None:
     """Set student, critic and average to another run's or checkpoint's masters, or to the weights of a model folder."""
-    folder, trains_adapters = Path(source), bool(facts.config["lora_rank"])
+    folder, adapters = Path(source), lora_settings(facts.config)
     with roles.ema.update_after(decay=0):  # decay 0 copies the new masters
         if (folder / STUDENT_FILE).is_file() or list_checkpoints(folder):
-            checkpoint = resolve_checkpoint(folder)
+            checkpoint = resolve_checkpoint(folder, option="init_from")
+            scale = adapter_scale(checkpoint, facts)
             check_source(checkpoint, roles, facts, ranks)
             for role in (roles.student, roles.critic):
-                weights = stored_master_weights(checkpoint, role)
+                weights = scale_adapters(stored_master_weights(checkpoint, role), scale)
                 copy_weights(weights, dict(role.net.named_parameters()), role.optimizer.remainders())
-        elif trains_adapters:
-            raise ValueError(f"init_from={source}: must be a run of adapters; use --model for another base")
+        elif adapters is not None:
+            locate_model(source, (), option="init_from")
+            raise ValueError(
+                f"init_from={source}: must be a LoRA run, as lora_rank is set; use --model for another base"
+            )
         else:
             if not (folder / "config.json").is_file():
-                folder = locate_model(source, ("transformer",)) / "transformer"
-            for role in (roles.student, roles.critic):
-                read_weights(folder, dict(role.net.named_parameters()), role.optimizer.remainders())
+                folder = locate_model(source, ("transformer",), option="init_from") / "transformer"
+            try:
+                for role in (roles.student, roles.critic):
+                    read_weights(folder, dict(role.net.named_parameters()), role.optimizer.remainders())
+            except ValueError as error:  # names the file
+                raise ValueError(f"init_from={source}: {error}") from error
 
 
 def check_source(checkpoint: Path, roles: Roles, facts: StudentFacts, ranks: RankContext) -> None:
-    """Raise ValueError if a checkpoint is damaged or has other networks; adapters also need the same base."""
+    """Raise ValueError if a checkpoint is damaged or lacks weights of the networks that are trained."""
     problem = checkpoint_damage(checkpoint, rank=ranks.rank, world=ranks.world)
     if on_any_rank(problem is not None):
         raise ValueError(f"init_from={checkpoint}: is damaged: {problem or 'see the log of the other ranks'}")
@@ -122,8 +128,36 @@ def check_source(checkpoint: Path, roles: Roles, facts: StudentFacts, ranks: Ran
     missing = expected - stored_dtypes(checkpoint).keys()
     if missing:
         raise ValueError(f"init_from={checkpoint}: does not fit the model {facts.base_model}: lacks {min(missing)}")
-    if facts.config["lora_rank"] and not same_fingerprint(read_facts(checkpoint).transformer, facts.transformer):
-        raise ValueError(f"init_from={checkpoint}: its adapters belong to another base than {facts.base_model}")
+
+
+def adapter_scale(checkpoint: Path, facts: StudentFacts) -> float:
+    """The factor that gives a checkpoint's adapters the same effect under this run's alpha; 1 without adapters.
+
+    ValueError if one of them is a LoRA run and the other is not, or if their ranks or bases differ.
+    """
+    source = read_facts(checkpoint)
+    adapters, source_adapters = lora_settings(facts.config), lora_settings(source.config)
+    rank, source_rank = (0 if one is None else one.rank for one in (adapters, source_adapters))
+    if rank != source_rank:
+        kind = "a LoRA run" if source_rank else "a run of all weights"
+        raise ValueError(
+            f"init_from={checkpoint}: is {kind} (lora_rank={source_rank}), and this one has lora_rank={rank}; "
+            f"give --lora-rank {source_rank}"
+        )
+    if adapters is None or source_adapters is None:
+        return 1.0
+    if not same_fingerprint(source.transformer, facts.transformer):
+        raise ValueError(
+            f"init_from={checkpoint}: its adapters belong to another base, {source.base_model} (fingerprint "
+            f"{source.transformer}), than {facts.base_model} ({facts.transformer}); give that --model"
+        )
+    return source_adapters.alpha / adapters.alpha  # the ranks are equal
+
+
+def scale_adapters(weights: Iterable[tuple[str, Tensor]], scale: float) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and weights, the second factors of adapters times `scale`; 1 leaves every bit."""
+    for name, weight in weights:
+        yield name, weight * scale if scale != 1 and ".lora_B." in name else weight
 
 
 def stored_master_weights(checkpoint: Path, role: TrainedRole) -> Iterator[tuple[str, Tensor]]:

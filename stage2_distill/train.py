@@ -10,15 +10,21 @@ from pathlib import Path
 import torch
 
 from common.condition import Condition
-from common.files import refuse_foreign_files
 from common.model_folder import fingerprint_folder, locate_model
-from common.options import read_yaml, rename_old_keys, write_config
+from common.options import write_config
 from shards.dataset import DataSet, prefetch_ordered
-from shards.manifest import Manifest, check_manifest
+from shards.manifest import check_manifest
 from shards.mixture import DataSetMixture, RecordStream, open_data_sets
 from shards.record import pad_text
 from stage2_distill.build import build_roles, build_trainer
-from stage2_distill.checkpointing.format import SAMPLER_KIND, StudentFacts, delete_unfinished, list_checkpoints
+from stage2_distill.checkpointing.format import (
+    SAMPLER_KIND,
+    StudentFacts,
+    delete_unfinished,
+    list_checkpoints,
+    step_folder,
+)
+from stage2_distill.checkpointing.identity import RUN_CONFIG_FILE, check_run
 from stage2_distill.checkpointing.writer import CheckpointOptions, CheckpointWriter
 from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import own_folder, start_process_group
@@ -26,7 +32,6 @@ from stage2_distill.distributed.signals import StopSignal
 from stage2_distill.dmd.condition_dropout import ConditionDropout
 from stage2_distill.dmd.schedule import CRITIC, MicroBatch, Schedule
 from stage2_distill.model.attention import enable_determinism
-from stage2_distill.monitoring.metrics_log import METRICS_FILE, complete_lines
 from stage2_distill.monitoring.monitor import TrainingMonitor
 from stage2_distill.monitoring.preview import (
     PREVIEW_STORE,
@@ -37,15 +42,6 @@ from stage2_distill.monitoring.preview import (
 )
 from stage2_distill.resume import initialize_from, resume_run, training_state
 from stage2_distill.trainer import DivergedError, Trainer, train_step
-
-RUN_CONFIG_FILE = "distill.yaml"
-CHANGEABLE_OPTIONS = {  # a run may be resumed with other values of these
-    *("out", "iterations", "device", "batch_size", "model", "replicate"),
-    # speed; of optimizer_form `resume.check_tensors` says whether it fits
-    *("activation_checkpointing", "attention", "compile", "offload", "max_text_tokens", "optimizer_form"),
-    *("wandb", "preview_every", "preview_count", "preview_data"),
-    *("checkpoint_every", "async_checkpoint", "keep_last", "keep_every"),
-}
 
 
 @dataclass(frozen=True)
@@ -75,25 +71,30 @@ def distill(config: DistillConfig) -> Path:
     data = open_data_sets(config.shards)
     check_manifest(Path(config.shards[0]), data.manifest, spec=config.spec, encoder=expected_encoder(model))
     schedule = Schedule.of(config, ranks.world)
-    out = Path(config.out)
-    check_run_folder(out, config)
+    facts, out = student_facts(config, model, data), Path(config.out)
+    check_run(out, config, facts, schedule)  # before anything is written, and anything slow
     with own_folder(out, ranks):
         if ranks.rank == 0:
-            open_run_folder(out, config)  # before anything slow
+            open_run_folder(out, config, facts, schedule)
         roles = build_roles(config, ranks, model)
         negative_text = pad_text(data.negative, config.max_text_tokens).to(ranks.device)
-        facts = student_facts(config, model, data.manifest, roles.form)
-        run = TrainingRun(config, build_trainer(config, ranks, schedule, roles, negative_text), data, facts)
+        trainer = build_trainer(config, ranks, schedule, roles, negative_text)
+        run = TrainingRun(config, trainer, data, replace(facts, memory=roles.form))
         train_loop(run, start_or_resume(run))
     return list_checkpoints(out)[-1]
 
 
 def start_or_resume(run: TrainingRun) -> int:
     """Load the newest checkpoint of the run, or the weights that it starts from; the number of completed iterations."""
-    trainer, source = run.trainer, run.config.init_from
-    completed = resume_run(run.folder, trainer.roles, run.facts, trainer.ranks, trainer.schedule)
-    if completed == 0 and source is not None:
-        initialize_from(source, trainer.roles, run.facts, trainer.ranks)
+    trainer, config = run.trainer, run.config
+    completed = resume_run(run.folder, trainer.roles, trainer.ranks, trainer.schedule)
+    start = f"resuming {run.folder} from {step_folder(run.folder, completed).name}"
+    if completed == 0:
+        start = f"starting {run.folder} from {config.init_from or config.model}"
+        if config.init_from is not None:
+            initialize_from(config.init_from, trainer.roles, run.facts, trainer.ranks)
+    if trainer.ranks.rank == 0:
+        logging.info("%s, on %s: %d of %d iterations", start, ", ".join(config.shards), completed, config.iterations)
     return completed
 
 
@@ -102,42 +103,21 @@ def expected_encoder(model: Path) -> dict[str, object]:
     return {part: fingerprint_folder(model / part) for part in ("vae", "text_encoder") if (model / part).is_dir()}
 
 
-def check_run_folder(out: Path, config: DistillConfig) -> None:
-    """Raise ValueError if a folder holds something else, or a run with other options and a completed iteration."""
-    stored = out / RUN_CONFIG_FILE
-    if not stored.is_file():
-        refuse_foreign_files(out, lambda name: name == f"{RUN_CONFIG_FILE}.partial")
-    changed = changed_options(stored, config) if stored.is_file() else []
-    if changed and (complete_lines(out / METRICS_FILE) or list_checkpoints(out)):
-        raise ValueError(f"out={out}: holds a run with other options: {'; '.join(changed)}; name another folder")
-
-
-def open_run_folder(out: Path, config: DistillConfig) -> None:
+def open_run_folder(out: Path, config: DistillConfig, facts: StudentFacts, schedule: Schedule) -> None:
     """Write the options of a run into its folder, which this process owns, and delete what a killed run left there.
 
-    Until its first iteration is complete any option may change; then only a preview shows the old ones, and is deleted.
+    Until its first iteration is complete anything may change; then only a preview shows the old run, and is deleted.
     """
-    check_run_folder(out, config)  # again: another run may have begun since
+    is_same = check_run(out, config, facts, schedule, warn=logging.warning)  # again: another run may have begun since
     delete_unfinished(out)  # first: it may fill the disk
-    stored = out / RUN_CONFIG_FILE
-    if stored.is_file() and changed_options(stored, config):
+    if not is_same:
         shutil.rmtree(out / PREVIEW_STORE, ignore_errors=True)
-    write_config(stored, config)
+    write_config(out / RUN_CONFIG_FILE, config)
 
 
-def changed_options(stored: Path, config: DistillConfig) -> list[str]:
-    """Differences from a run's stored options that would make it another run, one phrase each."""
-    stored_options = rename_old_keys(DistillConfig, read_yaml(str(stored)))
-    options = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
-    return [
-        f"{key}: {value!r}, was {stored_options.get(key)!r}"
-        for key, value in options.items()
-        if value != stored_options.get(key) and key not in CHANGEABLE_OPTIONS
-    ]
-
-
-def student_facts(config: DistillConfig, model: Path, manifest: Manifest, form: str) -> StudentFacts:
-    """What every checkpoint of this run says of its student."""
+def student_facts(config: DistillConfig, model: Path, data: DataSet | DataSetMixture) -> StudentFacts:
+    """What every checkpoint of this run says of its student, without the optimizer form."""
+    encoder = data.manifest.encoder
     return StudentFacts(
         iteration=0,
         ladder=config.timesteps,
@@ -146,10 +126,10 @@ def student_facts(config: DistillConfig, model: Path, manifest: Manifest, form: 
         spec=config.spec,
         base_model=config.model,
         transformer=fingerprint_folder(model / "transformer"),
-        vae=manifest.encoder.vae,
-        text_encoder=manifest.encoder.text_encoder,
+        vae=encoder.vae,
+        text_encoder=encoder.text_encoder,
         config=asdict(config),
-        memory=form,
+        data_sets=data.digests,
     )
 
 

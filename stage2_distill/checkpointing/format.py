@@ -64,6 +64,7 @@ class StudentFacts:
     config: dict[str, object]
     position: Count = 0  # records read from the stream
     memory: str = ""  # optimizer form of the roles; the first checkpoints lack it
+    data_sets: tuple[str, ...] = ()  # `Manifest.content_digest` of each; checkpoints of 0.1 lack it
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -110,13 +111,13 @@ def newest_checkpoint(folder: Path) -> Path:
     return folders[-1]
 
 
-def resolve_checkpoint(folder: Path) -> Path:
+def resolve_checkpoint(folder: Path, *, option: str = "checkpoint") -> Path:
     """`folder` itself if it is a checkpoint, else the run's best (file `best`, logged), else its newest checkpoint."""
     best_name = read_best(folder)  # None for a checkpoint, which holds no such file
     if best_name is None:
         return newest_checkpoint(folder)
     if not (folder / best_name / STUDENT_FILE).is_file():
-        raise ValueError(f"checkpoint={folder}: its best, {best_name}, is gone; run evaluate --select again")
+        raise ValueError(f"{option}={folder}: its best, {best_name}, is gone; run evaluate --select again")
     logging.info("%s: using %s, the best by evaluate --select", folder, best_name)
     return folder / best_name
 
