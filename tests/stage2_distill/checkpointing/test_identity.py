@@ -245,8 +245,8 @@ def test_iterations_after_a_cooldown(
 
 @pytest.mark.parametrize(
     ("completed", "before", "now", "first"),
-    [(4, 4, 6, 2), (2, 2, 6, 0), (3, 9, 4, 2), (2, 9, 4, None), (9, 9, 4, None), (1, 4, 6, None), (6, 9, 12, None), (7, 9, 12, None),
-     (8, 9, 12, 7)],
+    [(4, 4, 6, 2), (2, 2, 6, 0), (3, 9, 4, 2), (8, 9, 12, 7), (2, 9, 4, None),
+     (9, 9, 4, None), (1, 4, 6, None), (6, 9, 12, None), (7, 9, 12, None)],
 )  # fmt: skip
 def test_iterations_whose_rates_would_be_others(
     completed: int, before: int, now: int, first: int | None, begun: Path
