@@ -21,8 +21,7 @@ from stage1_encode.media.video_frame import (
     UnreadableError,
     decode_first_frame,
     display_orientation,
-    open_container,
-    select_video_stream,
+    open_video,
 )
 
 try:
@@ -129,16 +128,15 @@ def _read_picture(path: str | BinaryIO) -> Image.Image | None:
 def _read_video(path: str) -> tuple[Image.Image, float]:
     """The upright first frame of a video, and the width of its pixels divided by their height."""
     try:
-        with open_container(path) as file:
-            stream = select_video_stream(file)
-            _check_pixels(stream.width, stream.height)
-            packets: Iterable[av.Packet] = file.demux(stream)
-            if file.format.name.endswith("_pipe"):  # a single picture, on the web
+        with open_video(path) as video:
+            _check_pixels(video.stream.width, video.stream.height)
+            packets: Iterable[av.Packet] = video.file.demux(video.stream)
+            if video.file.format.name.endswith("_pipe"):  # a single picture, on the web
                 packets = list(packets)
                 picture = _read_picture(BytesIO(b"".join(map(bytes, packets))))
                 if picture is not None:
                     return picture, 1.0
-            frame, aspect = decode_first_frame(stream, packets), float(stream.sample_aspect_ratio or 1)
+            frame, aspect = decode_first_frame(video, packets), float(video.stream.sample_aspect_ratio or 1)
     except NoDecoderError:
         image = _read_with_decord(path)
         if image is None:

@@ -6,6 +6,8 @@ import logging
 import re
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 
@@ -13,7 +15,6 @@ import av
 from av.buffer import Buffer
 from av.container import InputContainer
 from av.sidedata.sidedata import Type
-from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from stage1_encode.media.rows import URL_PREFIXES
@@ -25,7 +26,7 @@ COVER_ART = av.stream.Disposition.attached_pic  # a picture of an album, no vide
 REMOTE_TIMEOUT_SECONDS = 10.0  # without an answer
 DECODER_OPTIONS = {"err_detect": "crccheck"}  # compares the checksums that some streams hold
 HARMLESS_COMPLAINT = re.compile("SEI|APP|EXIF|VUI|mmco", re.IGNORECASE)  # these say nothing of the picture
-CORRUPT_PACKET = re.compile(r"Packet corrupt \(stream = (\d+)")  # FFmpeg's parsers drop the flag of the packet
+CORRUPT_PACKET = "Packet corrupt (stream = {}, dts = {})"  # in the log, as FFmpeg's parsers drop the packet's flag
 UNKNOWN_CODEC = re.compile(r"Video: (?:none \()?([^\s,]+)")  # the log names the codec or its tag, PyAV does not
 # These codecs never write a long run of zeros, which a hole in a file or a lost block leaves and no decoder reports.
 DENSE_CODECS = ("h264", "hevc", "vvc", "vp8", "vp9", "av1", "libdav1d")
@@ -52,7 +53,23 @@ class NoDecoderError(UnreadableError):
     """A file is sound, but its codec is unknown."""
 
 
-def open_container(path: str) -> InputContainer:
+@dataclass(frozen=True)
+class OpenVideo:
+    """An open container, its main video and what FFmpeg has said so far: (level, source, message)."""
+
+    file: InputContainer
+    stream: VideoStream
+    log: list[tuple[int, str, str]]
+
+
+@contextmanager
+def open_video(path: str) -> Iterator[OpenVideo]:
+    """Open a file or web address; `NoDecoderError` if its codec is unknown, `UnreadableError` if it has no video."""
+    with av.logging.Capture() as log, _open_container(path) as file:
+        yield OpenVideo(file, _select_stream(file, log), log)
+
+
+def _open_container(path: str) -> InputContainer:
     """Open a container by its header alone; FFmpeg probes further only if the header lacks the size."""
     timeout = REMOTE_TIMEOUT_SECONDS if path.startswith(URL_PREFIXES) else None
     try:
@@ -66,8 +83,7 @@ def open_container(path: str) -> InputContainer:
     return open_leniently(path, timeout=timeout)
 
 
-def select_video_stream(file: InputContainer) -> VideoStream:
-    """The main video of a container; `NoDecoderError` if it is of an unknown codec, `UnreadableError` if missing."""
+def _select_stream(file: InputContainer, log: list[tuple[int, str, str]]) -> VideoStream:
     has_tiles = any(stream.disposition & av.stream.Disposition.dependent for stream in file.streams.video)
     if has_tiles or file.metadata.get("major_brand") in HEIC_BRANDS:
         raise UnreadableError("is a HEIC picture; save it as JPEG")
@@ -76,18 +92,11 @@ def select_video_stream(file: InputContainer) -> VideoStream:
         raise UnreadableError("has no video stream")
     decodable = [stream for stream in videos if stream.codec_context is not None]
     if not decodable:
-        remedy = "for which there is no decoder; convert it to H.264, or a picture to PNG"
-        raise NoDecoderError(f"is in {_name_codec(file)}, {remedy}")
+        names = [match[1] for _, _, message in log if (match := UNKNOWN_CODEC.search(message)) and match[1] != "none"]
+        name = f"the codec {names[0]}" if names else f"an unknown codec ({file.format.long_name})"
+        raise NoDecoderError(f"is in {name}, for which there is no decoder; convert it to H.264, or a picture to PNG")
     best_stream = file.streams.best("video")
     return next((stream for stream in decodable if stream is best_stream), decodable[0])
-
-
-def _name_codec(file: InputContainer) -> str:
-    """The name or tag of a codec that PyAV leaves unnamed, or else the format of the container."""
-    with av.logging.Capture() as log:
-        open_leniently(file.name).close()
-    names = [match[1] for _, _, message in log if (match := UNKNOWN_CODEC.search(message)) and match[1] != "none"]
-    return f"the codec {names[0]}" if names else f"an unknown codec ({file.format.long_name})"
 
 
 def display_orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
@@ -99,72 +108,66 @@ def display_orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     return (True, yx < 0, xy < 0) if abs(xy) > abs(xx) else (False, xx < 0, yy < 0)
 
 
-def decode_first_frame(stream: VideoStream, packets: Iterable[av.Packet]) -> av.VideoFrame:
-    """The frame of a stream that is displayed first, complete; `UnreadableError` if it is damaged, cut off or missing.
+def decode_first_frame(video: OpenVideo, packets: Iterable[av.Packet]) -> av.VideoFrame:
+    """The frame that is displayed first, complete; `UnreadableError` if it is damaged, cut off or missing.
 
-    A stream may be cut out of a longer one. What it holds before its first key frame, or refers to what was before,
-    is not displayed by players either if its decoder complains.
+    A stream may be cut out of a longer one: frames that its decoder complains of are skipped up to the key frame.
     """
-    stream.thread_type = "NONE"  # threads would decode further frames
-    decoder, has_complaints = stream.codec_context, False
-    decoder.options = DECODER_OPTIONS
-    key, is_key_damaged = None, False
-    for packet, is_whole in _check_packets(stream, iter(packets)):
-        frames, complains = _decode(decoder, packet)
-        complains |= not is_whole
+    video.stream.thread_type = "NONE"  # threads would decode further frames
+    video.stream.codec_context.options = DECODER_OPTIONS
+    key, is_key_damaged, has_complaints = None, False, False
+    for packet in packets:
+        frames, complains = _decode(video, packet)
+        if packet.is_corrupt and (key is None or packet.is_keyframe):
+            raise UnreadableError("is cut off within its first frame")
+        complains |= not _is_whole(video, packet)
         has_complaints |= complains
         if key is None and packet.is_keyframe:
-            key, is_key_damaged, has_complaints = packet, complains, complains  # what came before does not count
-            if not frames and packet.pts is not None and packet.pts == stream.start_time:
-                frames = _drain(decoder, packet)  # no frame is displayed before this one, so none is waited for
+            key, is_key_damaged = packet, complains
+            if not frames and packet.pts is not None and packet.pts == video.stream.start_time:
+                frames = _drain(video, packet)  # no frame is displayed before this one, so none is waited for
         for frame in frames:
-            is_damaged = frame.is_corrupt or has_complaints
-            if key is not None and not _is_earlier(frame, key):
-                is_damaged = frame.is_corrupt or is_key_damaged  # complaints of other frames do not matter any more
-                if is_damaged:
-                    raise UnreadableError("is damaged within its first frame")
-            if not is_damaged:
+            is_sound = not frame.is_corrupt and _is_filled(frame)
+            if is_key_damaged or (frame.key_frame and not is_sound):
+                raise UnreadableError("is damaged within its first frame")
+            if is_sound and (frame.key_frame or not has_complaints):
                 return frame
-    problem = "its first frame cannot be decoded" if has_complaints else "it holds no complete frame"
-    raise UnreadableError(f"is no readable video: {problem}")
+    state = "its first frame cannot be decoded" if key else "it holds no key frame"
+    raise UnreadableError(f"is no readable video: {state}")
 
 
-def _is_earlier(frame: av.VideoFrame, key: av.Packet) -> bool:
-    return frame.pts is not None and key.pts is not None and frame.pts < key.pts
+def _is_filled(frame: av.VideoFrame) -> bool:
+    """Whether a decoder has written a frame to its end: FFmpeg hands out zeros, which are no colour in YUV."""
+    if not frame.format.name.startswith("yuv"):
+        return True
+    sample_size = 1 + (frame.format.components[0].bits > 8)
+    ends = (memoryview(plane)[-plane.line_size :][: plane.width * sample_size] for plane in frame.planes[:2])
+    return any(any(end[-8:]) for end in ends)
 
 
-def _check_packets(stream: VideoStream, packets: Iterator[av.Packet]) -> Iterator[tuple[av.Packet, bool]]:
-    """The packets of a stream, and whether each is whole as far as the container and the codec show."""
-    is_dense = stream.codec_context.name in DENSE_CODECS
-    while True:
-        with av.logging.Capture() as log:
-            packet = next(packets, None)
-        if packet is None:
-            return
-        reports = (CORRUPT_PACKET.match(message) for _, _, message in log)
-        is_reported = any(report and int(report[1]) == stream.index for report in reports)
-        has_hole = is_dense and HOLE in bytes(packet)
-        if packet.is_corrupt and packet.is_keyframe:
-            raise UnreadableError("is cut off within its first frame")
-        yield packet, not (packet.is_corrupt or is_reported or has_hole)
+def _is_whole(video: OpenVideo, packet: av.Packet) -> bool:
+    """Whether a packet is complete, as far as the container and the codec show."""
+    report = CORRUPT_PACKET.format(packet.stream_index, packet.dts)
+    has_hole = video.stream.codec_context.name in DENSE_CODECS and HOLE in bytes(packet)
+    return not (packet.is_corrupt or has_hole or any(message.startswith(report) for _, _, message in video.log))
 
 
-def _decode(decoder: VideoCodecContext, packet: av.Packet | None) -> tuple[list[av.VideoFrame], bool]:
-    """The frames that a decoder returns for a packet, or at the end for None, and whether it complains."""
-    with av.logging.Capture() as log:
-        try:
-            frames = decoder.decode(packet)
-        except av.FFmpegError:
-            return [], True
-    errors = (message for level, _, message in log if level <= av.logging.ERROR)
+def _decode(video: OpenVideo, packet: av.Packet | None) -> tuple[list[av.VideoFrame], bool]:
+    """The frames that the decoder returns for a packet, or at the end for None, and whether it complains."""
+    start = len(video.log)
+    try:
+        frames = video.stream.codec_context.decode(packet)
+    except av.FFmpegError:
+        return [], True
+    errors = (message for level, _, message in video.log[start:] if level <= av.logging.ERROR)
     return frames, not all(HARMLESS_COMPLAINT.search(message) for message in errors)
 
 
-def _drain(decoder: VideoCodecContext, packet: av.Packet) -> list[av.VideoFrame]:
+def _drain(video: OpenVideo, packet: av.Packet) -> list[av.VideoFrame]:
     """The frame of a packet that the decoder holds back until it sees the next ones."""
-    frames, _ = _decode(decoder, None)
-    decoder.flush_buffers()
+    frames, _ = _decode(video, None)
+    video.stream.codec_context.flush_buffers()
     if frames and not frames[0].interlaced_frame:
         return frames
-    _decode(decoder, packet)  # perhaps one field of two, and the next packet has the other
+    _decode(video, packet)  # perhaps one field of two, and the next packet has the other
     return []

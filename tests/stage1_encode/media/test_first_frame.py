@@ -87,11 +87,11 @@ def test_decord_is_asked_only_where_pyav_has_no_decoder(tmp_path: Path, monkeypa
     by_av = read_first_frame(path, height=64, width=96).pixels
     asked = []
 
-    def refuse(file: av.container.InputContainer) -> None:
-        asked.append(file.name)
+    def refuse(path: str) -> None:
+        asked.append(path)
         raise NoDecoderError("is in the codec h264, for which there is no decoder")
 
-    monkeypatch.setattr(frames, "select_video_stream", refuse)
+    monkeypatch.setattr(frames, "open_video", refuse)
     assert numpy.array_equal(read_first_frame(path, height=64, width=96).pixels, by_av) and asked == [path]
     monkeypatch.setattr(frames, "decord", None)
     with pytest.raises(UnreadableError, match="codec h264"):
