@@ -7,14 +7,23 @@ import csv
 import logging
 import os
 import sys
-import tempfile
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 
-from common.files import check_local_path, refuse_foreign_files
+from common.files import (
+    LOCK_FILE,
+    UNFINISHED_FOLDER,
+    FolderLock,
+    check_local_path,
+    refuse_foreign_files,
+    staged_output,
+)
 from common.options import ConfigCommand, config_options, resolve_config, write_config
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
@@ -22,6 +31,8 @@ from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.export.config import ExportConfig
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.turbo_config import translated_options
+
+ERROR_DELAY_SECONDS = 3.0  # before a rank reports an error that the first rank may have reported
 
 
 @click.group(context_settings={"show_default": True, "max_content_width": 110})
@@ -154,15 +165,15 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     denoise the one video together.
     """
     from common.device import pick_device
-    from stage1_encode.executors import rank_and_world
     from stage1_encode.generation.condition_encoder import load_condition_encoder
     from stage1_encode.generation.generate import GenerationRequest, generate_videos, needs_offload
     from stage2_distill.sampling.multi_gpu import LeaderSampler, run_sampling_worker
     from stage2_distill.sampling.student_sampler import open_student
 
-    out, is_single = Path(config.out), config.prompt is not None
+    is_single = config.prompt is not None
     offload = needs_offload(config.vram, pick_device(config.device))
-    student, (rank, world) = open_student(config), rank_and_world()
+    rank, world = join_ranks(config.device)
+    student = open_student(config)
     shared_video = is_single and world > 1
     if shared_video and rank:
         run_sampling_worker(student)
@@ -171,49 +182,86 @@ def sample_videos(config: SampleConfig) -> list[Path]:
         config.model, precision=config.vae_dtype, device=student.device, keep_text_on_device=not offload,
         condition_dtype=config.dtype,
     )  # fmt: skip
-    prepare_output(out, config, is_first_rank=rank == 0)
     if shared_video:
         rank, world = 0, 1  # the leader alone writes the file
-    store = out.with_suffix(".zarr") if is_single else out / (f"latents-{rank}.zarr" if world > 1 else "latents.zarr")
-    with tempfile.TemporaryDirectory() as temporary:
+    with TemporaryDirectory() as temporary, prepare_output(config, rank) as folder:
         table = Path(write_prompt_csv(Path(temporary) / "prompt.csv", config) if is_single else str(config.data))
+        target = folder / Path(config.out).name if is_single else folder
+        store = target.with_suffix(".zarr") if is_single else folder / latent_store_name(rank, world)
         request = GenerationRequest(
-            table, out, store, student.spec, config.seed, config.segments, config.batch_size, rank, world,
+            table, target, store, student.spec, config.seed, config.segments, config.batch_size, rank, world,
             config.base_folder,
         )  # fmt: skip
         with LeaderSampler(student) if shared_video else nullcontext(student) as sampler:
-            return generate_videos(request, models, sampler, offload=offload)
+            files = generate_videos(request, models, sampler, offload=offload)
+    return [(Path(config.out).parent if is_single else Path(config.out)) / path.name for path in files]
+
+
+def join_ranks(device: str) -> tuple[int, int]:
+    """Rank and number of the processes of torchrun, which can wait for each other from now on; (0, 1) without it."""
+    from stage2_distill.distributed.process_group import rank_and_world, start_process_group
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        start_process_group(device)
+    return rank_and_world()
+
+
+def latent_store_name(rank: int, world: int) -> str:
+    """File name of the latents of one rank of `sample --data`."""
+    return f"latents-{rank}.zarr" if world > 1 else "latents.zarr"
 
 
 def evaluate_students(config: EvaluateConfig) -> Path:
-    """Sample all candidates (stage two), measure their videos (stage one), report (stage two); returns the page."""
-    from stage1_encode.video_metrics.evaluate_videos import load_tools, measure_videos
-    from stage2_distill.evaluation.compare import sample_comparison
-    from stage2_distill.evaluation.report import write_report
+    """Sample all candidates (stage two), measure their videos (stage one), report (stage two); returns the page.
 
+    Under torchrun the processes share the sampling, and the first one does the rest.
+    """
+    from stage1_encode.video_metrics.evaluate_videos import load_tools, measure_videos
+    from stage2_distill.distributed.process_group import own_folder
+    from stage2_distill.evaluation.compare import open_evaluation, sample_comparison
+    from stage2_distill.evaluation.report import PAGE_FILE, write_report
+
+    rank, _ = join_ranks(config.device)
     load = partial(load_tools, config.model, config.shards, config.device,
                    judge=config.judge, i3d_model=config.i3d_model, clip_model=config.clip_model)  # fmt: skip
-    if config.videos:
+    if config.videos and rank == 0:
         load()  # and let go: mistakes show before hours of sampling, which need the memory
-    sample_comparison(config)
-    if config.videos:
-        measure_videos(Path(config.out), load(), max_videos=config.videos,
-                       report_videos=config.report_videos, batch_size=config.batch_size)  # fmt: skip
-    return write_report(config)
+    setting, out = open_evaluation(config), Path(config.out)
+    with own_folder(out):
+        sample_comparison(setting)
+        if config.videos and rank == 0:
+            with staged_output(out) as staging:
+                measure_videos(out, staging, load(), max_videos=config.videos,
+                               report_videos=config.report_videos, batch_size=config.batch_size)  # fmt: skip
+        return write_report(config) if rank == 0 else out / PAGE_FILE
 
 
-def prepare_output(out: Path, config: SampleConfig, *, is_first_rank: bool) -> None:
-    """Create the output's folder and, on the first rank, write the configuration beside the output.
+@contextmanager
+def prepare_output(config: SampleConfig, rank: int) -> Iterator[Path]:
+    """Own the output of `sample` and yield the folder into which all ranks write; its files are moved at the end.
 
-    ValueError if the folder holds other files.
+    ValueError if the output folder holds other files or another process writes there.
     """
-    is_single = config.prompt is not None
-    config_path = out.with_name(out.name + ".yaml") if is_single else out / "sample.yaml"
-    if not is_single and not config_path.is_file():
-        refuse_foreign_files(out, lambda name: name == f"{config_path.name}.partial")
-    config_path.parent.mkdir(parents=True, exist_ok=True)
-    if is_first_rank:
-        write_config(config_path, config)
+    from stage1_encode.generation.decode import VIDEO_FOLDER_FILES
+    from stage2_distill.distributed.process_group import own_folder, wait_for_ranks
+
+    out, config_file = Path(config.out), "sample.yaml"
+    if config.prompt is not None:
+        with FolderLock(out.parent, f"{out.name}.lock") as lock:
+            lock.hold()
+            with staged_output(out.parent, f"{out.name}.{UNFINISHED_FOLDER}") as staging:
+                yield staging
+                write_config(staging / f"{out.name}.yaml", config)
+        return
+    if not (out / config_file).is_file():
+        is_marked = any((out / name).exists() for name in (LOCK_FILE, UNFINISHED_FOLDER))  # by a run that did not end
+        refuse_foreign_files(out, lambda name: is_marked and VIDEO_FOLDER_FILES.fullmatch(name) is not None)
+    with own_folder(out), staged_output(out) if rank == 0 else nullcontext(out / UNFINISHED_FOLDER) as staging:
+        wait_for_ranks()  # the first one has emptied the folder
+        yield staging
+        if rank == 0:
+            write_config(staging / config_file, config)
+        wait_for_ranks()  # nothing is moved before all are complete
 
 
 def write_prompt_csv(path: Path, config: SampleConfig) -> str:
@@ -227,11 +275,22 @@ def write_prompt_csv(path: Path, config: SampleConfig) -> str:
     return str(path)
 
 
+def run_command() -> int | None:
+    """Run a command; returns its exit code."""
+    try:
+        result: int | None = cli.main(standalone_mode=False)
+    except (click.ClickException, ValueError, RuntimeError, OSError):
+        if os.environ.get("RANK", "0") != "0":  # if the first rank failed too, torchrun ends this one meanwhile
+            time.sleep(ERROR_DELAY_SECONDS)
+        raise
+    return result
+
+
 def main() -> None:
     """Run a command; exits with 2 after a user error and with 1 after a failure of the system."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        code = cli.main(standalone_mode=False)
+        code = run_command()
     except click.ClickException as error:
         error.show()
         sys.exit(2)

@@ -142,11 +142,13 @@ class FolderLock:
     The system releases the slots of a process that ends, however it ends. On a file system without locks a slot is a
     symbolic link beside the lock file that names its owner. The link of a process of this machine that has ended is
     replaced; whether one of another machine has ended cannot be known.
+
+    The file is deleted at the end unless it is `permanent`, as several runs need that have a slot each.
     """
 
-    def __init__(self, folder: Path, name: str = LOCK_FILE, *, is_temporary: bool = False) -> None:
-        self.folder, self.path, self.is_temporary = folder, folder / name, is_temporary
-        self.has_locks, self.is_held, self.links = True, False, dict[int, Path]()
+    def __init__(self, folder: Path, name: str = LOCK_FILE, *, permanent: bool = False) -> None:
+        self.folder, self.path, self.permanent = folder, folder / name, permanent
+        self.has_locks, self.is_held, self.is_shared, self.links = True, False, False, dict[int, Path]()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -157,12 +159,13 @@ class FolderLock:
         """Hold a slot until the lock file is closed; ValueError if another process holds it."""
         if not self._try_slot(slot):
             raise ValueError(f"out={self.folder}: {self._describe_owner(slot)}; wait for it to end")
-        if self.is_temporary and not self._is_in_place():
+        if not (self.permanent or self._is_in_place()):
             raise ValueError(f"out={self.folder}: another process has just ended there; repeat the command")
         self.is_held = True
 
     def share(self) -> None:
         """Share slot 0 with the other ranks of this run, which call this too once the first one has held the slot."""
+        self.is_shared = True
         if self.has_locks:  # else the first rank's link stands for all
             self._lock_slot(0, fcntl.LOCK_SH)
 
@@ -224,19 +227,23 @@ class FolderLock:
                 owner, remedy = f"process {number} on {host}", f" (delete {self._link_path(slot)} if it has ended)"
         return f"{owner.strip() or 'another process'} is working on it{remedy}"
 
-    def close(self) -> None:
-        """Release all slots."""
+    def close(self, *, failed: bool = False) -> None:
+        """Release all slots; `failed`: other ranks may still be at work, and the file stays for their sake."""
         for link in self.links.values():
             link.unlink(missing_ok=True)
-        if self.is_temporary and self.is_held:
+        if self.permanent:
+            with suppress(OSError):  # others hold slots, whose owners' names are kept
+                fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.truncate(self.descriptor, 0)
+        elif self.is_held and not (self.is_shared and failed):
             self.path.unlink(missing_ok=True)
         os.close(self.descriptor)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error_type: object, *_: object) -> None:
+        self.close(failed=error_type is not None)
 
 
 def claim_link(link: Path) -> bool:

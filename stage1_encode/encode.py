@@ -62,7 +62,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
         stop_after_failures=config.stop_after_failures,
     )  # fmt: skip
     shards = chain([next(shards)], shards)  # reports an unusable CSV before the folder is created
-    with FolderLock(folder, LOCK_FILE) as lock:
+    with FolderLock(folder, LOCK_FILE, permanent=True) as lock:
         data_set = DataSetFolder(folder, config, plan, lock)
         survey = data_set.survey_shards(shards, assigned=assigned)
         indices = survey.finished | encode_unfinished(data_set, survey, embed_negative=0 in assigned)

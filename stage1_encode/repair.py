@@ -49,7 +49,7 @@ def repair_data_set(report: VerifyReport, config: VerifyConfig) -> EncodeReport:
     plan = check_plan(folder, plan)
     pick_device(options.device)
     shards = read_shard_rows(Path(options.data), shard_size=options.shard_size, text_only=options.text_only)
-    with FolderLock(folder, LOCK_FILE) as lock:
+    with FolderLock(folder, LOCK_FILE, permanent=True) as lock:
         data_set = DataSetFolder(folder, options, plan, lock)
         data_set.survey_shards(shards, broken_files={problem.file for problem in report.problems})
     delete_broken_files(report)  # only now: everything that `encode` would refuse has been checked

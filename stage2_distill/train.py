@@ -73,7 +73,7 @@ def distill(config: DistillConfig) -> Path:
     schedule = Schedule.of(config, ranks.world)
     facts, out = student_facts(config, model, data), Path(config.out)
     check_run(out, config, facts, schedule)  # before anything is written, and anything slow
-    with own_folder(out, ranks):
+    with own_folder(out):
         if ranks.rank == 0:
             open_run_folder(out, config, facts, schedule)
         roles = build_roles(config, ranks, model)

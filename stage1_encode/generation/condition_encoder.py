@@ -3,7 +3,7 @@
 Shapes: C channels, H W latent size, X Y pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -92,10 +92,7 @@ def encode_conditions(
         encoder.text_tensors.move_to(encoder.device)
         embeddings = row_encoder.embed_tokens(tokens, max_tokens=TEXT_BATCH_TOKENS)
         pictures = list(pending_pictures)
-    pairs = zip(rows, pictures, strict=True)
-    problems = [f"line {row.line}, {row.path}: {picture}" for row, picture in pairs if isinstance(picture, str)]
-    if problems:
-        raise ValueError(f"{len(problems)} of {len(rows)} conditions cannot be used; {problems[0]}")
+    refuse_problems(rows, pictures)
     latents = [encode_picture(encoder, picture) if isinstance(picture, Tensor) else None for picture in pictures]
     if event := record_event(encoder.device):  # the embeddings are still being copied to the CPU
         event.synchronize()
@@ -105,6 +102,25 @@ def encode_conditions(
         Record(row.key, RecordSource(prompt, row.path, row.line, 0, None, row.seed), latent, embedding)
         for row, prompt, latent, embedding in zip(rows, prompts, latents, embeddings, strict=True)
     ]
+
+
+def refuse_problems(rows: Sequence[Row], pictures: Iterable[Tensor | str | None]) -> None:
+    """Raise ValueError if a row's picture is the reason why it cannot be used; it names the first such row."""
+    pairs = zip(rows, pictures, strict=True)
+    problems = [f"line {row.line}, {row.path}: {picture}" for row, picture in pairs if isinstance(picture, str)]
+    if problems:
+        raise ValueError(f"{len(problems)} of {len(rows)} conditions cannot be used; {problems[0]}")
+
+
+def check_conditions(rows: Sequence[Row], table: Path, spec: VideoSpec, base_folder: str | None) -> None:
+    """Read the pictures of all rows and keep none; ValueError if a row cannot be used."""
+
+    def find_problem(row: Row) -> str | None:
+        picture = read_row_picture(row, row.prompt, table, spec, base_folder)
+        return picture if isinstance(picture, str) else None
+
+    with ThreadPoolExecutor(PICTURE_THREADS) as pool:
+        refuse_problems(rows, pool.map(find_problem, rows))
 
 
 def read_row_picture(

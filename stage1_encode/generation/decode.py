@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.device import pick_device
-from common.files import refuse_foreign_files, write_file
+from common.files import FolderLock, refuse_foreign_files, staged_output, write_file
 from common.model_folder import locate_model
 from common.options import write_config
 from common.progress import track_progress
@@ -22,7 +22,7 @@ from stage1_encode.media.video_writer import write_video
 from stage1_encode.models import vae
 
 CONTACT_SHEET, DECODE_CONFIG_FILE = "contact.png", "decode.yaml"
-# what decode, sample and an interrupted run of either may leave in a folder
+# what decode and sample write into a folder, and what they left there before both wrote beside it
 VIDEO_FOLDER_FILES = re.compile(
     r"(contact(-\d+)?\.png|.*\.mp4|(decode|sample|.*\.mp4)\.yaml)(\.partial)?|sample|.*\.zarr|step-.*"
 )
@@ -40,7 +40,9 @@ def decode(config: DecodeConfig) -> list[Path]:
     if not steps:
         raise ValueError(f"latents={store}: holds no finished step")
     model = prepare_decoding(config, steps)
-    return [path for step in steps for path in decode_step(config, model, step, out if len(steps) == 1 else out / step)]
+    with FolderLock(out) as lock:
+        lock.hold()
+        return decode_steps(config, model, steps, in_folders=len(steps) > 1)
 
 
 def decode_as_written(config: DecodeConfig) -> Iterator[Path]:
@@ -50,15 +52,17 @@ def decode_as_written(config: DecodeConfig) -> Iterator[Path]:
     """
     store, out = Path(config.latents), Path(config.out)
     model = prepare_decoding(config, finished_steps(store))
-    while True:
-        # read before the steps are listed; the other way round, a last step in between would be missed
-        is_complete = latent_store.is_store_complete(store)
-        for step in finished_steps(store):
-            if not (out / step / CONTACT_SHEET).is_file():
-                yield decode_step(config, model, step, out / step)[-1]
-        if is_complete:
-            return
-        time.sleep(POLL_SECONDS)
+    with FolderLock(out) as lock:
+        lock.hold()
+        while True:
+            # read before the steps are listed; the other way round, a last step in between would be missed
+            is_complete = latent_store.is_store_complete(store)
+            for step in finished_steps(store):
+                if not (out / step / CONTACT_SHEET).is_file():
+                    yield decode_steps(config, model, [step], in_folders=True)[-1]
+            if is_complete:
+                return
+            time.sleep(POLL_SECONDS)
 
 
 def finished_steps(store: Path) -> list[str]:
@@ -67,19 +71,26 @@ def finished_steps(store: Path) -> list[str]:
 
 
 def prepare_decoding(config: DecodeConfig, steps: Sequence[str]) -> vae.WanVae:
-    """Check and create the output folder, write the configuration into it, and load the VAE."""
-    out = Path(config.out)
-    check_video_folder(out, steps)
+    """Check the output folder and load the VAE."""
+    check_video_folder(Path(config.out), steps)
     folder = locate_model(config.model, ("vae",))
-    model = vae.load_vae(folder, dtype=getattr(torch, config.vae_dtype), device=pick_device(config.device))
-    out.mkdir(parents=True, exist_ok=True)
-    write_config(out / DECODE_CONFIG_FILE, config)
-    return model
+    return vae.load_vae(folder, dtype=getattr(torch, config.vae_dtype), device=pick_device(config.device))
 
 
 def check_video_folder(folder: Path, steps: Sequence[str]) -> None:
     """Raise ValueError if a folder holds anything but videos made by this program and folders of these steps."""
     refuse_foreign_files(folder, lambda name: name in steps or VIDEO_FOLDER_FILES.fullmatch(name) is not None)
+
+
+def decode_steps(config: DecodeConfig, model: vae.WanVae, steps: Sequence[str], *, in_folders: bool) -> list[Path]:
+    """Decode all of the steps or none into the output folder, or into folders of their names; returns the files."""
+    out = Path(config.out)
+    with staged_output(out) as staging:
+        folders = [staging / step if in_folders else staging for step in steps]
+        pairs = zip(steps, folders, strict=True)
+        files = [path for step, folder in pairs for path in decode_step(config, model, step, folder)]
+        write_config(staging / DECODE_CONFIG_FILE, config)
+    return [out / path.relative_to(staging) for path in files]
 
 
 def decode_step(config: DecodeConfig, model: vae.WanVae, step: str, folder: Path) -> list[Path]:

@@ -21,7 +21,12 @@ from common.progress import ProgressBar
 from common.video import VideoSpec
 from shards import latent_store
 from shards.record import Record, RecordSource, group_by_first_frame
-from stage1_encode.generation.condition_encoder import ConditionEncoder, encode_conditions, encode_picture
+from stage1_encode.generation.condition_encoder import (
+    ConditionEncoder,
+    check_conditions,
+    encode_conditions,
+    encode_picture,
+)
 from stage1_encode.generation.decode import CONTACT_SHEET, MAX_SHEET_ROWS, make_thumbnails, write_contact_sheet
 from stage1_encode.media.rows import Row, read_shard_rows
 from stage1_encode.media.video_writer import VideoWriter
@@ -94,6 +99,8 @@ def generate_videos(
     rows = all_rows[request.rank :: request.world]
     if not rows:
         return []
+    if len(rows) > ROWS_PER_CHUNK:  # a mistake in a late row shows before hours of work
+        check_conditions(rows, request.csv_path, request.spec, request.base_folder)
     latent_store.create_group(request.store, build_latent_group(request, rows))
     try:
         with ExitStack() as stack, ProgressBar(len(rows), label="sample") as progress:

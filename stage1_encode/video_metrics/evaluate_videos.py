@@ -92,8 +92,10 @@ def load_tools(
     )
 
 
-def measure_videos(out: Path, tools: EvaluationTools, *, max_videos: int, report_videos: int, batch_size: int) -> Path:
-    """Measure the first videos of every set of the comparison in `out`; returns the file of the results.
+def measure_videos(
+    out: Path, target: Path, tools: EvaluationTools, *, max_videos: int, report_videos: int, batch_size: int
+) -> None:
+    """Measure the first videos of every set of the comparison in `out`, and write the results into `target`.
 
     The videos of the first `report_videos` conditions and of the first seed are written for the report.
     """
@@ -111,15 +113,14 @@ def measure_videos(out: Path, tools: EvaluationTools, *, max_videos: int, report
                 result.add(tools, videos, first_frames[start : rows.stop], list(group.prompts[start : rows.stop]))
                 if name in report_names:
                     for row, video in zip(rows[: max(0, report_videos - start)], videos, strict=False):
-                        write_report_video(out / VIDEOS_FOLDER / name / f"{row:03d}.mp4", video, fps=group.spec.fps)
+                        write_report_video(target / VIDEOS_FOLDER / name / f"{row:03d}.mp4", video, fps=group.spec.fps)
                 progress.advance(count=len(rows))
     if tools.i3d:
         features = {name: torch.stack(result.features) for name, result in results.items()}
-        write_file(out / FEATURES_FILE, save(features))  # the distance between sets is the report's work
+        write_file(target / FEATURES_FILE, save(features))  # the distance between sets is the report's work
     facts = {"videos": count, "shown": min(report_videos, count), "i3d": tools.i3d is not None}
     sets = {name: result.summarize() for name, result in results.items()}
-    write_file(out / PIXELS_FILE, (json.dumps(facts | {"sets": sets}, indent=1) + "\n").encode())
-    return out / PIXELS_FILE
+    write_file(target / PIXELS_FILE, (json.dumps(facts | {"sets": sets}, indent=1) + "\n").encode())
 
 
 def sets_to_measure(comparison: Comparison, *, references: bool) -> list[str]:

@@ -59,25 +59,33 @@ def build_mesh(device_type: str, world: int, replicate: int) -> DeviceMesh:
 
 
 @contextmanager
-def own_folder(folder: Path, ranks: RankContext) -> Iterator[None]:
+def own_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of an output folder on all ranks: one that outlives the first still keeps other runs out.
 
     The folder has its lock file before any rank goes on. ValueError on the first rank if another run holds the lock.
     """
-    if ranks.rank > 0:
+    rank, world = rank_and_world()
+    if rank > 0:
         wait_for_ranks()
     with FolderLock(folder) as lock:
-        if ranks.rank == 0:
+        if rank == 0:
             lock.hold()
-        lock.share()
-        if ranks.rank == 0:
+        if world > 1:
+            lock.share()
+        if rank == 0:
             wait_for_ranks()
         yield
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def wait_for_ranks() -> None:
-    """Return once all ranks have called this; unlike `dist.barrier` it works without NCCL."""
-    on_any_rank(False)
+    """Return once all ranks have called this, at once without a process group; unlike `dist.barrier` without NCCL."""
+    if dist.is_initialized():
+        on_any_rank(False)
 
 
 def gather_from_ranks(values: torch.Tensor) -> torch.Tensor:

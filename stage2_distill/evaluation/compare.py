@@ -22,7 +22,6 @@ from common.device import pick_device
 from common.files import write_file
 from common.flow import shift
 from common.model_folder import digest_files, locate_model
-from common.options import write_config
 from common.progress import ProgressBar
 from common.seed import draw_normal, make_generator
 from shards import latent_store
@@ -31,6 +30,7 @@ from shards.dataset import open_data_set
 from shards.manifest import check_manifest
 from shards.record import Record, collate_records, group_by_first_frame, pad_text
 from stage2_distill.checkpointing import format as checkpoints
+from stage2_distill.distributed.process_group import rank_and_world, wait_for_ranks
 from stage2_distill.dmd.rollout import sample_euler, sample_student
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import reference_seeds, score_candidates, seed_statistics
@@ -38,7 +38,7 @@ from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.wan import guided, load_transformer, make_denoiser
 from stage2_distill.sampling.student_sampler import check_model, load_student
 
-EVALUATION_CONFIG_FILE, SELECTION_FILE = "evaluate.yaml", "selection.json"
+SELECTION_FILE = "selection.json"
 CHUNK_BYTES = 4 << 20  # bytes of latents that share a chunk of the store
 MIN_LATENT_FRAMES = 3  # the feature map spans two free frames
 
@@ -54,6 +54,8 @@ class EvaluationSetup:
     records_digest: str
     guidance_scale: float
     store: Path  # zarr store of all latents
+    rank: int  # this process samples every world-th batch, starting with its rank
+    world: int
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,18 @@ class CandidateSampler:
         return Candidate(self.name, label, steps * (2 if is_guided else 1), self.sets)
 
 
-def sample_comparison(config: EvaluateConfig) -> Comparison:
+def sample_comparison(setting: EvaluationSetup) -> Comparison:
     """Write the latents of every candidate and seed into OUT/latents.zarr, and OUT/contest.json.
 
-    Complete sets from the same weights and settings are kept.
+    Complete sets from the same weights and settings are kept. All ranks call this together, and share each set.
     """
-    setting = open_evaluation(config)
+    config = setting.config
     if config.select:
         select_best(setting)
     students = student_samplers(setting, [checkpoints.resolve_checkpoint(Path(name)) for name in config.checkpoint])
     comparison = sample_sets(setting, [*teacher_samplers(setting), *students])
-    write_comparison(Path(config.out), comparison)
+    if setting.rank == 0:
+        write_comparison(Path(config.out), comparison)
     return comparison
 
 
@@ -106,12 +109,11 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     if count < 2:
         raise ValueError(f"shards={config.shards}: holds {count} records; a distance between sets needs 2 or more")
     data_digest = hashlib.sha256(repr((data.manifest.shards, data.manifest.negative_sha256)).encode()).hexdigest()
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    write_config(Path(config.out) / EVALUATION_CONFIG_FILE, config)
     records = tuple(data.read_record(index) for index in range(count))
     negative_text, store = pad_text(data.negative, config.max_text_tokens), Path(config.out) / LATENTS_STORE
     scale = float(str(first.config["guidance_scale"] if config.guidance_scale is None else config.guidance_scale))
-    return EvaluationSetup(config, first, records, negative_text, f"{count} of {data_digest}", scale, store)
+    digest, ranks = f"{count} of {data_digest}", rank_and_world()
+    return EvaluationSetup(config, first, records, negative_text, digest, scale, store, *ranks)
 
 
 def teacher_samplers(setting: EvaluationSetup) -> list[CandidateSampler]:
@@ -148,6 +150,7 @@ def sample_sets(setting: EvaluationSetup, samplers: Sequence[CandidateSampler]) 
     pairs = [(samplers[0], seed) for seed in sorted({*seeds, *references})]
     pairs += [(sampler, seed) for sampler in samplers[1:] for seed in sorted(seeds)]
     missing = [pair for pair in pairs if not is_set_usable(setting, *pair)]
+    wait_for_ranks()  # all have looked before the first one writes
     for checkpoint, group in groupby(missing, key=lambda pair: pair[0].checkpoint):
         denoiser = open_denoiser(setting.config, checkpoint)
         for sampler, seed in group:
@@ -188,15 +191,20 @@ def set_digest(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -
 
 
 def sample_set(setting: EvaluationSetup, sampler: CandidateSampler, denoiser: Denoiser, seed: int) -> None:
-    """Sample all conditions with one candidate and seed into the store."""
+    """Sample all conditions with one candidate and seed into the store; each rank samples its share of the batches."""
     records, store, name = setting.records, setting.store, latent_set_name(sampler.candidate, seed)
+    rank, world = setting.rank, setting.world
     keys, prompts = tuple(r.key for r in records), tuple(r.source.prompt for r in records)
     group = latent_store.LatentGroup(name, setting.facts.spec, keys, prompts, (seed,) * len(records))
     video_bytes = 4 * math.prod(group.spec.latent_shape)  # float32
-    latent_store.create_group(store, group, videos_per_chunk=max(1, CHUNK_BYTES // video_bytes))
+    if rank == 0:  # a chunk has one writer
+        chunk = 1 if world > 1 else max(1, CHUNK_BYTES // video_bytes)
+        latent_store.create_group(store, group, videos_per_chunk=chunk)
+    wait_for_ranks()
     seconds = []  # per video; their median leaves out the first batch, which is slower
-    with ProgressBar(len(records), label=f"sample {name}") as progress:
-        for rows in group_by_first_frame(records, setting.config.batch_size):
+    batches = list(group_by_first_frame(records, setting.config.batch_size))[rank::world]
+    with ProgressBar(sum(map(len, batches)), label=f"sample {name}", quiet=rank > 0) as progress:
+        for rows in batches:
             start_time = time.perf_counter()  # `.cpu()` below waits for the GPU
             x0 = sample_rows(setting, sampler, denoiser, rows, seed).cpu()
             seconds.append((time.perf_counter() - start_time) / len(rows))
@@ -204,8 +212,10 @@ def sample_set(setting: EvaluationSetup, sampler: CandidateSampler, denoiser: De
                 raise ValueError(f"{sampler.checkpoint or setting.config.model}: produces latents that are not finite")
             latent_store.write_latents(store, name, rows, x0)
             progress.advance(count=len(rows))
-    facts = latent_store.SetFacts(set_digest(setting, sampler, seed), median(seconds))
-    latent_store.finish_group(store, name, facts=facts)
+    wait_for_ranks()
+    if rank == 0:  # which has the first batch
+        facts = latent_store.SetFacts(set_digest(setting, sampler, seed), median(seconds))
+        latent_store.finish_group(store, name, facts=facts)
 
 
 @torch.no_grad()
@@ -225,7 +235,7 @@ def sample_rows(
     return sample_euler(guided_denoiser, noise, condition, sigmas=sigmas)
 
 
-def select_best(setting: EvaluationSetup) -> Path:
+def select_best(setting: EvaluationSetup) -> None:
     """Score every checkpoint of the first run by its distance to the teacher; write the best's name to RUN/best."""
     run = Path(setting.config.checkpoint[0])
     if checkpoints.newest_checkpoint(run) == run:
@@ -233,9 +243,16 @@ def select_best(setting: EvaluationSetup) -> Path:
     folders = checkpoints.list_checkpoints(run)
     samplers = student_samplers(setting, folders)
     comparison = sample_sets(setting, [teacher_samplers(setting)[0], *samplers])
+    if setting.rank == 0:
+        write_selection(setting, run, folders, comparison)
+    wait_for_ranks()  # all ranks read the name of the best
+
+
+def write_selection(setting: EvaluationSetup, run: Path, folders: Sequence[Path], comparison: Comparison) -> None:
+    """Score the checkpoints of a run, the candidates after the teacher, and write the scores and the best's name."""
     scores = score_candidates(setting.store, comparison)
-    distances = [seed_statistics(scores[sampler.name].frechet) for sampler in samplers]
+    distances = [seed_statistics(scores[candidate.name].frechet) for candidate in comparison.contestants[1:]]
     rows = [{"checkpoint": one.name, **vars(distance)} for one, distance in zip(folders, distances, strict=True)]
     write_file(Path(setting.config.out) / SELECTION_FILE, (json.dumps(rows, indent=1) + "\n").encode())
     distance, best = min((distance.mean, folder) for distance, folder in zip(distances, folders, strict=True))
-    return checkpoints.write_best(run, best.name, distance=distance, iteration=checkpoints.iteration_of(best))
+    checkpoints.write_best(run, best.name, distance=distance, iteration=checkpoints.iteration_of(best))

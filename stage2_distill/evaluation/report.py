@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 
 from safetensors.torch import load as load_tensors
 
-from common.files import write_file
+from common.files import staged_output, write_file
+from common.options import write_config
 from shards import latent_store
 from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
 from stage2_distill.evaluation import latent_metrics
@@ -22,6 +23,7 @@ from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import CandidateScores, SeedStatistics, seed_statistics
 
 REPORT_FILE, PAGE_FILE, VIDEOS_FOLDER = "report.json", "report.html", "videos"
+EVALUATION_CONFIG_FILE = "evaluate.yaml"
 PIXELS_FILE, I3D_FILE = "pixels.json", "i3d.safetensors"  # written by stage1_encode/video_metrics
 # Columns of the page's first table, and their titles.
 LATENT_METRICS = ("frechet", "times_floor", "to_teacher", "diversity", "evaluations", "seconds")
@@ -61,16 +63,18 @@ class EvaluationReport:
 
 
 def write_report(config: EvaluateConfig) -> Path:
-    """Write OUT/report.json and OUT/report.html; return the path of the latter."""
+    """Write OUT/report.json, OUT/report.html and OUT/evaluate.yaml; return the path of the page."""
     out, comparison = Path(config.out), read_comparison(Path(config.out))
     pixels = json.loads((out / PIXELS_FILE).read_bytes()) if config.videos else {"videos": 0, "shown": 0}
     selection = json.loads((out / SELECTION_FILE).read_bytes()) if config.select else None
     report = build_report(out, comparison, pixels, selection)
     # The JSON encoder calls `vars` for the records that it does not know: EvaluationReport and SeedStatistics.
     text = json.dumps(report, indent=1, ensure_ascii=False, default=vars)
-    write_file(out / REPORT_FILE, (text + "\n").encode())
-    videos = video_section(out, comparison, pixels["shown"])
-    write_file(out / PAGE_FILE, render_page(report, videos).encode())
+    page = render_page(report, video_section(out, comparison, pixels["shown"]))
+    with staged_output(out) as staging:
+        write_config(staging / EVALUATION_CONFIG_FILE, config)
+        write_file(staging / REPORT_FILE, (text + "\n").encode())
+        write_file(staging / PAGE_FILE, page.encode())
     return out / PAGE_FILE
 
 

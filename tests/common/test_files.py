@@ -53,13 +53,35 @@ def lock_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return request.param
 
 
+def test_a_permanent_lock_is_empty_once_nobody_holds_a_slot(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    with child_process(lambda: FolderLock(tmp_path, "x.lock", permanent=True).hold(3)) as child:
+        with FolderLock(tmp_path, "x.lock", permanent=True) as lock:
+            lock.hold(1)
+        assert f"process {child} on " in path.read_text()
+    with FolderLock(tmp_path, "x.lock", permanent=True) as lock:
+        lock.hold(1)
+    assert path.read_bytes() == b""
+
+
+def test_a_rank_that_fails_leaves_the_lock_file_to_the_others(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), FolderLock(tmp_path) as lock:
+        lock.hold()
+        lock.share()
+        raise RuntimeError
+    assert (tmp_path / "owner.lock").is_file()
+
+
 def test_a_slot_has_one_owner_and_none_once_that_is_killed(lock_kind: str, tmp_path: Path) -> None:
-    with child_process(lambda: FolderLock(tmp_path).hold(2)) as child, FolderLock(tmp_path) as lock:
+    with (
+        child_process(lambda: FolderLock(tmp_path, permanent=True).hold(2)) as child,
+        FolderLock(tmp_path, permanent=True) as lock,
+    ):
         lock.hold(1)
         with pytest.raises(ValueError, match=rf"^out={tmp_path}: process {child} on \S+ is working on it.*; wait"):
             lock.hold(2)
         assert not lock._try_slot(2)
-    with FolderLock(tmp_path) as lock:  # nobody removed anything
+    with FolderLock(tmp_path, permanent=True) as lock:  # nobody removed anything
         lock.hold(2)
     assert [path.name for path in tmp_path.iterdir()] == ["owner.lock"]
 
@@ -148,18 +170,18 @@ def test_a_rank_that_outlives_the_first_keeps_the_folder(tmp_path: Path) -> None
             lock.hold()
 
 
-def test_a_temporary_lock_leaves_nothing(lock_kind: str, tmp_path: Path) -> None:
-    with child_process(lambda: FolderLock(tmp_path, "v.lock", is_temporary=True).hold()):
-        with FolderLock(tmp_path, "v.lock", is_temporary=True) as lock, pytest.raises(ValueError, match="is working"):
+def test_a_lock_beside_a_file_leaves_nothing(lock_kind: str, tmp_path: Path) -> None:
+    with child_process(lambda: FolderLock(tmp_path, "v.lock").hold()):
+        with FolderLock(tmp_path, "v.lock") as lock, pytest.raises(ValueError, match="is working"):
             lock.hold()
         assert (tmp_path / "v.lock").is_file()
-    with FolderLock(tmp_path, "v.lock", is_temporary=True) as lock:
+    with FolderLock(tmp_path, "v.lock") as lock:
         lock.hold()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_file_that_was_deleted_meanwhile_is_not_held(tmp_path: Path) -> None:
-    with FolderLock(tmp_path, "v.lock", is_temporary=True) as late:
+    with FolderLock(tmp_path, "v.lock") as late:
         (tmp_path / "v.lock").unlink()
         with pytest.raises(ValueError, match="repeat the command"):
             late.hold()

@@ -92,7 +92,7 @@ def test_a_second_run_waits_for_no_dead_process(clips: Path, model: Path, tmp_pa
     ready, ready_to = os.pipe()
     child = os.fork()
     if not child:
-        with FolderLock(tmp_path / "out", LOCK_FILE) as lock:
+        with FolderLock(tmp_path / "out", LOCK_FILE, permanent=True) as lock:
             lock.hold(FIRST_SHARD_SLOT + 1)
             os.write(ready_to, b"x")
             time.sleep(60)

@@ -15,7 +15,8 @@ from shards.comparison import Comparison, latent_set_name
 from shards.manifest import read_manifest, write_manifest
 from stage2_distill.checkpointing.format import list_checkpoints, prune_checkpoints, resolve_checkpoint, write_best
 from stage2_distill.dmd.rollout import rollout, sample_euler
-from stage2_distill.evaluation.compare import open_evaluation, sample_comparison
+from stage2_distill.evaluation.compare import open_evaluation
+from stage2_distill.evaluation.compare import sample_comparison as sample_opened
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import (
     frechet_distance,
@@ -35,6 +36,10 @@ def workspace(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     training_helpers.make_shards(folder / "data", model)
     training_helpers.run_here(training_helpers.make_config(folder / "data", model, folder / "run"))
     return folder
+
+
+def sample_comparison(evaluation: EvaluateConfig) -> Comparison:
+    return sample_opened(open_evaluation(evaluation))
 
 
 def make_evaluation(workspace: Path, model: Path, out: Path, **changes: object) -> EvaluateConfig:
