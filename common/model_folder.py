@@ -2,13 +2,19 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from common.files import read_json
+
+MODEL_REMEDY = "copy it again, or give a folder like Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "transformer")
 BLOCK_BYTES, MAX_BLOCKS = 4096, 256  # of a weight file, up to this many evenly spaced blocks are hashed
 TENSOR_BLOCKS = 4  # the same for one tensor
@@ -16,6 +22,42 @@ TENSOR_BLOCKS = 4  # the same for one tensor
 STAMPS = {"architectures", "backend", "dtype", "is_local", "name_or_path", "torch_dtype", "transformers_version"}
 CLASS_KEY = "_class_name"
 DERIVED_FILES = ("*.index.json", "generation_config.json")  # where tensors are, and how a language model writes
+
+
+@dataclass(frozen=True)
+class WeightIndex:
+    """The index of weights that are spread over several files; ValueError if a file is not beside the index."""
+
+    weight_map: dict[str, str]  # names of the files by names of the weights
+
+    def __post_init__(self) -> None:
+        for name in set(self.weight_map.values()):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"the file {name!r} is not a .safetensors file beside it")
+
+
+def check_weight_files(folder: Path, *, option: str = "model") -> None:
+    """Raise ValueError if a model folder refers its libraries to weights elsewhere: by an index or an adapter."""
+    if (folder / "adapter_config.json").exists():  # transformers would load the base that it names, from the hub too
+        raise ValueError(f"{option}={folder}: holds an adapter (adapter_config.json), not a model; {MODEL_REMEDY}")
+    for path in folder.glob("*.safetensors.index.json"):
+        try:
+            read_json(path, WeightIndex)
+        except ValueError as error:
+            raise ValueError(f"{option}={error}; {MODEL_REMEDY}") from error
+
+
+@contextmanager
+def report_load_errors(folder: Path, *, option: str = "model") -> Iterator[None]:
+    """Turn the errors of a library that reads `folder` into a ValueError of one line that names the folder.
+
+    The body must call nothing but the library.
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # tokenizers raises no other class for a damaged file
+        reason = re.split(r"\. |\n", str(error))[0]  # diffusers appends advice on ignoring the error
+        raise ValueError(f"{option}={folder}: cannot be read: {reason}; {MODEL_REMEDY}") from error
 
 
 def locate_model(model: str, parts: Sequence[str], *, option: str = "model") -> Path:
@@ -43,6 +85,7 @@ def locate_model(model: str, parts: Sequence[str], *, option: str = "model") -> 
             raise ValueError(f"{option}={model}: {config} is missing; a model folder holds {', '.join(MODEL_PARTS)}")
         if part != "tokenizer" and not list((folder / part).glob("*.safetensors")):
             raise ValueError(f"{option}={model}: {part}/ holds no .safetensors weights")
+        check_weight_files(folder / part, option=option)
     return folder
 
 

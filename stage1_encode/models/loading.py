@@ -1,35 +1,27 @@
 """Errors of the VAE and text encoder loaders for a broken, incomplete or different model folder."""
 
-import json
-import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
+from common.files import Count, read_json
+from common.model_folder import MODEL_REMEDY
 
-# what diffusers, transformers and safetensors raise for broken files, as far as seen
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
-MODEL_REMEDY = "copy it again, or give a folder like Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """What is needed of a text encoder's config.json before its weights are loaded."""
+
+    d_model: Count
 
 
 def read_text_width(folder: Path) -> int:
     """Return the embedding width from the config.json of a text encoder; ValueError if it is not a UMT5."""
     path = folder / "text_encoder" / "config.json"
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["d_model"])  # without loading the weights
-    except (ValueError, KeyError, TypeError) as error:
+        return read_json(path, TextEncoderConfig).d_model
+    except ValueError as error:
         raise ValueError(f"model={path}: does not describe a UMT5 text encoder; {MODEL_REMEDY}") from error
-
-
-@contextmanager
-def report_load_errors(folder: Path) -> Iterator[None]:
-    """Turn the errors of a library that reads `folder` into a ValueError of one line that names the folder."""
-    try:
-        yield
-    except LOAD_ERRORS as error:
-        reason = re.split(r"\. |\n", str(error))[0]  # diffusers appends advice on ignoring the error
-        raise ValueError(f"model={folder}: cannot be read: {reason}; {MODEL_REMEDY}") from error
 
 
 def check_missing_weights(folder: Path, loading_info: Mapping[str, Collection[str]]) -> None:

@@ -18,8 +18,9 @@ from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 from transformers.utils import logging
 
 from common.device import copy_async
+from common.model_folder import report_load_errors
 from common.video import TEXT_LENGTH
-from stage1_encode.models.loading import check_missing_weights, report_load_errors
+from stage1_encode.models.loading import check_missing_weights
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,14 @@ def load_text_encoder(folder: Path, *, dtype: torch.dtype, device: torch.device)
     logging.set_verbosity_error()  # missing weights are reported by `check_missing_weights`
     weights_folder, tokenizer_folder = folder / "text_encoder", folder / "tokenizer"
     with report_load_errors(weights_folder):
-        model, loading_info = UMT5EncoderModel.from_pretrained(weights_folder, dtype=dtype, output_loading_info=True)
+        # Without `attn_implementation`, config.json may name code of the hub for it.
+        model, loading_info = UMT5EncoderModel.from_pretrained(
+            weights_folder, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
+            attn_implementation="sdpa",
+        )  # fmt: skip
     check_missing_weights(weights_folder, loading_info)
     with report_load_errors(tokenizer_folder):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     return TextEncoder(fuse_layers(model).to(device).eval().requires_grad_(False), tokenizer)
 
 

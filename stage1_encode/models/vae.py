@@ -16,8 +16,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.model_folder import report_load_errors
 from common.video import LATENT_CHANNELS
-from stage1_encode.models.loading import check_missing_weights, report_load_errors
+from stage1_encode.models.loading import check_missing_weights
 from stage1_encode.models.vae_decoder import VideoDecoder, stream_frames
 from stage1_encode.models.vae_ops import NORM_EPS
 
@@ -120,12 +121,15 @@ def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device) -> WanVa
     logging.set_verbosity_error()  # missing weights are reported by `check_missing_weights`
     path = folder / "vae"
     with report_load_errors(path):
-        model, loading_info = AutoencoderKLWan.from_pretrained(path, torch_dtype=dtype, output_loading_info=True)
+        model, loading_info = AutoencoderKLWan.from_pretrained(
+            path, torch_dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
     check_missing_weights(path, loading_info)
     if (channels := model.config.z_dim) != LATENT_CHANNELS:
         raise ValueError(f"model={folder}: the VAE has {channels} channels, Wan2.2-TI2V-5B has {LATENT_CHANNELS}")
-    statistics = torch.tensor([model.config.latents_mean, model.config.latents_std], device=device)
-    mean, std = rearrange(statistics, "s c -> s 1 c 1 1 1")
+    with report_load_errors(path):
+        statistics = torch.tensor([model.config.latents_mean, model.config.latents_std], device=device)
+        mean, std = rearrange(statistics, "s c -> s 1 c 1 1 1", c=LATENT_CHANNELS)
     return WanVae(model.to(device).eval().requires_grad_(False), mean, std)
 
 

@@ -1,6 +1,5 @@
 """The CLIP score, by a CLIP model that the user provides. Shapes: F frames, X Y pixels, B pictures."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,20 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
+from common.files import read_json
+from common.model_folder import check_weight_files, report_load_errors
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
 CLIP_FRAMES = 8  # scored per video, evenly spaced
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """The normalization of a CLIP model's pictures, as in preprocessor_config.json."""
+
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
 
 
 @dataclass(frozen=True)
@@ -27,19 +38,25 @@ class ClipScorer:
 
 def load_clip(folder: str, device: torch.device) -> ClipScorer:
     """Load a CLIP folder; ValueError if it is not one, or if its weights are incomplete or not safetensors."""
-    preprocessor_file = Path(folder) / "preprocessor_config.json"
+    preprocessor_file = Path(folder) / PREPROCESSOR_FILE
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"clip_model={folder}: holds no config.json; give the folder of a CLIP model")
     if not list(Path(folder).glob("*.safetensors")):
         raise ValueError(f"clip_model={folder}: holds no .safetensors weights; convert the pickled ones")
-    preprocessor = json.loads(preprocessor_file.read_bytes()) if preprocessor_file.is_file() else {}
-    statistics = preprocessor.get("image_mean", CLIP_MEAN), preprocessor.get("image_std", CLIP_STD)
-    mean, std = rearrange(torch.tensor(statistics, device=device), "s c -> s c 1 1")
-    model, loading_info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    check_weight_files(Path(folder), option="clip_model")
+    preprocessor = read_json(preprocessor_file, Preprocessor) if preprocessor_file.is_file() else Preprocessor()
+    statistics = torch.tensor((preprocessor.image_mean, preprocessor.image_std), device=device)
+    mean, std = rearrange(statistics, "s c -> s c 1 1")
+    with report_load_errors(Path(folder), option="clip_model"):
+        # Without `attn_implementation`, config.json may name code of the hub for it.
+        model, loading_info = CLIPModel.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     missing = sorted(loading_info["missing_keys"])  # transformers would draw them at random
     if missing:
         raise ValueError(f"clip_model={folder}: lacks weights ({', '.join(missing[:3])}); copy the folder again")
-    return ClipScorer(model.to(device).eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder), mean, std)
+    return ClipScorer(model.to(device).eval().requires_grad_(False), tokenizer, mean, std)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.condition import Condition, Denoiser, concat_conditions, frame_sigma, pin
 from common.flow import x0_from_velocity
+from common.model_folder import report_load_errors
 from common.video import LATENT_CHANNELS
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.transformer import WanTransformer, convert_transformer
@@ -23,12 +24,8 @@ TIME_SCALE = 1000  # the network's time is 1000 sigma
 
 def build_meta_transformer(folder: Path, dtype: torch.dtype, plan: ExecutionPlan | None = None) -> WanTransformer:
     """The transformer of a model folder on the meta device, in `dtype`; ValueError if it is not that of Wan2.2-TI2V."""
-    try:
-        config = WanTransformer3DModel.load_config(folder / "transformer")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model={folder}: has no readable transformer/config.json") from error
-    with torch.device("meta"):
-        net = WanTransformer3DModel.from_config(config)
+    with report_load_errors(folder / "transformer"), torch.device("meta"):
+        net = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder / "transformer"))
     if net.config.in_channels != LATENT_CHANNELS or net.config.out_channels != LATENT_CHANNELS:
         channels = f"{net.config.in_channels} channels, TI2V needs {LATENT_CHANNELS}"
         raise ValueError(f"model={folder}: transformer has {channels}")

@@ -1,6 +1,5 @@
 """The transformer's tensors in a file or folder of weights, under diffusers' names and read only when requested."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.files import read_json
+from common.model_folder import WeightIndex
 from stage2_distill.weight_files.safetensors_writer import DIFFUSERS_FILE
 
 WEIGHTS_FILE = f"{DIFFUSERS_FILE}.safetensors"
@@ -31,7 +32,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a diffusers model folder; ValueError if it has none."""
     index = folder / f"{WEIGHTS_FILE}.index.json"
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        return [folder / name for name in sorted(set(read_json(index, WeightIndex).weight_map.values()))]
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
     raise ValueError(f"{folder}: holds no {WEIGHTS_FILE} (nor its .index.json)")
