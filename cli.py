@@ -50,6 +50,8 @@ def encode_command(**options: object) -> None:
     state = "" if report.is_complete else " so far"
     summary = f"{report.records} records in {report.shards} shards, {report.failures} failed rows{state}"
     click.echo(f"{summary}: {report.folder}")
+    for item in report.notes:
+        click.echo(f"{item.records} records: {item.note}")
 
 
 @cli.command("verify", cls=ConfigCommand)

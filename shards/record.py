@@ -31,6 +31,7 @@ class RecordSource:
     frame: Count = 0  # index of the frame taken from the file
     size: tuple[Count, Count] | None = None  # (height, width) of the upright source frame in pixels
     seed: int | None = None  # of the sampler, if the CSV has one
+    color: str = ""  # what was done to the colors of the first frame; "" = nothing, and KEY.json does not hold it
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def to_members(record: Record) -> dict[str, bytes]:
     """Serialise a record as {member name: bytes}; equal records give equal bytes."""
     tensors = {"text": record.text} | ({} if record.first_frame is None else {"first_frame": record.first_frame})
     stored = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
-    metadata = json.dumps(vars(record.source), ensure_ascii=False, sort_keys=True).encode()
+    fields = {name: value for name, value in vars(record.source).items() if name != "color" or value}
+    metadata = json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
     return {f"{record.key}.{TENSORS_SUFFIX}": save_tensors(stored), f"{record.key}.{METADATA_SUFFIX}": metadata}
 
 

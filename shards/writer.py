@@ -9,9 +9,11 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import starmap
 from pathlib import Path
+from types import MappingProxyType
 
 import webdataset
 
@@ -41,6 +43,14 @@ class RowFailure:
 
 
 @dataclass(frozen=True)
+class NoteCount:
+    """How many records something is known of that a report should tell."""
+
+    note: str
+    records: Count
+
+
+@dataclass(frozen=True)
 class ShardIndex:
     """The sidecar of one shard."""
 
@@ -48,6 +58,7 @@ class ShardIndex:
     rows_sha256: str  # of the CSV rows that it covers
     members: tuple[TarMember, ...]  # two per record: KEY.safetensors, then KEY.json
     failures: tuple[RowFailure, ...]
+    notes: tuple[NoteCount, ...] = ()  # sorted; the file does not hold an empty tuple
 
 
 def shard_file_name(number: int) -> str:
@@ -61,15 +72,25 @@ def index_file_name(name: str) -> str:
 
 
 def write_shard(
-    folder: Path, name: str, records: Iterable[Record], *, failures: Iterable[RowFailure], rows_sha256: str
+    folder: Path,
+    name: str,
+    records: Iterable[Record],
+    *,
+    failures: Iterable[RowFailure],
+    rows_sha256: str,
+    notes: Mapping[str, int] = MappingProxyType({}),
 ) -> ShardIndex:
-    """Write the tar `name` and its sidecar into `folder` and return the sidecar's content."""
+    """Write the tar `name` and its sidecar into `folder` and return the sidecar's content.
+
+    notes: {note: number of records}.
+    """
     tar_bytes, members = build_tar(records)
     num_records, row_failures = len(members) // 2, tuple(failures)
     num_rows = num_records + len(row_failures)
     shard = ShardInfo(name, num_records, num_rows, hashlib.sha256(tar_bytes).hexdigest(), len(tar_bytes))
-    index = ShardIndex(shard, rows_sha256, members, row_failures)
-    sidecar = (json.dumps(asdict(index), ensure_ascii=False) + "\n").encode()
+    index = ShardIndex(shard, rows_sha256, members, row_failures, tuple(starmap(NoteCount, sorted(notes.items()))))
+    fields = {name: value for name, value in asdict(index).items() if name != "notes" or value}
+    sidecar = (json.dumps(fields, ensure_ascii=False) + "\n").encode()
     write_file(folder / name, tar_bytes)
     write_file(folder / index_file_name(name), sidecar)
     return parse_index(sidecar, name)

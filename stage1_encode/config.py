@@ -11,6 +11,7 @@ from stage1_encode.media.rows import rows_folder
 DTYPES = ("float32", "bfloat16")
 VAE_DTYPES = ("float32", "tf32", "float16", "bfloat16")  # tf32: float32 weights, convolutions in TF32
 ENGINES = ("local", "ray")
+HDR_RULES, UNTAGGED_HD_RULES = ("tonemap", "refuse"), ("bt601", "bt709")
 NEGATIVE_PROMPT = (  # the official one of Wan2.2; do not translate it
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
@@ -59,6 +60,16 @@ class EncodeConfig:
     compile: bool = option(False, "Compile the encoders (a minute); faster from some thousand clips on.", group="speed")
     text_only: bool = option(False, "Allow rows without a video: their records have no first frame.", group="data")
     base_folder: str | None = base_folder_option()
+    hdr: str = option(
+        "tonemap", "Read HDR (HLG, PQ) as SDR, or let its rows fail.", choices=HDR_RULES, group="data", advanced=True
+    )
+    untagged_hd: str = option(
+        "bt601",
+        "Matrix of HD videos that name none: FFmpeg takes bt601, players bt709.",
+        choices=UNTAGGED_HD_RULES,
+        group="data",
+        advanced=True,
+    )
     text_batch_tokens: int = option(
         8192, "Prompt tokens embedded at once, with padding.", minimum=1, group="speed", advanced=True,
         old_name="text_tokens",

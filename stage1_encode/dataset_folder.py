@@ -51,6 +51,8 @@ class EncodingPlan:
     compile: bool  # compiled kernels and other batches round differently
     batch_size: int
     text_tokens: int
+    hdr: str = "tonemap"  # fields with a default came later: a plan without them was made with the default
+    untagged_hd: str = "bt601"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def make_encoding_plan(config: EncodeConfig, model: Path) -> EncodingPlan:
         config.compile,
         config.batch_size,
         config.text_batch_tokens,
+        config.hdr,
+        config.untagged_hd,
     )
 
 

@@ -3,16 +3,17 @@
 import logging
 import sys
 import time
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, starmap
 from pathlib import Path
 
 from common.device import pick_device
 from common.files import FolderLock
 from common.model_folder import locate_model
 from shards.manifest import NEGATIVE_FILE
-from shards.writer import ShardIndex
+from shards.writer import NoteCount, ShardIndex
 from stage1_encode.config import EncodeConfig
 from stage1_encode.dataset_folder import (
     FAILURES_FILE,
@@ -44,6 +45,7 @@ class EncodeReport:
     failures: int  # rows without a record
     shards: int  # finished ones
     is_complete: bool  # False = shards of other jobs are still missing
+    notes: tuple[NoteCount, ...] = ()  # most frequent first
 
 
 def encode(config: EncodeConfig) -> EncodeReport:
@@ -119,4 +121,9 @@ def build_report(
             f"the reasons are in {folder / FAILURES_FILE}, the other {records} records are in place; "
             "--retry-failures tries the failed rows again"
         )
-    return EncodeReport(folder, records, failures, len(indices), is_complete)
+    notes = Counter[str]()
+    for index in indices:
+        notes.update({item.note: item.records for item in index.notes})
+    return EncodeReport(
+        folder, records, failures, len(indices), is_complete, tuple(starmap(NoteCount, notes.most_common()))
+    )

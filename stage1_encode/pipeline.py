@@ -4,7 +4,7 @@ models work on batches; shards are written behind.
 Shapes: B batch, C channels, H W latent size, L text rows, X Y pixel height and width.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,6 +25,7 @@ from shards.record import Record, RecordSource
 from shards.writer import RowFailure, ShardIndex, shard_file_name, write_shard
 from stage1_encode.config import EncodeConfig
 from stage1_encode.dataset_folder import report_write_errors
+from stage1_encode.media.color import ColorRules, is_changed
 from stage1_encode.media.first_frame import FirstFrame, UnreadableError
 from stage1_encode.media.reader_pool import ReaderPool, default_worker_count, read_frames_ahead
 from stage1_encode.media.rows import Row, rows_digest
@@ -51,6 +52,7 @@ class EncodedShard:
 
     records: list[Record]
     failures: list[RowFailure]
+    notes: Counter[str]  # {what was done to the colors: number of records}
     ready_event: torch.cuda.Event | None  # None on a CPU
 
 
@@ -84,7 +86,8 @@ def write_negative_embedding(config: EncodeConfig, encoder: RowEncoder) -> None:
 
 def start_readers(config: EncodeConfig) -> ReaderPool:
     """Start the processes that read files, best before the models load; the caller closes them."""
-    return ReaderPool(config.workers or default_worker_count(), config.spec, config.read_timeout)
+    rules = ColorRules(config.hdr, config.untagged_hd)
+    return ReaderPool(config.workers or default_worker_count(), config.spec, config.read_timeout, rules)
 
 
 def make_shards(
@@ -129,15 +132,18 @@ def encode_shard(config: EncodeConfig, encoder: RowEncoder, job: ShardJob) -> En
     failures: list[RowFailure] = []
     pictures: dict[int, numpy.ndarray] = {}  # by record index; one batch, so that few are in memory
     latents: dict[int, Tensor] = {}
+    notes = Counter[str]()
     for row, prompt, text, pending_frame in zip(job.rows, prompts, texts, job.frames, strict=True):
         frame, problem = wait_for_frame(row, prompt, pending_frame)
         if problem:
             failures.append(RowFailure(row.line, row.path, problem))
             continue
+        # The latent follows when its batch is full; the frame index is 0, as this is the first frame.
+        source = RecordSource(prompt, row.path, row.line, 0, None, row.seed)
         if frame:
             pictures[len(records)] = frame.pixels
-        # The latent follows when its batch is full; the frame index is 0, as this is the first frame.
-        source = RecordSource(prompt, row.path, row.line, 0, frame.size if frame else None, row.seed)
+            source = replace(source, size=frame.size, color=frame.color if is_changed(frame.color) else "")
+            notes.update([frame.color] if frame.color else [])
         records.append(Record(row.key, source, None, text))
         if len(pictures) == config.batch_size:
             latents |= encode_batch(encoder, pictures)
@@ -145,7 +151,7 @@ def encode_shard(config: EncodeConfig, encoder: RowEncoder, job: ShardJob) -> En
     latents |= encode_batch(encoder, pictures)
     for index, latent in latents.items():
         records[index] = replace(records[index], first_frame=latent)
-    return EncodedShard(records, failures, record_event(encoder.text.model.device))
+    return EncodedShard(records, failures, notes, record_event(encoder.text.model.device))
 
 
 def wait_for_frame(row: Row, prompt: str, pending_frame: "Future[FirstFrame] | None") -> tuple[FirstFrame | None, str]:
@@ -180,7 +186,14 @@ def save_shard(config: EncodeConfig, job: ShardJob, encoded: EncodedShard) -> Sh
         check_finite(config, record)
     folder, name = Path(config.out), shard_file_name(job.number)
     with report_write_errors(folder):
-        index = write_shard(folder, name, encoded.records, failures=encoded.failures, rows_sha256=rows_digest(job.rows))
+        index = write_shard(
+            folder,
+            name,
+            encoded.records,
+            failures=encoded.failures,
+            rows_sha256=rows_digest(job.rows),
+            notes=encoded.notes,
+        )
     return replace(index, members=())  # a large data set has millions of members
 
 

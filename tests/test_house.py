@@ -31,6 +31,7 @@ DOORS = {  # library -> the only files that may import it
     "transformers": {"stage1_encode/models/text_encoder.py", "stage1_encode/video_metrics/clip_score.py"},
     "decord": {"stage1_encode/media/first_frame.py"},
     "av": {
+        "stage1_encode/media/color.py",
         "stage1_encode/media/first_frame.py",
         "stage1_encode/media/video_frame.py",
         "stage1_encode/media/video_writer.py",

@@ -15,6 +15,8 @@ import av
 import numpy
 from PIL import Image, ImageOps
 
+from stage1_encode.media.color import DEFAULT_RULES, ColorRules, convert_frame, names_wide_color
+from stage1_encode.media.icc_profile import convert_profile
 from stage1_encode.media.rows import URL_PREFIXES, explain_missing_file
 from stage1_encode.media.video_frame import (
     NoDecoderError,
@@ -53,18 +55,26 @@ class FirstFrame:
 
     pixels: numpy.ndarray  # (H W 3) uint8
     size: tuple[int, int]  # (height, width) of the upright source frame
+    color: str = ""  # what was done to its colors; "" = nothing to tell
 
 
-def read_first_frame(path: str, *, height: int, width: int) -> FirstFrame:
+@dataclass(frozen=True)
+class SourceImage:
+    """An upright first frame in its own size."""
+
+    image: Image.Image
+    aspect: float = 1.0  # width of a pixel divided by its height
+    color: str = ""  # as in `FirstFrame`
+
+
+def read_first_frame(path: str, *, height: int, width: int, rules: ColorRules = DEFAULT_RULES) -> FirstFrame:
     """Read the first frame of a video or picture file or web address; `UnreadableError` says why it cannot."""
     if not path.startswith(URL_PREFIXES):
         path = str(Path(path).absolute())  # FFmpeg takes what stands before a colon, as in pipe:1, for a protocol
         _check_readable_file(Path(path))
-        picture = _read_picture(path)
-        if picture is not None:
-            return FirstFrame(resize_and_crop(picture, height=height, width=width), (picture.height, picture.width))
-    image, aspect = _read_video(path)
-    return FirstFrame(resize_and_crop(image, height=height, width=width, aspect=aspect), (image.height, image.width))
+    source = (None if path.startswith(URL_PREFIXES) else _read_picture(path)) or _read_video(path, rules)
+    pixels = resize_and_crop(source.image, height=height, width=width, aspect=source.aspect)
+    return FirstFrame(pixels, (source.image.height, source.image.width), source.color)
 
 
 def resize_and_crop(image: Image.Image, *, height: int, width: int, aspect: float = 1.0) -> numpy.ndarray:
@@ -80,13 +90,19 @@ def resize_and_crop(image: Image.Image, *, height: int, width: int, aspect: floa
     return numpy.asarray(_to_rgb(image).resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to 8-bit RGB: 16-bit greys are scaled, transparent pixels show white."""
-    if image.mode.startswith("I"):
-        grey = numpy.asarray(image).astype(numpy.float32) / 257  # 65535 / 255
-        image = Image.fromarray(grey.round().clip(0, 255).astype(numpy.uint8))
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit greys; other modes of Pillow have 8 bits, apart from one that is refused."""
     if image.mode == "F":
         raise UnreadableError("is a floating-point picture, whose white is unknown")
+    if not image.mode.startswith("I"):
+        return image
+    grey = numpy.asarray(image).astype(numpy.float32) / 257  # 65535 / 255
+    return Image.fromarray(grey.round().clip(0, 255).astype(numpy.uint8))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to 8-bit RGB; transparent pixels show white."""
+    image = _to_eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -111,12 +127,16 @@ def _check_pixels(width: int, height: int) -> None:
         raise UnreadableError(f"claims {width} x {height} pixels")
 
 
-def _read_picture(path: str | BinaryIO) -> Image.Image | None:
-    """The upright picture in a file; None if it is no picture."""
+def _read_picture(path: str | BinaryIO) -> SourceImage | None:
+    """The upright picture in a file; None if it is no picture, or one whose colors only FFmpeg knows."""
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as image:
             _check_pixels(image.width, image.height)
-            return ImageOps.exif_transpose(_to_rgb(image) if image.mode.startswith("I") else image)
+            if names_wide_color(image):
+                return None
+            upright = ImageOps.exif_transpose(_to_eight_bits(image))
+            converted, color = convert_profile(upright, image.info.get("icc_profile"))
+            return SourceImage(converted, color=color)
     except Image.UnidentifiedImageError:
         return None
     except UnreadableError:  # a ValueError, too
@@ -125,8 +145,7 @@ def _read_picture(path: str | BinaryIO) -> Image.Image | None:
         raise UnreadableError(f"is a broken picture: {error}") from error
 
 
-def _read_video(path: str) -> tuple[Image.Image, float]:
-    """The upright first frame of a video, and the width of its pixels divided by their height."""
+def _read_video(path: str, rules: ColorRules) -> SourceImage:
     try:
         with open_video(path) as video:
             _check_pixels(video.stream.width, video.stream.height)
@@ -135,19 +154,20 @@ def _read_video(path: str) -> tuple[Image.Image, float]:
                 packets = list(packets)
                 picture = _read_picture(BytesIO(b"".join(map(bytes, packets))))
                 if picture is not None:
-                    return picture, 1.0
+                    return picture
             frame, aspect = decode_first_frame(video, packets), float(video.stream.sample_aspect_ratio or 1)
     except NoDecoderError:
         image = _read_with_decord(path)
         if image is None:
             raise
-        return image, 1.0
+        return SourceImage(image)
     except av.FFmpegError as error:
         raise UnreadableError(f"is no readable video: {error.strerror}") from error
     _check_pixels(frame.width, frame.height)
-    image, orientation = _frame_to_image(frame), display_orientation(frame)
+    (image, color), orientation = convert_frame(frame, rules), display_orientation(frame)
     transpose = ORIENTATION_TRANSPOSES.get(orientation)
-    return (image if transpose is None else image.transpose(transpose)), 1 / aspect if orientation[0] else aspect
+    upright = image if transpose is None else image.transpose(transpose)
+    return SourceImage(upright, 1 / aspect if orientation[0] else aspect, color)
 
 
 def _read_with_decord(path: str) -> Image.Image | None:
@@ -161,9 +181,3 @@ def _read_with_decord(path: str) -> Image.Image | None:
         return None
     del reader  # an open reader decodes ahead without limit
     return Image.fromarray(pixels)
-
-
-def _frame_to_image(frame: av.VideoFrame) -> Image.Image:
-    """A decoded frame as it is stored: 8-bit RGB, or RGBA if it has transparency."""
-    has_alpha = any(part.is_alpha for part in frame.format.components)
-    return Image.fromarray(frame.to_ndarray(format="rgba" if has_alpha else "rgb24"))

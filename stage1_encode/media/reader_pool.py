@@ -16,6 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy
 
 from common.video import VideoSpec
+from stage1_encode.media.color import DEFAULT_RULES, ColorRules
 from stage1_encode.media.first_frame import FirstFrame, UnreadableError, read_first_frame
 from stage1_encode.media.rows import Row, locate_file
 
@@ -33,7 +35,9 @@ MAX_WORKERS = 16
 START_TIMEOUT_SECONDS = 60.0
 
 
-def serve_first_frames(connection: Connection, height: int, width: int, time_limit: float) -> None:
+def serve_first_frames(
+    connection: Connection, height: int, width: int, time_limit: float, rules: ColorRules = DEFAULT_RULES
+) -> None:
     """Answer each path that arrives with a JSON header and pixels (H W 3), until the other end is closed."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its children
@@ -43,8 +47,8 @@ def serve_first_frames(connection: Connection, height: int, width: int, time_lim
         signal.setitimer(signal.ITIMER_REAL, time_limit)  # its default action ends the process, inside a decoder too
         header, body = dict[str, object](), b""
         try:
-            frame = read_first_frame(path, height=height, width=width)
-            header["size"], body = frame.size, frame.pixels.tobytes()
+            frame = read_first_frame(path, height=height, width=width, rules=rules)
+            header["size"], header["color"], body = frame.size, frame.color, frame.pixels.tobytes()
         except UnreadableError as error:
             header["reason"] = str(error)
         except MemoryError:
@@ -58,13 +62,13 @@ def serve_first_frames(connection: Connection, height: int, width: int, time_lim
 class ReaderProcess:
     """A child process that reads first frames; used by one thread at a time."""
 
-    def __init__(self, spec: VideoSpec, time_limit: float) -> None:
-        self.spec, self.time_limit = spec, time_limit
+    def __init__(self, spec: VideoSpec, time_limit: float, rules: ColorRules = DEFAULT_RULES) -> None:
+        self.spec, self.time_limit, self.rules = spec, time_limit, rules
         self._start_process()
 
     def _start_process(self) -> None:
         self.connection, child_end = Pipe()
-        arguments = (child_end.fileno(), self.spec.height, self.spec.width, self.time_limit)
+        arguments = (child_end.fileno(), self.spec.height, self.spec.width, self.time_limit, *astuple(self.rules))
         command = [sys.executable, "-m", "stage1_encode.media.reader_pool", *map(str, arguments)]
         self.process = subprocess.Popen(
             command, cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL, pass_fds=(child_end.fileno(),)
@@ -94,7 +98,7 @@ class ReaderProcess:
         if "reason" in header:
             raise UnreadableError(header["reason"])
         pixels = numpy.frombuffer(body, numpy.uint8).reshape(self.spec.height, self.spec.width, 3)
-        return FirstFrame(pixels, tuple(header["size"]))
+        return FirstFrame(pixels, tuple(header["size"]), header["color"])
 
     def _restart_process(self) -> str:
         """Restart a crashed or hanging child and return the cause."""
@@ -118,12 +122,12 @@ class ReaderProcess:
 class ReaderPool:
     """Several reader processes behind one queue."""
 
-    def __init__(self, count: int, spec: VideoSpec, time_limit: float) -> None:
+    def __init__(self, count: int, spec: VideoSpec, time_limit: float, rules: ColorRules = DEFAULT_RULES) -> None:
         self.count = count
         self.idle_processes: queue.SimpleQueue[ReaderProcess] = queue.SimpleQueue()
         self.threads = ThreadPoolExecutor(count, thread_name_prefix="read")
         for _ in range(count):
-            self.idle_processes.put(ReaderProcess(spec, time_limit))
+            self.idle_processes.put(ReaderProcess(spec, time_limit, rules))
 
     def submit(self, path: str) -> "Future[FirstFrame]":
         """Begin to read a file."""
@@ -164,4 +168,5 @@ def read_frames_ahead(
 
 if __name__ == "__main__":
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone, perhaps before this process was ready
-        serve_first_frames(Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+        descriptor, height, width, time_limit, *rules = sys.argv[1:]
+        serve_first_frames(Connection(int(descriptor)), int(height), int(width), float(time_limit), ColorRules(*rules))

@@ -21,6 +21,7 @@ from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import TooManyFailuresError, encode
 from stage1_encode.media.first_frame import read_first_frame
 from tests import tiny_models
+from tests.stage1_encode.media.test_color import PATCHES, Tags, patch_video
 
 
 def configure(data: Path, model: Path, out: Path, **options: object) -> EncodeConfig:
@@ -318,3 +319,50 @@ def test_a_picture_stands_in_for_a_video(clips: Path, model: Path, tmp_path: Pat
     (record,) = records(tmp_path / "out")
     assert record.source.size == (80, 160)
     assert json.loads((tmp_path / "out/plan.json").read_text())["shard_size"] == 4
+
+
+def test_colors_that_were_converted_or_assumed_are_told(model: Path, tmp_path: Path) -> None:
+    hlg = Tags(matrix=9, curve=18, primaries=9)
+    patch_video(tmp_path / "hdr.mkv", PATCHES / 255, hlg, bits=10)
+    patch_video(tmp_path / "hd.mp4", PATCHES / 255, Tags(matrix=2), height=720)
+    patch_video(tmp_path / "sd.mp4", PATCHES / 255, Tags())
+    names = ("hdr.mkv", "hd.mp4", "sd.mp4")
+    table = tiny_models.write_csv(tmp_path / "rows.csv", [(tmp_path / name, name) for name in names])
+    report = encode(configure(table, model, tmp_path / "out"))
+    assert {item.note: item.records for item in report.notes} == {"HLG to SDR": 1, "untagged HD read as BT.601": 1}
+    # a file that is read as ever has the record that it always had
+    assert [record.source.color for record in records(tmp_path / "out")] == ["HLG to SDR", "", ""]
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
+        stored = [json.load(tar.extractfile(name)) for name in tar.getnames()[1::2]]
+    assert ["color" in fields for fields in stored] == [True, False, False]
+    assert encode(configure(table, model, tmp_path / "out")).notes == report.notes  # from the sidecars
+    options = {"hdr": "refuse", "untagged_hd": "bt709", "max_failure_rate": 1.0}
+    report = encode(configure(table, model, tmp_path / "other", **options))
+    assert [record.source.color for record in records(tmp_path / "other")] == ["untagged HD read as BT.709", ""]
+    assert [failure["reason"][:12] for failure in failures(tmp_path / "other")] == ["is HDR (HLG)"]
+
+
+def test_a_sidecar_without_notes_is_that_of_earlier_versions(dataset: Path) -> None:
+    assert set(json.loads((dataset / "shard-000000.json").read_text())) == {
+        "shard",
+        "rows_sha256",
+        "members",
+        "failures",
+    }
+
+
+@pytest.mark.parametrize(("options", "is_accepted"), [({}, True), ({"hdr": "refuse"}, False)])
+def test_a_plan_of_an_earlier_version_has_the_defaults(
+    options: dict[str, str], is_accepted: bool, clips: Path, model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(dataset, tmp_path / "set"))
+    plan = json.loads((out / "plan.json").read_text())
+    old = {name: value for name, value in plan.items() if name not in ("hdr", "untagged_hd")}
+    assert len(old) == len(plan) - 2
+    (out / "plan.json").write_text(json.dumps(old))
+    config = configure(clips / "clips.csv", model, out, **options)
+    if is_accepted:
+        assert encode(config).records == 6
+    else:
+        with pytest.raises(ValueError, match="hdr: 'tonemap', expected 'refuse'"):
+            encode(config)
