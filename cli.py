@@ -24,7 +24,7 @@ from common.files import (
     refuse_foreign_files,
     staged_output,
 )
-from common.options import ConfigCommand, config_options, resolve_config, write_config
+from common.options import ConfigCommand, config_options, expand_path, resolve_config, write_config
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.evaluation.config import EvaluateConfig
@@ -61,7 +61,7 @@ def verify_command(shards: str, **options: object) -> int:
     """Check every byte, row and record of a data set, and describe it."""
     from shards.verification.verify import verify_data_set
 
-    config = resolve_config(VerifyConfig, options)
+    config, shards = resolve_config(VerifyConfig, options), expand_path("shards", shards)
     report = verify_data_set(shards)
     click.echo("\n".join(report.format_lines()))
     if config.repair and report.problems:
@@ -130,6 +130,7 @@ def plot_command(run: str) -> None:
     """Draw the curves of a run into RUN/curves.png."""
     from stage2_distill.monitoring.plot import plot_curves
 
+    run = expand_path("run", run)
     check_local_path("run", run, is_output=True)
     click.echo(str(plot_curves(Path(run))))
 
@@ -141,6 +142,7 @@ def demo_command(out: str) -> None:
     from stage1_encode.encode import encode
     from stage2_distill.train import distill
 
+    out = expand_path("out", out)
     check_local_path("out", out, is_output=True)
     nano, folder = Path(__file__).parent / "examples" / "nano", Path(out)
     common = {"model": str(nano / "model"), "device": "cpu"}

@@ -6,6 +6,8 @@ then the YAML file of `--config`, then the command line, and `__post_init__` che
 
 import logging
 import math
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
@@ -38,7 +40,7 @@ class OptionSpec:
     maximum: float | None = None  # inclusive
     above: float | None = None  # exclusive lower bound
     group: str = "general"  # heading in --help
-    path: str = ""  # "output" or "input": names a local file or folder, which is written or read
+    path: str = ""  # "output" or "input": a local path, which is written or read; "any": also an address or a hub name
     advanced: bool = False  # listed by --help-all only
     old_name: str = ""  # accepted for one release
     old_values: Mapping[str, str] = field(default_factory=dict)  # {value under the old name: its name today}
@@ -52,7 +54,7 @@ class OptionSpec:
             nearest = get_close_matches(str(value), self.choices, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise ValueError(f"{name}={value}: choose one of {', '.join(self.choices)}{hint}")
-        if isinstance(value, str) and self.path:
+        if isinstance(value, str) and self.path in ("output", "input"):
             check_local_path(name, value, is_output=self.path == "output")
         if not isinstance(value, int | float):
             return
@@ -134,6 +136,33 @@ def convert_value(value: object, hint: Any) -> object:  # noqa: ANN401
     except (TypeError, ValueError, OverflowError):
         return value
     return value if kind is int and isinstance(value, float) and converted != value else converted
+
+
+def expand_path(name: str, path: str) -> str:
+    """The path of an option with a leading `~` and environment variables replaced; one that exists stays as it is.
+
+    ValueError for a variable that is not set, or a user without a home.
+    """
+    if not (path.startswith("~") or "$" in path) or os.path.lexists(path):
+        return path
+    expanded = os.path.expandvars(path)
+    if unset := re.search(r"\$\{?([A-Za-z_]\w*)", expanded):
+        raise ValueError(
+            f"{name}={path}: the environment variable {unset[1]} is not set; set it, or give the whole path"
+        )
+    try:
+        return str(Path(expanded).expanduser()) if expanded.startswith("~") else expanded
+    except RuntimeError as error:
+        raise ValueError(f"{name}={path}: there is no such user; give the whole path") from error
+
+
+def _expand_paths(item: Field[Any], value: object) -> object:
+    """The value of an option, expanded if it is a path or several."""
+    if not option_spec(item).path:
+        return value
+    if isinstance(value, tuple):
+        return tuple(_expand_paths(item, part) for part in value)
+    return expand_path(item.name, value) if isinstance(value, str) else value
 
 
 def _value_type(hint: Any) -> tuple[Any, bool]:  # noqa: ANN401
@@ -246,7 +275,7 @@ def rename_old_keys(config: type, values: Mapping[str, object], *, where: str | 
 def read_yaml(path: str) -> dict[str, object]:
     """The keys of a YAML file; ValueError with one line if it cannot be read."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        loaded = yaml.safe_load(Path(expand_path("config", path)).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"config={path}: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
@@ -270,7 +299,8 @@ def resolve_config(config: type[Config], options: Mapping[str, object]) -> Confi
         if item.default is MISSING and name not in values:
             raise ValueError(f"missing --{name.replace('_', '-')}: {option_spec(item).help}")
     hints = get_type_hints(config)
-    return config(**{name: convert_value(value, hints[name]) for name, value in values.items()})
+    converted = {name: convert_value(value, hints[name]) for name, value in values.items()}
+    return config(**{name: _expand_paths(known_fields[name], value) for name, value in converted.items()})
 
 
 def write_config(path: Path, config: object) -> None:

@@ -24,7 +24,7 @@ class EncodeConfig:
     """Options of `encode`."""
 
     data: str = option(help="CSV with columns video (or path) and prompt (or text).", path="input", group="data")
-    model: str = option(help=MODEL_HELP, group="model")
+    model: str = option(help=MODEL_HELP, path="any", group="model")
     out: str = option(help="Folder of the data set.", path="output", group="output")
     num_frames: int = size_option("num_frames")
     height: int = size_option("height")
@@ -122,7 +122,9 @@ class VerifyConfig:
     """Options of `verify`."""
 
     repair: bool = option(False, "Re-encode broken shards with the options of their data set.", group="repair")
-    model: str | None = option(None, "Model folder or hub name: draws decoded first frames.", group="first-frames")
+    model: str | None = option(
+        None, "Model folder or hub name: draws decoded first frames.", path="any", group="first-frames"
+    )
     sheet: str = option(
         "first-frames.png", "Image file for the decoded first frames.", path="output", group="first-frames"
     )
@@ -139,7 +141,7 @@ class DecodeConfig:
     """Options of `decode`."""
 
     latents: str = option(help="Latents: a folder X.zarr.", path="input", group="data")
-    model: str = option(help="Model folder or hub name of the VAE.", group="model")
+    model: str = option(help="Model folder or hub name of the VAE.", path="any", group="model")
     out: str = option(help="Folder for the mp4 files and the contact sheet.", path="output", group="output")
     watch: bool = option(False, "Decode the previews of a training run as they appear, until it ends.", group="data")
     columns: int = option(6, "Frames per video on the contact sheet.", minimum=1, group="output", advanced=True)

@@ -30,9 +30,9 @@ class DistillConfig:
     """Options of `distill`; the defaults are the published recipe (quanhaol/Wan2.2-TI2V-5B-Turbo)."""
 
     shards: tuple[str, ...] = option(
-        help="Data set made by encode; repeat the option as FOLDER:WEIGHT to mix data sets.", group="data"
+        help="Data set made by encode; repeat the option as FOLDER:WEIGHT to mix data sets.", path="any", group="data"
     )
-    model: str = option(help=MODEL_HELP, group="model")
+    model: str = option(help=MODEL_HELP, path="any", group="model")
     out: str = option(help="Folder of the run.", path="output", group="output")
     init_from: str | None = advanced(
         None,
@@ -135,7 +135,9 @@ class DistillConfig:
     compile: bool = advanced(False, "Compile the blocks: a minute at first, then a quarter faster.", group="speed")
     preview_every: int = advanced(0, "Iterations from one preview to the next; 0 = none.", minimum=0, group="logging")
     preview_count: int = advanced(4, "Records of a preview: the first of its data set.", minimum=0, group="logging")
-    preview_data: str | None = advanced(None, "Data set of the previews; by default that of training.", group="logging")
+    preview_data: str | None = advanced(
+        None, "Data set of the previews; by default that of training.", path="any", group="logging"
+    )
     wandb: str = option("off", "Log to W&B too (needs the extra wandb).", choices=WANDB_MODES, group="logging")
     device: str = device_option(advanced=True)
 

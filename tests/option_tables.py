@@ -25,6 +25,7 @@ HEAD = """# Options
 
 Every option is a key of the YAML file of `--config` too; the command line wins over the file. `--help` shows the common
 options of a command, `--help-all` all of them. A yes-or-no option `--compile` has the opposite `--no-compile`.
+In paths a leading `~` and environment variables (`$DATA/clips`) are expanded, in the file as on the command line.
 Names in brackets are those of the last release, which are accepted for one release more, with one warning.
 """
 

@@ -13,8 +13,10 @@ class EvaluateConfig:
     checkpoint: tuple[str, ...] = option(
         help="Folder of a run or of one checkpoint; repeat the option to compare several.", path="input", group="model"
     )
-    shards: str = option(help="Data set of encode; its records are the conditions.", group="data")
-    model: str = option(help="Model folder or hub name: the teacher, and the VAE for the videos.", group="model")
+    shards: str = option(help="Data set of encode; its records are the conditions.", path="any", group="data")
+    model: str = option(
+        help="Model folder or hub name: the teacher, and the VAE for the videos.", path="any", group="model"
+    )
     out: str = option(
         help="Folder for latents, videos, report.json and report.html; the same command resumes.",
         path="output",

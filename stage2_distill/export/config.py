@@ -19,7 +19,7 @@ class ExportConfig:
         path="input",
         group="model",
     )
-    model: str = option(help="Model folder or hub name that the student was distilled from.", group="model")
+    model: str = option(help="Model folder or hub name that the student was distilled from.", path="any", group="model")
     format: str = option(
         help="diffusers: a pipeline folder; wan: one file under the original names, for ComfyUI and others, with "
         "workflows; lora: a small file for use beside the base.", choices=FORMATS, group="output",
@@ -32,7 +32,10 @@ class ExportConfig:
         minimum=1, group="model",
     )  # fmt: skip
     shards: str | None = option(
-        None, "For --rank: data set of encode on which the error of sampled latents is measured.", group="data"
+        None,
+        "For --rank: data set of encode on which the error of sampled latents is measured.",
+        path="any",
+        group="data",
     )
     num_records: int = option(4, "Records of --shards that are sampled.", minimum=1, group="data", advanced=True)
     report: str | None = option(

@@ -21,10 +21,12 @@ class SampleConfig:
         path="input",
         group="model",
     )
-    model: str = option(help="Model folder or hub name.", group="model")
+    model: str = option(help="Model folder or hub name.", path="any", group="model")
     out: str = option(help="An .mp4 file for --prompt, a folder for --data.", path="output", group="output")
     prompt: str | None = option(None, "Prompt of a single video.", group="data")
-    image: str | None = option(None, "First frame of a single video; default: from the prompt alone.", group="data")
+    image: str | None = option(
+        None, "First frame of a single video; default: from the prompt alone.", path="any", group="data"
+    )
     data: str | None = option(None, "CSV of many videos, columns prompt, image, seed.", path="input", group="data")
     seed: int = option(0, "Seed of the noise; a seed in the CSV takes precedence.", minimum=0, group="data")
     timesteps: tuple[float, ...] | None = option(

@@ -119,7 +119,7 @@ PATH_OPTIONS = [
     (command, item.name, option_spec(item).path)
     for command, (config, _) in COMMANDS.items()
     for item in fields(config)
-    if option_spec(item).path
+    if option_spec(item).path in ("output", "input")
 ]
 ADDRESSES = (
     "s3://b/x", "S3://b/x", "s3:/b/x", "gs://b/x", "hf://datasets/a/b", "file:///tmp/x", "FILE://x", "memory://x",
@@ -216,3 +216,65 @@ def test_help_shows_common_options_by_group_and_help_all_the_rest() -> None:
         flag = "--" + item.name.replace("_", "-")
         assert flag in full
         assert (f"{flag} " in short) is not option_spec(item).advanced
+
+
+PATHS = [
+    (command, item.name)
+    for command, (config, _) in COMMANDS.items()
+    for item in fields(config)
+    if option_spec(item).path
+]
+
+
+def test_every_option_that_names_a_file_or_folder_says_so() -> None:
+    texts = {
+        item.name
+        for config, _ in COMMANDS.values()
+        for item in fields(config)
+        if "str" in str(item.type) and not option_spec(item).choices and not option_spec(item).path
+    }
+    assert texts == {"prompt", "negative_prompt", "shard_range"}
+
+
+@pytest.mark.parametrize(("command", "name"), PATHS)
+def test_home_and_variables_in_paths(command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expanded in a YAML file and on the command line; what exists under that very name stays as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    config, valid = COMMANDS[command]
+    end = ".png" if name == "sheet" else ".mp4" if (command, name) == ("sample", "out") else ""
+    valid = {key: value for key, value in valid.items() if key != name}
+    if (command, name) == ("sample", "data"):
+        valid = {"checkpoint": "c", "model": "m", "out": "o"}
+    is_tuple = isinstance(COMMANDS[command][1].get(name), tuple)
+
+    def resolve(text: str, *, from_yaml: bool) -> str:
+        value = (text,) if is_tuple else text
+        if from_yaml:
+            (tmp_path / "c.yaml").write_text(yaml.safe_dump({name: list(value) if is_tuple else value}))
+        resolved = vars(resolve_config(config, valid | ({"config": "$WHERE/c.yaml"} if from_yaml else {name: value})))[
+            name
+        ]
+        return resolved[0] if is_tuple else resolved
+
+    for from_yaml in (False, True):
+        for text, expected in (
+            ("~/x", tmp_path / "home" / "x"), ("$WHERE/x", tmp_path / "x"), ("${WHERE}/a b~", tmp_path / "a b~"),
+            ("x~/y", "x~/y"), ("cost$5", "cost$5"), ("./~x", "./~x"),
+        ):  # fmt: skip
+            assert resolve(f"{text}{end}", from_yaml=from_yaml) == f"{expected}{end}"
+        for text, words in (("$NOWHERE/x", "NOWHERE is not set"), ("~nobody-here/x", "there is no such user")):
+            with pytest.raises(ValueError, match=rf"^{name}=.*{words}"):
+                resolve(f"{text}{end}", from_yaml=from_yaml)
+    for folder in (f"$NOWHERE{end}", f"~nobody-here{end}"):
+        (tmp_path / folder).mkdir()
+        assert resolve(folder, from_yaml=False) == folder
+
+
+def test_home_and_variables_in_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in (["verify", "~/none"], ["plot", "~/none"], ["encode", "--config", "~/none"]):
+        error = CliRunner().invoke(cli, words).exception
+        assert str(tmp_path / "none") in str(error)
