@@ -49,6 +49,8 @@ def encode_command(**options: object) -> None:
     report = encode(resolve_config(EncodeConfig, options))
     state = "" if report.is_complete else " so far"
     summary = f"{report.records} records in {report.shards} shards, {report.failures} failed rows{state}"
+    if report.reasons:
+        click.echo(f"failed: {report.reasons}")
     click.echo(f"{summary}: {report.folder}")
     for item in report.notes:
         click.echo(f"{item.records} records: {item.note}")
@@ -290,6 +292,15 @@ def run_command() -> int | None:
     return result
 
 
+RESUMABLE = ("encode", "distill", "evaluate", "demo")
+
+
+def interruption_remedy(arguments: list[str]) -> str:
+    """What to do after Ctrl-C in a command."""
+    is_resumable = arguments[:1] and arguments[0] in RESUMABLE
+    return "the same command resumes" if is_resumable else "nothing is damaged; the same command starts again"
+
+
 def main() -> None:
     """Run a command; exits with 2 after a user error and with 1 after a failure of the system."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -298,7 +309,8 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except click.Abort:
+    except click.Abort:  # Ctrl-C
+        click.echo(f"stopped; {interruption_remedy(sys.argv[1:])}", err=True)
         sys.exit(130)
     except ValueError as error:
         click.echo(f"error: {error}", err=True)

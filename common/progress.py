@@ -19,26 +19,33 @@ class ProgressBar:
         self.bar = tqdm(total=total, initial=initial, desc=label, disable=quiet or self.plain_text, dynamic_ncols=True)
         self.total, self.label, self.completed, self.initial = total, label, initial, initial
         self.start_time = self.last_line_time = time.monotonic()
+        self.last_line_count, self.note = initial, ""  # of the last plain line; after the figures
 
     def advance(self, note: str = "", *, count: int = 1) -> None:
         """Count `count` more items; `note` is shown after the figures."""
         self.completed += count
+        self.note = note
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(count)
-        now = time.monotonic()
-        if self.plain_text and (now - self.last_line_time >= SECONDS_PER_LINE or self.completed >= self.total):
-            self.last_line_time = now
-            # The rate of this process: what an earlier one completed took none of its time.
-            rate = (self.completed - self.initial) / max(now - self.start_time, 1e-9)
-            seconds_left = (self.total - self.completed) / max(rate, 1e-9)
-            text = f"{self.label}: {self.completed}/{self.total}, {rate:.3g}/s, {seconds_left:.0f} s left"
-            sys.stderr.write(f"{text}, {note}\n" if note else f"{text}\n")
+        is_due = time.monotonic() - self.last_line_time >= SECONDS_PER_LINE or self.completed >= self.total
+        if self.plain_text and is_due:
+            self._write_line()
+
+    def _write_line(self) -> None:
+        self.last_line_time, self.last_line_count = time.monotonic(), self.completed
+        # The rate of this process: what an earlier one completed took none of its time.
+        rate = (self.completed - self.initial) / max(self.last_line_time - self.start_time, 1e-9)
+        seconds_left = (self.total - self.completed) / max(rate, 1e-9)
+        text = f"{self.label}: {self.completed}/{self.total}, {rate:.3g}/s, {seconds_left:.0f} s left"
+        sys.stderr.write(f"{text}, {self.note}\n" if self.note else f"{text}\n")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
+        if self.plain_text and self.last_line_count != self.completed:  # stopped before the end
+            self._write_line()
 
 
 def track_progress(items: Iterable[Item], *, total: int, label: str) -> Iterator[Item]:

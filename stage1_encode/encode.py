@@ -25,15 +25,11 @@ from stage1_encode.dataset_folder import (
     make_encoding_plan,
 )
 from stage1_encode.executors import EXECUTORS, rank_and_world
-from stage1_encode.media.rows import read_shard_rows
-from stage1_encode.pipeline import ENCODER_PARTS
+from stage1_encode.media.rows import count_reasons, read_shard_rows
+from stage1_encode.pipeline import ENCODER_PARTS, TooManyFailuresError
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.5  # between two looks for the shards of other ranks
-
-
-class TooManyFailuresError(RuntimeError):
-    """The data set is finished, but more of its rows failed than `max_failure_rate` allows."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,7 @@ class EncodeReport:
     shards: int  # finished ones
     is_complete: bool  # False = shards of other jobs are still missing
     notes: tuple[NoteCount, ...] = ()  # most frequent first
+    reasons: str = ""  # of the failures, with counts
 
 
 def encode(config: EncodeConfig) -> EncodeReport:
@@ -114,16 +111,16 @@ def build_report(
 ) -> EncodeReport:
     """Count what the sidecars hold; `TooManyFailuresError` if too many of all rows failed."""
     folder, records = Path(config.out), sum(index.shard.records for index in indices)
-    failures = sum(len(index.failures) for index in indices)
+    all_reasons = [failure.reason for index in indices for failure in index.failures]
+    failures, reasons = len(all_reasons), count_reasons(all_reasons)
     if is_complete and failures > config.max_failure_rate * total_rows:
         raise TooManyFailuresError(
-            f"{failures} of {total_rows} rows failed, more than max_failure_rate={config.max_failure_rate:g} allows; "
-            f"the reasons are in {folder / FAILURES_FILE}, the other {records} records are in place; "
+            f"{failures} of {total_rows} rows failed, more than max_failure_rate={config.max_failure_rate:g} allows: "
+            f"{reasons}; each is listed in {folder / FAILURES_FILE}, the other {records} records are in place; "
             "--retry-failures tries the failed rows again"
         )
     notes = Counter[str]()
     for index in indices:
         notes.update({item.note: item.records for item in index.notes})
-    return EncodeReport(
-        folder, records, failures, len(indices), is_complete, tuple(starmap(NoteCount, notes.most_common()))
-    )
+    counts = tuple(starmap(NoteCount, notes.most_common()))
+    return EncodeReport(folder, records, failures, len(indices), is_complete, counts, reasons)

@@ -7,7 +7,7 @@ Shapes: B batch, C channels, H W latent size, L text rows, X Y pixel height and 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from common.device import copy_async, pick_device, record_event
 from common.files import write_file
 from common.model_folder import locate_model
-from common.progress import track_progress
+from common.progress import ProgressBar
 from shards.manifest import NEGATIVE_FILE
 from shards.record import Record, RecordSource
 from shards.writer import RowFailure, ShardIndex, shard_file_name, write_shard
@@ -28,7 +28,7 @@ from stage1_encode.dataset_folder import report_write_errors
 from stage1_encode.media.color import ColorRules, is_changed
 from stage1_encode.media.first_frame import FirstFrame, UnreadableError
 from stage1_encode.media.reader_pool import ReaderPool, default_worker_count, read_frames_ahead
-from stage1_encode.media.rows import Row, rows_digest
+from stage1_encode.media.rows import Row, count_reasons, rows_digest
 from stage1_encode.models import text_encoder, vae
 from stage1_encode.models.row_encoder import RowEncoder
 
@@ -44,6 +44,33 @@ class ShardJob:
     rows: list[Row]
     frames: Iterator["Future[FirstFrame] | None"]  # one per row, read ahead; None = row without a usable file
     prompts: "Future[tuple[list[str], list[list[int]]]]"  # cleaned prompts and token ids
+
+
+class TooManyFailuresError(RuntimeError):
+    """More rows failed than the options allow; what has been encoded is kept."""
+
+
+@dataclass
+class RowCounter:
+    """Counts the rows of a run, for its progress and to end it if its first rows all fail."""
+
+    progress: ProgressBar
+    stop_after_failures: int  # 0 = never
+    reasons: list[str] = field(default_factory=list)  # of the failures before the first success
+    has_succeeded: bool = False
+
+    def count_row(self, problem: str) -> None:
+        """Count a row with its problem, "" = none; `TooManyFailuresError` if there have been only problems."""
+        self.progress.advance()
+        self.has_succeeded = self.has_succeeded or not problem
+        if self.has_succeeded or not self.stop_after_failures:
+            return
+        self.reasons.append(problem)
+        if len(self.reasons) >= self.stop_after_failures:
+            raise TooManyFailuresError(
+                f"the first {len(self.reasons)} rows all failed: {count_reasons(self.reasons)}; correct the CSV or "
+                "--base-folder and rerun the same command, or go on in spite of it with --stop-after-failures 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -95,10 +122,13 @@ def make_shards(
 ) -> Iterator[tuple[int, ShardIndex]]:
     """Encode shards {number: rows} one after the other; yields each one's number and sidecar, without its members."""
     written: deque[tuple[int, Future[ShardIndex]]] = deque()
+    progress = ProgressBar(sum(len(rows) for rows in shards.values()), label="encode")
+    counter = RowCounter(progress, config.stop_after_failures)
     # one torch thread per writer: more of them would wait for the busy cores
-    with ThreadPoolExecutor(WRITER_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as writers:
+    with progress, ThreadPoolExecutor(WRITER_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as writers:
         for job in start_jobs(config, encoder, readers, shards):
-            written.append((job.number, writers.submit(save_shard, config, job, encode_shard(config, encoder, job))))
+            encoded = encode_shard(config, encoder, job, counter)
+            written.append((job.number, writers.submit(save_shard, config, job, encoded)))
             if len(written) > WRITER_THREADS:  # bounds the finished shards in memory
                 number, index = written.popleft()
                 yield number, index.result()
@@ -113,18 +143,17 @@ def start_jobs(
     depth = 2 * (readers.count + config.batch_size)  # frames held in memory, across the borders of shards
     all_rows, table = chain.from_iterable(shards.values()), Path(config.data)
     rows_ahead = read_frames_ahead(all_rows, readers, table, depth=depth, base_folder=config.base_folder)
-    frames = track_progress(rows_ahead, total=sum(len(rows) for rows in shards.values()), label="encode")
     waiting: deque[ShardJob] = deque()
     with ThreadPoolExecutor(1) as tokenizer:
         for number, rows in shards.items():
             prompts = tokenizer.submit(encoder.tokenize_prompts, [row.prompt for row in rows])
-            waiting.append(ShardJob(number, rows, islice(frames, len(rows)), prompts))
+            waiting.append(ShardJob(number, rows, islice(rows_ahead, len(rows)), prompts))
             if len(waiting) > 1:
                 yield waiting.popleft()
         yield from waiting
 
 
-def encode_shard(config: EncodeConfig, encoder: RowEncoder, job: ShardJob) -> EncodedShard:
+def encode_shard(config: EncodeConfig, encoder: RowEncoder, job: ShardJob, counter: RowCounter) -> EncodedShard:
     """Begin to encode a job: on a GPU the tensors are computed after this returns, see `ready_event`."""
     prompts, tokens = job.prompts.result()
     texts = encoder.embed_tokens(tokens, max_tokens=config.text_batch_tokens)
@@ -135,6 +164,7 @@ def encode_shard(config: EncodeConfig, encoder: RowEncoder, job: ShardJob) -> En
     notes = Counter[str]()
     for row, prompt, text, pending_frame in zip(job.rows, prompts, texts, job.frames, strict=True):
         frame, problem = wait_for_frame(row, prompt, pending_frame)
+        counter.count_row(problem)
         if problem:
             failures.append(RowFailure(row.line, row.path, problem))
             continue

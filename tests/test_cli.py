@@ -4,8 +4,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -161,6 +163,42 @@ def test_yaml_then_options(run: Path, model: Path, tmp_path: Path) -> None:
     assert "seed: 3\n" in resolved
     assert "student_lr: 0.0002\n" in resolved
     assert "critic_lr: 1.0e-07\n" in resolved
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        ("encode", "the same command resumes"),
+        ("distill", "the same command resumes"),
+        ("evaluate", "the same command resumes"),
+        ("demo", "the same command resumes"),
+        ("sample", "the same command starts again"),
+        ("decode", "the same command starts again"),
+        ("verify", "the same command starts again"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(command: str, remedy: str) -> None:
+    with mock.patch.object(cli.cli.commands[command], "invoke", side_effect=KeyboardInterrupt):
+        required = {"verify": ["x"], "demo": []}.get(command, ["--out", "x"])
+        done = call(command, *required)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.strip().startswith("stopped; ") and done.stderr.strip().endswith(remedy)
+
+
+def test_ctrl_c_ends_encode_in_a_process_of_its_own(model: Path, clips: Path, tmp_path: Path) -> None:
+    """A real signal while clips are read: no traceback, and the same command completes the data set."""
+    table = write_csv(tmp_path / "c.csv", [(clips / f"clip-{i % 6}.mp4", f"prompt {i}") for i in range(400)])
+    options = ["--data", table, "--model", model, "--out", tmp_path / "out", *SIZE, "--shard-size", 16, "--workers", 1]
+    command = [sys.executable, str(ROOT / "cli.py"), "encode", *map(str, options)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "out").glob("shard-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.splitlines()[-1] == "stopped; the same command resumes", errors
+    assert "Traceback" not in errors and not (tmp_path / "out" / "manifest.json").exists()
+    assert "400 records" in works("encode", *options)
 
 
 def test_colons_are_parts_of_names_everywhere(

@@ -192,14 +192,14 @@ def _parse_row(number: int, row: CsvRow, columns: CsvColumns, text_only: bool) -
     elif len(texts) > columns.count:
         problem = f"{len(texts)} columns where the header has {columns.count}; a prompt with commas needs quotes"
     else:
-        problem = _value_problem(path, prompt, "" if has_seed else digits, text_only=text_only)
+        problem = _value_problem(path, "" if has_seed else digits, text_only=text_only)
     return Row(number, row.line, path, prompt, int(seed) if has_seed else None, problem)
 
 
-def _value_problem(path: str, prompt: str, wrong_seed: str, *, text_only: bool) -> str:
+def _value_problem(path: str, wrong_seed: str, *, text_only: bool) -> str:
     """Why the values of a row cannot be used; "" = they can, as far as the CSV tells."""
-    if "\0" in path + prompt:
-        return "holds a zero byte"
+    if "\0" in path:  # of a prompt it is cleaned away
+        return "the path holds a zero byte"
     if not path and not text_only:
         return "no video given"
     return f"seed {wrong_seed!r} is not a whole number" if wrong_seed else ""

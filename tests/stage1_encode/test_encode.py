@@ -240,9 +240,38 @@ def test_failed_rows_are_reported_and_the_rest_encoded(clips: Path, model: Path,
     assert [int(row["line"]) for row in failed] == [3, 4, 5, 6, 7, 8]
     reasons = ["does not exist", "is empty", "no readable video", "no readable video", "prompt is empty", "no video"]
     assert all(reason in row["reason"] for row, reason in zip(failed, reasons, strict=True)), failed
-    with pytest.raises(TooManyFailuresError, match=r"6 of 8 rows failed.*max_failure_rate=0.05"):
+    with pytest.raises(TooManyFailuresError, match=r"6 of 8 rows .*max_failure_rate=0.05 allows: .*does not exist"):
         encode(configure(table, model, work / "out"))
     assert read_manifest(work / "out").failures == 6
+
+
+def test_a_run_whose_first_rows_all_fail_stops_early(clips: Path, model: Path, tmp_path: Path) -> None:
+    wrong = [(f"gone-{i}.mp4", "a") for i in range(7)] + [("", "b")] * 2 + [(clips / "clip-0.mp4", " ")]
+    table = tiny_models.write_csv(tmp_path / "rows.csv", [*wrong, *[(clips / "clip-0.mp4", "good")] * 3])
+    with pytest.raises(TooManyFailuresError) as raised:
+        encode(configure(table, model, tmp_path / "out", shard_size=64, stop_after_failures=10))
+    assert str(raised.value).startswith(
+        "the first 10 rows all failed: 7 x does not exist; 2 x no video given; 1 x the prompt is empty; correct the CSV"
+    )
+    assert not list((tmp_path / "out").glob("shard-*"))
+    for stop_after_failures in (11, 0):  # one row more succeeds; 0 = never
+        out = tmp_path / f"out-{stop_after_failures}"
+        config = configure(table, model, out, stop_after_failures=stop_after_failures, max_failure_rate=1.0)
+        assert encode(config).records == 3
+
+
+def test_a_success_before_many_failures_stops_nothing(clips: Path, model: Path, tmp_path: Path) -> None:
+    rows = [(clips / "clip-0.mp4", "good"), *[("gone.mp4", "a")] * 20]
+    table = tiny_models.write_csv(tmp_path / "rows.csv", rows)
+    report = encode(configure(table, model, tmp_path / "out", stop_after_failures=5, max_failure_rate=1.0))
+    assert (report.records, report.failures, report.reasons) == (1, 20, "20 x does not exist")
+
+
+def test_progress_ends_with_all_rows(
+    clips: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode(configure(clips / "clips.csv", model, tmp_path / "out"))
+    assert capsys.readouterr().err.splitlines()[-1].startswith("encode: 6/6, ")
 
 
 @pytest.mark.parametrize(

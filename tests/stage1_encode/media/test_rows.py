@@ -135,7 +135,7 @@ def test_what_is_no_table_is_one_line(text: str | bytes, message: str, tmp_path:
 
 def test_a_zero_byte_fails_its_row(tmp_path: Path) -> None:
     rows = read_rows("video,prompt,x\na\0.mp4,b,\na.mp4,b,\0\na.mp4,b\0,\n", tmp_path)
-    assert [row.problem for row in rows] == ["holds a zero byte", "", "holds a zero byte"]
+    assert [row.problem for row in rows] == ["the path holds a zero byte", "", ""]
 
 
 def test_rows_that_are_all_wrong_are_refused_at_once(tmp_path: Path) -> None:
