@@ -15,7 +15,7 @@ import av
 import numpy
 from PIL import Image, ImageOps
 
-from stage1_encode.media.color import DEFAULT_RULES, ColorRules, convert_frame, names_wide_color
+from stage1_encode.media.color import DEFAULT_RULES, ColorRules, convert_frame, is_bare_dolby_vision, names_wide_color
 from stage1_encode.media.icc_profile import convert_profile
 from stage1_encode.media.rows import URL_PREFIXES, explain_missing_file
 from stage1_encode.media.video_frame import (
@@ -164,6 +164,8 @@ def _read_video(path: str, rules: ColorRules) -> SourceImage:
     except av.FFmpegError as error:
         raise UnreadableError(f"is no readable video: {error.strerror}") from error
     _check_pixels(frame.width, frame.height)
+    if is_bare_dolby_vision(video.stream.codec_context.codec_tag, frame):
+        raise UnreadableError("is Dolby Vision that nothing else can show (profile 5); convert it to HDR10 or SDR")
     (image, color), orientation = convert_frame(frame, rules), display_orientation(frame)
     transpose = ORIENTATION_TRANSPOSES.get(orientation)
     upright = image if transpose is None else image.transpose(transpose)

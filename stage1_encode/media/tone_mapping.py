@@ -25,6 +25,7 @@ CHROMATICITIES = {
 D65 = (0.3127, 0.3290)
 PQ_M1, PQ_M2, PQ_C1, PQ_C2, PQ_C3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
 HLG_A, HLG_B, HLG_C, HLG_GAMMA = 0.17883277, 0.28466892, 0.55991073, 1.2
+BT709_A, BT709_B = 1.09929682680944, 0.018053968510807
 MAX_CODE = 65535  # of 16-bit code values
 BAND_ROWS = 64  # rows converted at once; bounds the memory
 PEAK_SAMPLES, PEAK_PERCENTILE = 2**19, 99.99  # the peak's pixels; a few sparks must not dim the frame
@@ -58,6 +59,16 @@ def light_to_srgb(light: Array) -> Array:
     return numpy.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
+def bt709_to_light(signal: Array) -> Array:
+    """The inverse of the curve (OETF) of BT.709 and BT.2020."""
+    return numpy.where(signal < 4.5 * BT709_B, signal / 4.5, ((signal + BT709_A - 1) / BT709_A) ** (1 / 0.45))
+
+
+def light_to_bt709(light: Array) -> Array:
+    """The inverse of `bt709_to_light`."""
+    return numpy.where(light < BT709_B, 4.5 * light, BT709_A * light**0.45 - (BT709_A - 1))
+
+
 def _keep(light: Array) -> Array:
     return light
 
@@ -67,7 +78,9 @@ DECODERS: dict[str, Callable[[Array], Array]] = {
     "PQ": pq_to_light,
     "linear": _keep,
     "sRGB": srgb_to_light,
+    "BT.709": bt709_to_light,
 }
+SDR_CURVES = ("sRGB", "BT.709")
 
 
 @dataclass(frozen=True)
@@ -91,9 +104,11 @@ def _decode_table(curve: str, white_code: int) -> Array:
 
 
 @cache
-def _encode_table() -> NDArray[numpy.uint8]:
+def _encode_table(curve: str) -> NDArray[numpy.uint8]:
     # linear steps of 1/65535 are a twentieth of an 8-bit step where sRGB is steepest
-    return (light_to_srgb(numpy.arange(MAX_CODE + 1) / MAX_CODE) * 255).round().astype(numpy.uint8)
+    light = numpy.arange(MAX_CODE + 1) / MAX_CODE
+    signal = light_to_bt709(light) if curve == "BT.709" else light_to_srgb(light)
+    return (signal * 255).round().astype(numpy.uint8)
 
 
 def rgb_to_xyz(gamut: str) -> Array:
@@ -131,7 +146,7 @@ def measure_peak(codes: NDArray[numpy.uint16], source: LightSource) -> float:
 
 
 def render_srgb(codes: NDArray[numpy.uint16], source: LightSource) -> NDArray[numpy.uint8]:
-    """Code values (H W 3) as 8-bit sRGB (H W 3)."""
+    """Code values (H W 3) as 8-bit sRGB (H W 3); SDR is encoded by its own curve again, so that grey stays as it is."""
     to_bt709 = (numpy.linalg.inv(rgb_to_xyz("BT.709")) @ rgb_to_xyz(source.gamut)).T.astype(numpy.float32)
     peak = measure_peak(codes, source) if source.is_hdr else 1.0
     inputs = peak * numpy.linspace(0, 1, 4097)[1:] ** 4  # dense in the dark, as the eye is
@@ -142,5 +157,5 @@ def render_srgb(codes: NDArray[numpy.uint16], source: LightSource) -> NDArray[nu
         if gains is not None:  # one gain for the three colors of a pixel keeps its hue
             light *= numpy.interp(light.max(-1), inputs, gains).astype(numpy.float32)[..., None]
         levels = (light @ to_bt709).clip(0, 1) * MAX_CODE
-        pixels[start : start + BAND_ROWS] = _encode_table()[levels.round().astype(numpy.uint16)]
+        pixels[start : start + BAND_ROWS] = _encode_table(source.curve)[levels.round().astype(numpy.uint16)]
     return pixels

@@ -12,7 +12,7 @@ from av.video.reformatter import ColorPrimaries, ColorTrc
 
 from stage1_encode.media.color import UNTAGGED_AS_601, UNTAGGED_AS_709, ColorRules, convert_frame, is_changed
 from stage1_encode.media.first_frame import FirstFrame, UnreadableError, read_first_frame
-from stage1_encode.media.tone_mapping import light_to_pq, light_to_srgb, srgb_to_light
+from stage1_encode.media.tone_mapping import bt709_to_light, light_to_bt709, light_to_pq, srgb_to_light
 from tests.stage1_encode.media.test_tone_mapping import PATCHES, encode_hlg, to_gamut
 
 WEIGHTS = {  # FFmpeg's number of a matrix: the weights of red and blue in luma
@@ -126,7 +126,7 @@ def test_hdr_with_a_curve_alone_is_taken_for_bt2020(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("bits", [8, 10])
 def test_a_wide_gamut_becomes_bt709(primaries: int, matrix: int, gamut: str, bits: int, tmp_path: Path) -> None:
-    signal = light_to_srgb(to_gamut(srgb_to_light(PATCHES / 255), gamut))
+    signal = light_to_bt709(to_gamut(bt709_to_light(PATCHES / 255), gamut))
     frame = read(patch_video(tmp_path / "wide.mp4", signal, Tags(matrix, ColorTrc.BT709, primaries), bits=bits))
     assert abs(patches_of(frame) - PATCHES).max() <= 4
     assert frame.color == f"{gamut} to sRGB"
@@ -203,3 +203,26 @@ def test_transparency_of_hdr_is_kept() -> None:
     frame.color_trc, frame.color_primaries = ColorTrc.SMPTE2084, ColorPrimaries.BT2020
     image, _ = convert_frame(frame, ColorRules())
     assert abs(numpy.asarray(image).astype(int) - (255, 255, 255, 128)).max() <= 1
+
+
+@pytest.mark.parametrize("curve", [ColorTrc.BT709, ColorTrc.SMPTE2084])
+@pytest.mark.parametrize(("form", "bits"), [("gray", 8), ("gray10le", 10)])
+def test_the_limited_range_of_grey_is_undone(form: str, bits: int, curve: int, tmp_path: Path) -> None:
+    """FFmpeg's converter takes every grey for full range; AV1 and HEVC have it in both."""
+    levels = numpy.array([255, 128, 60, 0])
+    signal = light_to_pq(srgb_to_light(levels / 255)) if curve == ColorTrc.SMPTE2084 else levels / 255
+    row = numpy.repeat((16 + 219 * signal) * 2 ** (bits - 8), 32).round()
+    codes = numpy.tile(row, (64, 1)).astype(numpy.uint8 if bits == 8 else numpy.uint16)
+    frame = av.VideoFrame.from_ndarray(codes, format=form)
+    frame.color_range, frame.color_trc, frame.color_primaries = 1, curve, ColorPrimaries.BT709
+    image, _ = convert_frame(frame, ColorRules())
+    tolerance = 8 if bits == 8 and curve == ColorTrc.SMPTE2084 else 2
+    assert abs(numpy.asarray(image)[32, 16::32].astype(int) - levels[:, None]).max() <= tolerance
+
+
+def test_dolby_vision_without_another_layer_is_refused(tmp_path: Path) -> None:
+    path = Path(patch_video(tmp_path / "a.mp4", PATCHES / 255, Tags(UNTAGGED), bits=10))
+    assert path.read_bytes().count(b"avc1")
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"dva1"))
+    with pytest.raises(UnreadableError, match="Dolby Vision"):
+        read(str(path))

@@ -7,7 +7,9 @@ from stage1_encode.media.tone_mapping import (
     CHROMATICITIES,
     MAX_CODE,
     LightSource,
+    bt709_to_light,
     hlg_to_scene,
+    light_to_bt709,
     light_to_pq,
     light_to_srgb,
     map_tones,
@@ -48,7 +50,9 @@ def test_the_curves_meet_published_points() -> None:
     assert 1000 * hlg_to_scene(numpy.array([0.75]))[0] ** 1.2 == pytest.approx(203, abs=1)
 
 
-@pytest.mark.parametrize(("forth", "back"), [(light_to_pq, pq_to_light), (light_to_srgb, srgb_to_light)])
+@pytest.mark.parametrize(
+    ("forth", "back"), [(light_to_pq, pq_to_light), (light_to_srgb, srgb_to_light), (light_to_bt709, bt709_to_light)]
+)
 def test_the_curves_have_inverses(forth: object, back: object) -> None:
     light = numpy.linspace(0, 1, 1001)
     assert back(forth(light)) == pytest.approx(light, abs=1e-6)
@@ -93,10 +97,11 @@ def test_a_spark_does_not_dim_the_frame() -> None:
 
 
 @pytest.mark.parametrize("gamut", CHROMATICITIES)
-@pytest.mark.parametrize("curve", ["sRGB", "linear"])
+@pytest.mark.parametrize("curve", ["sRGB", "BT.709", "linear"])
 def test_a_wide_gamut_becomes_bt709(gamut: str, curve: str) -> None:
-    light = to_gamut(srgb_to_light(PATCHES / 255), gamut)
-    codes = as_frame(light if curve == "linear" else light_to_srgb(light))
+    decode = bt709_to_light if curve == "BT.709" else srgb_to_light
+    encode = {"sRGB": light_to_srgb, "BT.709": light_to_bt709, "linear": numpy.asarray}[curve]
+    codes = as_frame(encode(to_gamut(decode(PATCHES / 255), gamut)))
     assert abs(render_srgb(codes, LightSource(curve, gamut)).astype(int) - PATCHES).max() <= 1
 
 
