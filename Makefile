@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test coverage lint clean
+.PHONY: demo test coverage lint docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,5 +26,8 @@ lint: .venv/ready
 	$(BIN)/codespell
 	$(BIN)/mypy
 
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 clean:
-	rm -rf .venv $(DEMO) .coverage coverage.xml
+	rm -rf .venv $(DEMO) .coverage coverage.xml site
