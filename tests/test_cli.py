@@ -135,7 +135,7 @@ def test_csv_of_prompts_becomes_a_folder(run: Path, model: Path, tmp_path: Path)
 
 def test_readme_makes_the_same_from_python(run: Path, model: Path, tmp_path: Path) -> None:
     """The lines of the README, as they stand there, but for the precision."""
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = (ROOT / "README.md").read_text().split("```python\n")[2].split("```")[0]
     assert len(code.splitlines()) == 4
     table = write_csv(tmp_path / "prompts.csv", [("a", "first.png", 1)], ("prompt", "image", "seed"))
     shutil.copy(run / "first.png", tmp_path)

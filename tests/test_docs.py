@@ -47,8 +47,18 @@ def outline(page: Path) -> tuple[list[int], list[str], list[int]]:
     return headings, code_blocks(page), tables
 
 
-def test_getting_started_is_the_same_in_both_languages() -> None:
-    assert outline(ROOT / "docs/getting_started.zh.md") == outline(ROOT / "docs/getting_started.md")
+@pytest.mark.parametrize(
+    ("translation", "original"),
+    [("docs/getting_started.zh.md", "docs/getting_started.md"), ("README.zh-CN.md", "README.md")],
+)
+def test_both_languages_have_the_same_headings_code_and_tables(translation: str, original: str) -> None:
+    assert outline(ROOT / translation) == outline(ROOT / original)
+
+
+def test_readme_is_short_and_the_first_commands_come_early() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert 150 <= len(lines) <= 200
+    assert any("make demo" in line for line in lines[:25])
 
 
 def test_every_translation_has_its_page_and_only_its_commands() -> None:

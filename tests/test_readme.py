@@ -1,4 +1,4 @@
-"""The README and docs/options.md say what the code says."""
+"""docs/architecture.md and docs/options.md say what the code says."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.option_tables import PAGE, options_page
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 FOLDERS = ("common", "shards", "stage1_encode", "stage2_distill")
 
 
@@ -22,6 +22,6 @@ def folders() -> dict[str, set[str]]:
 
 
 def test_one_line_for_every_folder_that_names_its_files() -> None:
-    lines = [line.split(" | ", 1) for line in README.splitlines() if line.startswith("| `") and "/` | " in line]
+    lines = [line.split(" | ", 1) for line in ARCHITECTURE.splitlines() if line.startswith("| `") and "/` | " in line]
     named = {folder[3:-1]: set(re.findall(r"`([a-z0-9_]+)`", text)) for folder, text in lines}
     assert named == folders()
