@@ -79,7 +79,7 @@ class EncodedShard:
 
     records: list[Record]
     failures: list[RowFailure]
-    notes: Counter[str]  # {what was done to the colors: number of records}
+    notes: Counter[str]  # {what was done to the colors, or is remarkable: number of records}
     ready_event: torch.cuda.Event | None  # None on a CPU
 
 
@@ -173,7 +173,7 @@ def encode_shard(config: EncodeConfig, encoder: RowEncoder, job: ShardJob, count
         if frame:
             pictures[len(records)] = frame.pixels
             source = replace(source, size=frame.size, color=frame.color if is_changed(frame.color) else "")
-            notes.update([frame.color] if frame.color else [])
+            notes.update(filter(None, (frame.color, frame.emptiness)))
         records.append(Record(row.key, source, None, text))
         if len(pictures) == config.batch_size:
             latents |= encode_batch(encoder, pictures)

@@ -48,6 +48,7 @@ class ShardReport:
     failures: tuple[RowFailure, ...] = ()
     values: "dict[str, array[float]]" = field(default_factory=lambda: {name: array("f") for name in STATISTICS})
     sources: Counter[str] = field(default_factory=Counter)  # records by kind and size of the source file
+    notes: Counter[str] = field(default_factory=Counter)  # records by what the sidecar notes of them
 
     def add_problem(self, file: str, member: str, reason: str) -> None:
         """Note a problem that encoding this shard again repairs."""
@@ -79,6 +80,7 @@ def _check_shard_once(storage: Storage, manifest: Manifest, shard: ShardInfo) ->
         report.add_problem(sidecar, "", _error_reason(error))
         return report
     report.failures = index.failures
+    report.notes.update({item.note: item.records for item in index.notes})
     report.lines = [failure.line for failure in index.failures]
     try:
         _check_tar(storage, manifest, index, report)

@@ -35,6 +35,7 @@ class VerifyReport:
     outliers: tuple[DataProblem, ...] = ()  # much larger or smaller than usual: suspicious, but not broken
     value_summaries: Mapping[str, ValueSummary] = field(default_factory=dict)
     sources: Mapping[str, int] = field(default_factory=dict)  # records by kind of source, most frequent first
+    notes: Mapping[str, int] = field(default_factory=dict)  # records by what `encode` noted, such as black first frames
 
     def format_lines(self) -> list[str]:
         """The report in words."""
@@ -45,6 +46,7 @@ class VerifyReport:
             lines.append(f"{rows} in {len(shards)} shards; {self.manifest.spec}")
         lines += [f"{name}: {summary}" for name, summary in self.value_summaries.items()]
         lines += [f"{count} records from {kind}" for kind, count in list(self.sources.items())[:MAX_PRINTED]]
+        lines += [f"{count} records: {note}" for note, count in self.notes.items()]
         lines += [f"outlier: {item}" for item in self.outliers[:MAX_PRINTED]]
         return lines + [f"broken: {problem}" for problem in self.problems]
 

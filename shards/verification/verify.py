@@ -43,8 +43,11 @@ def verify_data_set(prefix: str | Path) -> VerifyReport:
     )
     values = collect_values(reports)
     outliers, summaries = find_outliers(reports, values), summarize_values(values)
-    sources = sum((report.sources for report in reports), Counter[str]()).most_common()
-    return VerifyReport(storage.location, manifest, problems, outliers, summaries, dict(sources))
+    sources, notes = (
+        dict(sum(counts, Counter[str]()).most_common())
+        for counts in ((report.sources for report in reports), (report.notes for report in reports))
+    )
+    return VerifyReport(storage.location, manifest, problems, outliers, summaries, sources, notes)
 
 
 def broken_shard_names(report: VerifyReport) -> list[str]:

@@ -37,6 +37,8 @@ except ImportError:  # there is no wheel for every machine
 
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "PPM")  # no EPS: Pillow would start Ghostscript
 PICTURE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+EMPTINESS_ROWS = 64  # looked at; enough to see whether a frame shows anything, and quick
+BLACK_LEVEL, UNIFORM_RANGE = 20, 8  # of 255: compressed black and compressed grey are not exact
 MAX_PIXELS = 2**27  # more than any camera has; larger values mean a corrupt header
 ORIENTATION_TRANSPOSES = {  # whether a display matrix swaps x and y, mirrors the new x, mirrors the new y
     (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -57,6 +59,16 @@ class FirstFrame:
     size: tuple[int, int]  # (height, width) of the upright source frame
     color: str = ""  # what was done to its colors; "" = nothing to tell
 
+    @property
+    def emptiness(self) -> str:
+        """What a frame shows that shows nothing, for a report; "" = it shows something."""
+        stride = max(1, len(self.pixels) // EMPTINESS_ROWS)
+        samples = self.pixels[::stride, ::stride].reshape(-1, 3)
+        low, high = numpy.quantile(samples, (0.005, 0.995), axis=0)  # a few bright points are no picture
+        if high.max() <= BLACK_LEVEL:
+            return "black first frame"
+        return "first frame of a single color" if (high - low).max() <= UNIFORM_RANGE else ""
+
 
 @dataclass(frozen=True)
 class SourceImage:
@@ -69,10 +81,13 @@ class SourceImage:
 
 def read_first_frame(path: str, *, height: int, width: int, rules: ColorRules = DEFAULT_RULES) -> FirstFrame:
     """Read the first frame of a video or picture file or web address; `UnreadableError` says why it cannot."""
+    picture = None
     if not path.startswith(URL_PREFIXES):
         path = str(Path(path).absolute())  # FFmpeg takes what stands before a colon, as in pipe:1, for a protocol
         _check_readable_file(Path(path))
-    source = (None if path.startswith(URL_PREFIXES) else _read_picture(path)) or _read_video(path, rules)
+        with Path(path).open("rb") as file:  # Pillow maps a file that it opens itself, and reads turned TIFFs wrong
+            picture = _read_picture(file)
+    source = picture or _read_video(path, rules)
     pixels = resize_and_crop(source.image, height=height, width=width, aspect=source.aspect)
     return FirstFrame(pixels, (source.image.height, source.image.width), source.color)
 
@@ -127,14 +142,14 @@ def _check_pixels(width: int, height: int) -> None:
         raise UnreadableError(f"claims {width} x {height} pixels")
 
 
-def _read_picture(path: str | BinaryIO) -> SourceImage | None:
+def _read_picture(file: BinaryIO) -> SourceImage | None:
     """The upright picture in a file; None if it is no picture, or one whose colors only FFmpeg knows."""
     try:
-        with Image.open(path, formats=PICTURE_FORMATS) as image:
+        with Image.open(file, formats=PICTURE_FORMATS) as image:
             _check_pixels(image.width, image.height)
             if names_wide_color(image):
                 return None
-            upright = ImageOps.exif_transpose(_to_eight_bits(image))
+            upright = _to_eight_bits(ImageOps.exif_transpose(image))
             converted, color = convert_profile(upright, image.info.get("icc_profile"))
             return SourceImage(converted, color=color)
     except Image.UnidentifiedImageError:

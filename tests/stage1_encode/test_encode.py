@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from shards.manifest import read_manifest, read_negative_embedding
 from shards.mixture import open_data_sets
 from shards.record import Record, from_members, pad_text
+from shards.verification.verify import verify_data_set
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import TooManyFailuresError, encode
 from stage1_encode.media.first_frame import read_first_frame
@@ -369,6 +370,18 @@ def test_colors_that_were_converted_or_assumed_are_told(model: Path, tmp_path: P
     report = encode(configure(table, model, tmp_path / "other", **options))
     assert [record.source.color for record in records(tmp_path / "other")] == ["untagged HD read as BT.709", ""]
     assert [failure["reason"][:12] for failure in failures(tmp_path / "other")] == ["is HDR (HLG)"]
+
+
+def test_empty_first_frames_are_counted(clips: Path, model: Path, tmp_path: Path) -> None:
+    for name, color in (("black", 0), ("grey", 128), ("green", (0, 135, 0))):
+        Image.new("RGB", (96, 64), color if name == "green" else (color,) * 3).save(tmp_path / f"{name}.png")
+    paths = [clips / "clip-0.mp4", *(tmp_path / f"{name}.png" for name in ("black", "grey", "green"))]
+    table = tiny_models.write_csv(tmp_path / "rows.csv", [(path, "a picture") for path in paths])
+    report = encode(configure(table, model, tmp_path / "out", shard_size=2))
+    counts = {"first frame of a single color": 2, "black first frame": 1}
+    assert {item.note: item.records for item in report.notes} == counts
+    verified = verify_data_set(tmp_path / "out")
+    assert verified.notes == counts and "1 records: black first frame" in verified.format_lines()
 
 
 def test_a_sidecar_without_notes_is_that_of_earlier_versions(dataset: Path) -> None:

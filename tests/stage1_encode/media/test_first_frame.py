@@ -132,26 +132,68 @@ def test_wide_pixels_are_shown_wide(rotation: int, size: tuple[int, int], tmp_pa
     assert close(frame.pixels[4:-4, 4:-4].reshape(-1, 3).mean(0), GREEN, 6)  # 192 wide as shown: 64 of it is green
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_by_its_orientation(orientation: int, tmp_path: Path) -> None:
-    turns = {
-        1: lambda a: a,
-        2: numpy.fliplr,
-        3: lambda a: numpy.rot90(a, 2),
-        4: numpy.flipud,
-        5: lambda a: numpy.rot90(numpy.fliplr(a), 1),
-        6: lambda a: numpy.rot90(a, 1),
-        7: lambda a: numpy.rot90(numpy.fliplr(a), -1),
-        8: lambda a: numpy.rot90(a, -1),
-    }
+TURNS = {  # EXIF orientation -> how an upright picture is stored
+    1: lambda a: a,
+    2: numpy.fliplr,
+    3: lambda a: numpy.rot90(a, 2),
+    4: numpy.flipud,
+    5: lambda a: numpy.rot90(numpy.fliplr(a), 1),
+    6: lambda a: numpy.rot90(a, 1),
+    7: lambda a: numpy.rot90(numpy.fliplr(a), -1),
+    8: lambda a: numpy.rot90(a, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [
+        *(("jpg", mode) for mode in ("RGB", "L", "CMYK")),
+        *(("png", mode) for mode in ("RGB", "RGBA", "L", "LA", "I;16")),
+        *((suffix, mode) for suffix in ("webp", "avif") for mode in ("RGB", "RGBA")),
+        *(("tif", mode) for mode in ("RGB", "RGBA", "L", "CMYK", "YCbCr", "I;16")),
+    ],
+)
+def test_a_picture_is_turned_by_its_orientation(suffix: str, mode: str, orientation: int, tmp_path: Path) -> None:
     upright = tiny_models.picture(64, 96, seed=0)
-    stored = Image.fromarray(numpy.ascontiguousarray(turns[orientation](upright)))
-    exif = Image.Exif()
+    if mode in ("L", "LA", "I;16"):
+        upright = numpy.asarray(Image.fromarray(upright).convert("L").convert("RGB"))
+    stored = Image.fromarray(numpy.ascontiguousarray(TURNS[orientation](upright)))
+    if mode == "I;16":
+        stored = Image.fromarray(numpy.asarray(stored.convert("L")).astype(numpy.uint16) * 257)
+    else:
+        stored = stored.convert(mode)
+    exif, path = Image.Exif(), tmp_path / f"photo.{suffix}"
     exif[0x0112] = orientation
-    stored.save(tmp_path / "photo.jpg", quality=100, subsampling=0, exif=exif)
-    frame = read_first_frame(str(tmp_path / "photo.jpg"), height=64, width=96)
+    if suffix == "tif":
+        stored.save(path, tiffinfo={0x0112: orientation})
+    else:
+        stored.save(path, quality=95, exif=exif)
+    frame = read_first_frame(str(path), height=64, width=96)
     assert frame.size == (64, 96)
     assert abs(frame.pixels.astype(int) - upright).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("color", "noise", "emptiness"),
+    [
+        ((0, 0, 0), 0, "black first frame"),
+        ((10, 8, 12), 6, "black first frame"),
+        ((128, 128, 128), 0, "first frame of a single color"),
+        ((0, 135, 0), 2, "first frame of a single color"),
+        ((255, 255, 255), 0, "first frame of a single color"),
+        ((40, 40, 40), 20, ""),
+    ],
+)
+def test_an_empty_frame_is_told(color: tuple[int, int, int], noise: int, emptiness: str, tmp_path: Path) -> None:
+    grain = numpy.random.default_rng(0).integers(-noise, noise + 1, (256, 384, 3))
+    Image.fromarray((grain + color).clip(0, 255).astype(numpy.uint8)).save(tmp_path / "empty.png")
+    assert read_first_frame(str(tmp_path / "empty.png"), height=256, width=384).emptiness == emptiness
+
+
+def test_a_dark_picture_is_not_empty(tmp_path: Path) -> None:
+    Image.fromarray(tiny_models.picture(64, 96, seed=0) // 6).save(tmp_path / "dark.png")
+    assert read_first_frame(str(tmp_path / "dark.png"), height=64, width=96).emptiness == ""
 
 
 def test_transparency_lies_on_white(tmp_path: Path) -> None:

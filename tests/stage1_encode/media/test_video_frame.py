@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -68,6 +69,7 @@ def write_clip(path: Path, codec: str, *, options: dict[str, str] | None = None,
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, layout
         for number in range(frames):
             frame = av.VideoFrame.from_ndarray(noisy(number), format="rgb24").reformat(format=layout)
+            frame.pts, frame.time_base = number, Fraction(1, 24)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return path
@@ -223,7 +225,9 @@ def test_a_track_of_an_unknown_codec(second: bool, tmp_path: Path) -> None:
             stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, layout
         for number in range(2):
             for stream in file.streams.video:
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(noisy(number), format="rgb24")))
+                frame = av.VideoFrame.from_ndarray(noisy(number), format="rgb24")
+                frame.pts, frame.time_base = number, Fraction(1, 24)
+                file.mux(stream.encode(frame))
         for stream in file.streams.video:
             file.mux(stream.encode())
     unknown = b"hev1|hvc1" if second else b"avc1"
