@@ -35,15 +35,17 @@ from benchmarks.trainer import (
     random_roles,
     role_update,
 )  # fmt: skip
+from common.video import VideoSpec
 from stage2_distill.checkpointing.staging import HostBuffers, StagedState, allocate_host_buffers, build_cpu_mesh
 from stage2_distill.distributed.process_group import RankContext, start_process_group
 from stage2_distill.dmd.rollout_reuse import RolloutReuse
 from stage2_distill.dmd.schedule import CRITIC, STUDENT
 from stage2_distill.monitoring.metrics_log import StepResult
+from stage2_distill.planning.network_size import TransformerSize
 from stage2_distill.resume import training_state
 from stage2_distill.trainer import Trainer, train_step
 
-FORWARD_TFLOP = 520.7  # of one forward pass at the true size
+FORWARD_TFLOP = TransformerSize().pass_flops(VideoSpec().num_tokens).total / 1e12  # of one pass at the true size
 USEFUL_FORWARDS = {CRITIC: 2.5 + 3, STUDENT: 1.5 + 3 + 3}  # rollout, three for a gradient, scores
 WAIT_EVENTS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 

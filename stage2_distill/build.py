@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from common.seed import make_generator
 from common.timer import PhaseTimer
 from stage2_distill.checkpointing.format import list_checkpoints, read_facts
-from stage2_distill.config import AUTO, COMPACT, STANDARD, DistillConfig
+from stage2_distill.config import AUTO, STANDARD, DistillConfig
 from stage2_distill.distributed.fsdp import apply_fsdp
 from stage2_distill.distributed.process_group import RankContext
 from stage2_distill.dmd.rollout import StudentRollouts
@@ -24,11 +24,9 @@ from stage2_distill.model.transformer import WanTransformer
 from stage2_distill.model.wan import build_meta_transformer, guided, make_denoiser, materialize_transformer
 from stage2_distill.model.weight_loading import copy_weights, fill_parameter, read_weights
 from stage2_distill.optim.optimizers import OptimizerSettings
+from stage2_distill.planning.memory import choose_form
+from stage2_distill.planning.network_size import TransformerSize, read_transformer_size
 from stage2_distill.trainer import GradientAccumulator, Roles, TrainedRole, Trainer
-
-# Bytes per parameter: two roles' masters and second moments (8 each), gradients 4, average 4, teacher 2.
-STANDARD_BYTES_PER_PARAMETER = 26
-RESERVED_BYTES = 20 << 30  # bytes of activations, of gathered weights and of what torch reserves beyond them
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def build_roles(config: DistillConfig, ranks: RankContext, model: Path) -> Roles
     adapters = lora_settings(vars(config))
     form = STANDARD
     if adapters is None:
-        form = choose_optimizer_form(config, ranks, sum(p.numel() for p in meta_net.parameters()))
+        form = choose_optimizer_form(config, ranks, read_transformer_size(model))
     optimizers = OptimizerSettings.of(config, ranks, form)
     builder = RoleBuilder(model / "transformer", ranks, plan, compute_dtype, optimizers, adapters, config.seed)
     return builder.build()
@@ -121,7 +119,7 @@ def build_trainer(
     )
 
 
-def choose_optimizer_form(config: DistillConfig, ranks: RankContext, parameters: int) -> str:
+def choose_optimizer_form(config: DistillConfig, ranks: RankContext, size: TransformerSize) -> str:
     """STANDARD or COMPACT; `auto` is that of the run's checkpoints, or compact if standard would not fit the GPUs."""
     if config.optimizer_form != AUTO:
         return config.optimizer_form
@@ -129,11 +127,10 @@ def choose_optimizer_form(config: DistillConfig, ranks: RankContext, parameters:
         with suppress(ValueError, TypeError, KeyError):  # a damaged one, which `resume_run` sets aside
             if form := read_facts(checkpoint).memory:
                 return form
-    if ranks.device.type != "cuda" or config.dtype != "bfloat16" or config.beta1 != 0:
+    if ranks.device.type != "cuda":
         return STANDARD
     _, total = torch.cuda.mem_get_info(ranks.device)
-    shards = ranks.world // config.replicate  # GPUs that share one copy of the networks
-    return COMPACT if STANDARD_BYTES_PER_PARAMETER * parameters // shards + RESERVED_BYTES > total else STANDARD
+    return choose_form(config, size, world=ranks.world, gpu_bytes=total)
 
 
 @dataclass(frozen=True)

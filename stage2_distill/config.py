@@ -182,7 +182,26 @@ class DistillConfig:
         """Noise levels of the timesteps after the shift, falling, each in (0, 1]."""
         return timestep_sigmas(self.timesteps, s=self.shift)
 
+    def accumulation_steps(self, world: int) -> int:
+        """Micro-batches that each of `world` ranks takes for an update; ValueError if they do not give the batch."""
+        step_size = self.batch_size * world
+        if self.global_batch % step_size:
+            low = max(1, self.global_batch // step_size) * step_size
+            raise ValueError(
+                f"global_batch={self.global_batch}: not a multiple of batch_size {self.batch_size} x {world} "
+                f"ranks; nearest are {low} and {low + step_size}"
+            )
+        return self.global_batch // step_size
+
     def select(self, kind: type[Part], **others: Any) -> Part:  # noqa: ANN401
         """Build a record of the options that `kind` has a field for; `others` are its fields that are no options."""
         shared = {item.name: vars(self)[item.name] for item in fields(kind) if item.name not in others}  # type: ignore[arg-type]
         return kind(**shared, **others)
+
+
+def ranks_per_copy(world: int, replicate: int) -> int:
+    """Ranks that share one copy of the networks; ValueError if `replicate` copies do not divide `world` ranks."""
+    if world % replicate:
+        divisors = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ValueError(f"replicate={replicate}: does not divide {world} ranks; possible are {divisors}")
+    return world // replicate

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from common.device import pick_device
 from common.files import FolderLock
+from stage2_distill.config import ranks_per_copy
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,10 @@ def restart_store(store: dist.Store) -> dist.Store:
 
 def build_mesh(device_type: str, world: int, replicate: int) -> DeviceMesh:
     """All ranks in one dimension, or `replicate` rows that each hold a complete network (HSDP)."""
-    if world % replicate:
-        divisors = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-        raise ValueError(f"replicate={replicate}: does not divide {world} ranks; possible are {divisors}")
+    shards = ranks_per_copy(world, replicate)
     if replicate == 1:
         return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(device_type, (replicate, world // replicate), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device_type, (replicate, shards), mesh_dim_names=("replicate", "shard"))
 
 
 @contextmanager

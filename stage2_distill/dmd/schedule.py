@@ -50,13 +50,7 @@ class Schedule:
     @classmethod
     def of(cls, config: DistillConfig, world: int) -> "Schedule":
         """The schedule of a run on `world` ranks; ValueError if `global_batch` cannot be reached with them."""
-        step_size = config.batch_size * world
-        if config.global_batch % step_size:
-            low = max(1, config.global_batch // step_size) * step_size
-            raise ValueError(
-                f"global_batch={config.global_batch}: not a multiple of batch_size {config.batch_size} x {world} "
-                f"ranks; nearest are {low} and {low + step_size}"
-            )
+        _ = config.accumulation_steps(world)
         return config.select(cls, world=world)
 
     @property

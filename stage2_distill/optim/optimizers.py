@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stage2_distill.config import COMPACT, STANDARD, DistillConfig
+from stage2_distill.config import STANDARD, DistillConfig
 from stage2_distill.distributed.process_group import RankContext
 from stage2_distill.dmd.schedule import STUDENT
 from stage2_distill.optim.adamw import PlainAdamW, RoleOptimizer, TorchAdamW
 from stage2_distill.optim.compact_adamw import CompactAdamW
 from stage2_distill.optim.ema import EmaWeights
+from stage2_distill.planning.memory import HostPlacement, place_on_host
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,25 @@ class OptimizerSettings:
         accumulates = config.global_batch > config.batch_size * ranks.world
         return config.select(cls, form=form, accumulates=accumulates, unsharded=config.replicate == ranks.world)
 
-    def build_optimizer(self, net: nn.Module, role: str) -> RoleOptimizer:
-        """The optimizer of a role.
+    @property
+    def host_placement(self) -> HostPlacement:
+        """What waits in host memory."""
+        return place_on_host(self.form, self.offload, accumulates=self.accumulates, unsharded=self.unsharded)
 
-        The student's steps in one of `student_update_interval` iterations: if each GPU holds all of its state, that
-        can be kept in host memory, which makes room for gradients that are summed in float32.
-        """
+    def build_optimizer(self, net: nn.Module, role: str) -> RoleOptimizer:
+        """The optimizer of a role."""
         lr = self.student_lr if role == STUDENT else self.critic_lr
         settings = {"lr": lr, "beta2": self.beta2, "eps": self.eps, "weight_decay": self.weight_decay}
         if self.form == STANDARD:
             return PlainAdamW(net, settings) if self.beta1 == 0 else TorchAdamW(net, settings, beta1=self.beta1)
-        # without accumulation there are no float32 sums, so the state may stay on the GPU
-        may_offload = self.offload == "all" or (self.offload == "average" and self.accumulates)
         return CompactAdamW(
             net,
             settings,
             moment=self.second_moment,
-            offload=role == STUDENT and may_offload and self.unsharded,
+            offload=role == STUDENT and self.host_placement.student_state,
             accumulate=self.accumulates,
         )
 
     def build_ema(self, student: RoleOptimizer, ranks: RankContext) -> EmaWeights:
         """The average of the student's master weights."""
-        offload = self.form == COMPACT and self.offload != "none" and self.unsharded
-        return EmaWeights(student.master_weights, ranks.device, offload=offload)
+        return EmaWeights(student.master_weights, ranks.device, offload=self.host_placement.average)

@@ -17,6 +17,7 @@ from stage2_distill.distributed.process_group import start_process_group
 from stage2_distill.model.split_float32 import join_master
 from stage2_distill.offload import pinned_memory
 from stage2_distill.optim.optimizers import OptimizerSettings
+from stage2_distill.planning.network_size import TransformerSize
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, run_worker, tensors
 
 HALF = {"dtype": "bfloat16", "grad_clip": 1e6, "global_batch": 2}
@@ -121,12 +122,12 @@ def test_what_the_compact_form_cannot_do_is_refused(change: dict[str, object], w
 
 def test_auto_is_standard_where_it_fits(model: Path, shards: Path, tmp_path: Path) -> None:
     config = make_config(shards, model, tmp_path / "run", optimizer_form="auto", dtype="bfloat16")
-    assert choose_optimizer_form(config, start_process_group("cpu"), 5_000_000_000) == "standard"
+    assert choose_optimizer_form(config, start_process_group("cpu"), TransformerSize()) == "standard"
     assert (
         choose_optimizer_form(
             make_config(shards, model, tmp_path, optimizer_form="compact", dtype="bfloat16"),
             start_process_group("cpu"),
-            1,
+            TransformerSize(),
         )
         == "compact"
     )
