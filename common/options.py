@@ -78,10 +78,10 @@ def size_option(name: str, *, minimum: int | None = None, advanced: bool = False
     return option(*SIZE_OPTIONS[name], minimum=minimum, group="size", advanced=advanced)
 
 
-def base_folder_option() -> Any:  # noqa: ANN401
+def base_folder_option(*, group: str = "data") -> Any:  # noqa: ANN401
     """The option `base_folder` of the commands that read a CSV."""
     return option(
-        None, "Folder where relative paths of the CSV start; default: the CSV's.", path="input", group="data",
+        None, "Folder where relative paths of the CSV start; default: the CSV's.", path="input", group=group,
         advanced=True,
     )  # fmt: skip
 

@@ -122,6 +122,8 @@ class VerifyConfig:
     """Options of `verify`."""
 
     repair: bool = option(False, "Re-encode broken shards with the options of their data set.", group="repair")
+    data: str | None = option(None, "CSV of the data set, if it was moved.", path="input", group="repair")
+    base_folder: str | None = base_folder_option(group="repair")
     model: str | None = option(
         None, "Model folder or hub name: draws decoded first frames.", path="any", group="first-frames"
     )

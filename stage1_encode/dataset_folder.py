@@ -8,12 +8,12 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from common.files import FolderLock, read_json, refuse_foreign_files, write_file
+from common.files import FolderLock, parse_json, read_json, refuse_foreign_files, write_file
 from common.model_folder import fingerprint_folder
 from common.options import write_config
 from common.video import VideoSpec
@@ -28,14 +28,18 @@ from shards.manifest import (
     read_negative_embedding,
     write_manifest,
 )
+from shards.record import METADATA_SUFFIX, RecordSource
+from shards.verification.check_settings import ENCODE_CONFIG_FILE, PLAN_FILE, check_options, plan_values
 from shards.writer import RowFailure, ShardIndex, index_file_name, read_index, shard_file_name
 from stage1_encode.config import EncodeConfig
 from stage1_encode.media.rows import Row, rows_digest
 from stage1_encode.models.loading import read_text_width
+from stage1_encode.models.text_encoder import clean_prompt
 
-PLAN_FILE, ENCODE_CONFIG_FILE, FAILURES_FILE, LOCK_FILE = "plan.json", "encode.yaml", "failures.csv", "encode.lock"
+FAILURES_FILE, LOCK_FILE = "failures.csv", "encode.lock"
 FIXED_FILES = (PLAN_FILE, ENCODE_CONFIG_FILE, FAILURES_FILE, LOCK_FILE, MANIFEST_FILE, NEGATIVE_FILE)
 DATA_SET_FILES = re.compile(rf"({'|'.join(FIXED_FILES)}|shard-\d{{6,}}\.(tar|json))(\.partial)?|{LOCK_FILE}(\.\d+)+")
+MAX_SHOWN_LINES = 10  # of changed rows in an error
 PLAN_SLOT, MANIFEST_SLOT, FIRST_SHARD_SLOT = 0, 1, 2  # of the lock file
 
 
@@ -120,6 +124,49 @@ def check_plan(folder: Path, plan: EncodingPlan) -> EncodingPlan:
     return written  # so that the manifest has the fingerprints of the plan
 
 
+def write_plan(folder: Path, plan: EncodingPlan) -> None:
+    """Write the plan of a data set."""
+    write_file(folder / PLAN_FILE, (json.dumps(asdict(plan), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def describe_changes(folder: Path, rows: Sequence[Row], index: ShardIndex) -> str:
+    """Which rows of a shard differ from those that it was encoded from, in words."""
+    missing = index.shard.rows - len(rows)
+    try:
+        sources = read_sources(folder, index)
+        changed = [row.line for row in rows[: index.shard.rows] if not _same_row(row, sources, index)]
+    except (OSError, ValueError):  # the shard is damaged
+        changed = []
+    if changed:
+        shown = ", ".join(map(str, changed[:MAX_SHOWN_LINES]))
+        others = f" and {len(changed) - MAX_SHOWN_LINES} more" if len(changed) > MAX_SHOWN_LINES else ""
+        return f"line{'s' if len(changed) > 1 else ''} {shown}{others} changed"
+    if missing > 0:
+        return f"rows after line {rows[-1].line} were removed ({missing})"
+    return f"lines {rows[0].line} to {rows[-1].line} changed"
+
+
+def read_sources(folder: Path, index: ShardIndex) -> dict[str, RecordSource]:
+    """What the records of a shard say of their rows, by key; OSError or ValueError if its files are damaged."""
+    complete = read_index(folder, index.shard.name)
+    sources = {}
+    with (folder / index.shard.name).open("rb") as file:
+        for member in complete.members[1::2] if complete else ():
+            file.seek(member.offset)
+            key = member.name.removesuffix(f".{METADATA_SUFFIX}")
+            sources[key] = parse_json(file.read(member.size), RecordSource, member.name)
+    return sources
+
+
+def _same_row(row: Row, sources: Mapping[str, RecordSource], index: ShardIndex) -> bool:
+    """Whether a row is that of its record, or of a failure, whose prompt is not stored."""
+    source = sources.get(row.key)
+    if source is not None:
+        prompt = clean_prompt(row.prompt)
+        return (row.line, row.path, prompt, row.seed) == (source.line, source.path, source.prompt, source.seed)
+    return any((row.line, row.path) == (failure.line, failure.path) for failure in index.failures)
+
+
 def _flatten_fields(fields: dict[str, object]) -> dict[str, object]:
     """The fields with the names of nested ones joined, as `encoder.vae`."""
     flattened: dict[str, object] = {}
@@ -182,19 +229,31 @@ class DataSetFolder:
     def _check_rows_unchanged(self, rows: list[Row], index: ShardIndex) -> None:
         if rows_digest(rows[: index.shard.rows]) != index.rows_sha256:
             raise ValueError(
-                f"data={self.config.data}: lines {rows[0].line} to {rows[-1].line} changed since {self.path} was "
-                "begun; rows may only be added at the end: undo the change or give a new folder"
+                f"data={self.config.data}: {describe_changes(self.path, rows, index)} since {self.path} was begun; "
+                "rows may only be added at the end: undo the change or give a new folder"
             )
+
+    def restore_options(self) -> None:
+        """Write the options of a data set again if their file is lost, damaged or contradicts the plan."""
+        path = self.path / ENCODE_CONFIG_FILE
+        try:
+            check_options(path.read_bytes(), plan_values(self.plan))
+        except (OSError, ValueError):
+            if (self.path / PLAN_FILE).is_file():
+                with report_write_errors(self.path):
+                    self._write_options()
+
+    def _write_options(self) -> None:
+        options = replace(self.config.with_absolute_paths, retry_failures=False)  # `repair` retries nothing
+        write_config(self.path / ENCODE_CONFIG_FILE, options)
 
     def commit_plan(self, survey: ShardSurvey) -> None:
         """Write the plan and the options of a new data set, and mark the data set as incomplete."""
         with self.lock.hold_briefly(PLAN_SLOT), report_write_errors(self.path):
             check_plan(self.path, self.plan)  # another job may have begun the data set meanwhile
             if not (self.path / PLAN_FILE).is_file():
-                options = replace(self.config.with_absolute_paths, retry_failures=False)  # `repair` retries nothing
-                write_config(self.path / ENCODE_CONFIG_FILE, options)
-                plan = json.dumps(asdict(self.plan), indent=1, ensure_ascii=False) + "\n"
-                write_file(self.path / PLAN_FILE, plan.encode())
+                self._write_options()
+                write_plan(self.path, self.plan)
             (self.path / MANIFEST_FILE).unlink(missing_ok=True)
             if self.config.retry_failures:  # a shard without a sidecar is unfinished, also if this run is killed
                 for number in survey.unfinished:

@@ -64,6 +64,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
     with FolderLock(folder, LOCK_FILE, permanent=True) as lock:
         data_set = DataSetFolder(folder, config, plan, lock)
         survey = data_set.survey_shards(shards, assigned=assigned)
+        data_set.restore_options()
         indices = survey.finished | encode_unfinished(data_set, survey, embed_negative=0 in assigned)
         indices, is_complete = data_set.finish(survey.row_counts, indices)
         while waits_for_ranks(config) and not is_complete:  # torchrun ends this process if another rank dies

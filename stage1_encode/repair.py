@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy
@@ -16,6 +16,7 @@ from common.files import FolderLock, write_file
 from common.model_folder import fingerprint_folder, locate_model, same_fingerprint
 from common.options import resolve_config
 from shards.dataset import DataSet, open_data_set
+from shards.manifest import MANIFEST_FILE, list_differences
 from shards.record import Record
 from shards.verification.statistics import VerifyReport
 from shards.verification.verify import delete_broken_files
@@ -23,9 +24,12 @@ from stage1_encode.config import EncodeConfig, VerifyConfig
 from stage1_encode.dataset_folder import (
     ENCODE_CONFIG_FILE,
     LOCK_FILE,
+    PLAN_FILE,
     DataSetFolder,
+    EncodingPlan,
     check_plan,
     make_encoding_plan,
+    write_plan,
 )
 from stage1_encode.encode import EncodeReport, encode
 from stage1_encode.media.rows import read_shard_rows
@@ -44,16 +48,34 @@ def repair_data_set(report: VerifyReport, config: VerifyConfig) -> EncodeReport:
     folder = Path(report.location)
     if not folder.is_dir():
         raise ValueError(f"shards={report.location}: only a local folder is repaired; copy it, or encode it again")
+    for problem in report.problems:
+        if problem.file == ENCODE_CONFIG_FILE:
+            raise ValueError(f"shards={report.location}: {problem}")
     options = original_config(folder, config)
     plan = make_encoding_plan(options, locate_model(options.model, ENCODER_PARTS))
-    plan = check_plan(folder, plan)
+    broken_files = {problem.file for problem in report.problems}
+    plan = restore_plan(report, plan) if PLAN_FILE in broken_files else check_plan(folder, plan)
     pick_device(options.device)
     shards = read_shard_rows(Path(options.data), shard_size=options.shard_size, text_only=options.text_only)
     with FolderLock(folder, LOCK_FILE, permanent=True) as lock:
         data_set = DataSetFolder(folder, options, plan, lock)
-        data_set.survey_shards(shards, broken_files={problem.file for problem in report.problems})
+        data_set.survey_shards(shards, broken_files=broken_files)
+        if PLAN_FILE in broken_files:
+            write_plan(folder, plan)
     delete_broken_files(report)  # only now: everything that `encode` would refuse has been checked
     return encode(options)
+
+
+def restore_plan(report: VerifyReport, plan: EncodingPlan) -> EncodingPlan:
+    """The plan of a data set whose own is damaged, from its options; ValueError if its manifest says another thing."""
+    manifest = report.manifest
+    if manifest is None:
+        raise ValueError(f"shards={report.location}: {PLAN_FILE} and {MANIFEST_FILE} are both damaged; encode it again")
+    expected = asdict(manifest.spec) | asdict(manifest.encoder)
+    differences = list_differences(expected, asdict(plan.spec) | asdict(plan.encoder))
+    if differences:
+        raise ValueError(f"shards={report.location}: was made with other settings: {'; '.join(differences)}")
+    return replace(plan, encoder=manifest.encoder)
 
 
 def original_config(folder: Path, config: VerifyConfig) -> EncodeConfig:
@@ -61,6 +83,7 @@ def original_config(folder: Path, config: VerifyConfig) -> EncodeConfig:
     if not (folder / ENCODE_CONFIG_FILE).is_file():
         raise ValueError(f"shards={folder}: holds no {ENCODE_CONFIG_FILE}; encode it again")
     options = {"config": str(folder / ENCODE_CONFIG_FILE), "out": str(folder), "model": config.model}
+    options |= {"data": config.data, "base_folder": config.base_folder}
     encode_config = resolve_config(EncodeConfig, options)
     # The exit code of a repair does not depend on rows that failed before.
     return replace(encode_config, shard_range="", engine="local", max_failure_rate=1.0, device=config.device)

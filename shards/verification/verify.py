@@ -11,6 +11,7 @@ from common.progress import track_progress
 from shards.dataset import prefetch_ordered
 from shards.manifest import MANIFEST_FILE, SHARD_NAME_PATTERN, Manifest, load_manifest
 from shards.storage.open import LocalStorage, Storage, open_storage
+from shards.verification.check_settings import SETTINGS_FILES, settings_problems
 from shards.verification.check_shard import DataProblem, ShardReport, check_shard, negative_problems
 from shards.verification.statistics import VerifyReport, collect_values, find_outliers, summarize_values
 from shards.writer import index_file_name
@@ -40,6 +41,7 @@ def verify_data_set(prefix: str | Path) -> VerifyReport:
         *_row_problems(reports),
         *_failure_problems(storage, manifest, reports),
         *_unlisted_shards(storage, manifest),
+        *settings_problems(storage, manifest),
     )
     values = collect_values(reports)
     outliers, summaries = find_outliers(reports, values), summarize_values(values)
@@ -63,6 +65,7 @@ def delete_broken_files(report: VerifyReport) -> list[str]:
     to_delete = {problem.file for problem in report.problems if not problem.shard}
     for shard in broken_shard_names(report):
         to_delete |= {index_file_name(shard), shard}
+    to_delete -= set(SETTINGS_FILES)
     if to_delete:
         to_delete.add(MANIFEST_FILE)
     # The manifest goes first: a data set with a manifest is always complete, even if this is interrupted.

@@ -202,12 +202,14 @@ def test_another_model_is_refused(clips: Path, dataset: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda lines: [lines[0], "clip-0.mp4,another prompt", *lines[2:]], "lines 2 to 5 changed"),
-        (lambda lines: [lines[0], *lines[2:]], "lines 2 to 5 changed"),
-        (lambda lines: lines[:6], "lines 6 to 6 changed"),
+        (lambda lines: [lines[0], "clip-0.mp4,another prompt", *lines[2:]], "line 2 changed"),
+        (lambda lines: [*lines[:3], *(f"{line} more" for line in lines[3:5]), *lines[5:]], "lines 4, 5 changed"),
+        (lambda lines: [*lines[:6], lines[6].replace("clip-5", "clip-4")], "line 7 changed"),
+        (lambda lines: [lines[0], *lines[2:]], "lines 2, 3, 4, 5 changed"),
+        (lambda lines: lines[:6], r"rows after line 6 were removed \(1\)"),
         (lambda lines: lines[:5], "fewer rows"),
     ],
-    ids=["changed", "removed first", "removed last", "removed shard"],
+    ids=["changed", "two changed", "another path", "removed first", "removed last", "removed shard"],
 )
 def test_a_changed_csv_is_refused(edit: object, message: str, clips: Path, model: Path, dataset: Path, tmp_path: Path):
     shutil.copytree(clips, tmp_path / "clips")

@@ -95,7 +95,7 @@ def test_nothing_is_deleted_where_the_command_cannot_run(complete_set: Path, cli
 
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [(None, "No such file"), ([("clip-0.mp4", "another")] * 6, "lines 2 to 3 changed"), ([("a", "b")], "fewer rows")],
+    [(None, "No such file"), ([("clip-0.mp4", "another")] * 6, "lines 2, 3 changed"), ([("a", "b")], "fewer rows")],
 )
 def test_nothing_is_deleted_where_a_sidecar_is_damaged_and_the_csv_does_not_fit(
     rows: list[tuple[str, str]] | None, message: str, complete_set: Path, tmp_path: Path
@@ -129,6 +129,75 @@ def test_relative_paths_are_mended_from_another_folder(
     repair_data_set(verify_data_set(tmp_path / "set"), CPU)
     assert hashes(tmp_path / "set") == before
     assert configure(Path("x"), Path("OWNER/NAME"), Path("y")).with_absolute_paths.model == "OWNER/NAME"
+
+
+def test_a_data_set_moved_with_its_csv_is_repaired(clips: Path, model: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(clips, tmp_path / "old"))
+    rows = [(f"clip-{i}.mp4", f"prompt {i}") for i in range(4)]
+    config = configure(tiny_models.write_csv(old / "rows.csv", rows), model, old / "set", shard_size=2)
+    encode(config)
+    new = old.rename(tmp_path / "new")
+    before = hashes(new / "set")
+    flip(new / "set" / "shard-000001.tar", 3000)
+    with pytest.raises(ValueError, match=r"^data=.*/old/rows.csv: No such file"):
+        repair_data_set(verify_data_set(new / "set"), CPU)
+    moved = VerifyConfig(device="cpu", data=str(new / "rows.csv"))
+    assert repair_data_set(verify_data_set(new / "set"), moved).records == 4
+    assert hashes(new / "set") == before
+    flip(new / "set" / "shard-000000.tar", 3000)
+    shutil.copy(new / "rows.csv", tmp_path)
+    elsewhere = VerifyConfig(device="cpu", data=str(tmp_path / "rows.csv"), base_folder=str(new))
+    assert repair_data_set(verify_data_set(new / "set"), elsewhere).records == 4
+    assert hashes(new / "set") == before
+
+
+DAMAGED_SETTINGS = {
+    "plan cut": ("plan.json", lambda text: text[: len(text) // 2]),
+    "plan empty": ("plan.json", lambda text: ""),
+    "plan a list": ("plan.json", lambda text: "[]"),
+    "plan without a field": ("plan.json", lambda text: text.replace('"batch_size"', '"batch"')),
+    "plan, a word for a number": ("plan.json", lambda text: text.replace('"shard_size": 2', '"shard_size": "2"')),
+    "plan, another height": ("plan.json", lambda text: text.replace('"height": 64', '"height": 96')),
+    "plan, another encoder": ("plan.json", lambda text: text.replace('"text_dtype": "float32"', '"text_dtype": "x"')),
+    "plan, another shard size": ("plan.json", lambda text: text.replace('"shard_size": 2', '"shard_size": 3')),
+    "options cut": ("encode.yaml", lambda text: text[:9]),
+    "options empty": ("encode.yaml", lambda text: ""),
+    "options a list": ("encode.yaml", lambda text: "- a"),
+    "options no YAML": ("encode.yaml", lambda text: "{[" + text),
+    "options, zero bytes": ("encode.yaml", lambda text: text[:50] + "\0" * 50),
+    "options, another batch": ("encode.yaml", lambda text: text.replace("batch_size: 8", "batch_size: 9")),
+    "options, another prompt": ("encode.yaml", lambda text: text.replace("negative_prompt: ", "negative_prompt: x")),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_SETTINGS)
+def test_damaged_settings_are_found_and_written_again(kind: str, complete_set: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(complete_set, tmp_path / "set")
+    name, damage = DAMAGED_SETTINGS[kind]
+    text = (folder / name).read_text()
+    (folder / name).write_text(damage(text))
+    assert (folder / name).read_text() != text
+    report = verify_data_set(folder)
+    assert [problem.file for problem in report.problems] == [name]
+    assert "\n" not in str(report.problems[0])
+    if name == "plan.json":
+        repair_data_set(report, CPU)
+        assert (folder / name).read_text() == text and verify_data_set(folder).problems == ()
+    else:
+        with pytest.raises(ValueError, match=r"^shards=.*: encode\.yaml: .*; the same encode command writes it again$"):
+            repair_data_set(report, CPU)
+        table = complete_set.parent / "rows.csv"
+        model = text.split("model: ")[1].splitlines()[0]
+        encode(configure(table, Path(model), folder, shard_size=2, max_failure_rate=0.5))
+        assert verify_data_set(folder).problems == ()
+    assert (folder / "shard-000000.tar").is_file()
+
+
+def test_a_data_set_without_settings_is_sound(complete_set: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(complete_set, tmp_path / "set")
+    for name in ("plan.json", "encode.yaml"):
+        (folder / name).unlink()
+    assert verify_data_set(folder).problems == ()
 
 
 def test_the_picture_shows_each_record(complete_set: Path, model: Path, tmp_path: Path) -> None:
