@@ -9,13 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch._weights_only_unpickler import UnpicklingError  # of the module pickle, which nothing here may import
 
 from common.files import read_json
 
 MODEL_REMEDY = "copy it again, or give a folder like Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "transformer")
+# The same parts in the folder of Wan-AI/Wan2.2-TI2V-5B; the transformer's files lie in the folder itself.
+ORIGINAL_PARTS = {
+    "vae": "Wan2.2_VAE.pth",
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
+    "tokenizer": "google/umt5-xxl",
+    "transformer": "",
+}
+ORIGINAL_CONFIG_KEY = "num_heads"  # in the original transformer's config.json only
 BLOCK_BYTES, MAX_BLOCKS = 4096, 256  # of a weight file, up to this many evenly spaced blocks are hashed
 TENSOR_BLOCKS = 4  # the same for one tensor
 # Settings that say who wrote a file, and change nothing that is computed; so do all that begin with "_" but one.
@@ -61,32 +71,88 @@ def report_load_errors(folder: Path, *, option: str = "model") -> Iterator[None]
 
 
 def locate_model(model: str, parts: Sequence[str], *, option: str = "model") -> Path:
-    """Local folder of `model`, a folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers or a hub name.
+    """Local folder of `model`: one in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers or of the original, or a hub name.
 
-    Only the `parts` of a hub name, NAME or NAME@REVISION, are downloaded. ValueError, which begins with the name of
-    the `option`, for the first part that is missing.
+    A file of weights stands for a model if only the transformer is needed. Only the `parts` of a hub name, NAME or
+    NAME@REVISION, are downloaded. ValueError, which begins with the name of the `option`, for the first part that is
+    missing. `locate_part` has the path of each part.
     """
     folder = Path(model)
     name, _, revision = model.partition("@")
     if not folder.exists() and name.count("/") == 1 and not model.startswith((".", "/", "~")):
         files = ["*.json", *(f"{part}/*" for part in parts)]
+        files += [f"{ORIGINAL_PARTS[part] or 'diffusion_pytorch_model'}*" for part in parts]
         try:
             folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{option}={model}: no such folder, and the hub has no such model ({reason})") from error
+    if folder.is_file() and set(parts) <= {"transformer"}:
+        return folder
     if folder.is_file():
-        raise ValueError(f"{option}={model}: is a file; give a folder")
+        raise ValueError(f"{option}={model}: is a file; give a folder, which also holds {', '.join(parts)}")
     if not folder.is_dir():
         raise ValueError(f"{option}={model}: no such folder, and not a hub name of the form OWNER/NAME")
+    check_parts(folder, parts, model=model, option=option)
+    return folder
+
+
+def check_parts(folder: Path, parts: Sequence[str], *, model: str, option: str) -> None:
+    """Raise ValueError, which begins with the option and its value, for a part that a folder lacks in both layouts."""
     for part in parts:
+        if original_part(folder, part) is not None:
+            continue
         config = f"{part}/tokenizer_config.json" if part == "tokenizer" else f"{part}/config.json"
         if not (folder / config).is_file():
             raise ValueError(f"{option}={model}: {config} is missing; a model folder holds {', '.join(MODEL_PARTS)}")
         if part != "tokenizer" and not list((folder / part).glob("*.safetensors")):
             raise ValueError(f"{option}={model}: {part}/ holds no .safetensors weights")
         check_weight_files(folder / part, option=option)
-    return folder
+
+
+def original_part(folder: Path, part: str) -> Path | None:
+    """Path of a part in a model folder of the original layout; None if it is not there."""
+    path = folder / ORIGINAL_PARTS[part]
+    if (folder / part).is_dir() or not path.exists():
+        return None
+    if part != "transformer":
+        return path
+    try:
+        settings = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    has_weights = any(folder.glob("diffusion_pytorch_model*.safetensors"))
+    return path if isinstance(settings, dict) and ORIGINAL_CONFIG_KEY in settings and has_weights else None
+
+
+def locate_part(folder: Path, part: str) -> Path:
+    """Path of a part in a located model: a folder of the diffusers layout, or a file or folder of the original one."""
+    if folder.is_file():
+        return folder
+    return original_part(folder, part) or folder / part
+
+
+def load_pickled(path: Path) -> object:
+    """Content of a file of torch.save, whose tensors stay on disk until they are used; nothing in it is executed.
+
+    ValueError if it is damaged, in the format before torch 1.6, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        reason = "holds objects other than tensors, which could run code, or is damaged"
+        raise ValueError(f"{path}: {reason}; save its state_dict alone") from error
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: cannot be read as a file of torch.save ({reason}); copy it again") from error
+
+
+def fingerprint_part(path: Path) -> str:
+    """Fingerprint of one part of a model, a folder or a file, see `fingerprint_folder`."""
+    if path.is_dir():
+        return fingerprint_folder(path)
+    content = hashlib.sha256("\n".join(sorted(tensor_digests(path))).encode()).hexdigest()[:32]
+    return f"{digest_files(path)}-{content}"
 
 
 def fingerprint_folder(folder: Path) -> str:
@@ -103,9 +169,10 @@ def same_fingerprint(one: object, other: object) -> bool:
 
 
 def digest_files(folder: Path) -> str:
-    """Hex digest (32 digits) of the names, sizes and bytes of a folder's files; large files are sampled."""
+    """Hex digest (32 digits) of names, sizes and bytes of a folder's files, or of one file; large ones are sampled."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.model"), *folder.glob("*.safetensors")]):
+    files = [*folder.glob("*.json"), *folder.glob("*.model"), *folder.glob("*.safetensors")]
+    for path in [folder] if folder.is_file() else sorted(files):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())
         with path.open("rb") as file:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from common.files import FolderLock, parse_json, read_json, refuse_foreign_files, write_file
-from common.model_folder import fingerprint_folder
+from common.model_folder import fingerprint_part, locate_part
 from common.options import write_config
 from common.video import VideoSpec
 from shards.manifest import (
@@ -71,9 +71,9 @@ class ShardSurvey:
 def make_encoding_plan(config: EncodeConfig, model: Path) -> EncodingPlan:
     """The plan of a configuration and a local model folder."""
     encoder = EncoderInfo(
-        vae=fingerprint_folder(model / "vae"),
-        text_encoder=fingerprint_folder(model / "text_encoder"),
-        tokenizer=fingerprint_folder(model / "tokenizer"),
+        vae=fingerprint_part(locate_part(model, "vae")),
+        text_encoder=fingerprint_part(locate_part(model, "text_encoder")),
+        tokenizer=fingerprint_part(locate_part(model, "tokenizer")),
         vae_dtype=config.vae_dtype,
         text_dtype=config.text_dtype,
         text_dim=read_text_width(model),

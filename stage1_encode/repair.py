@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from common.device import pick_device
 from common.files import FolderLock, write_file
-from common.model_folder import fingerprint_folder, locate_model, same_fingerprint
+from common.model_folder import fingerprint_part, locate_model, locate_part, same_fingerprint
 from common.options import resolve_config
 from shards.dataset import DataSet, open_data_set
 from shards.manifest import MANIFEST_FILE, list_differences
@@ -96,7 +96,7 @@ def draw_contact_sheet(report: VerifyReport, config: VerifyConfig) -> Path:
     """
     assert config.model, config
     folder, data = locate_model(config.model, ("vae",)), open_data_set(report.location)
-    if not same_fingerprint(fingerprint_folder(folder / "vae"), data.manifest.encoder.vae):
+    if not same_fingerprint(fingerprint_part(locate_part(folder, "vae")), data.manifest.encoder.vae):
         raise ValueError(f"model={config.model}: its VAE is not the one that {report.location} was made with")
     model = vae.load_vae(folder, dtype=torch.float32, device=pick_device(config.device))
     cells = [draw_cell(model, record) for record in evenly_spaced_records(data)]

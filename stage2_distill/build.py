@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common.model_folder import locate_part
 from common.seed import make_generator
 from common.timer import PhaseTimer
 from stage2_distill.checkpointing.format import list_checkpoints, read_facts
@@ -27,13 +28,16 @@ from stage2_distill.optim.optimizers import OptimizerSettings
 from stage2_distill.planning.memory import choose_form
 from stage2_distill.planning.network_size import TransformerSize, read_transformer_size
 from stage2_distill.trainer import GradientAccumulator, Roles, TrainedRole, Trainer
+from stage2_distill.weight_files.lora_files import LoraFile, parse_loras
+from stage2_distill.weight_files.stored_tensors import MappedTensor
 
 
 @dataclass(frozen=True)
 class RoleBuilder:
     """Builds the roles of a run: three networks of one model folder, or one network with two adapters."""
 
-    folder: Path  # of the transformer
+    model: Path  # located, of the base
+    loras: tuple[LoraFile, ...]  # added to the base's weights
     ranks: RankContext
     plan: ExecutionPlan
     compute_dtype: torch.dtype
@@ -60,25 +64,26 @@ class RoleBuilder:
         trained_dtype = torch.float32 if self.optimizers.form == STANDARD else self.compute_dtype
         nets = []
         for dtype in (trained_dtype, self.compute_dtype, trained_dtype):  # student, teacher, critic
-            net = build_meta_transformer(self.folder.parent, dtype, self.plan)
+            net = build_meta_transformer(self.model, dtype, self.plan)
             nets.append(materialize_transformer(apply_fsdp(net, self.ranks, self.compute_dtype), self.ranks.device))
         nets[1].requires_grad_(False)  # the teacher
         return nets
 
     def fill_networks(self, student: TrainedRole, teacher: nn.Module, critic: TrainedRole) -> None:
         """Read the student's weights and copy them to the others, so that the files are read once."""
-        read_weights(self.folder, dict(student.net.named_parameters()), student.optimizer.remainders())
+        path, parameters = locate_part(self.model, "transformer"), dict(student.net.named_parameters())
+        read_weights(path, parameters, student.optimizer.remainders(), self.loras)
         for net, remainders in ((critic.net, critic.optimizer.remainders()), (teacher, {})):
             copy_weights(student.optimizer.master_weights(), dict(net.named_parameters()), remainders)
 
     def build_adapter_views(self) -> list[AdapterView]:
         """Student, teacher and critic on one base, whose weights are read; adapters begin without effect."""
         assert self.adapters is not None
-        net = build_meta_transformer(self.folder.parent, self.compute_dtype, self.plan)
+        net = build_meta_transformer(self.model, self.compute_dtype, self.plan)
         layers = add_adapters(net, (STUDENT, CRITIC), self.adapters)
         materialize_transformer(apply_fsdp(net, self.ranks, self.compute_dtype, net_casts=True), self.ranks.device)
         base = {name.replace(".base_layer.", "."): p for name, p in net.named_parameters() if ".lora_" not in name}
-        read_weights(self.folder, base)
+        read_weights(locate_part(self.model, "transformer"), base, loras=self.loras)
         views = [AdapterView(net, layers, adapter) for adapter in (STUDENT, None, CRITIC)]
         for view in (views[0], views[2]):
             initialize_adapters(view, self.seed)
@@ -96,7 +101,8 @@ def build_roles(config: DistillConfig, ranks: RankContext, model: Path) -> Roles
     if adapters is None:
         form = choose_optimizer_form(config, ranks, read_transformer_size(model))
     optimizers = OptimizerSettings.of(config, ranks, form)
-    builder = RoleBuilder(model / "transformer", ranks, plan, compute_dtype, optimizers, adapters, config.seed)
+    loras = parse_loras(config.base_lora or ())
+    builder = RoleBuilder(model, loras, ranks, plan, compute_dtype, optimizers, adapters, config.seed)
     return builder.build()
 
 
@@ -133,20 +139,6 @@ def choose_optimizer_form(config: DistillConfig, ranks: RankContext, size: Trans
     return choose_form(config, size, world=ranks.world, gpu_bytes=total)
 
 
-@dataclass(frozen=True)
-class InMemoryTensor:
-    """A tensor of which each rank takes its part, as from a file."""
-
-    full_tensor: Tensor
-
-    def get_shape(self) -> list[int]:
-        """Shape of all parts together."""
-        return list(self.full_tensor.shape)
-
-    def __getitem__(self, index: object) -> Tensor:
-        return self.full_tensor[index]  # type: ignore[index]
-
-
 @torch.no_grad()
 def initialize_adapters(role: AdapterView, seed: int) -> None:
     """Draw first factors uniform within 1/sqrt(inputs), as nn.Linear; zero second factors leave the base unchanged."""
@@ -156,4 +148,4 @@ def initialize_adapters(role: AdapterView, seed: int) -> None:
         if ".lora_A." in name:
             bound = weight.shape[1] ** -0.5  # shape of all shards: (rank, inputs)
             initial.uniform_(-bound, bound, generator=make_generator(seed, 0, 0, f"{role.adapter} {name}"))
-        fill_parameter(weight, InMemoryTensor(initial), name)
+        fill_parameter(weight, MappedTensor(initial), name)

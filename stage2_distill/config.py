@@ -36,10 +36,14 @@ class DistillConfig:
     out: str = option(help="Folder of the run.", path="output", group="output")
     init_from: str | None = advanced(
         None,
-        "Run, checkpoint or model folder whose weights student and critic start from.",
+        "Run, checkpoint, model folder or file of weights that student and critic start from.",
         path="input",
         group="model",
     )
+    base_lora: tuple[str, ...] | None = advanced(
+        None, "LoRA file, FILE or FILE:WEIGHT, added to the model before anything else; may be repeated.",
+        path="input", group="model",
+    )  # fmt: skip
     iterations: int = option(4000, "Iterations in total; each updates the critic once.", minimum=1, group="recipe")
     num_frames: int = size_option("num_frames", minimum=5, advanced=True)  # one latent frame after the first
     height: int = size_option("height", advanced=True)

@@ -28,6 +28,7 @@ from stage2_distill.model.lora import lora_settings
 from stage2_distill.model.split_float32 import join_master
 from stage2_distill.model.weight_loading import copy_weights, read_weights
 from stage2_distill.trainer import Roles, TrainedRole
+from stage2_distill.weight_files.stored_weights import locate_weights
 
 READ_GROUP_SIZE = 40  # tensors of a source that are read together
 
@@ -93,7 +94,7 @@ def newest_valid(run_folder: Path, ranks: RankContext) -> Path | None:
 
 
 def initialize_from(source: str, roles: Roles, facts: StudentFacts, ranks: RankContext) -> None:
-    """Set student, critic and average to another run's or checkpoint's masters, or to the weights of a model folder."""
+    """Set student, critic and average to another run's or checkpoint's masters, or to weights of a folder or file."""
     folder, adapters = Path(source), lora_settings(facts.config)
     with roles.ema.update_after(decay=0):  # decay 0 copies the new masters
         if (folder / STUDENT_FILE).is_file() or list_checkpoints(folder):
@@ -109,11 +110,10 @@ def initialize_from(source: str, roles: Roles, facts: StudentFacts, ranks: RankC
                 f"init_from={source}: must be a LoRA run, as lora_rank is set; use --model for another base"
             )
         else:
-            if not (folder / "config.json").is_file():
-                folder = locate_model(source, ("transformer",), option="init_from") / "transformer"
+            path = locate_weights(source, option="init_from")
             try:
                 for role in (roles.student, roles.critic):
-                    read_weights(folder, dict(role.net.named_parameters()), role.optimizer.remainders())
+                    read_weights(path, dict(role.net.named_parameters()), role.optimizer.remainders())
             except ValueError as error:  # names the file
                 raise ValueError(f"init_from={source}: {error}") from error
 

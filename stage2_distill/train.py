@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common.condition import Condition
-from common.model_folder import fingerprint_folder, locate_model
+from common.model_folder import fingerprint_part, locate_model, locate_part
 from common.options import write_config
 from shards.dataset import DataSet, prefetch_ordered
 from shards.manifest import check_manifest
@@ -100,7 +100,8 @@ def start_or_resume(run: TrainingRun) -> int:
 
 def expected_encoder(model: Path) -> dict[str, object]:
     """Fingerprints of the encoders that are stored beside the transformer; nothing is loaded."""
-    return {part: fingerprint_folder(model / part) for part in ("vae", "text_encoder") if (model / part).is_dir()}
+    paths = {part: locate_part(model, part) for part in ("vae", "text_encoder")} if model.is_dir() else {}
+    return {part: fingerprint_part(path) for part, path in paths.items() if path.exists()}
 
 
 def open_run_folder(out: Path, config: DistillConfig, facts: StudentFacts, schedule: Schedule) -> None:
@@ -125,7 +126,7 @@ def student_facts(config: DistillConfig, model: Path, data: DataSet | DataSetMix
         sampler=SAMPLER_KIND,
         spec=config.spec,
         base_model=config.model,
-        transformer=fingerprint_folder(model / "transformer"),
+        transformer=fingerprint_part(locate_part(model, "transformer")),
         vae=encoder.vae,
         text_encoder=encoder.text_encoder,
         config=asdict(config),

@@ -26,6 +26,7 @@ ALLOWED_CALLS = {
     ("stage1_encode/video_metrics/custom_judge.py", "spec.loader.exec_module"),
     ("stage1_encode/video_metrics/i3d_features.py", "torch.jit.load"),
 }
+TENSORS_ONLY = {"map_location": "cpu", "weights_only": True, "mmap": True}  # with which torch.load runs nothing
 # Loader of weights -> what it must be told. diffusers' classes run no code of a folder and take no trust_remote_code.
 LOADERS = {
     "AutoencoderKLWan": {"use_safetensors": True},
@@ -56,7 +57,8 @@ def test_every_loader_is_told_to_run_nothing() -> None:
 
 
 def test_nothing_else_runs_what_a_file_says() -> None:
-    assert {(path, name) for path, name, _ in all_calls() if name in RUNNING_CALLS} == ALLOWED_CALLS
+    found = {(path, name) for path, name, keywords in all_calls() if name in RUNNING_CALLS and keywords != TENSORS_ONLY}
+    assert found == ALLOWED_CALLS
 
 
 @pytest.fixture

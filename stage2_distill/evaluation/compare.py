@@ -36,7 +36,8 @@ from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import reference_seeds, score_candidates, seed_statistics
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.wan import guided, load_transformer, make_denoiser
-from stage2_distill.sampling.student_sampler import check_model, load_student
+from stage2_distill.sampling.student_sampler import load_student
+from stage2_distill.sampling.student_source import StudentSource, check_model, find_student, trained_loras
 
 SELECTION_FILE = "selection.json"
 CHUNK_BYTES = 4 << 20  # bytes of latents that share a chunk of the store
@@ -68,7 +69,7 @@ class CandidateSampler:
     sigmas: tuple[float, ...]
     guidance_scale: float = 1.0  # 1 = no guidance
     renoise: bool = True  # fresh noise between the steps, as a student; False = Euler steps
-    checkpoint: Path | None = None  # None = the teacher's weights
+    source: StudentSource | None = None  # None = the teacher's weights
 
     @property
     def candidate(self) -> Candidate:
@@ -86,7 +87,8 @@ def sample_comparison(setting: EvaluationSetup) -> Comparison:
     config = setting.config
     if config.select:
         select_best(setting)
-    students = student_samplers(setting, [checkpoints.resolve_checkpoint(Path(name)) for name in config.checkpoint])
+    spec = setting.facts.spec
+    students = student_samplers(setting, [find_student(name, config.model, spec=spec) for name in config.checkpoint])
     comparison = sample_sets(setting, [*teacher_samplers(setting), *students])
     if setting.rank == 0:
         write_comparison(Path(config.out), comparison)
@@ -95,14 +97,15 @@ def sample_comparison(setting: EvaluationSetup) -> Comparison:
 
 def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     """Read the conditions; ValueError if they, the model and the checkpoints do not belong together."""
-    first, *others = (checkpoints.read_facts(checkpoints.newest_checkpoint(Path(name))) for name in config.checkpoint)
+    data = open_data_set(config.shards)
+    spec = data.manifest.spec
+    first, *others = (find_student(name, config.model, spec=spec, best=False).facts for name in config.checkpoint)
     if first.spec.latent_shape[1] < MIN_LATENT_FRAMES:
         frames = first.spec.num_frames
         raise ValueError(f"checkpoint={config.checkpoint[0]}: {frames} frames; a distance needs 9 or more")
     check_model(config.model, first, ("vae", "transformer"))
     for facts in others:
         check_model(config.model, facts, ("transformer",))
-    data = open_data_set(config.shards)
     encoders: dict[str, object] = {"vae": first.vae, "text_encoder": first.text_encoder}
     check_manifest(Path(config.shards), data.manifest, spec=first.spec, encoder=encoders)
     count = min(config.num_records, data.num_records)
@@ -127,19 +130,19 @@ def teacher_samplers(setting: EvaluationSetup) -> list[CandidateSampler]:
     ]
 
 
-def student_samplers(setting: EvaluationSetup, folders: Sequence[Path]) -> list[CandidateSampler]:
-    """Checkpoints, each with its own sigmas, without duplicates; the first is named `student`."""
+def student_samplers(setting: EvaluationSetup, sources: Sequence[StudentSource]) -> list[CandidateSampler]:
+    """Students, each with its own sigmas, without duplicates; the first is named `student`."""
     samplers: list[CandidateSampler] = []
-    for folder in folders:
-        facts = checkpoints.read_facts(folder)
+    for source in sources:
+        facts, path = source.facts, source.own_path
         if facts.spec != setting.facts.spec:
-            raise ValueError(f"checkpoint={folder}: makes videos of {facts.spec}, the first of {setting.facts.spec}")
-        resolved = folder.resolve()
+            raise ValueError(f"checkpoint={path}: makes videos of {facts.spec}, the first of {setting.facts.spec}")
+        resolved = path.resolve()
         title = f"{resolved.parent.name}-{resolved.name}"
-        sets = f"{title}-{digest_files(folder)[:6]}"  # runs in different places may have the same name
+        sets = f"{title}-{digest_files(path)[:6]}"  # runs in different places may have the same name
         name, title = (sets, title) if samplers else ("student", "student")
         if sets not in [sampler.sets for sampler in samplers]:
-            samplers.append(CandidateSampler(name, title, sets, facts.sigmas, checkpoint=folder))
+            samplers.append(CandidateSampler(name, title, sets, facts.sigmas, source=source))
     return samplers
 
 
@@ -151,8 +154,8 @@ def sample_sets(setting: EvaluationSetup, samplers: Sequence[CandidateSampler]) 
     pairs += [(sampler, seed) for sampler in samplers[1:] for seed in sorted(seeds)]
     missing = [pair for pair in pairs if not is_set_usable(setting, *pair)]
     wait_for_ranks()  # all have looked before the first one writes
-    for checkpoint, group in groupby(missing, key=lambda pair: pair[0].checkpoint):
-        denoiser = open_denoiser(setting.config, checkpoint)
+    for source, group in groupby(missing, key=lambda pair: pair[0].source):
+        denoiser = open_denoiser(setting, source)
         for sampler, seed in group:
             sample_set(setting, sampler, denoiser, seed)
     return Comparison(candidates, seeds, references, len(setting.records), setting.guidance_scale)
@@ -170,22 +173,26 @@ def is_set_usable(setting: EvaluationSetup, sampler: CandidateSampler, seed: int
     return latent_store.read_group_facts(setting.store, name).digest == set_digest(setting, sampler, seed)
 
 
-def open_denoiser(config: EvaluateConfig, checkpoint: Path | None) -> Denoiser:
-    """The weights of a checkpoint, or of the teacher, as a function to x0."""
+def open_denoiser(setting: EvaluationSetup, source: StudentSource | None) -> Denoiser:
+    """The weights of a student, or of the teacher, as a function to x0."""
+    config = setting.config
     dtype, device = getattr(torch, config.dtype), pick_device(config.device)
-    if checkpoint is None:
-        net = load_transformer(locate_model(config.model, ("transformer",)), dtype).to(device).requires_grad_(False)
+    if source is None:
+        model = locate_model(config.model, ("transformer",))
+        net = load_transformer(model, dtype, loras=trained_loras(setting.facts)).to(device).requires_grad_(False)
     else:
-        plan, model, weights = ExecutionPlan(), config.model, config.weights
-        net = load_student(checkpoint, plan, model=model, weights=weights, dtype=dtype, device=device)
+        net = load_student(
+            source.path, ExecutionPlan(), model=config.model, weights=config.weights, dtype=dtype, device=device,
+            loras=source.loras,
+        )  # fmt: skip
     return make_denoiser(net, dtype)
 
 
 def set_digest(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -> str:
     """Digest of everything that decides a set's latents."""
     weights = setting.facts.transformer
-    if sampler.checkpoint is not None:
-        weights = digest_files(sampler.checkpoint) + setting.config.weights
+    if sampler.source is not None:
+        weights = digest_files(sampler.source.own_path) + setting.config.weights
     settings = (sampler.sigmas, sampler.guidance_scale, sampler.renoise, setting.config.dtype)
     return hashlib.sha256(repr((weights, settings, setting.records_digest, seed)).encode()).hexdigest()
 
@@ -209,7 +216,8 @@ def sample_set(setting: EvaluationSetup, sampler: CandidateSampler, denoiser: De
             x0 = sample_rows(setting, sampler, denoiser, rows, seed).cpu()
             seconds.append((time.perf_counter() - start_time) / len(rows))
             if not torch.isfinite(x0).all():
-                raise ValueError(f"{sampler.checkpoint or setting.config.model}: produces latents that are not finite")
+                path = sampler.source.own_path if sampler.source else setting.config.model
+                raise ValueError(f"{path}: produces latents that are not finite")
             latent_store.write_latents(store, name, rows, x0)
             progress.advance(count=len(rows))
     wait_for_ranks()
@@ -241,7 +249,7 @@ def select_best(setting: EvaluationSetup) -> None:
     if checkpoints.newest_checkpoint(run) == run:
         raise ValueError(f"checkpoint={run}: is one checkpoint; --select chooses among those of a run")
     folders = checkpoints.list_checkpoints(run)
-    samplers = student_samplers(setting, folders)
+    samplers = student_samplers(setting, [find_student(str(folder), setting.config.model) for folder in folders])
     comparison = sample_sets(setting, [teacher_samplers(setting)[0], *samplers])
     if setting.rank == 0:
         write_selection(setting, run, folders, comparison)

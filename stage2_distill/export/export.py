@@ -30,7 +30,8 @@ def export_student(config: ExportConfig) -> Path:
     out = Path(config.out)
     parts: Sequence[str] = ("transformer", *COPIED_PARTS) if config.format == DIFFUSERS else ("transformer",)
     model = locate_model(config.model, parts)
-    with open_student_weights(config.checkpoint, config.model, config.weights) as student, new_folder(out) as folder:
+    student = open_student_weights(config.checkpoint, config.model, config.weights)
+    with new_folder(out) as folder:
         check_rank(config, student)
         licence = find_licence(student.facts.base_model, model)
         card = CardFacts(config, out.resolve().name, student.checkpoint, student.facts, licence)

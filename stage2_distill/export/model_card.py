@@ -1,6 +1,5 @@
 """The model card of an export, README.md: what the student is, how to run it, and which programs were tried."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from stage2_distill.checkpointing.format import StudentFacts, read_best
+from common.files import read_json
+from stage2_distill.checkpointing.format import BEST_FILE, BestCheckpoint, StudentFacts
 from stage2_distill.export.config import DIFFUSERS, LORA, WAN, ExportConfig
 from stage2_distill.export.lora_file import LowRankErrors
 from stage2_distill.export.scheduler import OWN_MODULE, scheduler_entry
@@ -75,15 +75,14 @@ def find_licence(model: str, folder: Path) -> str:
 
 
 def data_fingerprints(facts: StudentFacts) -> list[str]:
-    """One line per data set of the distillation: the hash of its manifest if it can be read here."""
-    lines = []
+    """One text per data set of the distillation: its folder's name, weight and content digest."""
     shards: Any = facts.config.get("shards") or ()
+    names = []
     for one in shards:
         folder, _, weight = str(one).partition(":")
-        manifest = Path(folder) / "manifest.json"
-        digest = hashlib.sha256(manifest.read_bytes()).hexdigest()[:32] if manifest.is_file() else "not readable here"
-        lines.append(f"{Path(folder).name}{f' (weight {weight})' if weight else ''}: {digest}")
-    return lines
+        names.append(f"{Path(folder).name}{f' (weight {weight})' if weight else ''}")
+    digests = [*facts.data_sets, *["digest not stored"] * len(names)]  # checkpoints of 0.1 lack them
+    return [f"{name}: {digest}" for name, digest in zip(names, digests, strict=False)]
 
 
 def render_card(card: CardFacts) -> str:
@@ -250,9 +249,9 @@ def figures(card: CardFacts) -> list[str]:
             f"| {one['label']} | {one['frechet']['mean']:.5g} | {one['times_floor']:.3g} |"
             for one in report["contestants"].values()
         ]
-    best = card.checkpoint.parent / "best"
-    if read_best(card.checkpoint.parent) == card.checkpoint.name:
-        distance = json.loads(best.read_bytes())["distance"]
+    best = card.checkpoint.parent / BEST_FILE
+    if best.is_file() and read_json(best, BestCheckpoint).checkpoint == card.checkpoint.name:
+        distance = read_json(best, BestCheckpoint).distance
         lines += ["", f"Chosen by `evaluate --select` among the run's checkpoints: distance {distance:.5g}."]
     return ["## Figures\n\n" + "\n".join(lines).strip()] if lines else []
 

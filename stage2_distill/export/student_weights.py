@@ -4,14 +4,13 @@ Three forms: all weights in float32 (standard), bf16 weights with their remainde
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common.model_folder import locate_model
+from common.model_folder import locate_model, locate_part
 from stage2_distill.checkpointing.format import (
     SAMPLER_KIND,
     StudentFacts,
@@ -25,7 +24,7 @@ from stage2_distill.model.split_float32 import join_master
 from stage2_distill.sampling.student_sampler import check_model
 from stage2_distill.weight_files.key_names import split_parameter
 from stage2_distill.weight_files.safetensors_writer import TensorShape
-from stage2_distill.weight_files.stored_weights import StoredTensors, open_weights
+from stage2_distill.weight_files.stored_weights import StoredTensors, read_weight_table
 
 GROUP_BYTES = 2**30  # of a checkpoint that are in memory at once
 FACTORS = ("lora_A", "lora_B")  # (rank, inputs) and (outputs, rank)
@@ -105,8 +104,7 @@ class StudentWeights:
             yield group
 
 
-@contextmanager
-def open_student_weights(checkpoint: str, model: str, weights: str) -> Iterator[StudentWeights]:
+def open_student_weights(checkpoint: str, model: str, weights: str) -> StudentWeights:
     """The set `weights` (average or student) of a checkpoint or run.
 
     ValueError if the student was distilled from another model than `model` or needs another sampler.
@@ -116,9 +114,9 @@ def open_student_weights(checkpoint: str, model: str, weights: str) -> Iterator[
     check_model(model, facts, ("transformer",))
     if facts.sampler != SAMPLER_KIND:
         raise ValueError(f"{folder}: needs the sampler {facts.sampler}, which this version does not have")
-    with open_weights(locate_model(model, ("transformer",)) / "transformer") as base:
-        stored = {name: TensorShape(*entry) for name, entry in stored_shapes(folder).items()}
-        yield StudentWeights(folder, facts, STORED_PREFIX[weights], base, lora_settings(facts.config), stored)
+    base = read_weight_table(locate_part(locate_model(model, ("transformer",)), "transformer"))
+    stored = {name: TensorShape(*entry) for name, entry in stored_shapes(folder).items()}
+    return StudentWeights(folder, facts, STORED_PREFIX[weights], base, lora_settings(facts.config), stored)
 
 
 def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, T latent frames, H W latent size, L text rows, D text width.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,22 +14,26 @@ from torch import Tensor, nn
 
 from common.condition import Condition, Denoiser, concat_conditions, frame_sigma, pin
 from common.flow import x0_from_velocity
-from common.model_folder import report_load_errors
+from common.model_folder import locate_part, report_load_errors
 from common.video import LATENT_CHANNELS
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.transformer import WanTransformer, convert_transformer
 from stage2_distill.model.weight_loading import read_weights
+from stage2_distill.weight_files.lora_files import LoraFile
+from stage2_distill.weight_files.transformer_config import read_transformer_config
 
 TIME_SCALE = 1000  # the network's time is 1000 sigma
 
 
-def build_meta_transformer(folder: Path, dtype: torch.dtype, plan: ExecutionPlan | None = None) -> WanTransformer:
-    """The transformer of a model folder on the meta device, in `dtype`; ValueError if it is not that of Wan2.2-TI2V."""
-    with report_load_errors(folder / "transformer"), torch.device("meta"):
-        net = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder / "transformer"))
+def build_meta_transformer(model: Path, dtype: torch.dtype, plan: ExecutionPlan | None = None) -> WanTransformer:
+    """The transformer of a located model on the meta device, in `dtype`; ValueError if it is not Wan2.2-TI2V's."""
+    path = locate_part(model, "transformer")
+    config = read_transformer_config(path)
+    with report_load_errors(path), torch.device("meta"):
+        net = WanTransformer3DModel.from_config(config)
     if net.config.in_channels != LATENT_CHANNELS or net.config.out_channels != LATENT_CHANNELS:
         channels = f"{net.config.in_channels} channels, TI2V needs {LATENT_CHANNELS}"
-        raise ValueError(f"model={folder}: transformer has {channels}")
+        raise ValueError(f"model={model}: transformer has {channels}")
     return cast_parameters(convert_transformer(net, plan), dtype).eval()
 
 
@@ -40,10 +45,12 @@ def materialize_transformer(net: WanTransformer, device: torch.device) -> WanTra
     return net
 
 
-def load_transformer(folder: Path, dtype: torch.dtype, plan: ExecutionPlan | None = None) -> WanTransformer:
-    """Read the transformer of a model folder on the CPU, parameters in `dtype`, rope tables in float32."""
-    net = materialize_transformer(build_meta_transformer(folder, dtype, plan), torch.device("cpu"))
-    read_weights(folder / "transformer", dict(net.named_parameters()))
+def load_transformer(
+    model: Path, dtype: torch.dtype, plan: ExecutionPlan | None = None, loras: Sequence[LoraFile] = ()
+) -> WanTransformer:
+    """Read the transformer of a located model on the CPU, parameters in `dtype`, rope tables in float32."""
+    net = materialize_transformer(build_meta_transformer(model, dtype, plan), torch.device("cpu"))
+    read_weights(locate_part(model, "transformer"), dict(net.named_parameters()), loras=loras)
     return net
 
 

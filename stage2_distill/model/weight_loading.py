@@ -1,41 +1,38 @@
-"""Weights of a diffusers folder, read directly into a network: each rank reads only its own part of each tensor.
+"""Weights of a folder or file, read directly into a network: each rank reads only its own part of each tensor.
 
-One file is open at a time, so a rank's host memory stays below its own part plus one file, whatever the model's size.
+A file is mapped only while a tensor is read, so a rank's host memory stays below its own part plus one file.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # no public equivalent
 
 from stage2_distill.distributed.dtensor import local_tensor
 from stage2_distill.model.split_float32 import split_master
-from stage2_distill.weight_files.stored_weights import StoredTensor, weight_files
+from stage2_distill.weight_files.lora_files import LoraFile
+from stage2_distill.weight_files.stored_tensors import StoredTensor
+from stage2_distill.weight_files.stored_weights import check_names, read_weight_table
 
 
-def read_weights(folder: Path, tensors: Mapping[str, Tensor], remainders: Mapping[str, Tensor] | None = None) -> None:
-    """Fill `tensors`, plain or sharded, from a diffusers model folder, each in its own dtype and on its own device.
+def read_weights(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    remainders: Mapping[str, Tensor] | None = None,
+    loras: Sequence[LoraFile] = (),
+) -> None:
+    """Fill `tensors`, plain or sharded, from a folder or file of weights, each in its own dtype and on its own device.
 
-    `remainders` of bf16 tensors receive the other bits of stored float32 numbers.
+    `remainders` of bf16 tensors receive the other bits of stored float32 numbers. LoRA files are added in float32.
     Raises ValueError if names or shapes differ or a file is damaged.
     """
-    missing = set(tensors)  # names that no file has had yet
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:  # maps the file; only requested parts are read
-                for name in file.keys():  # noqa: SIM118  # the file is not iterable itself
-                    if name not in tensors:
-                        raise ValueError(f"{path}: holds {name}, which the model of its config.json does not have")
-                    fill_parameter(tensors[name], file.get_slice(name), f"{path}: {name}", (remainders or {}).get(name))
-                    missing.discard(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: cannot be read ({error}); download the model again") from error
-    if missing:
-        raise ValueError(f"{folder}: lacks {len(missing)} weights, such as {min(missing)}")
+    table = read_weight_table(path, loras)
+    check_names(path, table, tensors)
+    for name, stored in table.items():  # in the order of the file
+        fill_parameter(tensors[name], stored, f"{path}: {name}", (remainders or {}).get(name))
 
 
 @torch.no_grad()

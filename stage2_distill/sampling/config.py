@@ -17,7 +17,8 @@ class SampleConfig:
     """Options of `sample`."""
 
     checkpoint: str = option(
-        help="Folder of a run (its best checkpoint, else its newest, is used) or of one checkpoint.",
+        help="Folder of a run (its best checkpoint, else its newest, is used) or of one checkpoint; or a file of "
+        "weights or a LoRA file of another program.",
         path="input",
         group="model",
     )
@@ -33,6 +34,10 @@ class SampleConfig:
         None, "Timesteps of the sampler, if not those of training.", group="recipe", advanced=True, old_name="ladder"
     )
     weights: str = option("ema", "Weights to sample from.", choices=WEIGHT_SETS, group="model", advanced=True)
+    base_lora: tuple[str, ...] | None = option(
+        None, "LoRA file, FILE or FILE:WEIGHT, added to the weights; may be repeated.",
+        path="input", group="model", advanced=True,
+    )  # fmt: skip
     batch_size: int = option(1, "Videos sampled at once.", minimum=1, group="memory", advanced=True)
     max_text_tokens: int = max_text_tokens_option(advanced=True, old_name="text_rows")
     dtype: str = option(

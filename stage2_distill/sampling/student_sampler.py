@@ -12,7 +12,7 @@ from torch import Tensor
 from common.condition import Condition
 from common.device import OffloadedTensors, pick_device
 from common.flow import timestep_sigmas
-from common.model_folder import fingerprint_folder, locate_model, same_fingerprint
+from common.model_folder import locate_model
 from common.video import TEXT_LENGTH, VideoSpec
 from shards.record import Record, collate_records
 from stage2_distill.checkpointing import format as checkpoints
@@ -23,7 +23,11 @@ from stage2_distill.model.context_parallel import check_context_parallel
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters, lora_settings
 from stage2_distill.model.transformer import WanTransformer
+from stage2_distill.model.weight_loading import read_weights
 from stage2_distill.sampling.config import SampleConfig
+from stage2_distill.sampling.student_source import check_model, find_student, trained_loras
+from stage2_distill.weight_files.lora_files import LoraFile, parse_loras, read_deltas
+from stage2_distill.weight_files.stored_tensors import EditedTensor, MappedTensor
 
 
 @dataclass(frozen=True)
@@ -67,53 +71,75 @@ class StudentSampler:
 
 
 def open_student(config: SampleConfig) -> StudentSampler:
-    """Load the student of a checkpoint onto its device; ValueError if it was distilled from another model."""
-    checkpoint, dtype = checkpoints.resolve_checkpoint(Path(config.checkpoint)), getattr(torch, config.dtype)
-    facts = checkpoints.read_facts(checkpoint)
+    """Load a student onto its device; ValueError if it was distilled from another model."""
+    source, dtype = find_student(config.checkpoint, config.model), getattr(torch, config.dtype)
+    facts = source.facts
     check_model(config.model, facts, ("vae", "text_encoder"))
     spec = config.video_spec(facts.spec)
     # A single video is shared by all ranks of torchrun; of many videos each rank samples its own.
     is_shared = config.data is None and int(os.environ.get("WORLD_SIZE", "1")) > 1
     ranks = start_process_group(config.device).world if is_shared else 1
     plan, device = ExecutionPlan(compiled=config.compile, ranks=ranks), pick_device(config.device)
-    net = load_student(checkpoint, plan, model=config.model, weights=config.weights, dtype=dtype, device=device)
+    loras = (*source.loras, *parse_loras(config.base_lora or ()))
+    net = load_student(
+        source.path, plan, model=config.model, weights=config.weights, dtype=dtype, device=device, loras=loras
+    )
     check_context_parallel(ranks, tokens=spec.num_tokens, heads=net.config.num_attention_heads)
     sigmas = timestep_sigmas(config.timesteps, s=facts.shift) if config.timesteps else facts.sigmas
     return StudentSampler(net, spec, sigmas, dtype, config.max_text_tokens)
 
 
-def check_model(model: str, facts: checkpoints.StudentFacts, parts: Sequence[str]) -> None:
-    """Raise ValueError if a part of a model is not the one that the student was distilled with."""
-    for part in parts:
-        given, distilled = fingerprint_folder(locate_model(model, (part,)) / part), str(vars(facts)[part])
-        if not same_fingerprint(given, distilled):
-            raise ValueError(
-                f"model={model}: its {part} is not the one of the distillation (fingerprint {given}, was {distilled}); "
-                f"use {facts.base_model}"
-            )
-
-
 def load_student(
-    checkpoint: Path, plan: ExecutionPlan, *, model: str, weights: str, dtype: torch.dtype, device: torch.device
+    path: Path,
+    plan: ExecutionPlan,
+    *,
+    model: str,
+    weights: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    loras: Sequence[LoraFile] = (),
 ) -> WanTransformer:
-    """Read `weights` (ema or student) of a checkpoint directly onto a device; no parameter requires a gradient.
+    """Read `weights` (ema or student) of a checkpoint, or a file or folder of another program, onto a device.
 
-    Raises ValueError if the student was distilled from another model or needs another sampler.
+    LoRA files are added. No parameter requires a gradient. Raises ValueError if the student was distilled from another
+    model or needs another sampler.
     """
-    facts = checkpoints.read_facts(checkpoint)
+    base = locate_model(model, ("transformer",))
+    if not (path / checkpoints.STUDENT_FILE).is_file():
+        net = wan.materialize_transformer(wan.build_meta_transformer(base, dtype, plan), device).requires_grad_(False)
+        read_weights(path, dict(net.named_parameters()), loras=loras)
+        return net
+    facts = checkpoints.read_facts(path)
     check_model(model, facts, ("transformer",))
     if facts.sampler != checkpoints.SAMPLER_KIND:
-        raise ValueError(f"{checkpoint}: needs the sampler {facts.sampler}, which this version does not have")
-    folder, adapter_settings = locate_model(model, ("transformer",)), lora_settings(facts.config)
-    if adapter_settings is None:
-        net = wan.materialize_transformer(wan.build_meta_transformer(folder, dtype, plan), device).requires_grad_(False)
-        stored = {f"{weights}.{name}": parameter for name, parameter in net.named_parameters()}
-        checkpoints.load_checkpoint(checkpoint, stored)
+        raise ValueError(f"{path}: needs the sampler {facts.sampler}, which this version does not have")
+    adapter_settings = lora_settings(facts.config)
+    if adapter_settings is None and not loras:
+        net = wan.materialize_transformer(wan.build_meta_transformer(base, dtype, plan), device).requires_grad_(False)
+        load_stored(net, path, weights)
         return net
-    # Adapters are added to float32 weights, so that the sum is rounded once.
-    net = wan.load_transformer(folder, torch.float32, plan).requires_grad_(False)
-    load_merged(net, checkpoint, weights, adapter_settings)
+    # Adapters and files are added to float32 weights, so that the sum is rounded once.
+    net = wan.load_transformer(base, torch.float32, plan, trained_loras(facts)).requires_grad_(False)
+    if adapter_settings is None:
+        load_stored(net, path, weights)
+    else:
+        load_merged(net, path, weights, adapter_settings)
+    add_loras(net, loras)
     return wan.cast_parameters(net, dtype).to(device)
+
+
+def load_stored(net: WanTransformer, checkpoint: Path, weights: str) -> None:
+    """Fill a network with all weights of a checkpoint."""
+    checkpoints.load_checkpoint(checkpoint, {f"{weights}.{name}": value for name, value in net.named_parameters()})
+
+
+@torch.no_grad()
+def add_loras(net: WanTransformer, loras: Sequence[LoraFile]) -> None:
+    """Add LoRA files to a network's own weights."""
+    parameters = dict(net.named_parameters())
+    table = {name: MappedTensor(value) for name, value in parameters.items()}
+    for name, deltas in read_deltas(loras, table).items():
+        parameters[name].copy_(EditedTensor(table[name], deltas)[...])
 
 
 def load_merged(net: WanTransformer, checkpoint: Path, weights: str, settings: LoraSettings) -> None:

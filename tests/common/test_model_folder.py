@@ -43,7 +43,7 @@ def test_a_revision_of_the_hub(
 
     def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         calls.append((repository, revision))
-        assert allow_patterns == ["*.json", "vae/*"]
+        assert allow_patterns == ["*.json", "vae/*", "Wan2.2_VAE.pth*"]  # of both layouts
         return str(model)
 
     monkeypatch.setattr(model_folder, "snapshot_download", download)

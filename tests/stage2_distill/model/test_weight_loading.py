@@ -39,8 +39,8 @@ def rewrite(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.pop("proj_out.bias"), "lacks 1 weights, such as proj_out.bias"),
-        (lambda t: t.update(more=torch.ones(1)), "holds more, which the model"),
+        (lambda t: t.pop("proj_out.bias"), r"lacks 1 of \d+ weights, such as proj_out.bias \(head.head.bias\)"),
+        (lambda t: t.update(more=torch.ones(1)), "holds 1 tensors that the model does not have, such as more"),
         (
             lambda t: t.update({"proj_out.bias": torch.ones(7)}),
             r"proj_out.bias has shape \[7\], the model needs \[192\]",
@@ -62,7 +62,7 @@ def test_damaged_file_is_named(model_copy: Path) -> None:
     with pytest.raises(ValueError, match=f"holds no {WEIGHTS_FILE}"):
         read_weights(model_copy / "transformer", {})
     (model_copy / "transformer" / "config.json").unlink()
-    with pytest.raises(ValueError, match="transformer: cannot be read: Error no file named config.json"):
+    with pytest.raises(ValueError, match="no readable config.json"):
         load_transformer(model_copy, torch.float32)
 
 

@@ -1,0 +1,105 @@
+"""Finds a student by name: a checkpoint of this project, or weights of another program, with the facts about it."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.model_folder import fingerprint_part, locate_model, locate_part, same_fingerprint
+from common.video import VideoSpec
+from stage2_distill.checkpointing.format import (
+    BEST_FILE,
+    SAMPLER_KIND,
+    STUDENT_FILE,
+    StudentFacts,
+    list_checkpoints,
+    newest_checkpoint,
+    read_facts,
+    resolve_checkpoint,
+)
+from stage2_distill.config import DistillConfig
+from stage2_distill.weight_files.lora_files import LoraFile, parse_loras
+from stage2_distill.weight_files.model_kind import is_lora
+from stage2_distill.weight_files.stored_weights import WEIGHT_SUFFIXES, locate_weights, read_raw_table, weight_files
+
+BASE_PARTS = ("transformer", "vae", "text_encoder")  # in the order of the fields of StudentFacts
+
+
+@dataclass(frozen=True)
+class StudentSource:
+    """Where a student's weights are, and how to sample from them."""
+
+    path: Path  # of a checkpoint, or of a file or folder of weights
+    facts: StudentFacts
+    loras: tuple[LoraFile, ...] = ()  # the student itself, if it is a LoRA file on the base
+
+    @property
+    def own_path(self) -> Path:
+        """The checkpoint, file or folder that makes this student different from others."""
+        return self.loras[0].path if self.loras else self.path
+
+
+def find_student(name: str, model: str, *, spec: VideoSpec | None = None, best: bool = True) -> StudentSource:
+    """The student `name`: a run or checkpoint, a file or folder of weights, a LoRA file on `model`, or a hub name.
+
+    Weights of another program are taken to belong to `model`; what a file does not say of its timesteps and sizes is
+    that of the reference, or `spec`. Of a run its best checkpoint, else its newest. ValueError if there is none.
+    """
+    folder = Path(name)
+    if (folder / STUDENT_FILE).is_file() or (folder / BEST_FILE).is_file() or list_checkpoints(folder):
+        checkpoint = resolve_checkpoint(folder) if best else newest_checkpoint(folder)
+        return StudentSource(checkpoint, read_facts(checkpoint))
+    if not holds_weights(folder):
+        newest_checkpoint(folder)  # raises: says what is missing
+    path = locate_weights(name, option="checkpoint")
+    if path.is_dir() and len(files := weight_files(path)) == 1:
+        (path,) = files  # such as checkpoint_model_000500/model.pt
+    names, metadata = read_raw_table(path) if path.is_file() else ({}, {})
+    facts = foreign_facts(name, model, metadata, spec)
+    if is_lora(names):
+        base = locate_part(locate_model(model, ("transformer",)), "transformer")
+        return StudentSource(base, facts, (LoraFile(path),))
+    return StudentSource(path, facts)
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether a path is a file, or a folder with weights of another program or a hub's repository."""
+    if not path.is_dir():
+        return path.exists() or len(path.parts) == 2  # OWNER/NAME of the hub
+    return (path / "transformer").is_dir() or any(file.suffix in WEIGHT_SUFFIXES for file in path.iterdir())
+
+
+def foreign_facts(name: str, model: str, metadata: Mapping[str, str], spec: VideoSpec | None) -> StudentFacts:
+    """Facts about weights of another program: those in the metadata of our exports, else the reference's."""
+    timesteps, shift, size = DistillConfig.timesteps, DistillConfig.shift, spec or VideoSpec()
+    if metadata.get("sampler") == SAMPLER_KIND:
+        timesteps = tuple(float(part) for part in metadata["timesteps"].split(","))
+        shift = float(metadata["shift"])
+        frames, height, width = (int(part) for part in metadata["size"].split("x"))
+        size = VideoSpec(frames, height, width, int(metadata["fps"]))
+    else:
+        shown = ",".join(f"{timestep:g}" for timestep in timesteps)
+        logging.info("%s: does not name its timesteps; using %s and shift %g, the reference's", name, shown, shift)
+    folder = locate_model(model, ("transformer",))
+    paths = [locate_part(folder, part) for part in BASE_PARTS]
+    transformer, vae, text = (fingerprint_part(path) if path.exists() else "" for path in paths)
+    options: dict[str, object] = {"guidance_scale": DistillConfig.guidance_scale}
+    return StudentFacts(0, timesteps, shift, SAMPLER_KIND, size, model, transformer, vae, text, options)
+
+
+def trained_loras(facts: StudentFacts) -> tuple[LoraFile, ...]:
+    """The LoRA files that were added to the base before the distillation."""
+    stored = facts.config.get("base_lora") or ()
+    assert isinstance(stored, Sequence), stored
+    return parse_loras([str(one) for one in stored])
+
+
+def check_model(model: str, facts: StudentFacts, parts: Sequence[str]) -> None:
+    """Raise ValueError if a part of a model is not the one that the student was distilled with."""
+    for part in parts:
+        given, distilled = fingerprint_part(locate_part(locate_model(model, (part,)), part)), str(vars(facts)[part])
+        if not same_fingerprint(given, distilled):
+            raise ValueError(
+                f"model={model}: its {part} is not the one of the distillation (fingerprint {given}, was {distilled}); "
+                f"use {facts.base_model}"
+            )
