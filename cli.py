@@ -4,12 +4,14 @@ Torch and the stages are imported inside the commands, so that `--help` answers 
 """
 
 import csv
+import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +31,7 @@ from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.export.config import ExportConfig
+from stage2_distill.planning.config import PlanConfig
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.turbo_config import translated_options
 
@@ -77,6 +80,24 @@ def verify_command(shards: str, **options: object) -> int:
 
         click.echo(f"first frames: {draw_contact_sheet(report, config)}")
     return int(bool(report.problems))
+
+
+@cli.command("plan", cls=ConfigCommand)
+@config_options(PlanConfig)
+def plan_command(**options: object) -> None:
+    """Predict memory, time, money and disk of a run of distill."""
+    from stage2_distill.planning.cards import find_card
+    from stage2_distill.planning.network_size import TransformerSize, read_transformer_size
+    from stage2_distill.planning.plan_text import format_plan
+    from stage2_distill.planning.run_plan import make_plan
+
+    config = resolve_config(PlanConfig, options)
+    run_options, _ = translated_options(config.distill_options())
+    run, card = resolve_config(DistillConfig, run_options), find_card(config.gpu)
+    assert card is not None, config.gpu
+    size = read_transformer_size(Path(config.model)) if config.model else TransformerSize()
+    plan = make_plan(run, size, card, gpus=config.gpus, records=config.records, price=config.price)
+    echo_json(plan) if config.json else click.echo("\n".join(format_plan(plan, run, records=config.records)))
 
 
 @cli.command("distill", cls=ConfigCommand)
@@ -268,6 +289,11 @@ def prepare_output(config: SampleConfig, rank: int) -> Iterator[Path]:
         if rank == 0:
             write_config(staging / config_file, config)
         wait_for_ranks()  # nothing is moved before all are complete
+
+
+def echo_json(record: object) -> None:
+    """Print a record as JSON."""
+    click.echo(json.dumps(asdict(record), indent=2, ensure_ascii=False))  # type: ignore[call-overload]
 
 
 def write_prompt_csv(path: Path, config: SampleConfig) -> str:

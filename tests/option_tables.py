@@ -9,12 +9,14 @@ from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.export.config import ExportConfig
+from stage2_distill.planning.config import PlanConfig
 from stage2_distill.sampling.config import SampleConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 COMMANDS = {
     "encode": EncodeConfig,
     "verify": VerifyConfig,
+    "plan": PlanConfig,
     "distill": DistillConfig,
     "sample": SampleConfig,
     "decode": DecodeConfig,

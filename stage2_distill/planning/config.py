@@ -1,0 +1,57 @@
+"""Options of the commands `plan` and `doctor`."""
+
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+
+from common.options import MODEL_HELP, check_fields, device_option, option
+from stage2_distill.config import DistillConfig
+from stage2_distill.planning.cards import CARD_NAMES
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Options of `plan`."""
+
+    gpus: int = option(8, "GPUs of the run.", minimum=1, group="devices")
+    gpu: str = option("h100", "Kind of GPU.", choices=CARD_NAMES, group="devices")
+    records: int = option(10_000, "Records to encode and to train on.", minimum=1, group="data")
+    recipe: str | None = option(None, "YAML file for distill; by default its defaults.", path="input", group="recipe")
+    set: tuple[str, ...] = option(
+        (), "An option of distill as KEY=VALUE, such as lora_rank=32; repeat it for more.", group="recipe"
+    )
+    model: str | None = option(
+        None, "Model folder whose size counts; by default Wan2.2-TI2V-5B's.", path="input", group="model"
+    )
+    price: float | None = option(None, "Price of a GPU-hour, in any currency.", minimum=0, group="devices")
+    json: bool = option(False, "Print JSON instead of text.", group="output")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def distill_options(self) -> dict[str, object]:
+        """The options of `distill` that are planned, as `resolve_config` takes them; ValueError for a bad KEY=VALUE."""
+        options: dict[str, object] = {"config": self.recipe, "shards": ("DATA",), "model": self.model or "MODEL"}
+        options["out"], known = "RUN", [item.name for item in fields(DistillConfig)]
+        for item in self.set:
+            key, found, value = item.partition("=")
+            if not (key and found):
+                raise ValueError(f"set={item}: must be KEY=VALUE, such as lora_rank=32")
+            if (name := key.replace("-", "_")) not in known:
+                nearest = "".join(f"; did you mean {other}?" for other in get_close_matches(name, known, n=1))
+                raise ValueError(f"set={item}: distill has no such option{nearest}")
+            options[name] = {"true": True, "false": False}.get(value.lower(), value)
+        return options
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Options of `doctor`."""
+
+    model: str | None = option(None, MODEL_HELP, path="any", group="model")
+    shards: tuple[str, ...] = option((), "Data set to read; repeat it for more.", path="any", group="data")
+    out: str | None = option(None, "Folder that a run will write into.", path="output", group="output")
+    device: str = device_option()
+    json: bool = option(False, "Print JSON instead of text.", group="output")
+
+    def __post_init__(self) -> None:
+        check_fields(self)

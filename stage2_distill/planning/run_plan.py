@@ -1,0 +1,177 @@
+"""What a training run will need: memory by mode, time, money and disk. Imports no torch."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from common.video import LATENT_CHANNELS
+from stage2_distill.config import AUTO, COMPACT, STANDARD, DistillConfig
+from stage2_distill.planning.cards import ENCODE_RECORDS, Card, planned_kernel
+from stage2_distill.planning.duration import iteration_seconds, video_seconds
+from stage2_distill.planning.memory import MemoryEstimate, choose_form, estimate_memory
+from stage2_distill.planning.network_size import TransformerSize
+
+GIB = 2**30
+START_SECONDS = 90  # imports, loading and compilation of a run (benchmarks/results/modes-*)
+PAUSE_SECONDS = 1.5  # of training for an asynchronous checkpoint: 0.8 to 1.5 s measured on 1 to 4 GPUs
+DISK_RATE = 1e9  # bytes per second, assumed: of a checkpoint that training waits for
+PROMPT_TOKENS = 118  # of a record's text, on average
+ADAPTERS: dict[str, object] = {
+    "lora_rank": 32,
+    "optimizer_form": STANDARD,
+    "activation_checkpointing": "offload",
+    "replicate": 1,
+}
+MORE_GPUS = (2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class PlannedMode:
+    """Memory of the run with other options."""
+
+    name: str
+    gib: float  # peak per GPU
+    fits: bool
+
+
+@dataclass(frozen=True)
+class FasterRun:
+    """Time of an iteration with other options, which change no result beyond rounding unless they say so."""
+
+    name: str
+    iteration_seconds: float
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Predictions for a run on one kind of GPU; sizes in bytes unless they say GiB."""
+
+    gpus: int
+    card: str
+    card_gib: float
+    source: str  # of the card's speeds
+    parameters: int
+    form: str
+    kernel: str
+    memory: MemoryEstimate
+    fits: bool
+    modes: tuple[PlannedMode, ...]
+    remedy: str  # what would make it fit; empty if it does
+    iteration_seconds: float
+    faster: tuple[FasterRun, ...]
+    hours: float
+    gpu_hours: float
+    cost: float | None
+    encode_hours: float
+    data_bytes: float
+    run_bytes: float  # of the checkpoints that are kept, one more being written
+    pause_seconds: float  # of training, per checkpoint
+    video_seconds: float  # of a video by the student on one GPU
+    epochs: float  # times that each record is used
+
+
+def make_plan(
+    config: DistillConfig, size: TransformerSize, card: Card, *, gpus: int, records: int, price: float | None
+) -> RunPlan:
+    """Plan a run; ValueError if the GPUs do not divide its batch or its copies."""
+    total, kernel = card.memory_gib * GIB, planned_kernel(config.attention, card)
+    form = choose_form(config, size, world=gpus, gpu_bytes=total)
+    memory = estimate_memory(config, size, world=gpus, form=form)
+    seconds = iteration_seconds(config, size, card, world=gpus, form=form, kernel=kernel)
+    pause = PAUSE_SECONDS if config.async_checkpoint else memory.checkpoint / DISK_RATE
+    checkpoints = -(-config.iterations // config.checkpoint_every)
+    hours = (START_SECONDS + config.iterations * seconds + checkpoints * pause) / 3600
+    pixels = config.height * config.width / (704 * 1280)
+    modes, fits = tuple(compare_modes(config, size, gpus=gpus, total=total)), memory.fits(total)
+    return RunPlan(
+        gpus=gpus,
+        card=card.name,
+        card_gib=card.memory_gib,
+        source=card.source,
+        parameters=size.parameters,
+        form=form,
+        kernel=kernel,
+        memory=memory,
+        fits=fits,
+        modes=modes,
+        remedy="" if fits else find_remedy(config, size, modes, gpus=gpus, total=total),
+        iteration_seconds=seconds,
+        faster=tuple(compare_speeds(config, size, card, gpus=gpus, form=form)),
+        hours=hours,
+        gpu_hours=hours * gpus,
+        cost=None if price is None else hours * gpus * price,
+        encode_hours=records / (ENCODE_RECORDS * card.scale * gpus) * pixels / 3600,
+        data_bytes=records * record_bytes(config, size),
+        run_bytes=memory.checkpoint * (min(config.keep_last, checkpoints) + 1),
+        pause_seconds=pause,
+        video_seconds=video_seconds(size, card, config, steps=len(config.timesteps), kernel=kernel),
+        epochs=updates(config) * config.global_batch / records,
+    )
+
+
+def updates(config: DistillConfig) -> float:
+    """Updates of both roles in a run, each of which reads a global batch."""
+    return config.iterations + max(0, config.iterations - config.critic_warmup) / config.student_update_interval
+
+
+def record_bytes(config: DistillConfig, size: TransformerSize) -> float:
+    """Bytes of a record: first frame and text in bf16, without the text's padding."""
+    _, _, height, width = config.spec.latent_shape
+    return 2 * (LATENT_CHANNELS * height * width + PROMPT_TOKENS * size.text_dim)
+
+
+def compare_modes(config: DistillConfig, size: TransformerSize, *, gpus: int, total: float) -> Iterator[PlannedMode]:
+    """Memory of the run in each mode that its other options allow."""
+    whole: dict[str, object] = {"lora_rank": 0, "lora_alpha": None}
+    compact = whole | {"optimizer_form": COMPACT}
+    copies = f" --replicate {gpus}" * (gpus > 1)
+    modes = {
+        "--optimizer-form standard": whole | {"optimizer_form": STANDARD},
+        "--optimizer-form compact": compact,
+        "--optimizer-form compact --activation-checkpointing full": compact | {"activation_checkpointing": "full"},
+        f"--optimizer-form compact --offload all{copies}": compact | {"offload": "all", "replicate": gpus},
+        "--lora-rank 32 --activation-checkpointing offload": ADAPTERS,
+    }
+    for name, changes in modes.items():
+        with suppress(ValueError):  # this run's other options exclude the mode
+            changed = replace(config, **changes)  # type: ignore[arg-type]
+            memory = estimate_memory(changed, size, world=gpus, form=changed.optimizer_form)
+            yield PlannedMode(name, memory.gpu / GIB, memory.fits(total))
+
+
+def compare_speeds(
+    config: DistillConfig, size: TransformerSize, card: Card, *, gpus: int, form: str
+) -> Iterator[FasterRun]:
+    """Time of an iteration with each faster option that the run does not have, added one after the other."""
+    kernel, name = planned_kernel(config.attention, card), ""
+    steps = {
+        "--compile": "compile",
+        "flash-attn-3 installed": "",
+        "--rollout-reuse (another order of samples)": "rollout_reuse",
+    }
+    for step, option in steps.items():
+        if option and not vars(config)[option]:
+            config = replace(config, **{option: True})  # type: ignore[arg-type]
+        elif not option and planned_kernel("flash", card) == "flash-3" != kernel and config.attention == AUTO:
+            kernel = "flash-3"
+        else:
+            continue
+        name = f"{name}, {step}" if name else step
+        seconds = iteration_seconds(config, size, card, world=gpus, form=form, kernel=kernel)
+        yield FasterRun(name, seconds)
+
+
+def find_remedy(
+    config: DistillConfig, size: TransformerSize, modes: tuple[PlannedMode, ...], *, gpus: int, total: float
+) -> str:
+    """The options, or the number of GPUs, with which a run would fit."""
+    remedies = [mode.name for mode in modes if mode.fits][:1]
+    if config.batch_size > 1:
+        remedies.append("a smaller --batch-size")
+    for count in (count for count in MORE_GPUS if count > gpus):
+        with suppress(ValueError):  # its batch does not divide by them
+            form = choose_form(config, size, world=count, gpu_bytes=total)
+            if estimate_memory(config, size, world=count, form=form).fits(total):
+                remedies.append(f"{count} GPUs")
+                break
+    return " or ".join(remedies) or "a card with more memory, or a smaller video"
