@@ -15,8 +15,12 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from stage2_distill.planning.network_size import TransformerSize
 
 from common.files import (
     LOCK_FILE,
@@ -87,7 +91,7 @@ def verify_command(shards: str, **options: object) -> int:
 def plan_command(**options: object) -> None:
     """Predict memory, time, money and disk of a run of distill."""
     from stage2_distill.planning.cards import find_card
-    from stage2_distill.planning.network_size import TransformerSize, read_transformer_size
+    from stage2_distill.planning.network_size import TransformerSize
     from stage2_distill.planning.plan_text import format_plan
     from stage2_distill.planning.run_plan import make_plan
 
@@ -95,7 +99,7 @@ def plan_command(**options: object) -> None:
     run_options, _ = translated_options(config.distill_options())
     run, card = resolve_config(DistillConfig, run_options), find_card(config.gpu)
     assert card is not None, config.gpu
-    size = read_transformer_size(Path(config.model)) if config.model else TransformerSize()
+    size = read_model_size(Path(config.model)) if config.model else TransformerSize()
     plan = make_plan(run, size, card, gpus=config.gpus, records=config.records, price=config.price)
     echo_json(plan) if config.json else click.echo("\n".join(format_plan(plan, run, records=config.records)))
 
@@ -289,6 +293,18 @@ def prepare_output(config: SampleConfig, rank: int) -> Iterator[Path]:
         if rank == 0:
             write_config(staging / config_file, config)
         wait_for_ranks()  # nothing is moved before all are complete
+
+
+def read_model_size(model: Path) -> "TransformerSize":
+    """The size of a model's transformer; torch is imported only for layouts other than diffusers'."""
+    from stage2_distill.planning.network_size import CONFIG_FILE, TransformerSize, read_transformer_size
+
+    if (model / "transformer" / CONFIG_FILE).is_file():
+        return read_transformer_size(model)
+    from common.model_folder import locate_part
+    from stage2_distill.weight_files.transformer_config import read_transformer_config
+
+    return TransformerSize.of(read_transformer_config(locate_part(model, "transformer")))
 
 
 def echo_json(record: object) -> None:

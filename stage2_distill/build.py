@@ -26,7 +26,7 @@ from stage2_distill.model.wan import build_meta_transformer, guided, make_denois
 from stage2_distill.model.weight_loading import copy_weights, fill_parameter, read_weights
 from stage2_distill.optim.optimizers import OptimizerSettings
 from stage2_distill.planning.memory import choose_form
-from stage2_distill.planning.network_size import TransformerSize, read_transformer_size
+from stage2_distill.planning.network_size import TransformerSize
 from stage2_distill.trainer import GradientAccumulator, Roles, TrainedRole, Trainer
 from stage2_distill.weight_files.lora_files import LoraFile, parse_loras
 from stage2_distill.weight_files.stored_tensors import MappedTensor
@@ -99,7 +99,7 @@ def build_roles(config: DistillConfig, ranks: RankContext, model: Path) -> Roles
     adapters = lora_settings(vars(config))
     form = STANDARD
     if adapters is None:
-        form = choose_optimizer_form(config, ranks, read_transformer_size(model))
+        form = choose_optimizer_form(config, ranks, TransformerSize.of(meta_net.config))
     optimizers = OptimizerSettings.of(config, ranks, form)
     loras = parse_loras(config.base_lora or ())
     builder = RoleBuilder(model, loras, ranks, plan, compute_dtype, optimizers, adapters, config.seed)

@@ -1,11 +1,15 @@
 """The size of Wan's transformer from its config.json: parameters, and operations of one pass. Imports no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path
+from typing import Any, Self
 
 from common.files import read_json
 from common.video import TEXT_LENGTH
+
+CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,11 @@ class TransformerSize:
     in_channels: int = 48
     out_channels: int = 48
     patch_size: tuple[int, int, int] = (1, 2, 2)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """The size that a transformer's configuration states."""
+        return cls(**{item.name: settings[item.name] for item in fields(cls) if item.name in settings})
 
     @property
     def width(self) -> int:
@@ -73,4 +82,4 @@ class TransformerSize:
 
 def read_transformer_size(model: Path) -> TransformerSize:
     """The size of a model folder's transformer; ValueError if its config.json cannot be read."""
-    return read_json(model / "transformer" / "config.json", TransformerSize)
+    return read_json(model / "transformer" / CONFIG_FILE, TransformerSize)

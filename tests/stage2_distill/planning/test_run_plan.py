@@ -7,7 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from benchmarks.device import TRUE, build_network
 from stage2_distill.config import DistillConfig
 from stage2_distill.planning.cards import find_card
 from stage2_distill.planning.config import PlanConfig
@@ -80,6 +83,16 @@ def plan_command(*options: str, code: int = 0) -> str:
     return done.stdout or done.stderr
 
 
+def test_a_model_in_another_layout(tmp_path: Path) -> None:
+    """A file of weights alone: its tensors' shapes are its size."""
+    size = TransformerSize(num_layers=1, num_attention_heads=2, attention_head_dim=12, ffn_dim=24, text_dim=8)
+    with torch.device("cpu"):
+        net = build_network({name: vars(size)[name] for name in TRUE})
+    save_file(net.state_dict(), tmp_path / "net.safetensors", {"num_attention_heads": "2"})
+    found = json.loads(plan_command("--model", str(tmp_path / "net.safetensors"), "--json"))
+    assert found["parameters"] == size.parameters
+
+
 def test_the_command() -> None:
     nano = ["--gpus", "1", "--recipe", "recipes/nano.yaml", "--model", "examples/nano/model"]
     text = plan_command(*nano, "--price", "2")
@@ -89,4 +102,4 @@ def test_the_command() -> None:
     assert "global_batch=64: not a multiple" in plan_command("--gpus", "7", code=2)
     assert "seed=x: must be int" in plan_command("--set", "seed=x", code=2).replace("'", "")
     assert "gpu=h300: choose one of h100" in plan_command("--gpu", "h300", code=2)
-    assert "config.json: cannot be read" in plan_command("--model", "none", code=2)
+    assert "none/transformer: is missing" in plan_command("--model", "none", code=2)
