@@ -37,7 +37,7 @@ except ImportError:  # there is no wheel for every machine
 
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "PPM")  # no EPS: Pillow would start Ghostscript
 PICTURE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
-EMPTINESS_ROWS = 64  # looked at; enough to see whether a frame shows anything, and quick
+EMPTINESS_ROWS = 32  # looked at; enough to see whether a frame shows anything, and quick
 BLACK_LEVEL, UNIFORM_RANGE = 20, 8  # of 255: compressed black and compressed grey are not exact
 MAX_PIXELS = 2**27  # more than any camera has; larger values mean a corrupt header
 ORIENTATION_TRANSPOSES = {  # whether a display matrix swaps x and y, mirrors the new x, mirrors the new y

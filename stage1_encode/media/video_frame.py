@@ -148,7 +148,9 @@ def _is_filled(frame: av.VideoFrame) -> bool:
 def _is_whole(video: OpenVideo, packet: av.Packet) -> bool:
     """Whether a packet is complete, as far as the container and the codec show."""
     report = CORRUPT_PACKET.format(packet.stream_index, packet.dts)
-    has_hole = video.stream.codec_context.name in DENSE_CODECS and HOLE in bytes(packet)
+    # A hole in a transport stream loses its packets, and zeros within them are padding.
+    is_dense = video.stream.codec_context.name in DENSE_CODECS and video.file.format.name != "mpegts"
+    has_hole = is_dense and HOLE in bytes(packet)
     return not (packet.is_corrupt or has_hole or any(message.startswith(report) for _, _, message in video.log))
 
 

@@ -129,6 +129,26 @@ def test_damage_in_the_first_frame_is_refused(
         read(path)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b"\0\0\0\1\x06\x05\xff\xff\x10" + b"a" * 20 + b"\x80", b""),  # metadata that are cut off
+        (b"\0\0\0\1\x18abcdefgh", b""),  # a unit of an unknown kind
+        (b"", b"\0\0\0\1\x0c" + b"\xff" * 3000 + b"\x80"),  # filler
+        (b"", bytes(1000)),  # padding
+    ],
+)
+def test_oddities_beside_a_sound_frame_do_not_matter(before: bytes, after: bytes, tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.ts", "libx264", options={"bf": "0"})
+    with av.open(str(path)) as source, av.open(str(tmp_path / "odd.ts"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in (packet for packet in source.demux(video=0) if packet.size):
+            odd = av.Packet(before + bytes(packet) + after)
+            odd.pts, odd.dts, odd.time_base, odd.stream = packet.pts, packet.dts, packet.time_base, stream
+            target.mux(odd)
+    assert frame_number(read(tmp_path / "odd.ts")) == 0
+
+
 @pytest.mark.parametrize("layout", ["yuv420p", "yuv422p10le", "yuvj420p"])
 def test_a_frame_that_was_not_decoded_to_its_end_is_told_from_a_black_one(layout: str) -> None:
     black = av.VideoFrame.from_ndarray(numpy.zeros((64, 96, 3), numpy.uint8), format="rgb24").reformat(format=layout)
