@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -42,7 +43,20 @@ from stage2_distill.turbo_config import translated_options
 ERROR_DELAY_SECONDS = 3.0  # before a rank reports an error that the first rank may have reported
 
 
+def show_version(context: click.Context, _: click.Parameter, requested: bool) -> None:
+    """Print the version that pyproject.toml states, in a checkout as when installed."""
+    if requested:
+        from importlib.metadata import version
+
+        project = Path(__file__).with_name("pyproject.toml")
+        stated = tomllib.loads(project.read_text())["project"]["version"] if project.is_file() else None
+        click.echo(f"ti2v-distill {stated or version('ti2v-distill')}")
+        context.exit()
+
+
 @click.group(context_settings={"show_default": True, "max_content_width": 110})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=show_version,
+              help="Show the version and exit.")  # fmt: skip
 def cli() -> None:
     """Distill Wan2.2-TI2V-5B to a few steps: encode clips, distill, sample."""
 
@@ -171,7 +185,7 @@ def demo_command(out: str) -> None:
 
     out = expand_path("out", out)
     check_local_path("out", out, is_output=True)
-    nano, folder = Path(__file__).parent / "examples" / "nano", Path(out)
+    nano, folder = find_example(), Path(out)
     common = {"model": str(nano / "model"), "device": "cpu"}
     data, held_out, run, videos = (folder / name for name in ("data", "held", "run", "videos"))
     for table, shards in (("clips.csv", data), ("held.csv", held_out)):
@@ -187,6 +201,18 @@ def demo_command(out: str) -> None:
     made = {"shards": data, "checkpoint": run, "report": report, "videos": videos, "contact sheet": sheet}
     for name, path in made.items():
         click.echo(f"{name + ':':16}{path}")
+
+
+def find_example() -> Path:
+    """The folder examples/nano of the source, beside this file or in the working directory; ValueError without it."""
+    folders = [root / "examples" / "nano" for root in (Path(__file__).parent, Path.cwd())]
+    for folder in folders:
+        if (folder / "demo.yaml").is_file():
+            return folder
+    raise ValueError(
+        f"demo: needs the folder examples/nano of the source, which no installed package has (looked in "
+        f"{' and '.join(str(folder) for folder in folders)}); clone the repository and run ti2v-distill demo in it"
+    )
 
 
 def sample_videos(config: SampleConfig) -> list[Path]:

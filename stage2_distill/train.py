@@ -27,7 +27,7 @@ from stage2_distill.checkpointing.format import (
 from stage2_distill.checkpointing.identity import RUN_CONFIG_FILE, check_run
 from stage2_distill.checkpointing.writer import CheckpointOptions, CheckpointWriter
 from stage2_distill.config import DistillConfig
-from stage2_distill.distributed.process_group import own_folder, start_process_group
+from stage2_distill.distributed.process_group import own_folder, start_process_group, wait_for_ranks
 from stage2_distill.distributed.signals import StopSignal
 from stage2_distill.dmd.condition_dropout import ConditionDropout
 from stage2_distill.dmd.schedule import CRITIC, MicroBatch, Schedule
@@ -200,7 +200,8 @@ def start_previews(run: TrainingRun, start_iteration: int) -> tuple[PreviewWrite
         options, trainer.ranks, roles.student.net, roles.student.denoiser, roles.ema, trainer.timer
     )
     if trainer.ranks.rank == 0:  # `decode --watch` waits for more
-        previews.close(complete=False)
+        previews.open()
+    wait_for_ranks()
     if start_iteration == 0 and previews.is_due(0):
         previews.write_step(student, 0)
     return previews, student

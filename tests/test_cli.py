@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -345,3 +346,20 @@ def test_another_ladder_must_be_said_explicitly(run: Path, model: Path, tmp_path
     own, same, two = (read_latents(tmp_path / f"{name}.zarr", "sample", 0) for name in ("own", "same", "two"))
     assert numpy.array_equal(own, same)
     assert not numpy.array_equal(own, two)
+
+
+def test_version_is_that_of_the_project() -> None:
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert works("--version") == f"ti2v-distill {stated}\n"
+
+
+def test_demo_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an installed package, away from the source; inside a clone it finds the example in the working directory."""
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "cli.py"))
+    monkeypatch.chdir(tmp_path)
+    message = refuses("demo", "--out", tmp_path / "demo")
+    assert "demo: needs the folder examples/nano of the source" in message
+    assert "clone the repository and run ti2v-distill demo in it" in message
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.chdir(ROOT)
+    assert cli.find_example() == ROOT / "examples" / "nano"

@@ -1,4 +1,4 @@
-"""Stops training cleanly on SIGTERM or SIGINT: the iteration ends, and all ranks learn of a signal to one of them."""
+"""Stops training cleanly on a signal: the iteration ends, and all ranks learn of a signal to one of them."""
 
 import logging
 import signal
@@ -8,7 +8,7 @@ from typing import Self
 
 from stage2_distill.distributed.process_group import on_any_rank
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the last is SLURM's usual warning
 REPEAT_SECONDS = 5.0  # a second signal within this time is the first again: torchrun forwards what a rank has received
 
 
@@ -23,7 +23,9 @@ class StopSignal:
         return on_any_rank(self.first_signal_time is not None)
 
     def __enter__(self) -> Self:
-        self.previous_handlers = {number: signal.signal(number, self._handle_signal) for number in SIGNALS}
+        # an ignored one stays ignored: under nohup the run outlives its terminal
+        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self.previous_handlers = {number: signal.signal(number, self._handle_signal) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from common.files import staged_output, write_file
 from common.options import write_config
 from shards import latent_store
 from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
+from stage2_distill.checkpointing.format import resolve_checkpoint
 from stage2_distill.evaluation import latent_metrics
 from stage2_distill.evaluation.compare import SELECTION_FILE
 from stage2_distill.evaluation.config import EvaluateConfig
@@ -27,8 +29,12 @@ EVALUATION_CONFIG_FILE = "evaluate.yaml"
 PIXELS_FILE, I3D_FILE = "pixels.json", "i3d.safetensors"  # written by stage1_encode/video_metrics
 # Columns of the page's first table, and their titles.
 LATENT_METRICS = ("frechet", "times_floor", "to_teacher", "diversity", "evaluations", "seconds")
-LATENT_TITLES = ("distance", "times the floor", "to teacher, same noise", "diversity", "evaluations", "s per video")
+LATENT_TITLES = (
+    "distance ↓", "times the floor ↓", "to teacher, same noise ↓", "diversity ≈", "evaluations ↓", "s per video ↓",
+)  # fmt: skip
 ABSOLUTE_METRICS, RATIO_METRICS = ("psnr", "clip"), ("motion", "saturation", "contrast")  # ratios to the teacher's
+DIRECTIONS = {"fvd": "↓", "psnr": "↑", "clip": "↑"}  # of the others closest to the teacher is best
+LEGEND = "↓ lower is better, ↑ higher is better, ≈ best where it is closest to the teacher's (a ratio: to 1)."
 MIN_CONDITIONS = 2048  # with 192, 4 steps of a teacher could not be told from 50
 SMALLEST_DIVISOR = 1e-12  # a teacher without motion, say, must not fail the report
 PAGE_START = """<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">
@@ -38,8 +44,13 @@ PAGE_START = """<!doctype html><html lang="en"><head><meta charset="utf-8"><link
 *{box-sizing:border-box}body{margin:0 auto;max-width:75rem;padding:1rem;background:var(--paper);color:var(--ink);
 font:16px/1.5 system-ui,sans-serif}h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}p{max-width:44rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
-th,td{padding:.35rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
+th,td{padding:.35rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:bottom}
+th:first-child,td:first-child{text-align:left;min-width:9rem}th{overflow-wrap:break-word;color:var(--soft);font-weight:600}td+td{white-space:nowrap}
+p,td:first-child,dd,figcaption{overflow-wrap:anywhere}dl{display:grid;grid-template-columns:auto 1fr;gap:0 1rem}
+dt{color:var(--soft)}dd{margin:0}
+@media(max-width:48rem){table,tbody,tr,td{display:block}tr:first-child{display:none}tr{margin-bottom:1rem}
+td,td:first-child{display:flex;justify-content:space-between;gap:1rem;padding:.2rem 0;white-space:normal}
+td:first-child{font-weight:600}td+td::before{content:attr(data-title);color:var(--soft);text-align:left}}
 .row{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:.7rem}figure{margin:0}
 figcaption,.soft{font-size:.85rem;color:var(--soft)}video{width:100%;display:block;border-radius:4px}
 </style></head><body><h1>Student against teacher</h1>"""
@@ -53,6 +64,7 @@ Metric: TypeAlias = SeedStatistics | float | None  # None = not measured
 class EvaluationReport:
     """All results of an evaluation; the fields are the keys of report.json."""
 
+    subject: dict[str, list[str]]  # what was compared: checkpoints, weights, model, data set
     count: int  # N, conditions
     seeds: tuple[int, ...]
     guidance_scale: float
@@ -65,9 +77,9 @@ class EvaluationReport:
 def write_report(config: EvaluateConfig) -> Path:
     """Write OUT/report.json, OUT/report.html and OUT/evaluate.yaml; return the path of the page."""
     out, comparison = Path(config.out), read_comparison(Path(config.out))
-    pixels = json.loads((out / PIXELS_FILE).read_bytes()) if config.videos else {"videos": 0, "shown": 0}
-    selection = json.loads((out / SELECTION_FILE).read_bytes()) if config.select else None
-    report = build_report(out, comparison, pixels, selection)
+    pixels = read_results(out / PIXELS_FILE) if config.videos else {"videos": 0, "shown": 0}
+    selection = read_results(out / SELECTION_FILE) if config.select else None
+    report = build_report(out, comparison, pixels, selection, report_subject(config))
     # The JSON encoder calls `vars` for the records that it does not know: EvaluationReport and SeedStatistics.
     text = json.dumps(report, indent=1, ensure_ascii=False, default=vars)
     page = render_page(report, video_section(out, comparison, pixels["shown"]))
@@ -78,15 +90,40 @@ def write_report(config: EvaluateConfig) -> Path:
     return out / PAGE_FILE
 
 
+def read_results(path: Path) -> Any:  # noqa: ANN401
+    """The content of a JSON or safetensors file of this evaluation; ValueError that names it if it cannot be read."""
+    try:
+        data = path.read_bytes()
+        return load_tensors(data) if path.suffix == ".safetensors" else json.loads(data)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); repeat the command, which writes it again") from error
+
+
+def report_subject(config: EvaluateConfig) -> dict[str, list[str]]:
+    """What the report is about, for its head: checkpoints by run and step, weights, model and data set."""
+    folders = [resolve_checkpoint(Path(name)).resolve() for name in config.checkpoint]
+    return {
+        "run": list(dict.fromkeys(folder.parent.name for folder in folders)),
+        "checkpoint": [str(folder) for folder in folders],
+        "weights": [config.weights],
+        "model": [config.model],
+        "data set": [config.shards],
+    }
+
+
 def build_report(
-    out: Path, comparison: Comparison, pixels: Mapping[str, Any], selection: list[dict[str, Any]] | None
+    out: Path,
+    comparison: Comparison,
+    pixels: Mapping[str, Any],
+    selection: list[dict[str, Any]] | None,
+    subject: dict[str, list[str]],
 ) -> EvaluationReport:
     """Collect the results from the store of latents and from the contents of pixels.json and selection.json."""
     scores = latent_metrics.score_candidates(out / LATENTS_STORE, comparison)
     teacher_scores = scores[comparison.teacher.name]
     teacher_sets = [latent_set_name(comparison.teacher, seed) for seed in comparison.seeds]
     references = [latent_set_name(comparison.teacher, seed) for seed in comparison.references]
-    features = load_tensors((out / I3D_FILE).read_bytes()) if pixels.get("i3d") else {}  # (N D) by set
+    features = read_results(out / I3D_FILE) if pixels.get("i3d") else {}  # (N D) by set
     contestants: dict[str, dict[str, Any]] = {}
     for candidate in comparison.contestants:
         sets = [latent_set_name(candidate, seed) for seed in comparison.seeds]
@@ -101,7 +138,7 @@ def build_report(
         contestants[candidate.name] = results
     settings = comparison.count, comparison.seeds, comparison.guidance_scale
     floor = seed_statistics(teacher_scores.frechet)
-    return EvaluationReport(*settings, pixels["videos"], floor, contestants, selection)
+    return EvaluationReport(subject, *settings, pixels["videos"], floor, contestants, selection)
 
 
 def latent_summary(own: CandidateScores, teacher: CandidateScores) -> dict[str, Metric]:
@@ -145,11 +182,15 @@ def format_metric(value: Metric) -> str:
 def render_page(report: EvaluationReport, videos: str) -> str:
     """The HTML page; `videos` is the content of its section of videos."""
     deviation = " ± standard deviation" if len(report.seeds) > 1 else ""
+    rows = [(name, html.escape(", ".join(texts))) for name, texts in report.subject.items()]
+    subject = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in rows)
     summary = (
+        f"<dl>{subject}</dl>"
         f"<p>{report.count} conditions, seeds {', '.join(map(str, report.seeds))}, guidance scale "
         f"{report.guidance_scale:g}. Values are the mean{deviation} over the seeds. "
         "The distance is the Frechet distance of latents, by fixed random features, to the teacher's videos of "
-        f"another seed; the floor, {format_metric(report.floor)}, is that between two sets of the teacher itself.</p>"
+        f"another seed; the floor, {format_metric(report.floor)}, is that between two sets of the teacher itself. "
+        f"{LEGEND}</p>"
     )
     if report.count < MIN_CONDITIONS:
         problem = "the distance cannot tell a good sampler from the floor"
@@ -162,22 +203,21 @@ def render_page(report: EvaluationReport, videos: str) -> str:
         sections |= {"Videos": videos, "Pixel metrics": f'<p class="soft">{note}</p>' + pixel_table(candidates)}
     if report.selection:
         rows = [(one["checkpoint"], format_metric(seed_statistics(one["values"]))) for one in report.selection]
-        sections["Checkpoints"] = html_table(("checkpoint", "distance"), rows)
+        sections["Checkpoints"] = html_table(("checkpoint", "distance ↓"), rows)
     body = "".join(f"<section><h2>{heading}</h2>{content}</section>" for heading, content in sections.items())
     return f"{PAGE_START}{body}{SCRIPT}</body></html>\n"
 
 
 def pixel_table(candidates: Sequence[Mapping[str, Any]]) -> str:
-    """The table of pixel metrics, without those that no candidate has."""
-    names = ("fvd", *ABSOLUTE_METRICS, *RATIO_METRICS)
-    keys = [key for key in names if any(one.get(key) is not None for one in candidates)]
-    questions = sorted({question for one in candidates for question in one["answers"]})
+    """The table of pixel metrics, one per row, as a judge may have many questions; without those that none has."""
     rows = []
-    for one in candidates:
-        values = [one.get(key) for key in keys] + [one["answers"].get(question) for question in questions]
-        rows.append((one["label"], *map(format_metric, values)))
-    titles = [f"{key} / teacher's" if key in RATIO_METRICS else key for key in keys]
-    return html_table(("", *titles, *questions), rows)
+    for key in ("fvd", *ABSOLUTE_METRICS, *RATIO_METRICS):
+        if any(one.get(key) is not None for one in candidates):
+            title = f"{key} / teacher's ≈" if key in RATIO_METRICS else f"{key} {DIRECTIONS[key]}"
+            rows.append((title, *(format_metric(one.get(key)) for one in candidates)))
+    for question in sorted({question for one in candidates for question in one["answers"]}):
+        rows.append((f"{question} ↑", *(format_metric(one["answers"].get(question)) for one in candidates)))
+    return html_table(("", *(one["label"] for one in candidates)), rows)
 
 
 def video_section(out: Path, comparison: Comparison, count: int) -> str:
@@ -197,6 +237,12 @@ def video_section(out: Path, comparison: Comparison, count: int) -> str:
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; the first column names the rows."""
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    lines = [
+        "".join(  # the titles are shown beside the cells where the screen is narrow
+            f'<td data-title="{html.escape(title)}">{html.escape(cell)}</td>'
+            for title, cell in zip(head, row, strict=True)
+        )
+        for row in rows
+    ]
     titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     return f'<div class="wide"><table><tr>{titles}</tr>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'

@@ -31,17 +31,35 @@ class StepResult:
     seconds: dict[str, float]  # by phase
 
 
-def complete_lines(path: Path) -> list[tuple[bytes, dict[str, float]]]:
-    """The lines of a `metrics.jsonl`, raw and parsed, without one that a killed run left unfinished."""
+def complete_lines(path: Path, *, warn: bool = False) -> list[tuple[bytes, dict[str, float]]]:
+    """The lines of a `metrics.jsonl`, raw and parsed, without cut and damaged ones, which `warn` names in the log."""
     raw_lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [(raw, json.loads(raw)) for raw in raw_lines if raw.endswith(b"\n")]
+    parsed = [(raw, parse_line(raw)) for raw in raw_lines]
+    damaged = [str(number) for number, (_, line) in enumerate(parsed, 1) if line is None]
+    if damaged and warn:
+        logging.warning("%s: line %s cannot be read; the other lines are used", path, ", ".join(damaged[:5]))
+    return [(raw, line) for raw, line in parsed if line is not None]
+
+
+def parse_line(raw: bytes) -> dict[str, float] | None:
+    """The metrics of one iteration; None for half a line of a killed run, and for anything else."""
+    try:
+        line = json.loads(raw) if raw.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("iteration")) is not int:
+        return None
+    return line if all(type(value) in (int, float) for value in line.values()) else None  # bool is no number
 
 
 class MetricsLog:
     """Appends to `metrics.jsonl`; on opening, the lines of iterations from `start` on, which run again, are removed."""
 
     def __init__(self, path: Path, *, start: int) -> None:
-        kept_lines = [(raw, line) for raw, line in complete_lines(path) if line["iteration"] < start]
+        kept_lines = [(raw, line) for raw, line in complete_lines(path, warn=True) if line["iteration"] < start]
+        missing = sorted(set(range(start)) - {int(line["iteration"]) for _, line in kept_lines})
+        if missing:
+            logging.warning("%s: lacks %d of %d iterations, from %d on", path, len(missing), start, missing[0])
         write_file(path, b"".join(raw for raw, _ in kept_lines))
         self.kept_lines = [line for _, line in kept_lines]
         # unbuffered: a full disk must show in `write`, and a killed process must lose no line

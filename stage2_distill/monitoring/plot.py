@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PICTURE_FILE = "curves.png"
+FONT_SIZE, LEGEND_COLUMNS = 14, 2  # points
 MAX_POINTS = 150  # per curve; longer runs are averaged over windows
 Curves = dict[str, tuple[list[float], list[float]]]  # iterations and values by metric
 PANELS = {  # title: prefixes of metrics
@@ -30,18 +31,19 @@ def plot_curves(run: Path) -> Path:
     """Draw the curves of a run; returns the picture's path, ValueError without metrics or without matplotlib."""
     if not (run / METRICS_FILE).is_file():
         raise ValueError(f"run={run}: holds no {METRICS_FILE}; name the folder of a run of distill")
-    lines = [line for _, line in complete_lines(run / METRICS_FILE)]
+    lines = [line for _, line in complete_lines(run / METRICS_FILE, warn=True)]
     if not lines:
-        raise ValueError(f"run={run}: {METRICS_FILE} is empty; wait for the first iteration")
+        raise ValueError(f"run={run}: {METRICS_FILE} has no complete line; wait for the first iteration")
     try:
         from matplotlib.figure import Figure  # not pyplot, which keeps a global state and may open a window
     except ImportError as error:
         raise ValueError("plot: matplotlib is not installed; pip install 'ti2v-distill[plot]'") from error
-    figure = Figure(figsize=(13, 4 * (len(PANELS) // 2)), layout="constrained")  # inches; two panels per row
+    # One panel per row and large letters: they can be read on a screen of 390 pixels too.
+    figure = Figure(figsize=(7, 4.5 * len(PANELS)), layout="constrained")  # inches
     for index, (title, prefixes) in enumerate(PANELS.items()):
-        draw_panel(figure.add_subplot(len(PANELS) // 2, 2, index + 1), title, collect_curves(lines, prefixes))
-    figure.suptitle(f"{run.name}: {len(lines)} iterations")
-    figure.savefig(run / PICTURE_FILE, dpi=100)
+        draw_panel(figure.add_subplot(len(PANELS), 1, index + 1), title, collect_curves(lines, prefixes))
+    figure.suptitle(f"{run.resolve().name}: {len(lines)} iterations", fontsize=FONT_SIZE + 2)
+    figure.savefig(run / PICTURE_FILE, dpi=110)
     return run / PICTURE_FILE
 
 
@@ -72,7 +74,9 @@ def draw_panel(axes: "Axes", title: str, curves: Curves) -> None:
             axes.axhline(limit, color="tab:red", linestyle="--", linewidth=1)
     if title in LOG_SCALE_PANELS and values and min(values) > 0:
         axes.set_yscale("log")
-    axes.set(title=title, xlabel="iteration")
+    axes.set_title(title, fontsize=FONT_SIZE)
+    axes.set_xlabel("iteration", fontsize=FONT_SIZE)
+    axes.tick_params(labelsize=FONT_SIZE)
     axes.grid(alpha=0.3)
-    if curves:
-        axes.legend(fontsize=8)
+    if curves:  # below the panel, where it hides no curve
+        axes.legend(fontsize=FONT_SIZE, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=LEGEND_COLUMNS)

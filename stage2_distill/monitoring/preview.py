@@ -3,6 +3,8 @@
 Each rank samples a part of the rows. A step is marked complete once it has all rows, and is not sampled again then.
 """
 
+import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from stage2_distill.distributed.process_group import RankContext
 from stage2_distill.dmd.rollout import sample_student
 from stage2_distill.optim.ema import EmaWeights
 
-PREVIEW_STORE = "previews.zarr"
+PREVIEW_STORE, DAMAGED_SUFFIX = "previews.zarr", ".damaged"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,18 @@ class PreviewWriter:
         dist.barrier()
         if is_main_rank:
             latent_store.finish_group(self.store, step)
+
+    def open(self) -> None:
+        """Record that more steps will follow; a damaged store is set aside. Rank 0 calls it before the others go on."""
+        if self.interval > 0 and self.store.exists():
+            try:
+                latent_store.is_store_complete(self.store)
+            except ValueError as error:
+                aside = self.store.with_name(self.store.name + DAMAGED_SUFFIX)
+                logging.warning("%s; it is kept as %s, and later previews go to a new store", error, aside.name)
+                shutil.rmtree(aside, ignore_errors=True)
+                self.store.replace(aside)
+        self.close(complete=False)
 
     def close(self, *, complete: bool) -> None:
         """Record in the store whether more steps will follow; rank 0 calls it."""

@@ -87,7 +87,7 @@ def wait_for_writer() -> None:
             thread.join()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_signal_saves_and_the_same_command_resumes(
     model: Path,
     shards: Path,
@@ -121,6 +121,18 @@ def test_second_signal_ends_at_once_unless_it_is_the_first_forwarded(monkeypatch
             now[0] += 6
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.is_requested()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_stopped_command_exits_with_0(model: Path, shards: Path, tmp_path: Path) -> None:

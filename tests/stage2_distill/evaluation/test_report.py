@@ -10,7 +10,7 @@ import pytest
 
 import cli
 from stage2_distill.evaluation.config import EvaluateConfig
-from stage2_distill.evaluation.report import html_table
+from stage2_distill.evaluation.report import html_table, write_report
 from tests.stage2_distill import training_helpers
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
@@ -20,7 +20,8 @@ FLAGS = (
 )
 PROBE = """<script>const bad=[];addEventListener('error',e=>bad.push(e.message||'resource'),true);
 console.error=m=>bad.push(m);setTimeout(()=>{document.title=JSON.stringify({bad,wide:
-document.documentElement.scrollWidth>innerWidth,videos:[...document.querySelectorAll('video')].map(
+document.documentElement.scrollWidth>innerWidth,cut:[...document.querySelectorAll('*')].filter(
+e=>e.scrollWidth>e.clientWidth+1&&e.clientWidth&&getComputedStyle(e).overflowX!='visible').map(e=>e.tagName),videos:[...document.querySelectorAll('video')].map(
 v=>[v.videoWidth,v.videoHeight,v.currentTime>0,v.error===null])})},1500)</script>"""
 JUDGE = "def judge(video, prompt):\n    return {'right': [True, False], 'even': prompt[-1] in '02468'}\n"
 
@@ -77,6 +78,39 @@ def test_page_is_self_contained(out: Path) -> None:
     assert "prefers-color-scheme:dark" in page
 
 
+def test_page_names_its_subject_and_the_directions(out: Path, model: Path) -> None:
+    page, report = (out / "report.html").read_text(), json.loads((out / "report.json").read_text())
+    subject = {
+        "run": ["run"],
+        "checkpoint": [str(out.parent / "run" / "step-000003")],
+        "weights": ["ema"],
+        "model": [str(model)],
+        "data set": [str(out.parent / "data")],
+    }
+    assert report["subject"] == subject
+    for name, texts in subject.items():
+        assert f"<dt>{name}</dt><dd>{texts[0]}</dd>" in page
+    assert "↓ lower is better, ↑ higher is better, ≈ best where" in page
+    for title in ("distance ↓", "diversity ≈", "s per video ↓"):
+        assert f"<th>{title}</th>" in page
+        assert f'<td data-title="{title}">' in page, "beside the cell on narrow screens"
+    for title in ("psnr ↑", "motion / teacher&#x27;s ≈", "right ↑"):
+        assert f'<td data-title="">{title}</td><td data-title="teacher, 4 guided steps">' in page
+
+
+@pytest.mark.parametrize("name", ["pixels.json", "contest.json", "selection.json"])
+@pytest.mark.parametrize("content", [None, b"", b'{"videos": ', b"\xff"])
+def test_an_input_that_cannot_be_read_is_named(name: str, content: bytes | None, out: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(out, tmp_path / "out")
+    (copied / name).unlink(missing_ok=True)
+    if content is not None:
+        (copied / name).write_bytes(content)
+    run = str(out.parent / "run")
+    with pytest.raises(ValueError, match=f"^{copied / name}: "):
+        write_report(EvaluateConfig((run,), "data", "model", str(copied), videos=3, select=True))
+    assert (copied / "report.html").read_bytes() == (out / "report.html").read_bytes()
+
+
 def test_table_escapes_text() -> None:
     assert "&lt;b&gt;" in html_table(("", "x"), [("<b>", "1")])
 
@@ -93,4 +127,5 @@ def test_browser_plays_every_video(out: Path, tmp_path: Path, width: int) -> Non
     probe = json.loads(title[1].replace("&gt;", ">"))
     assert probe["bad"] == []
     assert not probe["wide"], "the page must not scroll sideways"
+    assert probe["cut"] == [], "nothing is wider than its box"
     assert probe["videos"] == [[64, 64, True, True]] * 8

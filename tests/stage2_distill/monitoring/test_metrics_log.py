@@ -4,6 +4,8 @@ import json
 import resource
 from pathlib import Path
 
+import pytest
+
 from stage2_distill.monitoring.metrics_log import METRICS_FILE, MetricsLog, complete_lines
 
 
@@ -37,3 +39,37 @@ def test_lines_wait_for_disk_space(tmp_path: Path) -> None:
 def test_torn_line_is_left_out(tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).write_text('{"iteration": 0, "critic_loss": 1.0}\n{"iteration": 1, "cri')
     assert [line for _, line in complete_lines(tmp_path / METRICS_FILE)] == [{"iteration": 0, "critic_loss": 1.0}]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"\n", b"{}\n", b"null\n", b"[1]\n", b'{"iteration": "2"}\n', b'{"iteration": 2.5}\n',
+     b'{"iteration": true}\n',
+     b'{"iteration": 2, "critic_loss": "low"}\n', b'{"iteration": 2, "critic_loss": null}\n', b"\xff\xfe\n", b"\0\0\n",
+     b'{"iteration": 2, "critic_lo\n', b"[" * 100_000 + b"\n", b'{"iteration": 2, "critic_loss": {"a": 1}}\n'],
+)  # fmt: skip
+def test_damaged_lines_are_named_and_left_out(damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / METRICS_FILE
+    good = [b'{"iteration": %d, "critic_loss": 1.5}\n' % number for number in range(5)]
+    path.write_bytes(b"".join([*good[:2], damage, *good[3:]]))
+    metrics_log = MetricsLog(path, start=4)
+    metrics_log.write({"iteration": 4})
+    metrics_log.close()
+    assert iterations(tmp_path) == [0, 1, 3, 4]
+    assert f"{path}: lacks 1 of 4 iterations, from 2 on" in caplog.messages
+    if damage:
+        assert f"{path}: line 3 cannot be read; the other lines are used" in caplog.messages
+
+
+def test_a_missing_file_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    MetricsLog(tmp_path / METRICS_FILE, start=0).close()
+    assert caplog.messages == []
+    (tmp_path / METRICS_FILE).unlink()
+    MetricsLog(tmp_path / METRICS_FILE, start=7).close()
+    assert caplog.messages == [f"{tmp_path / METRICS_FILE}: lacks 7 of 7 iterations, from 0 on"]
+
+
+def test_numbers_that_are_not_finite_are_kept(tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).write_text('{"iteration": 0, "critic_loss": NaN, "critic_grad_norm": Infinity}\n')
+    (line,) = [line for _, line in complete_lines(tmp_path / METRICS_FILE)]
+    assert line["critic_grad_norm"] == float("inf")

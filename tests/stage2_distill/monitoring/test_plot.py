@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy
 import pytest
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 from PIL import Image
 
 from cli import cli
-from stage2_distill.monitoring.plot import MAX_POINTS, average_windows, collect_curves, plot_curves
+from stage2_distill.monitoring.plot import MAX_POINTS, average_windows, collect_curves, draw_panel, plot_curves
 
 
 def write_metrics(run: Path, count: int) -> Path:
@@ -28,7 +29,7 @@ def test_picture_changes_with_the_run(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["plot", str(write_metrics(tmp_path / "a", 50))])
     assert result.output.strip() == str(tmp_path / "a" / "curves.png")
     first = Image.open(tmp_path / "a" / "curves.png")
-    assert first.size == (1300, 1600)
+    assert first.size == (770, 3960)
     second = Image.open(plot_curves(write_metrics(tmp_path / "b", 51)))
     different = numpy.asarray(first.convert("L")) != numpy.asarray(second.convert("L"))
     assert 0.001 < different.mean() < 0.2
@@ -58,9 +59,28 @@ def test_missing_matplotlib_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "holds no metrics.jsonl"), ("", "is empty")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "holds no metrics.jsonl"), ("", "has no complete line"), ("{\n[]\n", "has no complete line")],
+)
 def test_no_curves_no_picture(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         plot_curves(tmp_path)
+
+
+def test_damaged_lines_are_left_out_of_the_picture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = write_metrics(tmp_path / "run", 5)
+    path = run / "metrics.jsonl"
+    path.write_text('{"iteration": 1, "seconds": "x"}\nnull\n' + path.read_text())
+    assert plot_curves(run).is_file()
+    assert caplog.messages == [f"{path}: line 1, 2, 8 cannot be read; the other lines are used"]
+
+
+def test_letters_can_be_read_on_a_narrow_screen() -> None:
+    """The smallest letters, of 14 points at 110 dots per inch, are 21 pixels of a picture 770 wide: 11 of 390."""
+    axes = Figure(figsize=(7, 4.5)).add_subplot()
+    draw_panel(axes, "Gradient norms", {"student_grad_norm": ([0.0, 1.0], [1.0, 2.0])})
+    texts = [*axes.get_legend().get_texts(), *axes.get_xticklabels(), axes.xaxis.label, axes.title]
+    assert min(text.get_fontsize() for text in texts) / 72 * 110 * 390 / 770 > 10

@@ -1,5 +1,6 @@
 """Previews: the averaged student on fixed conditions, from any number of ranks, after any interruption."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -143,3 +144,18 @@ def test_rank_with_only_padding_writes_nothing(run: Path, model: Path, shards: P
     run_worker([config], 2, tmp_path)
     previews = latent_store.read_latent_rows(tmp_path / "run" / "previews.zarr", "step-000000", 0, 1)
     torch.testing.assert_close(previews, stored(run, "step-000000")[:1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"zarr_format": 3, "attr', b"null", b"\xff"])
+def test_a_damaged_store_is_set_aside(
+    content: bytes, run: Path, model: Path, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Named with what is used instead; the run goes on and its later previews are written."""
+    copied = shutil.copytree(run, tmp_path / "run")
+    (copied / "previews.zarr" / "zarr.json").write_bytes(content)
+    run_here(make_config(shards, model, copied, iterations=6, preview_every=2, preview_count=3))
+    assert latent_store.complete_groups(copied / "previews.zarr") == ["step-000006"]
+    assert (copied / "previews.zarr.damaged" / "step-000004").is_dir()
+    (message,) = [message for message in caplog.messages if "previews.zarr.damaged" in message]
+    assert message.startswith(f"{copied / 'previews.zarr' / 'zarr.json'}: ")
+    assert "later previews go to a new store" in message

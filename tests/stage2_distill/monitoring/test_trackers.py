@@ -2,11 +2,12 @@
 
 import builtins
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -76,10 +77,65 @@ def test_missing_tensorboard_is_one_line_and_training_continues(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wandb_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_wandb(monkeypatch: pytest.MonkeyPatch, **attributes: object) -> ModuleType:
     wandb = ModuleType("wandb")
     wandb.Error = type("Error", (Exception,), {})
-    wandb.init = Mock(side_effect=wandb.Error("api_key\nnot configured"))
+    vars(wandb).update(attributes)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return wandb
+
+
+def test_wandb_without_a_login_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = fake_wandb(monkeypatch)
+    wandb.init = Mock(side_effect=wandb.Error("api_key\nnot configured"))
     with pytest.raises(ValueError, match=r"^wandb=online: api_key not configured; log in, or leave --wandb off$"):
         open_wandb(tmp_path, "online", {})
+
+
+@pytest.mark.parametrize("offline_works", [True, False])
+def test_wandb_without_network_stops_nothing(
+    offline_works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is kept offline, or if that fails too, left out."""
+    run, wandb = Mock(), fake_wandb(monkeypatch)
+    failure = wandb.Error("Run initialization has timed out\nafter 90 s")
+    wandb.init = Mock(side_effect=[failure, run if offline_works else OSError("no space")])
+    trackers = ExperimentTrackers(tmp_path, start=0, wandb="online", options={})
+    trackers.write({"iteration": 0, "critic_loss": 1.0})
+    trackers.close()
+    assert [call.kwargs["mode"] for call in wandb.init.call_args_list] == ["online", "offline"]
+    assert caplog.messages[0].startswith("wandb: cannot start online (Run initialization has timed out after 90 s)")
+    assert len(caplog.messages) == (1 if offline_works else 2)
+    assert run.log.call_args_list == ([call({"critic/loss": 1.0}, step=0)] if offline_works else [])
+
+
+@pytest.mark.parametrize("failing", ["log", "finish"])
+def test_a_tracker_that_fails_later_is_dropped_with_one_line(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, wandb = Mock(), fake_wandb(monkeypatch)
+    wandb.init = Mock(return_value=run)
+    getattr(run, failing).side_effect = wandb.Error("the connection\nis closed")
+    trackers = ExperimentTrackers(tmp_path, start=0, wandb="online", options={})
+    for iteration in range(3):
+        trackers.write({"iteration": iteration, "critic_loss": 1.0})
+    trackers.close()
+    assert run.log.call_count == (1 if failing == "log" else 3)
+    (message,) = caplog.messages
+    assert message.startswith("wandb: failed (the connection is closed); metrics.jsonl goes on")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("critic/loss")] == [0, 1, 2], "the other one goes on"
+
+
+def test_a_run_goes_on_without_its_tensorboard_folder(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = make_shards(tmp_path / "data", model)
+    run_here(make_config(shards, model, tmp_path / "run", iterations=1))
+    shutil.rmtree(tmp_path / "run" / "tensorboard")
+    (tmp_path / "run" / "tensorboard").write_text("a file")
+    assert run_here(make_config(shards, model, tmp_path / "run", iterations=2)).name == "step-000002"
+    (message,) = [message for message in caplog.messages if message.startswith("tensorboard: failed (")]
+    assert "metrics.jsonl goes on" in message
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
