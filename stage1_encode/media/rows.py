@@ -26,6 +26,7 @@ SPECIAL_PATHS = (  # what a path below a folder looks like that was meant for so
     (re.compile(r"\\"), "is written with backslashes; write / between folders"),
     (re.compile(r"/[A-Za-z]:/"), "begins with the letter of a drive; give the path on this machine"),
 )
+MAX_SEED_DIGITS = 18  # more may not fit into 64 bits
 SHOWN_COLUMNS, SHOWN_CHARACTERS = 12, 40  # of a header in an error
 
 
@@ -183,7 +184,7 @@ def _parse_row(number: int, row: CsvRow, columns: CsvColumns, text_only: bool) -
         texts[index] if 0 <= index < len(texts) else "" for index in (columns.video, columns.prompt, columns.seed)
     )
     path, digits = path.strip(), seed.strip()
-    has_seed = digits.isascii() and digits.isdigit()
+    has_seed = digits.isascii() and digits.isdigit() and len(digits) <= MAX_SEED_DIGITS
     # the wording of a problem is part of `rows_digest`: a change would make finished data sets look changed
     if row.problem:
         problem = row.problem
@@ -202,4 +203,4 @@ def _value_problem(path: str, wrong_seed: str, *, text_only: bool) -> str:
         return "the path holds a zero byte"
     if not path and not text_only:
         return "no video given"
-    return f"seed {wrong_seed!r} is not a whole number" if wrong_seed else ""
+    return f"seed {wrong_seed[:SHOWN_CHARACTERS]!r} is not a whole number" if wrong_seed else ""

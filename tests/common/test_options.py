@@ -1,6 +1,7 @@
 """Every option of every command states its choices and bounds once and is checked from Python, YAML and the shell."""
 
 import math
+import re
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
@@ -113,6 +114,42 @@ def test_the_holes_of_the_review_are_closed() -> None:
     for wrong in ({"vram": "foo"}, {"vae_dtype": "int4"}):
         with pytest.raises(ValueError, match="choose one of"):
             SampleConfig(**COMMANDS["sample"][1] | wrong)
+
+
+NUMBER_OPTIONS = [
+    (command, item.name)
+    for command, (config, _) in COMMANDS.items()
+    for item in fields(config)
+    if re.search(r"\b(int|float)\b", str(item.type))
+]
+NO_NUMBERS = ("nan", "NaN", "-nan", "inf", "-inf", "Infinity", "1e999", "-1e999", ".nan", ".inf", "-.inf")
+
+
+def test_there_are_numbers_of_every_kind() -> None:
+    assert len(NUMBER_OPTIONS) > 60
+    assert {("distill", "timesteps"), ("sample", "timesteps"), ("evaluate", "seeds")} < set(NUMBER_OPTIONS)
+
+
+@pytest.mark.parametrize(("command", "name"), NUMBER_OPTIONS)
+def test_what_is_no_number_is_refused_everywhere(command: str, name: str, tmp_path: Path) -> None:
+    config, valid = COMMANDS[command]
+    is_list = str({item.name: item for item in fields(config)}[name].type).startswith("tuple")
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in valid.items()}
+    for text in NO_NUMBERS:
+        for value in (text, [1000.0, yaml.safe_load(text)], [text]) if is_list else (text,):
+            (tmp_path / "c.yaml").write_text(yaml.safe_dump(plain | {name: value}).replace(f"'{text}'", text))
+            with pytest.raises(ValueError, match=f"^{name}="):
+                resolve_config(config, {"config": str(tmp_path / "c.yaml")})
+        required = [
+            f"--{key}={part}"
+            for key, value in plain.items()
+            for part in (value if isinstance(value, list) else [value])
+        ]
+        arguments = ["s"] * (command == "verify") + required
+        for shown in (text, f"1000,{text}") if is_list else (text,):
+            outcome = CliRunner().invoke(cli, [command, *arguments, f"--{name.replace('_', '-')}={shown}"])
+            assert isinstance(outcome.exception, ValueError | SystemExit), (text, outcome)
+            assert name in str(outcome.exception) or f"--{name.replace('_', '-')}" in outcome.output, (text, outcome)
 
 
 PATH_OPTIONS = [

@@ -138,6 +138,13 @@ def test_a_zero_byte_fails_its_row(tmp_path: Path) -> None:
     assert [row.problem for row in rows] == ["the path holds a zero byte", "", ""]
 
 
+@pytest.mark.parametrize("seed", ["nan", "inf", "-1", "1e3", "1.0", "9" * 19, "9" * 5000, "٣", "0x1"])
+def test_what_is_no_seed_fails_its_row(seed: str, tmp_path: Path) -> None:
+    rows = read_rows(f"video,prompt,seed\na.mp4,b,{seed}\na.mp4,b,{'9' * 18}\na.mp4,b,\n", tmp_path)
+    assert [(row.seed, bool(row.problem)) for row in rows] == [(None, True), (10**18 - 1, False), (None, False)]
+    assert len(rows[0].problem) < 100
+
+
 def test_rows_that_are_all_wrong_are_refused_at_once(tmp_path: Path) -> None:
     wrong = "video,prompt\n" + "a.mp4,a, b\n" * 7 + ",x\n" * 3
     assert len(read_rows(wrong, tmp_path)) == 10
