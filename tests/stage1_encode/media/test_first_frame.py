@@ -100,12 +100,13 @@ def test_decord_is_asked_only_where_pyav_has_no_decoder(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("turn", [(x, 0, 0, y) for x in (1, -1) for y in (1, -1)])
 @pytest.mark.parametrize("swapped", [False, True])
-def test_a_mirrored_video_is_mirrored_back(turn: tuple[int, ...], swapped: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+def test_a_mirrored_video_is_mirrored_back(suffix: str, turn: tuple[int, ...], swapped: bool, tmp_path: Path) -> None:
     upright = tiny_models.picture(64, 96, seed=0)
     stored = upright[:: turn[3], :: turn[0]]
     if swapped:
         stored, turn = stored.transpose(1, 0, 2), (0, turn[3], turn[0], 0)
-    path = video(tmp_path / "mirrored.mp4", numpy.ascontiguousarray(stored), turn=turn)
+    path = video(tmp_path / f"mirrored{suffix}", numpy.ascontiguousarray(stored), turn=turn)
     frame = read_first_frame(path, height=64, width=96)
     assert frame.size == (64, 96)
     assert abs(frame.pixels.astype(int) - upright).mean() < 4
