@@ -130,7 +130,7 @@ def choose_optimizer_form(config: DistillConfig, ranks: RankContext, size: Trans
     if config.optimizer_form != AUTO:
         return config.optimizer_form
     for checkpoint in reversed(list_checkpoints(Path(config.out))):
-        with suppress(ValueError, TypeError, KeyError):  # a damaged one, which `resume_run` sets aside
+        with suppress(ValueError):  # a damaged one, which `resume_run` sets aside
             if form := read_facts(checkpoint).memory:
                 return form
     if ranks.device.type != "cuda":

@@ -57,7 +57,9 @@ def resume_run(run_folder: Path, roles: Roles, ranks: RankContext, schedule: Sch
         tensors = training_state(roles)
         check_tensors(checkpoint, tensors, stored_facts)
         load_checkpoint(checkpoint, tensors)  # in place
-        assert stored_facts.position == expected_position, (stored_facts.position, expected_position)
+        if stored_facts.position != expected_position:
+            problem = f"its position in the data is {stored_facts.position}, by these options {expected_position}"
+            raise ValueError(f"{checkpoint}: {problem}; use another folder, or a copy of the checkpoint")
     dist.barrier()  # every rank must have looked before the first one renames
     if ranks.rank == 0:
         set_aside(run_folder, after=completed)

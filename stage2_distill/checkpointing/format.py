@@ -8,16 +8,19 @@ hash of every file. `writer.py` gives the folder its name last.
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
@@ -29,8 +32,16 @@ from common.video import VideoSpec
 
 STUDENT_FILE, INDEX_FILE, BEST_FILE = "student.json", "index.json", "best"
 PARTIAL_SUFFIX, DAMAGED_SUFFIX = ".partial", ".damaged"  # of folders that are not checkpoints, or no longer
+FILE_PATTERN = re.compile(r"[\w-]+\.(safetensors|json)")  # names of the files of a checkpoint
 STEP_FOLDER_PATTERN = re.compile(r"step-(\d{6,})")  # six digits or more: names sort up to a million iterations
 HASH_THREADS = 4
+READ_OPTIONS = {  # what readers of a checkpoint use of its options
+    "iterations": int,
+    "guidance_scale": int | float,
+    "lora_rank": int,
+    "lora_alpha": int | float | None,
+    "shards": list | tuple,
+}
 SAMPLER_KIND = "renoise"  # x0, then fresh noise at the next sigma
 
 
@@ -65,6 +76,16 @@ class StudentFacts:
     position: Count = 0  # records read from the stream
     memory: str = ""  # optimizer form of the roles; the first checkpoints lack it
     data_sets: tuple[str, ...] = ()  # `Manifest.content_digest` of each; checkpoints of 0.1 lack it
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shift < math.inf:
+            raise ValueError(f"shift={self.shift}: must be at least 1")
+        if not self.ladder or sorted({0.0, *self.ladder}, reverse=True) != [*self.ladder, 0]:
+            raise ValueError(f"ladder={list(self.ladder)}: must be falling numbers above 0")
+        for name in READ_OPTIONS.keys() & self.config.keys():  # one that is missing has its default
+            value, kind = self.config[name], READ_OPTIONS[name]
+            if not isinstance(value, kind) or (isinstance(value, int | float) and not 0 <= value < math.inf):
+                raise ValueError(f"{name}={value!r}: is not a value of that option")
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -144,29 +165,80 @@ def read_facts(checkpoint: Path) -> StudentFacts:
     return read_json(checkpoint / STUDENT_FILE, StudentFacts)
 
 
-def checkpoint_damage(checkpoint: Path, *, rank: int = 0, world: int = 1) -> str | None:
-    """The first problem of a checkpoint as text, None if it is intact; each of `world` ranks reads a share of it."""
+def read_index(checkpoint: Path) -> dict[str, FileFacts]:
+    """The content of `index.json`; ValueError if it is damaged or not that of this checkpoint."""
+    index = read_json(checkpoint / INDEX_FILE, dict[str, FileFacts])
+    if STUDENT_FILE not in index:
+        raise ValueError(f"{checkpoint / INDEX_FILE}: does not list {STUDENT_FILE}")
+    for name in index:
+        if not FILE_PATTERN.fullmatch(name):
+            raise ValueError(f"{checkpoint / INDEX_FILE}: lists {name[:80]!r}, which is no file of a checkpoint")
+    return index
+
+
+def checkpoint_damage(checkpoint: Path, *, rank: int = 0, world: int = 1, prefix: str = "") -> str | None:
+    """The first problem of a checkpoint as text, None if it is intact; each of `world` ranks reads a share of it.
+
+    prefix: look only at the files that hold tensors whose names begin with it.
+    """
     try:
-        index = read_json(checkpoint / INDEX_FILE, dict[str, FileFacts])
+        index = read_index(checkpoint)
     except ValueError as error:
         return str(error)
-    expected = [(checkpoint / name, facts) for name, facts in sorted(index.items())]
+    paths = {checkpoint / name: facts for name, facts in sorted(index.items())}
+    expected = [(path, facts) for path, facts in paths.items() if holds_tensors(path, prefix)]
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         problems = pool.map(lambda entry: file_damage(*entry), expected[rank::world])
-        return next((problem for problem in problems if problem is not None), None)
+        problem = next((problem for problem in problems if problem is not None), None)
+    if problem is None and STEP_FOLDER_PATTERN.fullmatch(checkpoint.name):
+        with suppress(ValueError):  # another version's, which the reader of the facts names
+            iteration = read_facts(checkpoint).iteration
+            if iteration != iteration_of(checkpoint):
+                return f"{STUDENT_FILE} is that of iteration {iteration}"
+    return problem
+
+
+def holds_tensors(path: Path, prefix: str) -> bool:
+    """Whether a file may hold tensors whose names begin with `prefix`."""
+    if not prefix or path.suffix != ".safetensors" or not path.is_file():  # a pipe would be waited for
+        return True
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(name.startswith(prefix) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):  # then its damage is what there is to say
+        return True
 
 
 def file_damage(path: Path, expected: FileFacts) -> str | None:
     """The problem of one file of a checkpoint as text, None if it is intact."""
-    if not path.is_file():
+    if not path.exists():
         return f"{path.name} is missing"
-    if path.stat().st_size != expected.size:  # before hashing: a truncated file need not be read
-        return f"{path.name} has {path.stat().st_size} bytes, {expected.size} were written"
-    return None if FileFacts.read(path) == expected else f"{path.name} has other bytes than were written"
+    if not path.is_file():  # a pipe would be waited for
+        return f"{path.name} is no file"
+    try:
+        if path.stat().st_size != expected.size:  # before hashing: a truncated file need not be read
+            return f"{path.name} has {path.stat().st_size} bytes, {expected.size} were written"
+        return None if FileFacts.read(path) == expected else f"{path.name} has other bytes than were written"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+
+
+def refuse_damaged(checkpoint: Path, weights: str) -> None:
+    """Raise ValueError if files that hold the tensors `weights`.* are not what was written.
+
+    Without an index, as in a copy of the weights alone, a warning says that nothing is checked.
+    """
+    if not (checkpoint / INDEX_FILE).exists():
+        logging.warning("%s: is missing; the files are read unchecked", checkpoint / INDEX_FILE)
+    elif (problem := checkpoint_damage(checkpoint, prefix=f"{weights}.")) is not None:
+        others = [path.name for path in list_checkpoints(checkpoint.parent) if path.name != checkpoint.name]
+        remedy = f"name another one, such as {checkpoint.parent / others[-1]}" if others else "restore it from a copy"
+        raise ValueError(f"checkpoint={checkpoint}: is damaged: {problem}; {remedy}")
 
 
 def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` in place from a checkpoint, each in its own dtype; ValueError if one is missing or unreadable."""
+    check_headers(checkpoint)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
@@ -175,8 +247,21 @@ def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{checkpoint}: does not have the required tensors ({error_reason(error)})") from error
 
 
+def check_headers(checkpoint: Path) -> None:
+    """Raise ValueError for the first file of tensors whose header cannot be read; torch would log a traceback."""
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            if path.is_file():  # a pipe would be waited for
+                with safe_open(path, framework="pt"):
+                    continue
+            raise OSError("it is no file")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: cannot be read ({error})") from error
+
+
 def stored_shapes(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Names of the tensors of a checkpoint with the shape of all ranks' parts together, and the dtype."""
+    check_headers(checkpoint)
     entries = HuggingFaceStorageReader(str(checkpoint.absolute())).read_metadata().state_dict_metadata
     tensors = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
     return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in tensors.items()}
@@ -216,7 +301,11 @@ def set_aside(run: Path, *, after: int) -> None:
 
 def prune_checkpoints(run: Path, keep_last: int, keep_every: int = 0) -> None:
     """Delete all but the newest `keep_last` checkpoints, each `keep_every`-th iteration's (0: none) and the best."""
-    best_name = read_best(run)
+    try:
+        best_name = read_best(run)
+    except ValueError as error:  # the best is not known, and must not be deleted
+        logging.warning("%s; older checkpoints are kept until it is deleted or written again", error)
+        return
     for folder in list_checkpoints(run)[:-keep_last]:
         if folder.name != best_name and not (keep_every and iteration_of(folder) % keep_every == 0):
             # a run killed during rmtree must not leave a folder that looks like a checkpoint

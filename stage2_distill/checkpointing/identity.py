@@ -16,7 +16,15 @@ from common.files import refuse_foreign_files
 from common.model_folder import same_fingerprint
 from common.options import convert_value, read_yaml, rename_old_keys
 from shards.mixture import draw_shares, parse_weight
-from stage2_distill.checkpointing.format import StudentFacts, iteration_of, list_checkpoints, read_facts
+from stage2_distill.checkpointing.format import (
+    STUDENT_FILE,
+    StudentFacts,
+    file_damage,
+    iteration_of,
+    list_checkpoints,
+    read_facts,
+    read_index,
+)
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, Schedule
 from stage2_distill.monitoring.metrics_log import METRICS_FILE, complete_lines
@@ -36,8 +44,9 @@ NEW_RUN = "begin another run in a new folder with --init-from"
 def newest_facts(run: Path) -> tuple[Path, StudentFacts] | None:
     """The newest checkpoint of a run whose facts can be read, and those facts; None without one."""
     for checkpoint in reversed(list_checkpoints(run)):
-        with suppress(ValueError, TypeError, KeyError, OSError):  # a damaged one, which is set aside later
-            return checkpoint, read_facts(checkpoint)
+        with suppress(ValueError):  # a damaged one, which is set aside later
+            if file_damage(checkpoint / STUDENT_FILE, read_index(checkpoint)[STUDENT_FILE]) is None:
+                return checkpoint, read_facts(checkpoint)
     return None
 
 
@@ -133,7 +142,7 @@ def check_model(checkpoint: Path, stored: StudentFacts, facts: StudentFacts) -> 
 
 def check_data(checkpoint: Path, stored: StudentFacts, facts: StudentFacts) -> None:
     """Raise ValueError if a checkpoint was trained on other records; checkpoints of 0.1 know their places only."""
-    given, before = (option_texts(one.config["shards"]) for one in (facts, stored))
+    given, before = (option_texts(one.config.get("shards", ())) for one in (facts, stored))
     folders, folders_before = ([parse_weight(text)[0] for text in texts] for texts in (given, before))
     if not stored.data_sets:
         if [Path(one).resolve() for one in folders] == [Path(one).resolve() for one in folders_before]:
@@ -163,7 +172,7 @@ def option_texts(value: object) -> list[str]:
 
 def rate_warning(checkpoint: Path, stored: StudentFacts, schedule: Schedule) -> str | None:
     """What to say if another number of iterations would have given completed ones other learning rates, else None."""
-    iterations = int(str(stored.config["iterations"]))
+    iterations = int(str(stored.config.get("iterations", DistillConfig.iterations)))
     before, completed = replace(schedule, iterations=iterations), stored.iteration
     differing = (
         iteration

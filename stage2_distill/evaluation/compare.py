@@ -30,6 +30,7 @@ from shards.dataset import open_data_set
 from shards.manifest import check_manifest
 from shards.record import Record, collate_records, group_by_first_frame, pad_text
 from stage2_distill.checkpointing import format as checkpoints
+from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import rank_and_world, wait_for_ranks
 from stage2_distill.dmd.rollout import sample_euler, sample_student
 from stage2_distill.evaluation.config import EvaluateConfig
@@ -114,7 +115,8 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     data_digest = hashlib.sha256(repr((data.manifest.shards, data.manifest.negative_sha256)).encode()).hexdigest()
     records = tuple(data.read_record(index) for index in range(count))
     negative_text, store = pad_text(data.negative, config.max_text_tokens), Path(config.out) / LATENTS_STORE
-    scale = float(str(first.config["guidance_scale"] if config.guidance_scale is None else config.guidance_scale))
+    stored_scale = first.config.get("guidance_scale", DistillConfig.guidance_scale)
+    scale = float(str(stored_scale if config.guidance_scale is None else config.guidance_scale))
     digest, ranks = f"{count} of {data_digest}", rank_and_world()
     return EvaluationSetup(config, first, records, negative_text, digest, scale, store, *ranks)
 

@@ -16,6 +16,7 @@ from stage2_distill.checkpointing.format import (
     StudentFacts,
     load_checkpoint,
     read_facts,
+    refuse_damaged,
     resolve_checkpoint,
     stored_shapes,
 )
@@ -114,6 +115,7 @@ def open_student_weights(checkpoint: str, model: str, weights: str) -> StudentWe
     check_model(model, facts, ("transformer",))
     if facts.sampler != SAMPLER_KIND:
         raise ValueError(f"{folder}: needs the sampler {facts.sampler}, which this version does not have")
+    refuse_damaged(folder, STORED_PREFIX[weights])
     base = read_weight_table(locate_part(locate_model(model, ("transformer",)), "transformer"))
     stored = {name: TensorShape(*entry) for name, entry in stored_shapes(folder).items()}
     return StudentWeights(folder, facts, STORED_PREFIX[weights], base, lora_settings(facts.config), stored)

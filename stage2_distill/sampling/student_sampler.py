@@ -113,6 +113,7 @@ def load_student(
     check_model(model, facts, ("transformer",))
     if facts.sampler != checkpoints.SAMPLER_KIND:
         raise ValueError(f"{path}: needs the sampler {facts.sampler}, which this version does not have")
+    checkpoints.refuse_damaged(path, weights)
     adapter_settings = lora_settings(facts.config)
     if adapter_settings is None and not loras:
         net = wan.materialize_transformer(wan.build_meta_transformer(base, dtype, plan), device).requires_grad_(False)
