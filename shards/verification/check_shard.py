@@ -3,6 +3,7 @@
 import hashlib
 import io
 import tarfile
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -106,7 +107,7 @@ def _check_tar(storage: Storage, manifest: Manifest, index: ShardIndex, report: 
         damaged = [
             member.name
             for member, part in zip(pair, parts, strict=True)
-            if hashlib.sha256(part).hexdigest() != member.sha256
+            if hashlib.sha256(part).hexdigest() != member.sha256 or zlib.crc32(part) != member.crc32
         ]
         for member in damaged:
             report.add_problem(name, member, "hash differs")

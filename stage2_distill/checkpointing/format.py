@@ -42,6 +42,8 @@ READ_OPTIONS = {  # what readers of a checkpoint use of its options
     "lora_alpha": int | float | None,
     "shards": list | tuple,
 }
+# What torch's reader raises for safetensors files that are damaged, or that torch did not write.
+READ_ERRORS = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 SAMPLER_KIND = "renoise"  # x0, then fresh noise at the next sigma
 
 
@@ -260,9 +262,12 @@ def check_headers(checkpoint: Path) -> None:
 
 
 def stored_shapes(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Names of the tensors of a checkpoint with the shape of all ranks' parts together, and the dtype."""
+    """Names of the tensors of a checkpoint with the shape of all ranks' parts, and the dtype; ValueError if damaged."""
     check_headers(checkpoint)
-    entries = HuggingFaceStorageReader(str(checkpoint.absolute())).read_metadata().state_dict_metadata
+    try:
+        entries = HuggingFaceStorageReader(str(checkpoint.absolute())).read_metadata().state_dict_metadata
+    except READ_ERRORS as error:
+        raise ValueError(f"{checkpoint}: cannot be read ({error_reason(error)})") from error
     tensors = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
     return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in tensors.items()}
 

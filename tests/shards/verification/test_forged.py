@@ -223,6 +223,11 @@ def test_counts_that_are_not_those_of_the_sidecar_are_named(folder: Path, record
     assert "describes" in str(verify_data_set(folder).problems[0])
 
 
+def test_a_checksum_that_only_the_reader_looks_at_is_verified_too(folder: Path) -> None:
+    forgery.sign_sidecar(folder, lambda fields: fields["members"][1].update(crc32=7))
+    expect_finding(folder, "shard-000000.tar", FACTS, "hash differs")
+
+
 def entry(name: str, **fields: object) -> tarfile.TarInfo:
     """An entry of a tar."""
     info = tarfile.TarInfo(name)
