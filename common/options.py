@@ -276,9 +276,9 @@ def read_yaml(path: str) -> dict[str, object]:
     """The keys of a YAML file; ValueError with one line if it cannot be read."""
     try:
         loaded = yaml.safe_load(Path(expand_path("config", path)).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:  # of dates and deep nesting
         raise ValueError(f"config={path}: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, dict):
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise ValueError(f"config={path}: must hold KEY: VALUE lines")
     return loaded
 

@@ -77,7 +77,7 @@ def check_options(data: bytes, expected: Mapping[str, object]) -> None:
     """Raise ValueError if the bytes of `encode.yaml` are damaged, or hold another value of an option than expected."""
     try:
         options = yaml.safe_load(data.decode())
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, OverflowError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict) or not all(isinstance(options.get(name), str) for name in ("data", "model")):
         raise ValueError("is damaged: it must hold KEY: VALUE lines with data and model")

@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 from cli import cli
-from common.options import check_fields, option, option_spec, resolve_config
+from common.options import check_fields, option, option_spec, read_yaml, resolve_config
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.evaluation.config import EvaluateConfig
@@ -315,3 +315,10 @@ def test_home_and_variables_in_arguments(tmp_path: Path, monkeypatch: pytest.Mon
     for words in (["verify", "~/none"], ["plot", "~/none"], ["encode", "--config", "~/none"]):
         error = CliRunner().invoke(cli, words).exception
         assert str(tmp_path / "none") in str(error)
+
+
+@pytest.mark.parametrize("content", ["?", "1: 2", "[" * 3000, "a: 2020-99-99", "a: 0001-01-01 00:00:00 +23:59", "\0"])
+def test_a_file_that_yaml_itself_fails_on_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(content)
+    with pytest.raises(ValueError, match=rf"^config={tmp_path}/x.yaml: [^\n]+$"):
+        read_yaml(str(tmp_path / "x.yaml"))
