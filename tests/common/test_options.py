@@ -317,7 +317,7 @@ def test_home_and_variables_in_arguments(tmp_path: Path, monkeypatch: pytest.Mon
         assert str(tmp_path / "none") in str(error)
 
 
-@pytest.mark.parametrize("content", ["?", "1: 2", "[" * 3000, "a: 2020-99-99", "a: 0001-01-01 00:00:00 +23:59", "\0"])
+@pytest.mark.parametrize("content", ["?", "1: 2", "[" * 3000, "a: 2020-99-99", "\0"])
 def test_a_file_that_yaml_itself_fails_on_is_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(content)
     with pytest.raises(ValueError, match=rf"^config={tmp_path}/x.yaml: [^\n]+$"):

@@ -36,9 +36,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz") / "run"
     step = folder / "step-000003"
     dcp.save(TENSORS, storage_writer=build_storage_writer(step, TENSORS, 1), no_dist=True)
-    index = {path.name: vars(checkpoints.FileFacts.read(path)) for path in step.glob("*.safetensors")}
-    checkpoints.write_json(step / "index.json", index)
     shutil.copy(OLD_FACTS, step)
+    index = {path.name: vars(checkpoints.FileFacts.read(path)) for path in step.iterdir()}
+    checkpoints.write_json(step / "index.json", index)
     checkpoints.write_best(folder, "step-000003", distance=1.0, iteration=3)
     return folder
 
