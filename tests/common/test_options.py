@@ -15,6 +15,7 @@ from common.options import check_fields, option, option_spec, read_yaml, resolve
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.evaluation.config import EvaluateConfig
+from stage2_distill.export.config import ExportConfig
 from stage2_distill.sampling.config import SampleConfig
 
 COMMANDS: dict[str, tuple[type, dict[str, object]]] = {
@@ -23,6 +24,7 @@ COMMANDS: dict[str, tuple[type, dict[str, object]]] = {
     "distill": (DistillConfig, {"shards": ("s",), "model": "m", "out": "o"}),
     "sample": (SampleConfig, {"checkpoint": "c", "model": "m", "out": "o.mp4", "prompt": "p"}),
     "evaluate": (EvaluateConfig, {"checkpoint": ("c",), "shards": "s", "model": "m", "out": "o"}),
+    "export": (ExportConfig, {"checkpoint": "c", "model": "m", "format": "lora", "rank": 2, "out": "o"}),
     "decode": (DecodeConfig, {"latents": "l.zarr", "model": "m", "out": "o"}),
 }
 
