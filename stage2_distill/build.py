@@ -18,7 +18,7 @@ from stage2_distill.dmd.rollout import StudentRollouts
 from stage2_distill.dmd.rollout_reuse import RolloutReuse
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, Schedule
 from stage2_distill.dmd.score_noise import ScoreNoise
-from stage2_distill.model.attention import check_kernel
+from stage2_distill.model.attention import check_kernel, choose_kernel, uses_flash_3
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters, lora_settings
 from stage2_distill.model.transformer import WanTransformer
@@ -27,6 +27,7 @@ from stage2_distill.model.weight_loading import copy_weights, fill_parameter, re
 from stage2_distill.optim.optimizers import OptimizerSettings
 from stage2_distill.planning.memory import choose_form
 from stage2_distill.planning.network_size import TransformerSize
+from stage2_distill.planning.start_report import Machine
 from stage2_distill.trainer import GradientAccumulator, Roles, TrainedRole, Trainer
 from stage2_distill.weight_files.lora_files import LoraFile, parse_loras
 from stage2_distill.weight_files.stored_tensors import MappedTensor
@@ -137,6 +138,16 @@ def choose_optimizer_form(config: DistillConfig, ranks: RankContext, size: Trans
         return STANDARD
     _, total = torch.cuda.mem_get_info(ranks.device)
     return choose_form(config, size, world=ranks.world, gpu_bytes=total)
+
+
+def describe_machine(config: DistillConfig, ranks: RankContext) -> Machine:
+    """The device of this rank, which stands for all, and the kernel that attention takes there."""
+    kernel = choose_kernel(config.attention, half_on_gpu=ranks.device.type == "cuda" and config.dtype == "bfloat16")
+    if ranks.device.type != "cuda":
+        return Machine(ranks.world, "cpu", 0, kernel)
+    _, total = torch.cuda.mem_get_info(ranks.device)
+    kernel = "flash-3" if kernel == "flash" and uses_flash_3() else kernel
+    return Machine(ranks.world, torch.cuda.get_device_name(ranks.device), total, kernel)
 
 
 @torch.no_grad()

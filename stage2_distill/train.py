@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -16,18 +17,19 @@ from shards.dataset import DataSet, prefetch_ordered
 from shards.manifest import check_manifest
 from shards.mixture import DataSetMixture, RecordStream, open_data_sets
 from shards.record import pad_text
-from stage2_distill.build import build_roles, build_trainer
+from stage2_distill.build import build_roles, build_trainer, choose_optimizer_form, describe_machine
 from stage2_distill.checkpointing.format import (
     SAMPLER_KIND,
     StudentFacts,
     delete_unfinished,
+    iteration_of,
     list_checkpoints,
     step_folder,
 )
 from stage2_distill.checkpointing.identity import RUN_CONFIG_FILE, check_run
 from stage2_distill.checkpointing.writer import CheckpointOptions, CheckpointWriter
 from stage2_distill.config import DistillConfig
-from stage2_distill.distributed.process_group import own_folder, start_process_group, wait_for_ranks
+from stage2_distill.distributed.process_group import RankContext, own_folder, start_process_group, wait_for_ranks
 from stage2_distill.distributed.signals import StopSignal
 from stage2_distill.dmd.condition_dropout import ConditionDropout
 from stage2_distill.dmd.schedule import CRITIC, MicroBatch, Schedule
@@ -40,8 +42,12 @@ from stage2_distill.monitoring.preview import (
     PreviewWriter,
     open_previews,
 )
+from stage2_distill.planning.network_size import TransformerSize
+from stage2_distill.planning.plan_text import format_hours
+from stage2_distill.planning.start_report import start_lines
 from stage2_distill.resume import initialize_from, resume_run, training_state
 from stage2_distill.trainer import DivergedError, Trainer, train_step
+from stage2_distill.weight_files.transformer_config import read_transformer_config
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,22 @@ def distill(config: DistillConfig) -> Path:
     with own_folder(out):
         if ranks.rank == 0:
             open_run_folder(out, config, facts, schedule)
+            log_plan(config, ranks, model)
         roles = build_roles(config, ranks, model)
         negative_text = pad_text(data.negative, config.max_text_tokens).to(ranks.device)
         trainer = build_trainer(config, ranks, schedule, roles, negative_text)
         run = TrainingRun(config, trainer, data, replace(facts, memory=roles.form))
         train_loop(run, start_or_resume(run))
     return list_checkpoints(out)[-1]
+
+
+def log_plan(config: DistillConfig, ranks: RankContext, model: Path) -> None:
+    """Say on what the run computes, what it will take, and how to stop it."""
+    size = TransformerSize.of(read_transformer_config(locate_part(model, "transformer")))
+    form, checkpoints = choose_optimizer_form(config, ranks, size), list_checkpoints(Path(config.out))
+    completed = iteration_of(checkpoints[-1]) if checkpoints else 0
+    for line in start_lines(config, size, describe_machine(config, ranks), form, completed):
+        logging.info("%s", line)
 
 
 def start_or_resume(run: TrainingRun) -> int:
@@ -139,7 +155,7 @@ def train_loop(run: TrainingRun, start_iteration: int) -> None:
     config, trainer = run.config, run.trainer
     roles, ranks, timer = trainer.roles, trainer.ranks, trainer.timer
     previews, preview_student = start_previews(run, start_iteration)
-    completed = start_iteration
+    completed, began = start_iteration, time.monotonic()
     with (
         closing(load_micro_batches(run, start_iteration)) as loader,
         TrainingMonitor(
@@ -172,14 +188,19 @@ def train_loop(run: TrainingRun, start_iteration: int) -> None:
                 break
         writer.finish()
     if ranks.rank == 0:
-        end_run(previews, completed, config.iterations)
+        previews.close(complete=completed == config.iterations)
+        log_end(run, range(start_iteration, completed), time.monotonic() - began)
 
 
-def end_run(previews: PreviewWriter, completed: int, iterations: int) -> None:
-    """Say whether the run has all its iterations."""
-    previews.close(complete=completed == iterations)
-    if completed < iterations:
-        logging.info("stopped after iteration %d; resume with the same command", completed)
+def log_end(run: TrainingRun, iterations: range, seconds: float) -> None:
+    """Say what the iterations of this start took, and whether the run has all."""
+    device = run.trainer.ranks.device
+    if iterations:
+        peak = f", peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
+        each = f"{seconds / len(iterations):.2f} s each"
+        logging.info("%d iterations in %s, %s%s", len(iterations), format_hours(seconds / 3600), each, peak)
+    if iterations.stop < run.config.iterations:
+        logging.info("stopped after iteration %d; resume with the same command", iterations.stop)
 
 
 def save_checkpoint(run: TrainingRun, writer: CheckpointWriter, completed: int) -> None:

@@ -1,0 +1,83 @@
+"""The lines with which a training run begins: on what, memory, time, output, how to stop. Imports no torch."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stage2_distill.config import DistillConfig
+from stage2_distill.planning.cards import find_card, planned_kernel
+from stage2_distill.planning.duration import iteration_seconds
+from stage2_distill.planning.memory import MemoryEstimate, estimate_memory
+from stage2_distill.planning.network_size import TransformerSize
+from stage2_distill.planning.plan_text import format_hours
+from stage2_distill.planning.run_plan import GIB, compare_modes, find_remedy
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the ranks of a run compute on."""
+
+    ranks: int
+    device: str  # name of the GPU, or cpu
+    total_bytes: float  # of a GPU
+    kernel: str  # of attention, as `cards` names it, or torch's own
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the ranks compute on GPUs."""
+        return self.device != "cpu"
+
+
+def start_lines(
+    config: DistillConfig, size: TransformerSize, machine: Machine, form: str, completed: int
+) -> Iterator[str]:
+    """What a run says before anything slow; `completed` iterations are done."""
+    memory = estimate_memory(config, size, world=machine.ranks, form=form)
+    yield (
+        f"on {machine.ranks} x {machine.device}: {form} form, attention {machine.kernel}, activations "
+        f"{config.activation_checkpointing}{', compiled' * config.compile}; {describe_memory(memory, machine)}"
+    )
+    if machine.has_gpu and not memory.fits(machine.total_bytes):
+        modes = tuple(compare_modes(config, size, gpus=machine.ranks, total=machine.total_bytes))
+        remedy = find_remedy(config, size, modes, gpus=machine.ranks, total=machine.total_bytes)
+        yield f"WARNING: this may be more memory than the GPU has; if it is, use {remedy}"
+    yield describe_time(config, size, machine, form, config.iterations - completed)
+    yield describe_output(config, memory)
+    yield "to stop: Ctrl-C or SIGTERM, which saves a checkpoint; the same command resumes"
+
+
+def describe_memory(memory: MemoryEstimate, machine: Machine) -> str:
+    """Predicted memory of a rank."""
+    host = f"{memory.host / GIB:.1f} GiB of host memory per rank"
+    if not machine.has_gpu:
+        return f"about {(memory.gpu + memory.host) / GIB:.1f} GiB of memory per rank"
+    return f"about {memory.gpu / GIB:.1f} of {machine.total_bytes / GIB:.1f} GiB per GPU, {host}"
+
+
+def describe_time(config: DistillConfig, size: TransformerSize, machine: Machine, form: str, iterations: int) -> str:
+    """Predicted time of the iterations that are left."""
+    card = find_card(machine.device)
+    if card is None:
+        return f"{iterations} iterations to do; this device is not in the table of speeds, so watch the progress"
+    kernel = planned_kernel(config.attention, card) if machine.kernel in ("torch", "math") else machine.kernel
+    seconds = iteration_seconds(config, size, card, world=machine.ranks, form=form, kernel=kernel)
+    hours, accuracy = iterations * seconds / 3600, "" if card.measured else f" ({card.source})"
+    spent = f"{format_hours(hours)}, {hours * machine.ranks:.1f} GPU-hours"
+    return f"{iterations} iterations to do: about {seconds:.2f} s each, {spent}{accuracy}"
+
+
+def describe_output(config: DistillConfig, memory: MemoryEstimate) -> str:
+    """Where the checkpoints go, and whether the disk has room for them."""
+    folder = next(path for path in (Path(config.out).absolute(), *Path(config.out).absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(folder).free, memory.checkpoint * (config.keep_last + 1)
+    state = "" if free > needed else ": TOO LITTLE, use a larger disk or a smaller --keep-last"
+    return (
+        f"output: {config.out}, a checkpoint of {format_bytes(memory.checkpoint)} every {config.checkpoint_every} "
+        f"iterations, {config.keep_last} kept; needs {format_bytes(needed)}, {format_bytes(free)} free{state}"
+    )
+
+
+def format_bytes(count: float) -> str:
+    """A size in MB or GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
