@@ -4,6 +4,7 @@ Torch and the stages are imported inside the commands, so that `--help` answers 
 """
 
 import csv
+import errno
 import json
 import logging
 import os
@@ -386,7 +387,8 @@ def main() -> None:
     except (RuntimeError, OSError) as error:
         if type(error) in (RuntimeError, NotImplementedError):  # a bug of ours: show the traceback
             raise
-        click.echo(f"error: {error}", err=True)
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        click.echo(f"error: {error}{'; free disk space and repeat the same command' if is_full else ''}", err=True)
         sys.exit(1)
     sys.exit(code or 0)
 

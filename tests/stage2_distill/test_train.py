@@ -1,16 +1,19 @@
 """Whole runs: the same twice, stopped and resumed, and under the import hook of lock 3."""
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from common.options import write_config
+from shards import latent_store
 from stage2_distill.checkpointing.format import list_checkpoints, newest_checkpoint, read_facts
 from tests.stage2_distill.training_helpers import ROOT, assert_same, make_config, make_shards, run_here, tensors
 
@@ -81,6 +84,23 @@ def test_the_second_run_in_a_folder_is_refused(model: Path, shards: Path, unbrok
     first.kill()
     first.wait()
     assert run_here(make_config(shards, model, tmp_path / "run", iterations=7)).name == "step-000007"
+
+
+def test_a_full_disk_while_a_preview_is_written_recovers_by_the_same_command(
+    model: Path, shards: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(shards, model, tmp_path / "run", preview_every=4, preview_count=1)
+    monkeypatch.setattr(
+        latent_store, "finish_group", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    )
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            run_here(config)
+    (tmp_path / "run" / "step-000005.partial").mkdir()  # what a kill in a save leaves, perhaps all the space there was
+    monkeypatch.undo()
+    assert_same(unbroken, run_here(config))
+    assert latent_store.complete_groups(tmp_path / "run" / "previews.zarr") == ["step-000000", "step-000004"]
+    assert not list((tmp_path / "run").glob("*.partial"))
 
 
 def test_foreign_folder_is_refused(model: Path, shards: Path, tmp_path: Path) -> None:
