@@ -90,6 +90,17 @@ def write_report(config: EvaluateConfig) -> Path:
     return out / PAGE_FILE
 
 
+def summary_lines(out: Path) -> list[str]:
+    """The candidates of OUT/report.json as a table in text: distance, valid videos if there is a judge, seconds."""
+    report = read_results(out / REPORT_FILE)
+    lines = [f"{'':34}{'distance / floor':>18}{'valid videos':>14}{'s per video':>13}"]
+    for one in report["contestants"].values():
+        valid = one.get("answers", {}).get("valid")
+        share = "-" if valid is None else f"{valid['mean']:.3f}"
+        lines.append(f"{one['label']:34}{one['times_floor']:18.2f}{share:>14}{one['seconds']:13.3g}")
+    return lines
+
+
 def read_results(path: Path) -> Any:  # noqa: ANN401
     """The content of a JSON or safetensors file of this evaluation; ValueError that names it if it cannot be read."""
     try:

@@ -10,7 +10,7 @@ import pytest
 
 import cli
 from stage2_distill.evaluation.config import EvaluateConfig
-from stage2_distill.evaluation.report import html_table, write_report
+from stage2_distill.evaluation.report import html_table, summary_lines, write_report
 from tests.stage2_distill import training_helpers
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
@@ -68,6 +68,18 @@ def test_report_holds_the_metrics(out: Path) -> None:
     assert rows["student"]["seconds"] > 0
     expected = rows["student"]["frechet"]["mean"] / report["floor"]["mean"]
     assert rows["student"]["times_floor"] == pytest.approx(expected)
+
+
+def test_summary_has_a_line_per_candidate(out: Path, tmp_path: Path) -> None:
+    rows = json.loads((out / "report.json").read_text())["contestants"]
+    head, *lines = summary_lines(out)
+    assert head.split("  ")[-1] == "s per video"
+    assert [line[:34].rstrip() for line in lines] == [one["label"] for one in rows.values()]
+    assert [line.split()[-2] for line in lines] == ["-"] * 4, "this judge has no question `valid`"
+    rows["student"]["answers"]["valid"] = {"mean": 0.25}
+    (tmp_path / "report.json").write_text(json.dumps({"contestants": rows}))
+    assert summary_lines(tmp_path)[-1].split()[-2] == "0.250"
+    assert float(lines[-1].split()[-3]) == pytest.approx(rows["student"]["times_floor"], abs=0.005)
 
 
 def test_page_is_self_contained(out: Path) -> None:
