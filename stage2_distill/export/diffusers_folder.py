@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from common.model_folder import locate_part
 from stage2_distill.checkpointing.format import StudentFacts
 from stage2_distill.export.scheduler import OWN_FILE, OWN_MODULE, scheduler_config, scheduler_entry
 from stage2_distill.weight_files.safetensors_writer import SHARD_BYTES, TensorShape, write_model_folder
+from stage2_distill.weight_files.transformer_config import read_transformer_config
 
 COPIED_PARTS = ("vae", "text_encoder", "tokenizer")
 INDEX_FILE = "model_index.json"
@@ -31,10 +33,13 @@ def write_diffusers_folder(
     """Write the pipeline of a student, distilled from the model folder `model`, into an empty folder."""
     transformer = folder / "transformer"
     transformer.mkdir()
-    shutil.copyfile(model / "transformer" / "config.json", transformer / "config.json")
+    write_json(transformer / "config.json", read_transformer_config(locate_part(model, "transformer")))
     write_model_folder(transformer, shapes, tensors, shard_bytes=SHARD_BYTES)
     for part in COPIED_PARTS:
-        copy_part(model / part, folder / part)
+        path = locate_part(model, part)
+        if path != model / part:
+            raise ValueError(f"model={model}: has the original {part}; a pipeline needs a folder in diffusers' layout")
+        copy_part(path, folder / part)
     write_scheduler(folder / "scheduler", facts)
     write_json(folder / INDEX_FILE, build_index(model, facts))
 

@@ -13,14 +13,20 @@ from pathlib import Path
 import torch
 
 from common.device import pick_device
-from common.model_folder import locate_model
+from common.model_folder import locate_model, locate_part
+from shards.dataset import open_data_set
+from shards.manifest import check_manifest
 from stage2_distill.export.config import DIFFUSERS, LORA, ExportConfig
 from stage2_distill.export.diffusers_folder import COPIED_PARTS, write_diffusers_folder, write_scheduler
 from stage2_distill.export.lora_file import write_adapter, write_low_rank
 from stage2_distill.export.model_card import CardFacts, find_licence, render_card
-from stage2_distill.export.student_weights import StudentWeights, cast_weight, open_student_weights
+from stage2_distill.export.student_weights import STORED_PREFIX, StudentWeights, cast_weight, open_student_weights
 from stage2_distill.export.wan_file import sampling_metadata, write_wan_file, write_workflows
-from stage2_distill.sampling.student_sampler import check_model
+from stage2_distill.model.layers import ExecutionPlan
+from stage2_distill.sampling.student_sampler import StudentSampler, load_student
+from stage2_distill.sampling.student_source import check_model
+from stage2_distill.weight_files.lora_files import LoraFile
+from stage2_distill.weight_files.transformer_config import HEADS_KEY, read_transformer_config
 
 CARD_FILE = "README.md"
 
@@ -60,7 +66,7 @@ def check_rank(config: ExportConfig, student: StudentWeights) -> None:
 def write_single_file(folder: Path, card: CardFacts, student: StudentWeights) -> CardFacts:
     """Write a file of the formats wan or lora with its workflows; returns the card with what is lost."""
     config, facts, dtype = card.config, card.facts, getattr(torch, card.config.dtype)
-    metadata = sampling_metadata(facts, card.base, card.licence)
+    metadata = sampling_metadata(facts, card.base, card.licence, read_heads(config.model))
     is_lora = config.format == LORA
     path = folder / f"{card.name}.safetensors"
     write_workflows(folder, card.name, facts, is_lora=is_lora)
@@ -74,7 +80,34 @@ def write_single_file(folder: Path, card: CardFacts, student: StudentWeights) ->
         return card
     errors = write_low_rank(path, student, config.rank, dtype, metadata, pick_device(config.device))
     logging.info("rank %d keeps %.2f %% of the energy", errors.rank, 100 * errors.kept_energy)
-    return replace(card, errors=errors)
+    return replace(card, errors=errors, latent_error=measure_latents(path, card) if config.shards else None)
+
+
+def read_heads(model: str) -> int:
+    """Number of attention heads of a base's transformer."""
+    return int(read_transformer_config(locate_part(locate_model(model, ("transformer",)), "transformer"))[HEADS_KEY])
+
+
+def measure_latents(path: Path, card: CardFacts) -> float:
+    """Norm of the difference of latents sampled with a file on the base and with the student, relative to the latter.
+
+    Both sample the first records of a data set from the same noise, in float32.
+    """
+    config, facts = card.config, card.facts
+    data, device = open_data_set(str(config.shards)), pick_device(config.device)
+    check_manifest(str(config.shards), data.manifest, spec=facts.spec, encoder={})
+    records = [data.read_record(index) for index in range(min(config.num_records, data.num_records))]
+    base = locate_part(locate_model(config.model, ("transformer",)), "transformer")
+    sampled = []
+    for source, loras in ((card.checkpoint, ()), (base, (LoraFile(path),))):
+        net = load_student(
+            source, ExecutionPlan(), model=config.model, weights=STORED_PREFIX[config.weights], dtype=torch.float32,
+            device=device, loras=loras,
+        )  # fmt: skip
+        sampler = StudentSampler(net, facts.spec, facts.sigmas, torch.float32)
+        sampled.append(torch.cat([sampler([one], [seed]).cpu() for seed, one in enumerate(records)]))
+    student, approximation = sampled
+    return float((approximation - student).norm() / student.norm())
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from stage2_distill.checkpointing.format import (
 )
 from stage2_distill.model.lora import LoraSettings, lora_settings
 from stage2_distill.model.split_float32 import join_master
-from stage2_distill.sampling.student_sampler import check_model
+from stage2_distill.sampling.student_source import check_model, trained_loras
 from stage2_distill.weight_files.key_names import split_parameter
 from stage2_distill.weight_files.safetensors_writer import TensorShape
 from stage2_distill.weight_files.stored_weights import StoredTensors, read_weight_table
@@ -116,9 +116,11 @@ def open_student_weights(checkpoint: str, model: str, weights: str) -> StudentWe
     if facts.sampler != SAMPLER_KIND:
         raise ValueError(f"{folder}: needs the sampler {facts.sampler}, which this version does not have")
     refuse_damaged(folder, STORED_PREFIX[weights])
-    base = read_weight_table(locate_part(locate_model(model, ("transformer",)), "transformer"))
+    adapters = lora_settings(facts.config)
+    loras = trained_loras(facts) if adapters else ()  # the base of the adapters
+    base = read_weight_table(locate_part(locate_model(model, ("transformer",)), "transformer"), loras)
     stored = {name: TensorShape(*entry) for name, entry in stored_shapes(folder).items()}
-    return StudentWeights(folder, facts, STORED_PREFIX[weights], base, lora_settings(facts.config), stored)
+    return StudentWeights(folder, facts, STORED_PREFIX[weights], base, adapters, stored)
 
 
 def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

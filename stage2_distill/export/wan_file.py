@@ -10,6 +10,7 @@ from stage2_distill.export.diffusers_folder import write_json
 from stage2_distill.export.workflow import build_workflow
 from stage2_distill.weight_files.key_names import to_original
 from stage2_distill.weight_files.safetensors_writer import TensorShape, write_tensors
+from stage2_distill.weight_files.transformer_config import HEADS_KEY
 
 WORKFLOWS = {"workflow_image_to_video.json": True, "workflow_text_to_video.json": False}
 
@@ -33,8 +34,8 @@ def write_workflows(folder: Path, name: str, facts: StudentFacts, *, is_lora: bo
         write_json(folder / file, build_workflow(facts, name, with_image=with_image, is_lora=is_lora))
 
 
-def sampling_metadata(facts: StudentFacts, base: str, licence: str) -> dict[str, str]:
-    """What a program must know to sample from a file, as text; `read_sampling_facts` of an import reads it back."""
+def sampling_metadata(facts: StudentFacts, base: str, licence: str, heads: int) -> dict[str, str]:
+    """What a program must know to sample from a file, as text; `sampling.student_source` reads it back."""
     spec = facts.spec
     return {
         "timesteps": ", ".join(f"{timestep:.10g}" for timestep in facts.ladder),  # before the shift
@@ -44,6 +45,7 @@ def sampling_metadata(facts: StudentFacts, base: str, licence: str) -> dict[str,
         "guidance_scale": "1",
         "size": f"{spec.num_frames}x{spec.height}x{spec.width}",
         "fps": f"{spec.fps}",
+        HEADS_KEY: f"{heads}",  # which the shapes do not say
         "base_model": base,
         "license": licence,
     }

@@ -120,7 +120,7 @@ def test_card_and_workflow(checkpoint: Path, model: Path, tmp_path: Path) -> Non
     out = export(checkpoint, model, tmp_path / "boats", "wan")
     card = (out / "README.md").read_text()
     assert "/secret" not in card and str(model) not in card
-    assert "1, 0.9375, 0.833333, 0.625" in card and "by its source" in card
+    assert "1, 0.9375, 0.833333, 0.625" in card and "by their source" in card
     for file, has_image in (("workflow_image_to_video.json", True), ("workflow_text_to_video.json", False)):
         graph = json.loads((out / file).read_text())
         sampler = graph["10"]

@@ -17,6 +17,7 @@ from stage2_distill.model.lora import LoraSettings
 from stage2_distill.model.wan import load_transformer
 from stage2_distill.sampling.student_sampler import load_student
 from stage2_distill.weight_files.lora_files import LoraFile
+from stage2_distill.weight_files.stored_weights import read_weight_table
 from tests.stage2_distill.export.students import make_student
 from tests.stage2_distill.export.test_pipelines import piped, sampled
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
@@ -124,17 +125,31 @@ def test_lora_file_as_student_and_as_base(model: Path, shards: Path, adapted: Pa
             assert torch.allclose(value, merged[name], atol=1e-5), (rank, name)
 
 
+def test_export_of_adapters_on_a_base_with_lora(model: Path, shards: Path, adapted: Path, tmp_path: Path) -> None:
+    file = export(adapted, model, tmp_path / "style", "lora", dtype="float32") / "style.safetensors"
+    options = {"iterations": 1, "checkpoint_every": 1, "lora_rank": 2, "base_lora": (str(file),)}
+    run = run_here(make_config(shards, model, tmp_path / "run", **options))
+    table = read_weight_table(export(run, model, tmp_path / "both", "wan", dtype="float32") / "both.safetensors")
+    for name, value in weights_of(run, model).items():
+        assert torch.allclose(table[name][...], value, atol=1e-6), name
+
+
 def make(folder: Path) -> Path:
     folder.mkdir()
     return folder
 
 
-def test_svd_at_full_rank_is_the_student(model: Path, student: Path, tmp_path: Path) -> None:
-    merged, errors = weights_of(student, model), []
+def test_svd_at_full_rank_is_the_student(model: Path, student: Path, shards: Path, tmp_path: Path) -> None:
+    merged, errors, latents = weights_of(student, model), [], []
     for rank in (4, 12, 48):
-        file = export(student, model, tmp_path / f"r{rank}", "lora", dtype="float32", rank=rank)
+        options = {"shards": str(shards), "num_records": 2, "device": "cpu"}
+        file = export(student, model, tmp_path / f"r{rank}", "lora", dtype="float32", rank=rank, **options)
+        row = "error of sampled latents on held-out conditions | "
+        latents.append(float((file / "README.md").read_text().partition(row)[2].partition(",")[0]))
         net = load_transformer(model, torch.float32, loras=[LoraFile(file / f"r{rank}.safetensors")])
         found = dict(net.named_parameters())
         errors.append(max(float((found[name] - value).detach().abs().max()) for name, value in merged.items()))
     assert errors[0] > errors[1] > 100 * errors[2]
     assert errors[2] < 1e-5
+    assert latents[0] > latents[1] > 100 * latents[2]
+    assert latents[2] < 1e-5
