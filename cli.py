@@ -188,6 +188,7 @@ def demo_command(out: str) -> None:
     out = expand_path("out", out)
     check_local_path("out", out, is_output=True)
     nano, folder = find_example(), Path(out)
+    sys.path.append(str(nano.parent.parent))  # its judge imports examples.nano, which is not installed
     common = {"model": str(nano / "model"), "device": "cpu"}
     data, held_out, run, videos = (folder / name for name in ("data", "held", "run", "videos"))
     for table, shards in (("clips.csv", data), ("held.csv", held_out)):
