@@ -87,7 +87,7 @@ def test_adapters_have_the_same_effect_with_another_alpha(
             r"is a run of all weights \(lora_rank=0\), and this one has lora_rank=2; give --lora-rank 0",
         ),
         ("model", {"lora_rank": 2}, "must be a LoRA run, as lora_rank is set; use --model for another base"),
-        ("file", {}, "is a file; give a folder"),
+        ("file", {}, "cannot be read as a file of torch.save"),
         ("file", {"lora_rank": 2}, "is a file; give a folder"),
         ("none", {}, "no such folder, and not a hub name"),
         ("empty", {}, "transformer/config.json is missing"),
