@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import Count, read_json
-from common.model_folder import MODEL_REMEDY
+from common.model_folder import MODEL_REMEDY, locate_part
+from stage1_encode.models.original_models import TEXT_NAMES, infer_text_settings, read_original_tensors
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,11 @@ class TextEncoderConfig:
 
 
 def read_text_width(folder: Path) -> int:
-    """Return the embedding width from the config.json of a text encoder; ValueError if it is not a UMT5."""
+    """Return the embedding width of a text encoder, which is not loaded; ValueError if it is not a UMT5."""
+    original = locate_part(folder, "text_encoder")
+    if original.is_file():
+        tensors = read_original_tensors(original, TEXT_NAMES)
+        return int(infer_text_settings(original, tensors)["d_model"])
     path = folder / "text_encoder" / "config.json"
     try:
         return read_json(path, TextEncoderConfig).d_model

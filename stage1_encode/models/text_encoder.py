@@ -12,15 +12,16 @@ import ftfy
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 from transformers.activations import NewGELUActivation
 from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 from transformers.utils import logging
 
 from common.device import copy_async
-from common.model_folder import report_load_errors
+from common.model_folder import locate_part, report_load_errors
 from common.video import TEXT_LENGTH
 from stage1_encode.models.loading import check_missing_weights
+from stage1_encode.models.original_models import TEXT_NAMES, check_names, infer_text_settings, read_original_tensors
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,33 @@ def load_text_encoder(folder: Path, *, dtype: torch.dtype, device: torch.device)
     """Load the text encoder of a model folder; ValueError if it is broken or not a UMT5."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # missing weights are reported by `check_missing_weights`
-    weights_folder, tokenizer_folder = folder / "text_encoder", folder / "tokenizer"
-    with report_load_errors(weights_folder):
-        # Without `attn_implementation`, config.json may name code of the hub for it.
-        model, loading_info = UMT5EncoderModel.from_pretrained(
-            weights_folder, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
-            attn_implementation="sdpa",
-        )  # fmt: skip
-    check_missing_weights(weights_folder, loading_info)
+    weights_folder, tokenizer_folder = locate_part(folder, "text_encoder"), locate_part(folder, "tokenizer")
+    if weights_folder.is_file():
+        model = load_original_text_encoder(weights_folder, dtype)
+    else:
+        with report_load_errors(weights_folder):
+            # Without `attn_implementation`, config.json may name code of the hub for it.
+            model, loading_info = UMT5EncoderModel.from_pretrained(
+                weights_folder, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
+                attn_implementation="sdpa",
+            )  # fmt: skip
+        check_missing_weights(weights_folder, loading_info)
     with report_load_errors(tokenizer_folder):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     return TextEncoder(fuse_layers(model).to(device).eval().requires_grad_(False), tokenizer)
+
+
+def load_original_text_encoder(path: Path, dtype: torch.dtype) -> UMT5EncoderModel:
+    """Read the original models_t5_umt5-xxl-enc-bf16.pth on the CPU."""
+    tensors = read_original_tensors(path, TEXT_NAMES)
+    config = UMT5Config(**infer_text_settings(path, tensors))
+    with torch.device("meta"):
+        model = UMT5EncoderModel(config)
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]  # one tensor under two names
+    check_names(path, tensors, model.state_dict())
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    model.tie_weights()
+    return model
 
 
 def fuse_layers(model: UMT5EncoderModel) -> UMT5EncoderModel:

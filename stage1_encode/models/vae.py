@@ -16,9 +16,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.model_folder import report_load_errors
+from common.model_folder import locate_part, report_load_errors
 from common.video import LATENT_CHANNELS
 from stage1_encode.models.loading import check_missing_weights
+from stage1_encode.models.original_models import (
+    VAE_NAMES,
+    check_names,
+    infer_vae_settings,
+    read_original_tensors,
+)
 from stage1_encode.models.vae_decoder import VideoDecoder, stream_frames
 from stage1_encode.models.vae_ops import NORM_EPS
 
@@ -119,18 +125,32 @@ def parse_vae_dtype(precision: str) -> torch.dtype:
 def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device) -> WanVae:
     """Load the VAE of a model folder; ValueError if it is broken or not that of Wan2.2."""
     logging.set_verbosity_error()  # missing weights are reported by `check_missing_weights`
-    path = folder / "vae"
-    with report_load_errors(path):
-        model, loading_info = AutoencoderKLWan.from_pretrained(
-            path, torch_dtype=dtype, output_loading_info=True, use_safetensors=True
-        )
-    check_missing_weights(path, loading_info)
+    path = locate_part(folder, "vae")
+    if path.is_file():
+        model = load_original_vae(path, dtype)
+    else:
+        with report_load_errors(path):
+            model, loading_info = AutoencoderKLWan.from_pretrained(
+                path, torch_dtype=dtype, output_loading_info=True, use_safetensors=True
+            )
+        check_missing_weights(path, loading_info)
     if (channels := model.config.z_dim) != LATENT_CHANNELS:
         raise ValueError(f"model={folder}: the VAE has {channels} channels, Wan2.2-TI2V-5B has {LATENT_CHANNELS}")
     with report_load_errors(path):
         statistics = torch.tensor([model.config.latents_mean, model.config.latents_std], device=device)
         mean, std = rearrange(statistics, "s c -> s 1 c 1 1 1", c=LATENT_CHANNELS)
     return WanVae(model.to(device).eval().requires_grad_(False), mean, std)
+
+
+def load_original_vae(path: Path, dtype: torch.dtype) -> AutoencoderKLWan:
+    """Read the original Wan2.2_VAE.pth on the CPU."""
+    tensors = read_original_tensors(path, VAE_NAMES)
+    settings = infer_vae_settings(path, tensors)
+    with torch.device("meta"):
+        model = AutoencoderKLWan(**settings)
+    check_names(path, tensors, model.state_dict())
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return model
 
 
 def make_frame_encoder(vae: WanVae, *, compiled_batch: int = 0, tf32: bool = False) -> FrameEncoder:
