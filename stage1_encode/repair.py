@@ -74,7 +74,9 @@ def restore_plan(report: VerifyReport, plan: EncodingPlan) -> EncodingPlan:
     expected = asdict(manifest.spec) | asdict(manifest.encoder)
     differences = list_differences(expected, asdict(plan.spec) | asdict(plan.encoder))
     if differences:
-        raise ValueError(f"shards={report.location}: was made with other settings: {'; '.join(differences)}")
+        raise ValueError(
+            f"shards={report.location}: was made with other settings: {'; '.join(differences)}; give that model"
+        )
     return replace(plan, encoder=manifest.encoder)
 
 

@@ -39,7 +39,7 @@ ALLOWED_VALUES: dict[str, tuple[tuple[object, ...], str]] = {  # values that mea
     "independent_first_frame": ((False,), CAUSAL),
     "last_step_only": ((False,), "the rollout ends at each timestep in turn; --timesteps 1000 has one step only"),
     "context_noise": ((0,), CAUSAL),
-    "generator_ckpt": ((None, ""), "it is a pickle; convert it to a diffusers folder and give --init-from FOLDER"),
+    "generator_ckpt": ((None, ""), "give it as --init-from FILE"),
 }
 IGNORED_KEYS: dict[str, tuple[str, ...]] = {  # reason: keys
     "FSDP2 shards every transformer block": ("generator_fsdp_wrap_strategy", "real_score_fsdp_wrap_strategy",

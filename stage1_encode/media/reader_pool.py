@@ -82,7 +82,9 @@ class ReaderProcess:
                 self.connection.poll(START_TIMEOUT_SECONDS) and self.connection.recv_bytes() == b"ready"
             )
         if not self.is_ready:
-            raise RuntimeError(f"the process that reads frames does not start: {self.process.args!r}")
+            raise ChildProcessError(
+                f"the process that reads frames does not start; run {sys.executable} -m {__name__} to see why"
+            )
 
     def read(self, path: str) -> FirstFrame:
         """Read one file's first frame; `UnreadableError` says why it cannot."""

@@ -20,7 +20,7 @@ def load_judge(path: str) -> Judge:
     """
     spec = importlib.util.spec_from_file_location("judge", path)
     if spec is None or spec.loader is None or not Path(path).is_file():
-        raise ValueError(f"judge={path}: is not a Python file")
+        raise ValueError(f"judge={path}: is not a Python file; name one that defines judge(video, prompt)")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

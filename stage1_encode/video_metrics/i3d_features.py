@@ -17,11 +17,13 @@ INPUT_SIZE = 224
 def load_i3d(path: str, device: torch.device) -> torch.jit.ScriptModule:
     """Load a TorchScript file such as `i3d_torchscript.pt` of StyleGAN-V; ValueError if it cannot be read."""
     if not Path(path).is_file():
-        raise ValueError(f"i3d_model={path}: no such file")
+        raise ValueError(f"i3d_model={path}: no such file; give i3d_torchscript.pt of StyleGAN-V")
     try:
         return torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
-        raise ValueError(f"i3d_model={path}: is not a TorchScript file") from error
+        raise ValueError(
+            f"i3d_model={path}: is not a TorchScript file; give i3d_torchscript.pt of StyleGAN-V"
+        ) from error
 
 
 @torch.no_grad()

@@ -219,7 +219,7 @@ def sample_set(setting: EvaluationSetup, sampler: CandidateSampler, denoiser: De
             seconds.append((time.perf_counter() - start_time) / len(rows))
             if not torch.isfinite(x0).all():
                 path = sampler.source.own_path if sampler.source else setting.config.model
-                raise ValueError(f"{path}: produces latents that are not finite")
+                raise ValueError(f"{path}: makes latents that are not finite; take an earlier checkpoint")
             latent_store.write_latents(store, name, rows, x0)
             progress.advance(count=len(rows))
     wait_for_ranks()

@@ -32,8 +32,8 @@ def build_meta_transformer(model: Path, dtype: torch.dtype, plan: ExecutionPlan 
     with report_load_errors(path), torch.device("meta"):
         net = WanTransformer3DModel.from_config(config)
     if net.config.in_channels != LATENT_CHANNELS or net.config.out_channels != LATENT_CHANNELS:
-        channels = f"{net.config.in_channels} channels, TI2V needs {LATENT_CHANNELS}"
-        raise ValueError(f"model={model}: transformer has {channels}")
+        channels = f"{net.config.in_channels} channels, Wan2.2-TI2V-5B has {LATENT_CHANNELS}"
+        raise ValueError(f"model={model}: its transformer has {channels}; give that one")
     return cast_parameters(convert_transformer(net, plan), dtype).eval()
 
 

@@ -43,7 +43,7 @@ class PinnedPool:
 
 
 def allocate_pinned(size: int) -> Tensor:
-    """A uint8 tensor of `size` zeros in pinned host memory; RuntimeError if CUDA cannot pin it."""
+    """A uint8 tensor of `size` zeros in pinned host memory; OutOfMemoryError if CUDA cannot pin it."""
     # torch pins at about 1 GB/s, as one thread takes all page faults; here many threads touch the pages first
     memory = numpy.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), numpy.uint8)
 
@@ -55,7 +55,9 @@ def allocate_pinned(size: int) -> Tensor:
     if torch.cuda.is_available():
         runtime, address = torch.cuda.cudart(), memory.ctypes.data
         if (code := int(runtime.cudaHostRegister(address, size, 0))) != 0:
-            raise RuntimeError(f"{size} bytes of host memory could not be pinned: CUDA error {code}")
+            raise torch.OutOfMemoryError(
+                f"{size} bytes of host memory could not be pinned (CUDA error {code}); use a machine with more"
+            )
         # not at exit: CUDA may be shut down by then, and the process gives up its memory anyway
         weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
     return torch.from_numpy(memory)
