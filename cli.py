@@ -17,12 +17,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import click
-
-if TYPE_CHECKING:
-    from stage2_distill.planning.network_size import TransformerSize
 
 from common.files import (
     LOCK_FILE,
@@ -37,7 +33,7 @@ from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.export.config import ExportConfig
-from stage2_distill.planning.config import PlanConfig
+from stage2_distill.planning.config import DoctorConfig, PlanConfig
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.turbo_config import translated_options
 
@@ -105,18 +101,30 @@ def verify_command(shards: str, **options: object) -> int:
 @config_options(PlanConfig)
 def plan_command(**options: object) -> None:
     """Predict memory, time, money and disk of a run of distill."""
-    from stage2_distill.planning.cards import find_card
     from stage2_distill.planning.network_size import TransformerSize
     from stage2_distill.planning.plan_text import format_plan
     from stage2_distill.planning.run_plan import make_plan
 
-    config = resolve_config(PlanConfig, options)
-    run_options, _ = translated_options(config.distill_options())
-    run, card = resolve_config(DistillConfig, run_options), find_card(config.gpu)
-    assert card is not None, config.gpu
-    size = read_model_size(Path(config.model)) if config.model else TransformerSize()
-    plan = make_plan(run, size, card, gpus=config.gpus, records=config.records, price=config.price)
-    echo_json(plan) if config.json else click.echo("\n".join(format_plan(plan, run, records=config.records)))
+    config, size = resolve_config(PlanConfig, options), TransformerSize()
+    run = resolve_config(DistillConfig, translated_options(config.distill_options())[0])
+    if config.model:
+        from stage2_distill.planning.model_size import read_model_size  # imports torch
+
+        size = read_model_size(config.model)
+    plan = make_plan(run, size, config.card, gpus=config.gpus, records=config.records, price=config.price)
+    echo_report(asdict(plan), format_plan(plan, run, records=config.records), as_json=config.json)
+
+
+@cli.command("doctor", cls=ConfigCommand)
+@config_options(DoctorConfig)
+def doctor_command(**options: object) -> int:
+    """Check this machine, a model, data sets and an output folder before a run."""
+    from stage2_distill.diagnosis.doctor import diagnose
+
+    config = resolve_config(DoctorConfig, options)
+    findings = list(diagnose(config))
+    echo_report(list(map(asdict, findings)), list(map(str, findings)), as_json=config.json)
+    return int(any(finding.is_failure for finding in findings))
 
 
 @cli.command("distill", cls=ConfigCommand)
@@ -324,21 +332,10 @@ def prepare_output(config: SampleConfig, rank: int) -> Iterator[Path]:
         wait_for_ranks()  # nothing is moved before all are complete
 
 
-def read_model_size(model: Path) -> "TransformerSize":
-    """The size of a model's transformer; torch is imported only for layouts other than diffusers'."""
-    from stage2_distill.planning.network_size import CONFIG_FILE, TransformerSize, read_transformer_size
-
-    if (model / "transformer" / CONFIG_FILE).is_file():
-        return read_transformer_size(model)
-    from common.model_folder import locate_part
-    from stage2_distill.weight_files.transformer_config import read_transformer_config
-
-    return TransformerSize.of(read_transformer_config(locate_part(model, "transformer")))
-
-
-def echo_json(record: object) -> None:
-    """Print a record as JSON."""
-    click.echo(json.dumps(asdict(record), indent=2, ensure_ascii=False))  # type: ignore[call-overload]
+def echo_report(report: object, lines: list[str], *, as_json: bool) -> None:
+    """Print a report as JSON or as lines, on the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(json.dumps(report, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))
 
 
 def write_prompt_csv(path: Path, config: SampleConfig) -> str:

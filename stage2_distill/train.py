@@ -42,12 +42,11 @@ from stage2_distill.monitoring.preview import (
     PreviewWriter,
     open_previews,
 )
-from stage2_distill.planning.network_size import TransformerSize
+from stage2_distill.planning.model_size import read_model_size
 from stage2_distill.planning.plan_text import format_hours
 from stage2_distill.planning.start_report import start_lines
 from stage2_distill.resume import initialize_from, resume_run, training_state
 from stage2_distill.trainer import DivergedError, Trainer, train_step
-from stage2_distill.weight_files.transformer_config import read_transformer_config
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def distill(config: DistillConfig) -> Path:
 
 def log_plan(config: DistillConfig, ranks: RankContext, model: Path) -> None:
     """Say on what the run computes, what it will take, and how to stop it."""
-    size = TransformerSize.of(read_transformer_config(locate_part(model, "transformer")))
+    size = read_model_size(str(model))
     form, checkpoints = choose_optimizer_form(config, ranks, size), list_checkpoints(Path(config.out))
     completed = iteration_of(checkpoints[-1]) if checkpoints else 0
     for line in start_lines(config, size, describe_machine(config, ranks), form, completed):

@@ -9,7 +9,7 @@ from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.export.config import ExportConfig
-from stage2_distill.planning.config import PlanConfig
+from stage2_distill.planning.config import DoctorConfig, PlanConfig
 from stage2_distill.sampling.config import SampleConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
@@ -17,6 +17,7 @@ COMMANDS = {
     "encode": EncodeConfig,
     "verify": VerifyConfig,
     "plan": PlanConfig,
+    "doctor": DoctorConfig,
     "distill": DistillConfig,
     "sample": SampleConfig,
     "decode": DecodeConfig,

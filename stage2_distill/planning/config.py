@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 from common.options import MODEL_HELP, check_fields, device_option, option
 from stage2_distill.config import DistillConfig
-from stage2_distill.planning.cards import CARD_NAMES
+from stage2_distill.planning.cards import CARD_NAMES, CARDS, Card
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def card(self) -> Card:
+        """The kind of GPU."""
+        return next(card for card in CARDS if card.name == self.gpu)
 
     def distill_options(self) -> dict[str, object]:
         """The options of `distill` that are planned, as `resolve_config` takes them; ValueError for a bad KEY=VALUE."""

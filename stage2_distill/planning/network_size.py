@@ -3,13 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import prod
-from pathlib import Path
 from typing import Any, Self
 
-from common.files import read_json
 from common.video import TEXT_LENGTH
-
-CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -78,8 +74,3 @@ class TransformerSize:
         block = 2 * (per_token * tokens + text)
         embedding = 2 * (ends * d * tokens + (self.text_dim + d) * d * text_tokens)
         return PassFlops(self.num_layers * block + embedding, self.num_layers * 4 * tokens**2 * d)
-
-
-def read_transformer_size(model: Path) -> TransformerSize:
-    """The size of a model folder's transformer; ValueError if its config.json cannot be read."""
-    return read_json(model / "transformer" / CONFIG_FILE, TransformerSize)
