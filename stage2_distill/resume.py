@@ -117,7 +117,7 @@ def initialize_from(source: str, roles: Roles, facts: StudentFacts, ranks: RankC
                 for role in (roles.student, roles.critic):
                     read_weights(path, dict(role.net.named_parameters()), role.optimizer.remainders())
             except ValueError as error:  # names the file
-                raise ValueError(f"init_from={source}: {error}") from error
+                raise ValueError(f"init_from={source}: {str(error).removeprefix(f'{source}: ')}") from error
 
 
 def check_source(checkpoint: Path, roles: Roles, facts: StudentFacts, ranks: RankContext) -> None:

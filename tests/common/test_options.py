@@ -166,6 +166,12 @@ ADDRESSES = (
 )  # fmt: skip
 
 
+def holds_tuple(config: type, name: str) -> bool:
+    """Whether an option can be repeated."""
+    (item,) = [item for item in fields(config) if item.name == name]
+    return str(item.type).startswith("tuple")
+
+
 def test_every_option_that_is_written_says_so() -> None:
     outputs = {(command, name) for command, name, path in PATH_OPTIONS if path == "output"}
     assert outputs == {(command, "sheet" if command == "verify" else "out") for command in COMMANDS}
@@ -180,7 +186,7 @@ def test_an_address_is_refused_where_only_local_files_are_used(
     config, valid = COMMANDS[command]
     if name in ("data", "prompt"):  # `sample` takes one of the two
         valid = {key: value for key, value in valid.items() if key != "prompt"}
-    value = (address,) if isinstance(valid.get(name), tuple) else address
+    value = (address,) if holds_tuple(config, name) else address
     verb = "written" if path == "output" else "read"
     with pytest.raises(ValueError, match=rf"^{name}=.*: (only local files are {verb}|is no path); \S.*"):
         config(**valid | {name: value})
@@ -287,7 +293,7 @@ def test_home_and_variables_in_paths(command: str, name: str, tmp_path: Path, mo
     valid = {key: value for key, value in valid.items() if key != name}
     if (command, name) == ("sample", "data"):
         valid = {"checkpoint": "c", "model": "m", "out": "o"}
-    is_tuple = isinstance(COMMANDS[command][1].get(name), tuple)
+    is_tuple = holds_tuple(config, name)
 
     def resolve(text: str, *, from_yaml: bool) -> str:
         value = (text,) if is_tuple else text
