@@ -14,7 +14,7 @@ from tests.test_house import sources
 
 PAGE = Path(__file__).parent.parent / "docs" / "troubleshooting.md"
 INTERNAL_ERRORS = {"AssertionError", "IndexError", "KeyError", "EOFError", "SystemExit", "NotImplementedError"}
-REPORTERS = {"warning", "warn", "DataProblem", "add_problem", "MetricBounds"}  # what they are called with is shown
+REPORTERS = {"warning", "warn", "DataProblem", "add_problem", "MetricBounds", "Finding"}  # what they get is shown
 # A reason is returned by such a function, kept under such a name, added to such a list or written in such a table.
 REASON_FUNCTIONS = re.compile(
     r"\w*(problems?|reason|damage|message|warning|emptiness|differences|outliers)"
@@ -95,7 +95,8 @@ def message_nodes(tree: ast.AST) -> Iterator[ast.AST]:
         elif isinstance(node, ast.Call):
             holder = getattr(node.func, "value", None)
             is_added = called_name(node) == "append" and ast.unparse(holder or node).split(".")[-1] in REASON_LISTS
-            if is_added or called_name(node) in REPORTERS:
+            is_report = called_name(node) in REPORTERS and not any(ast.unparse(part) == "OK" for part in node.args)
+            if is_added or is_report:
                 yield from node.args
         elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and is_reason_target(node):
             yield node.value
