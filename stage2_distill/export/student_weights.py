@@ -22,7 +22,7 @@ from stage2_distill.checkpointing.format import (
 )
 from stage2_distill.model.lora import LoraSettings, lora_settings
 from stage2_distill.model.split_float32 import join_master
-from stage2_distill.sampling.student_source import check_model, trained_loras
+from stage2_distill.sampling.student_source import check_base, trained_loras
 from stage2_distill.weight_files.key_names import split_parameter
 from stage2_distill.weight_files.safetensors_writer import TensorShape
 from stage2_distill.weight_files.stored_weights import StoredTensors, read_weight_table
@@ -112,7 +112,7 @@ def open_student_weights(checkpoint: str, model: str, weights: str) -> StudentWe
     """
     folder = resolve_checkpoint(Path(checkpoint))
     facts = read_facts(folder)
-    check_model(model, facts, ("transformer",))
+    check_base(model, facts)
     if facts.sampler != SAMPLER_KIND:
         raise ValueError(f"{folder}: needs the sampler {facts.sampler}, which this version does not have")
     refuse_damaged(folder, STORED_PREFIX[weights])

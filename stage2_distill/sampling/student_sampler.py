@@ -25,7 +25,7 @@ from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters, l
 from stage2_distill.model.transformer import WanTransformer
 from stage2_distill.model.weight_loading import read_weights
 from stage2_distill.sampling.config import SampleConfig
-from stage2_distill.sampling.student_source import check_model, find_student, trained_loras
+from stage2_distill.sampling.student_source import check_base, check_model, find_student, trained_loras
 from stage2_distill.weight_files.lora_files import LoraFile, parse_loras, read_deltas
 from stage2_distill.weight_files.stored_tensors import EditedTensor, MappedTensor
 
@@ -110,7 +110,7 @@ def load_student(
         read_weights(path, dict(net.named_parameters()), loras=loras)
         return net
     facts = checkpoints.read_facts(path)
-    check_model(model, facts, ("transformer",))
+    check_base(model, facts)
     if facts.sampler != checkpoints.SAMPLER_KIND:
         raise ValueError(f"{path}: needs the sampler {facts.sampler}, which this version does not have")
     checkpoints.refuse_damaged(path, weights)

@@ -18,6 +18,7 @@ from stage2_distill.checkpointing.format import (
     resolve_checkpoint,
 )
 from stage2_distill.config import DistillConfig
+from stage2_distill.model.lora import lora_settings
 from stage2_distill.weight_files.lora_files import LoraFile, parse_loras
 from stage2_distill.weight_files.model_kind import is_lora
 from stage2_distill.weight_files.stored_weights import WEIGHT_SUFFIXES, locate_weights, read_raw_table, weight_files
@@ -92,6 +93,16 @@ def trained_loras(facts: StudentFacts) -> tuple[LoraFile, ...]:
     stored = facts.config.get("base_lora") or ()
     assert isinstance(stored, Sequence), stored
     return parse_loras([str(one) for one in stored])
+
+
+def check_base(model: str, facts: StudentFacts) -> None:
+    """Raise ValueError if a model's transformer is not the student's base.
+
+    If that was a file of weights, which has no VAE to sample with, a student that has all weights of its own takes any
+    model of the same shapes.
+    """
+    if lora_settings(facts.config) is not None or Path(facts.base_model).suffix not in WEIGHT_SUFFIXES:
+        check_model(model, facts, ("transformer",))
 
 
 def check_model(model: str, facts: StudentFacts, parts: Sequence[str]) -> None:

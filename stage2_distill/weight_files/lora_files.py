@@ -167,7 +167,7 @@ def module_deltas(
     lora: LoraFile, module: str, parts: LoraParts, settings: Mapping[str, Any]
 ) -> list[tuple[str, WeightDelta]]:
     """What one module's tensors add: to its weight, and to its bias."""
-    label = f"base_lora={lora.path}: {parts.keys[0]}"
+    label = f"base_lora={lora.path}: {module}"
     is_table = module.endswith("scale_shift_table")  # a parameter of its own
     weight = module if is_table else f"{module}.weight"
     found = []

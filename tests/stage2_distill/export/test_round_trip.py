@@ -6,6 +6,7 @@ import numpy
 import pytest
 import torch
 from diffusers import FlowMatchLCMScheduler, WanPipeline
+from safetensors.torch import load_file
 
 from stage2_distill.checkpointing.format import load_checkpoint
 from stage2_distill.evaluation.compare import open_evaluation, sample_comparison
@@ -17,7 +18,7 @@ from stage2_distill.model.lora import LoraSettings
 from stage2_distill.model.wan import load_transformer
 from stage2_distill.sampling.student_sampler import load_student
 from stage2_distill.weight_files.lora_files import LoraFile
-from stage2_distill.weight_files.stored_weights import read_weight_table
+from stage2_distill.weight_files.stored_weights import WEIGHTS_FILE, read_weight_table
 from tests.stage2_distill.export.students import make_student
 from tests.stage2_distill.export.test_pipelines import piped, sampled
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
@@ -68,6 +69,19 @@ def test_training_from_an_export_gives_the_same_bits(model: Path, shards: Path, 
     for other in results[1:]:
         assert results[0].keys() == other.keys()
         assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+
+
+def test_a_file_as_base(model: Path, shards: Path, student: Path, tmp_path: Path) -> None:
+    """`distill --model FILE` equals `--init-from FILE`; the folder with the VAE serves for sampling and export."""
+    wan = export(student, model, tmp_path / "boats", "wan", dtype="float32") / "boats.safetensors"
+    run = run_here(make_config(shards, wan, tmp_path / "run", iterations=1, guidance_scale=1.0, checkpoint_every=1))
+    assert numpy.isfinite(sampled(run, model, tmp_path, None)).all()
+    stored = load_file(export(run, model, tmp_path / "X", "diffusers", dtype="float32") / "transformer" / WEIGHTS_FILE)
+    for name, value in weights_of(run, model).items():
+        assert torch.equal(stored[name], value), name
+    adapted = run_here(make_config(shards, wan, tmp_path / "adapted", iterations=1, checkpoint_every=1, lora_rank=2))
+    with pytest.raises(ValueError, match="its transformer is not the one of the distillation"):
+        weights_of(adapted, model)
 
 
 def test_sample_and_evaluate_from_a_file(model: Path, shards: Path, student: Path, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,7 +18,7 @@ from stage2_distill.model.wan import load_transformer
 from stage2_distill.weight_files.key_names import from_original, to_original
 from stage2_distill.weight_files.stored_weights import WEIGHTS_FILE, read_weight_table
 from stage2_distill.weight_files.transformer_config import read_transformer_config
-from tests.tiny_models import make_model
+from tests.stage2_distill.training_helpers import ROOT
 
 Weights = dict[str, Tensor]
 
@@ -294,6 +297,31 @@ def test_memory_of_a_mapped_file(tmp_path: Path) -> None:
     assert table["condition_embedder.x"].get_shape() == [1000, 1000]
 
 
-def test_a_second_model_differs(tmp_path: Path, weights: Weights) -> None:
-    other = load_file(make_model(tmp_path, seed=1) / "transformer" / WEIGHTS_FILE)
-    assert not torch.equal(other["proj_out.weight"], weights["proj_out.weight"])
+PROBE = """
+import resource, sys
+from pathlib import Path
+import torch
+from stage2_distill.model.wan import load_transformer
+load_transformer(Path(sys.argv[1]), torch.float32)  # loads what is loaded once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+net = load_transformer(Path(sys.argv[2]), torch.float32)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def test_host_memory_of_an_import(model: Path, tmp_path: Path) -> None:
+    """A file of torch.save with student and average takes the memory of the network and of one of them at most."""
+    net = WanTransformer3DModel(
+        num_attention_heads=3, attention_head_dim=128, in_channels=48, out_channels=48, text_dim=16, ffn_dim=1536,
+        num_layers=16, rope_max_seq_len=64,
+    )  # fmt: skip
+    tensors = {to_original(name): value.detach() for name, value in net.named_parameters()}
+    size = sum(value.nbytes for value in tensors.values())
+    assert size > 150e6
+    torch.save({"generator": tensors, "generator_ema": {k: v + 1 for k, v in tensors.items()}}, tmp_path / "model.pt")
+    save_file(tensors, tmp_path / "x.safetensors")
+    for file, most in (("model.pt", 2.2), ("x.safetensors", 1.4)):
+        command = [sys.executable, "-c", PROBE, str(model), str(tmp_path / file)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert int(done.stdout) < most * size, file
