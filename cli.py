@@ -83,17 +83,18 @@ def verify_command(shards: str, **options: object) -> int:
 
     config, shards = resolve_config(VerifyConfig, options), expand_path("shards", shards)
     report = verify_data_set(shards)
-    click.echo("\n".join(report.format_lines()))
+    click.echo("\n".join(report.format_lines()), err=config.json)
     if config.repair and report.problems:
         from stage1_encode.repair import repair_data_set
 
         repair_data_set(report, config)
         report = verify_data_set(shards)
-        click.echo(f"after the repair: {report.format_lines()[0]}")
+        click.echo(f"after the repair: {report.format_lines()[0]}", err=config.json)
     if config.model and report.manifest:
         from stage1_encode.repair import draw_contact_sheet
 
-        click.echo(f"first frames: {draw_contact_sheet(report, config)}")
+        click.echo(f"first frames: {draw_contact_sheet(report, config)}", err=config.json)
+    echo_report(report.for_json(), [], as_json=True) if config.json else None
     return int(bool(report.problems))
 
 
@@ -151,7 +152,9 @@ def sample_command(**options: object) -> None:
 @config_options(EvaluateConfig)
 def evaluate_command(**options: object) -> None:
     """Compare students with their teacher and write report.json and report.html."""
-    click.echo(str(evaluate_students(resolve_config(EvaluateConfig, options))))
+    config = resolve_config(EvaluateConfig, options)
+    page = evaluate_students(config)
+    click.echo(page.with_suffix(".json").read_text("utf-8").rstrip() if config.json else str(page))
 
 
 @cli.command("export", cls=ConfigCommand)

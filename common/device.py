@@ -22,6 +22,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def describe_device(device: torch.device) -> str:
+    """Name and memory of a GPU, or `the CPU`."""
+    if device.type == "cpu":
+        return "the CPU"
+    total = torch.cuda.get_device_properties(device).total_memory
+    return f"{torch.cuda.get_device_name(device)}, {total / 2**30:.1f} GiB"
+
+
 def copy_async(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on another device, possibly still in progress.
 

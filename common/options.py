@@ -92,6 +92,11 @@ def device_option(*, advanced: bool = False) -> Any:  # noqa: ANN401
     return option("auto", text, choices=("auto", "cpu", "cuda"), group="devices", advanced=advanced)
 
 
+def json_option() -> Any:  # noqa: ANN401
+    """The option `json` of the commands that report something."""
+    return option(False, "Print JSON instead of text.", group="output")
+
+
 def max_text_tokens_option(*, advanced: bool = True, old_name: str = "text_rows") -> Any:  # noqa: ANN401
     """The option `max_text_tokens`, the number of text rows that the denoiser computes."""
     text = "Text tokens computed; a smaller number is faster and equivalent if all prompts are shorter."

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.options import MODEL_HELP, base_folder_option, check_fields, device_option, option, size_option
+from common.options import MODEL_HELP, base_folder_option, check_fields, device_option, json_option, option, size_option
 from common.video import VideoSpec
 from stage1_encode.media.rows import rows_folder
 
@@ -131,6 +131,7 @@ class VerifyConfig:
         "first-frames.png", "Image file for the decoded first frames.", path="output", group="first-frames"
     )
     device: str = device_option()
+    json: bool = json_option()
 
     def __post_init__(self) -> None:
         check_fields(self)

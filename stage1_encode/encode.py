@@ -1,6 +1,7 @@
 """`encode`: a CSV of clips and prompts becomes a data set. The same command again continues where it stopped."""
 
 import logging
+import shutil
 import sys
 import time
 from collections import Counter
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain, starmap
 from pathlib import Path
 
-from common.device import pick_device
+from common.device import describe_device, pick_device
 from common.files import FolderLock
 from common.model_folder import locate_model
 from shards.manifest import NEGATIVE_FILE
@@ -65,12 +66,27 @@ def encode(config: EncodeConfig) -> EncodeReport:
         data_set = DataSetFolder(folder, config, plan, lock)
         survey = data_set.survey_shards(shards, assigned=assigned)
         data_set.restore_options()
+        log_start(config, survey)
         indices = survey.finished | encode_unfinished(data_set, survey, embed_negative=0 in assigned)
         indices, is_complete = data_set.finish(survey.row_counts, indices)
         while waits_for_ranks(config) and not is_complete:  # torchrun ends this process if another rank dies
             time.sleep(POLL_SECONDS)
             indices, is_complete = data_set.finish(survey.row_counts, indices)
     return build_report(config, list(indices.values()), total_rows=sum(survey.row_counts), is_complete=is_complete)
+
+
+def log_start(config: EncodeConfig, survey: ShardSurvey) -> None:
+    """Say what is left to encode, on what, and how to stop; on the first rank."""
+    rank, world = rank_and_world()
+    if rank > 0 or not survey.unfinished:
+        return
+    rows, shards, free = sum(survey.row_counts), len(survey.row_counts), shutil.disk_usage(config.out).free
+    share = f" ({len(survey.unfinished)} left for this one of {world} ranks)" if world > 1 else ""
+    done = f"{len(survey.finished)} finished before"
+    log.info("encode: %s, %d rows in %d shards, %s%s, to %s", config.data, rows, shards, done, share, config.out)
+    device = "a Ray cluster" if config.engine == "ray" else describe_device(pick_device(config.device))
+    log.info("on %s; %.1f GB free on the disk; a record of 720p takes about 1.3 MB", device, free / 1e9)
+    log.info("to stop: Ctrl-C or SIGTERM; finished shards stay, and the same command goes on")
 
 
 def assigned_shards(config: EncodeConfig) -> range:

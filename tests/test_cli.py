@@ -337,6 +337,37 @@ def test_mistakes_of_sample(run: Path, model: Path, tmp_path: Path) -> None:
     assert "full" in mistake("--data", tmp_path / "p.csv", "--out", tmp_path / "full")
 
 
+def test_json_of_verify_and_evaluate(run: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = json.loads(works("verify", run / "data", "--json"))
+    assert (found["records"], found["problems"], found["spec"]["height"]) == (6, [], 64)
+    assert found["value_summaries"]["text rms"]["median"] > 0
+    broken = shutil.copytree(run / "data", tmp_path / "data")
+    (broken / "shard-000000.tar").write_bytes(b"")
+    done = call("verify", broken, "--json")
+    assert done.returncode == 1 and json.loads(done.stdout)["problems"][0]["file"] == "shard-000000.tar"
+    (tmp_path / "report.json").write_text('{"contestants": {}}\n')
+    monkeypatch.setattr(cli, "evaluate_students", lambda config: tmp_path / "report.html")
+    options = ["--checkpoint", run / "run", "--shards", run / "data", "--model", model, "--out", tmp_path / "o"]
+    assert json.loads(works("evaluate", *options, "--json")) == {"contestants": {}}
+    assert works("evaluate", *options) == f"{tmp_path / 'report.html'}\n"
+
+
+def test_encode_and_sample_say_what_they_do(
+    run: Path, model: Path, clips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    options = ["encode", "--data", clips / "clips.csv", "--model", model, "--out", tmp_path / "data", *SIZE]
+    works(*options, "--device", "cpu")
+    assert [line for line in caplog.messages if line.startswith(f"encode: {clips / 'clips.csv'}, 6 rows in 1 shards")]
+    assert [line for line in caplog.messages if line.startswith("on the CPU; ")]
+    caplog.clear()
+    works(*options)
+    assert not [line for line in caplog.messages if line.startswith("encode: ")]  # there was nothing to do
+    sample(run, model, tmp_path / "one.mp4", "--prompt", "a", "--device", "cpu")
+    text = "\n".join(caplog.messages)
+    assert "sample: 1 videos of 9 x 64 x 96 on 1 x the CPU" in text and "1 videos in " in text
+
+
 def test_another_ladder_must_be_said_explicitly(run: Path, model: Path, tmp_path: Path) -> None:
     """The checkpoint's ladder is used unless --timesteps is there; then two steps differ from four."""
     options = ["--prompt", "a", "--seed", 1]

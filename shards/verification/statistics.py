@@ -1,7 +1,7 @@
 """Statistics of a data set, and the records that stand out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy
 
@@ -36,6 +36,14 @@ class VerifyReport:
     value_summaries: Mapping[str, ValueSummary] = field(default_factory=dict)
     sources: Mapping[str, int] = field(default_factory=dict)  # records by kind of source, most frequent first
     notes: Mapping[str, int] = field(default_factory=dict)  # records by what `encode` noted, such as black first frames
+
+    def for_json(self) -> dict[str, object]:
+        """The report as plain values, with every outlier and problem."""
+        fields = asdict(replace(self, manifest=None))
+        if self.manifest is not None:
+            counts = {"records": self.manifest.records, "failures": self.manifest.failures}
+            fields |= {"shards": len(self.manifest.shards), **counts, "spec": asdict(self.manifest.spec)}
+        return {name: value for name, value in fields.items() if name != "manifest"}
 
     def format_lines(self) -> list[str]:
         """The report in words."""

@@ -4,7 +4,9 @@ The GPU does one thing at a time; the reading of pictures, H.264 and the latent 
 Shapes: B videos, C channels, T latent frames, H W latent size, F frames, X Y pixels.
 """
 
+import logging
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,7 +18,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from common.device import copy_async, record_event
+from common.device import copy_async, describe_device, record_event
 from common.progress import ProgressBar
 from common.video import VideoSpec
 from shards import latent_store
@@ -102,6 +104,7 @@ def generate_videos(
     if len(rows) > ROWS_PER_CHUNK:  # a mistake in a late row shows before hours of work
         check_conditions(rows, request.csv_path, request.spec, request.base_folder)
     latent_store.create_group(request.store, build_latent_group(request, rows))
+    began = log_start(request, encoder, len(all_rows), offload=offload)
     try:
         with ExitStack() as stack, ProgressBar(len(rows), label="sample") as progress:
             store_thread = stack.enter_context(ThreadPoolExecutor(1))
@@ -115,7 +118,25 @@ def generate_videos(
         problem = f"videos of {size} do not fit into the GPU's memory"
         raise ValueError(f"batch_size={request.batch_size}: {problem}; give {remedy}") from error
     latent_store.finish_group(request.store, GROUP_NAME)
+    if request.rank == 0:
+        seconds = time.monotonic() - began
+        logging.info("%d videos in %.1f s, %.1f s each", len(rows), seconds, seconds / len(rows))
     return files
+
+
+def log_start(request: GenerationRequest, encoder: ConditionEncoder, videos: int, *, offload: bool) -> float:
+    """Say on the first rank what is generated, on what, and how to stop; returns the time."""
+    if request.rank == 0:
+        spec, device = request.spec, describe_device(encoder.device)
+        memory = (
+            ""
+            if encoder.device.type == "cpu"
+            else f"; needs about {REQUIRED_GIB['16gb' if offload else 'full']} GiB at 121 x 704 x 1280"
+        )
+        size = f"{spec.num_frames} x {spec.height} x {spec.width}"
+        logging.info("sample: %d videos of %s on %d x %s%s", videos, size, request.world, device, memory)
+        logging.info("to stop: Ctrl-C; nothing is kept of this start, and earlier videos stay")
+    return time.monotonic()
 
 
 def build_latent_group(request: GenerationRequest, rows: Sequence[Row]) -> latent_store.LatentGroup:

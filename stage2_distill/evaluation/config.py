@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.options import check_fields, device_option, max_text_tokens_option, option
+from common.options import check_fields, device_option, json_option, max_text_tokens_option, option
 from stage2_distill.sampling.config import DTYPES, WEIGHT_SETS
 
 
@@ -67,6 +67,7 @@ class EvaluateConfig:
     max_text_tokens: int = max_text_tokens_option(advanced=True, old_name="text_rows")
     dtype: str = option("bfloat16", "Precision of the networks.", choices=DTYPES, group="model", advanced=True)
     device: str = device_option(advanced=True)
+    json: bool = json_option()
 
     def __post_init__(self) -> None:
         check_fields(self)

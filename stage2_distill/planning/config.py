@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
-from common.options import MODEL_HELP, check_fields, device_option, option
+from common.options import MODEL_HELP, check_fields, device_option, json_option, option
 from stage2_distill.config import DistillConfig
 from stage2_distill.planning.cards import CARD_NAMES, CARDS, Card
 
@@ -23,7 +23,7 @@ class PlanConfig:
         None, "Model folder whose size counts; by default Wan2.2-TI2V-5B's.", path="input", group="model"
     )
     price: float | None = option(None, "Price of a GPU-hour, in any currency.", minimum=0, group="devices")
-    json: bool = option(False, "Print JSON instead of text.", group="output")
+    json: bool = json_option()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -56,7 +56,7 @@ class DoctorConfig:
     shards: tuple[str, ...] = option((), "Data set to read; repeat it for more.", path="any", group="data")
     out: str | None = option(None, "Folder that a run will write into.", path="output", group="output")
     device: str = device_option()
-    json: bool = option(False, "Print JSON instead of text.", group="output")
+    json: bool = json_option()
 
     def __post_init__(self) -> None:
         check_fields(self)
