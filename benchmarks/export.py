@@ -23,14 +23,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.device import make_case, meta_network
+from benchmarks.device import TINY, TRUE, build_network
 from benchmarks.runner import RANDOM_WEIGHTS, Row, parse_arguments, run_benchmark
 from common.model_folder import fingerprint_folder
 from stage2_distill.checkpointing.format import SAMPLER_KIND, STUDENT_FILE, StudentFacts, write_json
 from stage2_distill.config import DistillConfig
 from stage2_distill.export.config import ExportConfig
 from stage2_distill.export.export import export_student
-from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.weight_files.safetensors_writer import TensorShape, write_model_folder
 
 FILE_BYTES = 2 * 10**9  # of the base and of the checkpoint
@@ -45,7 +44,8 @@ EXPORTS: dict[str, dict[str, object]] = {
 
 def network_shapes(tiny: bool, folder: Path, dtype: torch.dtype) -> dict[str, TensorShape]:
     """Shapes of the network's tensors; its configuration is written into the folder."""
-    net = meta_network(make_case(tiny, half=True), ExecutionPlan(), torch.bfloat16)
+    with torch.device("meta"):  # a machine without a GPU exports too
+        net = build_network(TINY if tiny else TRUE)
     net.save_config(folder)
     return {name: TensorShape(tuple(value.shape), dtype) for name, value in net.named_parameters()}
 
