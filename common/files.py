@@ -202,7 +202,9 @@ class FolderLock:
             if error.errno in HELD_ERRORS:
                 return False
             if error.errno not in NO_LOCK_ERRORS:
-                raise ValueError(f"out={self.folder}: cannot be locked ({error.strerror})") from error
+                raise ValueError(
+                    f"out={self.folder}: cannot be locked ({error.strerror}); give a folder on another disk"
+                ) from error
             logging.warning(
                 "out=%s: has no file locks (%s); symbolic links stand for them", self.folder, error.strerror
             )

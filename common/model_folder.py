@@ -86,13 +86,15 @@ def locate_model(model: str, parts: Sequence[str], *, option: str = "model") -> 
             folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             reason = str(error).partition("\n")[0]
-            raise ValueError(f"{option}={model}: no such folder, and the hub has no such model ({reason})") from error
+            raise ValueError(
+                f"{option}={model}: no such folder, and the hub has no such model ({reason}); check its name"
+            ) from error
     if folder.is_file() and set(parts) <= {"transformer"}:
         return folder
     if folder.is_file():
         raise ValueError(f"{option}={model}: is a file; give a folder, which also holds {', '.join(parts)}")
     if not folder.is_dir():
-        raise ValueError(f"{option}={model}: no such folder, and not a hub name of the form OWNER/NAME")
+        raise ValueError(f"{option}={model}: no such folder, and not a hub name of the form OWNER/NAME; check the path")
     check_parts(folder, parts, model=model, option=option)
     return folder
 
@@ -106,7 +108,7 @@ def check_parts(folder: Path, parts: Sequence[str], *, model: str, option: str) 
         if not (folder / config).is_file():
             raise ValueError(f"{option}={model}: {config} is missing; a model folder holds {', '.join(MODEL_PARTS)}")
         if part != "tokenizer" and not list((folder / part).glob("*.safetensors")):
-            raise ValueError(f"{option}={model}: {part}/ holds no .safetensors weights")
+            raise ValueError(f"{option}={model}: {part}/ holds no .safetensors weights; copy them too")
         check_weight_files(folder / part, option=option)
 
 

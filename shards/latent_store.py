@@ -164,7 +164,7 @@ def read_group_facts(path: Path, step: str) -> SetFacts:
 def complete_groups(path: Path) -> list[str]:
     """Names of the complete steps, sorted; ValueError if `path` is not a store of latents or a step is damaged."""
     if not (path / NODE_FILE).is_file():
-        raise ValueError(f"latents={path}: not a zarr store of latents")
+        raise ValueError(f"latents={path}: not a zarr store of latents; name a folder X.zarr")
     steps = sorted(file.parent.name for file in path.glob(f"*/{NODE_FILE}"))
     return [step for step in steps if _read_node(path / step, GroupAttributes).done]
 

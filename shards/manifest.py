@@ -133,7 +133,7 @@ def load_manifest(storage: Storage) -> Manifest:
         raise ValueError(f"{path}: has schema {schema}, {remedy}")
     manifest = parse_json(data, Manifest, path)
     if manifest.records == 0:
-        raise ValueError(f"shards={storage.location}: the data set is empty")
+        raise ValueError(f"shards={storage.location}: the data set is empty; failures.csv says why")
     return manifest
 
 
@@ -179,4 +179,6 @@ def check_manifest(folder: Path | str, manifest: Manifest, *, spec: VideoSpec, e
     """Raise ValueError if shards have another size than `spec` or another encoder than the fields of `encoder`."""
     differences = list_differences(vars(spec) | encoder, manifest.encoding)
     if differences:
-        raise ValueError(f"shards={folder}: encoded with other settings than this run needs: {'; '.join(differences)}")
+        raise ValueError(
+            f"shards={folder}: encoded with other settings than this run needs: {'; '.join(differences)}; give those"
+        )

@@ -35,7 +35,7 @@ def parse_weight(text: str) -> tuple[str, float]:
     try:
         weight = float(tail)
     except ValueError as error:
-        raise ValueError(f"shards={text}: the weight {tail} is not a number") from error
+        raise ValueError(f"shards={text}: the weight {tail} is not a number; give FOLDER:WEIGHT") from error
     if not math.isfinite(weight):
         raise ValueError(f"shards={text}: the weight is {weight}; give a finite number")
     if not 1 / WEIGHT_RESOLUTION <= weight <= WEIGHT_RESOLUTION:

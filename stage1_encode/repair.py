@@ -99,11 +99,13 @@ def draw_contact_sheet(report: VerifyReport, config: VerifyConfig) -> Path:
     assert config.model, config
     folder, data = locate_model(config.model, ("vae",)), open_data_set(report.location)
     if not same_fingerprint(fingerprint_part(locate_part(folder, "vae")), data.manifest.encoder.vae):
-        raise ValueError(f"model={config.model}: its VAE is not the one that {report.location} was made with")
+        raise ValueError(
+            f"model={config.model}: its VAE is not the one that {report.location} was made with; give that one"
+        )
     model = vae.load_vae(folder, dtype=torch.float32, device=pick_device(config.device))
     cells = [draw_cell(model, record) for record in evenly_spaced_records(data)]
     if not cells:
-        raise ValueError(f"shards={report.location}: no record has a first frame to show")
+        raise ValueError(f"shards={report.location}: no record has a first frame to show; leave --model out")
     cells += [numpy.full_like(cells[0], 255)] * (-len(cells) % PICTURES_PER_ROW)  # white cells complete the last row
     pixels = rearrange(numpy.stack(cells), "(row column) x y c -> (row x) (column y) c", column=PICTURES_PER_ROW)
     path, sheet = Path(config.sheet), io.BytesIO()

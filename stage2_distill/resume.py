@@ -129,7 +129,9 @@ def check_source(checkpoint: Path, roles: Roles, facts: StudentFacts, ranks: Ran
     expected = {f"{role.name}.{name}" for role in trained for name, _ in role.net.named_parameters()}
     missing = expected - stored_dtypes(checkpoint).keys()
     if missing:
-        raise ValueError(f"init_from={checkpoint}: does not fit the model {facts.base_model}: lacks {min(missing)}")
+        raise ValueError(
+            f"init_from={checkpoint}: does not fit the model {facts.base_model}: lacks {min(missing)}; give its --model"
+        )
 
 
 def adapter_scale(checkpoint: Path, facts: StudentFacts) -> float:

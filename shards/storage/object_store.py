@@ -107,7 +107,7 @@ class ObjectStore:
                     hint = LOGIN_HINTS.get(scheme, "check the address and the rights")
                     raise ConnectionError(f"{reason}; {hint}") from error
                 if attempt + 1 == MAX_ATTEMPTS:
-                    raise ConnectionError(f"{reason} (tried {MAX_ATTEMPTS} times)") from error
+                    raise ConnectionError(f"{reason} (tried {MAX_ATTEMPTS} times); check the network") from error
                 log.warning("%s; again in %.1f s", reason, delay)
                 time.sleep(delay)
         raise AssertionError(MAX_ATTEMPTS)
@@ -116,7 +116,9 @@ class ObjectStore:
         stop = None if size is None else start + size
         data: bytes = self.filesystem.cat_file(f"{self.root}/{name}", start=start or None, end=stop)
         if size is not None and len(data) > size:
-            raise ValueError(f"{self.location}: the server sends whole files instead of byte ranges")
+            raise ValueError(
+                f"{self.location}: the server sends whole files instead of byte ranges; use one with ranges"
+            )
         if size is not None and len(data) < size:
             raise OSError(f"received {len(data)} of {size} bytes")
         return data

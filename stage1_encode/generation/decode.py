@@ -38,7 +38,7 @@ def decode(config: DecodeConfig) -> list[Path]:
     store, out = Path(config.latents), Path(config.out)
     steps = latent_store.complete_groups(store)
     if not steps:
-        raise ValueError(f"latents={store}: holds no finished step")
+        raise ValueError(f"latents={store}: holds no finished step; sample again")
     model = prepare_decoding(config, steps)
     with FolderLock(out) as lock:
         lock.hold()

@@ -138,7 +138,9 @@ def student_samplers(setting: EvaluationSetup, sources: Sequence[StudentSource])
     for source in sources:
         facts, path = source.facts, source.own_path
         if facts.spec != setting.facts.spec:
-            raise ValueError(f"checkpoint={path}: makes videos of {facts.spec}, the first of {setting.facts.spec}")
+            raise ValueError(
+                f"checkpoint={path}: makes videos of {facts.spec}, the first of {setting.facts.spec}; compare apart"
+            )
         resolved = path.resolve()
         title = f"{resolved.parent.name}-{resolved.name}"
         sets = f"{title}-{digest_files(path)[:6]}"  # runs in different places may have the same name

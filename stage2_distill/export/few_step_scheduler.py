@@ -15,5 +15,7 @@ class FewStepScheduler(FlowMatchLCMScheduler):
         """Set the student's own sigmas; ValueError for another number of steps than it has."""
         sigmas = list(self.config.student_sigmas)
         if num_inference_steps not in (None, len(sigmas)):
-            raise ValueError(f"num_inference_steps={num_inference_steps}: this student has {len(sigmas)} steps")
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps}: this student has {len(sigmas)} steps; give that number"
+            )
         super().set_timesteps(sigmas=sigmas, device=device)

@@ -114,7 +114,9 @@ def open_student_weights(checkpoint: str, model: str, weights: str) -> StudentWe
     facts = read_facts(folder)
     check_base(model, facts)
     if facts.sampler != SAMPLER_KIND:
-        raise ValueError(f"{folder}: needs the sampler {facts.sampler}, which this version does not have")
+        raise ValueError(
+            f"{folder}: needs the sampler {facts.sampler}, which this version does not have; use a newer one"
+        )
     refuse_damaged(folder, STORED_PREFIX[weights])
     adapters = lora_settings(facts.config)
     loras = trained_loras(facts) if adapters else ()  # the base of the adapters

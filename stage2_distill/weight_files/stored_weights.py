@@ -95,7 +95,7 @@ def weight_files(folder: Path) -> list[Path]:
     if found:
         shown = ", ".join(path.name for path in found[:LISTED_NAMES])
         raise ValueError(f"{folder}: holds {len(found)} files of weights ({shown}); name one of them")
-    raise ValueError(f"{folder}: holds no {WEIGHTS_FILE} (nor its .index.json)")
+    raise ValueError(f"{folder}: holds no {WEIGHTS_FILE} (nor its .index.json); name the file of weights")
 
 
 def read_raw_table(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
