@@ -87,7 +87,7 @@ def locate_model(model: str, parts: Sequence[str], *, option: str = "model") -> 
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"{option}={model}: no such folder, and the hub has no such model ({reason}); check its name"
+                f"{option}={model}: no such folder, and the hub did not deliver it ({reason}); check name and network"
             ) from error
     if folder.is_file() and set(parts) <= {"transformer"}:
         return folder

@@ -277,14 +277,17 @@ def rename_old_keys(config: type, values: Mapping[str, object], *, where: str | 
     return renamed
 
 
-def read_yaml(path: str) -> dict[str, object]:
-    """The keys of a YAML file; ValueError with one line if it cannot be read."""
+def read_yaml(path: str, *, option: str = "config") -> dict[str, object]:
+    """The keys of the YAML file that `option` names; ValueError with one line if it cannot be read."""
     try:
-        loaded = yaml.safe_load(Path(expand_path("config", path)).read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:  # of dates and deep nesting
-        raise ValueError(f"config={path}: {' '.join(str(error).split())}") from error
+        loaded = yaml.safe_load(Path(expand_path(option, path)).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        where = f"{option}={error.filename or path}"
+        raise ValueError(f"{where}: {error.strerror or error}; give the path of a YAML file") from error
+    except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:  # of dates and deep nesting
+        raise ValueError(f"{option}={path}: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise ValueError(f"config={path}: must hold KEY: VALUE lines")
+        raise ValueError(f"{option}={path}: must hold KEY: VALUE lines")
     return loaded
 
 

@@ -131,7 +131,7 @@ def _read_rows(csv_path: Path, text_only: bool) -> Iterator[Row]:
                     yield _parse_row(number, row, columns, text_only)
                     number += 1
     except OSError as error:
-        raise ValueError(f"data={csv_path}: {error.strerror or error}") from error
+        raise ValueError(f"data={csv_path}: {error.strerror or error}; give the path of a CSV file") from error
     except CsvError as error:
         raise ValueError(f"data={csv_path}: line {line}: {error}") from error
     except UnicodeDecodeError as error:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
-from common.options import MODEL_HELP, check_fields, device_option, json_option, option
+from common.options import MODEL_HELP, check_fields, device_option, json_option, option, read_yaml
 from stage2_distill.config import DistillConfig
 from stage2_distill.planning.cards import CARD_NAMES, CARDS, Card
 
@@ -35,6 +35,8 @@ class PlanConfig:
 
     def distill_options(self) -> dict[str, object]:
         """The options of `distill` that are planned, as `resolve_config` takes them; ValueError for a bad KEY=VALUE."""
+        if self.recipe:
+            read_yaml(self.recipe, option="recipe")  # so that a message names the option that the user gave
         options: dict[str, object] = {"config": self.recipe, "shards": ("DATA",), "model": self.model or "MODEL"}
         options["out"], known = "RUN", [item.name for item in fields(DistillConfig)]
         for item in self.set:

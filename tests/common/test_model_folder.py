@@ -23,7 +23,7 @@ def test_a_hub_name_that_is_not_found_names_the_option(monkeypatch: pytest.Monke
         with pytest.raises(ValueError, match=rf"^model={name}: no such folder, and the hub .*\(Got: ConnectError\)$"):
             locate_model(name, ("vae",))
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="^init_from=a b/c: no such folder, and the hub has no such model"):
+    with pytest.raises(ValueError, match="^init_from=a b/c: no such folder, and the hub did not deliver it"):
         locate_model("a b/c", ("vae",), option="init_from")
 
 

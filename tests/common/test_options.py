@@ -330,3 +330,9 @@ def test_a_file_that_yaml_itself_fails_on_is_one_line(content: str, tmp_path: Pa
     (tmp_path / "x.yaml").write_text(content)
     with pytest.raises(ValueError, match=rf"^config={tmp_path}/x.yaml: [^\n]+$"):
         read_yaml(str(tmp_path / "x.yaml"))
+
+
+def test_a_config_that_is_no_file_says_what_to_give(tmp_path: Path) -> None:
+    for path, problem in ((tmp_path / "none.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(ValueError, match=f"^config={path}: {problem}; give the path of a YAML file$"):
+            read_yaml(str(path))

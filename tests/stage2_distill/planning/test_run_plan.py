@@ -103,3 +103,8 @@ def test_the_command() -> None:
     assert "seed=x: must be int" in plan_command("--set", "seed=x", code=2).replace("'", "")
     assert "gpu=h300: choose one of h100" in plan_command("--gpu", "h300", code=2)
     assert "none" in plan_command("--model", "none", code=2)
+
+
+def test_a_missing_recipe_is_named_by_its_own_option() -> None:
+    with pytest.raises(ValueError, match="^recipe=none.yaml: No such file or directory; give the path of a YAML file$"):
+        PlanConfig(recipe="none.yaml").distill_options()
