@@ -97,6 +97,8 @@ def check_disk(out: str, memory: MemoryEstimate, keep_last: int) -> Iterator[Fin
             os.fsync(file.fileno())
         rate = PROBE_BYTES / (time.perf_counter() - began)
         stamp = probe.stat().st_mtime
+    except OSError as error:
+        raise ValueError(f"out={folder}: {error.strerror}; a run cannot write there, give another folder") from error
     finally:
         probe.unlink(missing_ok=True)
     free, needed = shutil.disk_usage(folder).free, memory.checkpoint * (keep_last + 1)

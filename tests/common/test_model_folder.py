@@ -20,7 +20,8 @@ def test_a_hub_name_that_is_not_found_names_the_option(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(model_folder, "snapshot_download", lookup)
     for name in ("nobody/nothing", "nobody/nothing@main"):
-        with pytest.raises(ValueError, match=rf"^model={name}: no such folder, and the hub .*\(Got: ConnectError\)$"):
+        message = rf"^model={name}: no such folder, and the hub .*\(Got: ConnectError\); check name and network$"
+        with pytest.raises(ValueError, match=message):
             locate_model(name, ("vae",))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="^init_from=a b/c: no such folder, and the hub did not deliver it"):

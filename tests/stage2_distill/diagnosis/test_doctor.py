@@ -80,6 +80,12 @@ def test_a_small_disk_and_a_wrong_clock(tmp_path: Path, monkeypatch: pytest.Monk
     assert [found.state for found in check_clock(0)] == ["fail"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which nobody may write")
+def test_a_folder_that_cannot_be_written_is_named() -> None:
+    state, text = states(out="/proc/run", device="cpu")["disk"]
+    assert state == "fail" and "out=/proc: " in text and "a run cannot write there" in text
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_one_failure() -> None:
     found = states(device="cuda")
