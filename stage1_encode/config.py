@@ -137,6 +137,8 @@ class VerifyConfig:
         check_fields(self)
         if not self.sheet.endswith((".png", ".jpg")):
             raise ValueError(f"sheet={self.sheet}: must end in .png or .jpg")
+        if not self.model and self.sheet != type(self).sheet:  # the class attribute is the default
+            raise ValueError(f"sheet={self.sheet}: first frames are drawn by the VAE; give --model too")
 
 
 @dataclass(frozen=True)

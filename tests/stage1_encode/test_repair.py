@@ -236,3 +236,8 @@ def test_another_vae_draws_nothing(complete_set: Path, tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match=r"must end in \.png or \.jpg"):
         VerifyConfig(sheet="sheet")
+
+
+def test_a_sheet_without_a_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="^sheet=frames.png: .*; give --model too$"):
+        VerifyConfig(sheet="frames.png")
