@@ -8,7 +8,8 @@ from typing import Self, TypeVar
 from tqdm import tqdm
 
 Item = TypeVar("Item")
-SECONDS_PER_LINE = 5.0  # between two plain lines
+SECONDS_PER_LINE = 60.0  # between two plain lines, so that the log of a long run stays short
+PLAIN_LINE = "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}"  # as tqdm names them
 
 
 class ProgressBar:
@@ -33,11 +34,16 @@ class ProgressBar:
 
     def _write_line(self) -> None:
         self.last_line_time, self.last_line_count = time.monotonic(), self.completed
-        # The rate of this process: what an earlier one completed took none of its time.
-        rate = (self.completed - self.initial) / max(self.last_line_time - self.start_time, 1e-9)
-        seconds_left = (self.total - self.completed) / max(rate, 1e-9)
-        text = f"{self.label}: {self.completed}/{self.total}, {rate:.3g}/s, {seconds_left:.0f} s left"
-        sys.stderr.write(f"{text}, {self.note}\n" if self.note else f"{text}\n")
+        line = tqdm.format_meter(
+            self.completed,
+            self.total,
+            self.last_line_time - self.start_time,
+            prefix=self.label,
+            postfix=self.note,
+            initial=self.initial,  # what an earlier process completed took none of this one's time
+            bar_format=PLAIN_LINE,
+        )
+        sys.stderr.write(f"{line}\n")
 
     def __enter__(self) -> Self:
         return self

@@ -106,7 +106,7 @@ def generate_videos(
     latent_store.create_group(request.store, build_latent_group(request, rows))
     began = log_start(request, encoder, len(all_rows), offload=offload)
     try:
-        with ExitStack() as stack, ProgressBar(len(rows), label="sample") as progress:
+        with ExitStack() as stack, ProgressBar(len(rows) * request.segments, label="sample") as progress:
             store_thread = stack.enter_context(ThreadPoolExecutor(1))
             generator = VideoGenerator(request, encoder, sampler, offload, stack, store_thread, progress)
             for start in range(0, len(rows), ROWS_PER_CHUNK):
@@ -200,7 +200,6 @@ class VideoGenerator:
             # only now, so that H.264 of a batch runs while the next one is denoised
             for job in previous_jobs:
                 job.writer.finish_file()
-            self.progress.advance(count=len(indices))
 
     def generate_batch(self, records: Sequence[Record]) -> None:
         """Generate the videos of one batch, segment by segment; their files are completed later."""
@@ -214,6 +213,7 @@ class VideoGenerator:
             self.store_latents(records, x0, segment)
             pairs = zip(jobs, x0, strict=True)
             last_frames = [self.decode_segment(job, video, skip_first=segment > 0) for job, video in pairs]
+            self.progress.advance(count=len(records))
             if segment + 1 < self.request.segments:
                 first_frames = [encode_picture(self.encoder, frame) for frame in last_frames]
                 records = [replace(old, first_frame=new) for old, new in zip(records, first_frames, strict=True)]

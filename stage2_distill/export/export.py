@@ -14,6 +14,7 @@ import torch
 
 from common.device import pick_device
 from common.model_folder import locate_model, locate_part
+from common.progress import track_progress
 from shards.dataset import open_data_set
 from shards.manifest import check_manifest
 from stage2_distill.export.config import DIFFUSERS, LORA, ExportConfig
@@ -105,7 +106,9 @@ def measure_latents(path: Path, card: CardFacts) -> float:
             device=device, loras=loras,
         )  # fmt: skip
         sampler = StudentSampler(net, facts.spec, facts.sigmas, torch.float32)
-        sampled.append(torch.cat([sampler([one], [seed]).cpu() for seed, one in enumerate(records)]))
+        label = "sample with the file" if loras else "sample the student"
+        seeded = track_progress(enumerate(records), total=len(records), label=label)
+        sampled.append(torch.cat([sampler([one], [seed]).cpu() for seed, one in seeded]))
     student, approximation = sampled
     return float((approximation - student).norm() / student.norm())
 

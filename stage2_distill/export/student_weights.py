@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common.model_folder import locate_model, locate_part
+from common.progress import track_progress
 from stage2_distill.checkpointing.format import (
     SAMPLER_KIND,
     StudentFacts,
@@ -48,7 +49,10 @@ class StudentWeights:
         return {name: TensorShape(tuple(one.get_shape()), dtype) for name, one in self.base.items()}
 
     def read_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the full network: as stored, or for adapters the float32 sum of base and product."""
+        """Yield the full network, with a progress bar: as stored, or for adapters the float32 sum with the base."""
+        return track_progress(self._full_network(), total=len(self.base), label="export")
+
+    def _full_network(self) -> Iterator[tuple[str, Tensor]]:
         if self.adapters is None:
             yield from self.read_stored(list(self.base))
             return

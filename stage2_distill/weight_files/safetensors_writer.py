@@ -69,6 +69,7 @@ def write_model_folder(
     for file, shard in zip(files, shards, strict=True):
         # `zip` takes from its first argument first, so the stream loses nothing at a shard's end
         write_tensors(folder / file, shard, (pair for _, pair in zip(shard, stream, strict=False)), {})
+    assert next(stream, None) is None, "tensors that no file has"
     if count > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(one.num_bytes for one in shapes.values())

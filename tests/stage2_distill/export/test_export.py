@@ -142,6 +142,15 @@ def test_custom_timesteps_in_the_workflow(model: Path, tmp_path: Path) -> None:
     assert graph["12"]["inputs"]["sigmas"] == "1, 0.9782609, 0.7692308, 0.3571429, 0"
 
 
+@pytest.mark.parametrize(("form", "options"), [("wan", {}), ("diffusers", {}), ("lora", {"rank": 2})])
+def test_progress_counts_every_tensor(
+    form: str, options: dict[str, object], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = len(load_file(model / "transformer" / "diffusion_pytorch_model.safetensors"))
+    export(make_student(tmp_path / "step-000500", model), model, tmp_path / "out", form, **options)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"export: {count}/{count}, ")
+
+
 def test_mistakes(model: Path, tmp_path: Path) -> None:
     full = make_student(tmp_path / "full" / "step-000500", model)
     adapted = make_student(tmp_path / "adapted" / "step-000500", model, adapters=LORA)

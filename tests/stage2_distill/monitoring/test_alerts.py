@@ -54,7 +54,7 @@ def test_lines_have_every_metric(model: Path, tmp_path: Path, capsys: pytest.Cap
     run_here(make_config(shards, model, tmp_path / "run", iterations=2, checkpoint_every=2))
     first, second = lines(tmp_path / "run")
     shown = f"critic {second['critic_loss']:.4f}, {second['seconds']:.2f} s, data {second['seconds_data']:.2f} s, "
-    assert re.search(rf"distill: 2/2, \S+/s, 0 s left, {re.escape(shown)}\d+\.\d GiB\n", capsys.readouterr().err)
+    assert re.search(rf"distill: 2/2, +\S+, 00:00 left, {re.escape(shown)}\d+\.\d GiB\n", capsys.readouterr().err)
     metrics = {"iteration", "seconds", "memory_gib", "critic_loss", "critic_grad_norm", "critic_exit"}
     metrics |= {f"seconds_{phase}" for phase in ("data", "rollout", "scores", "backward", "update")}
     metrics |= {"latent_saturation", "latent_temporal_variance", "latent_first_frame_distance"}
