@@ -95,9 +95,20 @@ def convert_frame(frame: av.VideoFrame, rules: ColorRules) -> tuple[Image.Image,
     if _has_unnamed_matrix(frame) and (frame.width >= 1280 or frame.height > 576):  # players draw the line here
         color = UNTAGGED_AS_709 if rules.untagged_hd == "bt709" else UNTAGGED_AS_601
     assumed = Colorspace.ITU709 if color == UNTAGGED_AS_709 else None
-    pixels = frame.to_ndarray(format="rgba" if _has_alpha(frame) else "rgb24", src_colorspace=assumed)
+    pixels = _to_array(frame, "rgba" if _has_alpha(frame) else "rgb24", assumed)
     image, profile = Image.fromarray(_expand_grey(frame, pixels)), frame.side_data.get("ICC_PROFILE")
     return convert_profile(image, bytes(profile)) if isinstance(profile, Buffer) and not color else (image, color)
+
+
+def _to_array(
+    frame: av.VideoFrame, form: str, matrix: Colorspace | None, flags: Interpolation | None = None
+) -> numpy.ndarray:
+    """A frame's pixels in the format `form`; `UnreadableError` if FFmpeg cannot convert them."""
+    try:
+        # one thread: FFmpeg starts one per core, and the address space that glibc reserves for each fills a reader's
+        return frame.to_ndarray(format=form, src_colorspace=matrix, interpolation=flags, threads=1)
+    except av.FFmpegError as error:
+        raise UnreadableError(f"has pixels that cannot be converted ({error.strerror}); encode it again") from error
 
 
 def find_light_source(frame: av.VideoFrame) -> LightSource:
@@ -146,7 +157,7 @@ def _render_light(frame: av.VideoFrame, source: LightSource) -> Image.Image:
     matrix = Colorspace.BT2020 if _has_unnamed_matrix(frame) and source.gamut == "BT.2020" else None
     has_alpha = _has_alpha(frame)
     form = "rgba64le" if has_alpha else "rgb48le"
-    frame_codes = frame.to_ndarray(format=form, src_colorspace=matrix, interpolation=EXACT_CONVERSION)
+    frame_codes = _to_array(frame, form, matrix, EXACT_CONVERSION)
     codes = _expand_grey(frame, frame_codes.astype(numpy.uint16, copy=False))
     pixels = render_srgb(codes[..., :3], replace(source, white_code=_find_white_code(frame)))
     if has_alpha:

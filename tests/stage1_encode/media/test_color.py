@@ -10,7 +10,7 @@ import numpy
 import pytest
 from av.video.reformatter import ColorPrimaries, ColorTrc
 
-from stage1_encode.media.color import UNTAGGED_AS_601, UNTAGGED_AS_709, ColorRules, convert_frame, is_changed
+from stage1_encode.media.color import UNTAGGED_AS_601, UNTAGGED_AS_709, ColorRules, _to_array, convert_frame, is_changed
 from stage1_encode.media.first_frame import FirstFrame, UnreadableError, read_first_frame
 from stage1_encode.media.tone_mapping import bt709_to_light, light_to_bt709, light_to_pq, srgb_to_light
 from tests.stage1_encode.media.test_tone_mapping import PATCHES, encode_hlg, to_gamut
@@ -226,3 +226,20 @@ def test_dolby_vision_without_another_layer_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"avc1", b"dva1"))
     with pytest.raises(UnreadableError, match="Dolby Vision"):
         read(str(path))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads by Linux's /proc")
+@pytest.mark.parametrize("curve", [UNTAGGED, ColorTrc.ARIB_STD_B67])
+def test_a_conversion_starts_no_threads(curve: int) -> None:
+    frame = av.VideoFrame(1280, 704, "yuv420p10le")
+    for plane in frame.planes:
+        plane.update(bytes(plane.buffer_size))
+    frame.color_trc = curve
+    before = set(Path("/proc/self/task").iterdir())
+    convert_frame(frame, ColorRules())
+    assert set(Path("/proc/self/task").iterdir()) <= before  # the frame keeps its converter, with its threads
+
+
+def test_pixels_without_a_conversion_are_named() -> None:
+    with pytest.raises(UnreadableError, match=r"has pixels that cannot be converted \(.+\); encode it again"):
+        _to_array(av.VideoFrame(16, 16, "yuv420p"), "bayer_rggb8", None)  # only read, never written
