@@ -3,7 +3,6 @@
 Torch and the stages are imported inside the commands, so that `--help` answers at once.
 """
 
-import csv
 import errno
 import json
 import logging
@@ -11,24 +10,13 @@ import os
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import click
 
-from common.files import (
-    LOCK_FILE,
-    UNFINISHED_FOLDER,
-    FolderLock,
-    check_local_path,
-    refuse_foreign_files,
-    staged_output,
-)
-from common.options import ConfigCommand, config_options, expand_path, resolve_config, write_config
+from common.files import check_local_path
+from common.options import ConfigCommand, config_options, expand_path, resolve_config
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
 from stage2_distill.evaluation.config import EvaluateConfig
@@ -144,6 +132,8 @@ def distill_command(**options: object) -> None:
 @config_options(SampleConfig)
 def sample_command(**options: object) -> None:
     """Make videos from a checkpoint, a prompt and a first frame."""
+    from commands.sample import sample_videos
+
     for path in sample_videos(resolve_config(SampleConfig, options)):
         click.echo(str(path))
 
@@ -152,6 +142,8 @@ def sample_command(**options: object) -> None:
 @config_options(EvaluateConfig)
 def evaluate_command(**options: object) -> None:
     """Compare students with their teacher and write report.json and report.html."""
+    from commands.evaluate import evaluate_students
+
     config = resolve_config(EvaluateConfig, options)
     page = evaluate_students(config)
     click.echo(page.with_suffix(".json").read_text("utf-8").rstrip() if config.json else str(page))
@@ -192,164 +184,17 @@ def plot_command(run: str) -> None:
 @click.option("--out", default="demo", show_default=True, help="Folder for everything that the demo makes.")
 def demo_command(out: str) -> None:
     """Run all steps on the small model of examples/nano."""
-    from stage1_encode.encode import encode
-    from stage2_distill.evaluation.report import summary_lines
-    from stage2_distill.train import distill
+    from commands.demo import run_demo
 
     out = expand_path("out", out)
     check_local_path("out", out, is_output=True)
-    nano, folder = find_example(), Path(out)
-    sys.path.append(str(nano.parent.parent))  # its judge imports examples.nano, which is not installed
-    common = {"model": str(nano / "model"), "device": "cpu"}
-    data, held_out, run, videos = (folder / name for name in ("data", "held", "run", "videos"))
-    for table, shards in (("clips.csv", data), ("held.csv", held_out)):
-        options = {"config": nano / "encode.yaml", "data": str(nano / table), "out": str(shards)}
-        encode(resolve_config(EncodeConfig, common | options))
-    options = {"config": nano / "demo.yaml", "shards": (str(data),), "out": str(run)}
-    distill(resolve_config(DistillConfig, common | options))
-    options = {"config": nano / "evaluate.yaml", "checkpoint": (str(run),), "shards": str(held_out)}
-    options |= {"out": str(folder / "report"), "judge": str(nano / "judge.py")}
-    report = evaluate_students(resolve_config(EvaluateConfig, common | options))
-    options = {"config": nano / "sample.yaml", "checkpoint": str(run), "data": str(nano / "prompts.csv")}
-    sample_videos(resolve_config(SampleConfig, common | options | {"out": str(videos)}))
-    click.echo("\n".join(["", *summary_lines(report.parent), ""]))
-    click.echo("100 iterations bring the 4-step student nearer to its teacher's 50 steps; recipes/nano.yaml goes on.")
-    click.echo(f"open {report} to see it; shards are in {data}, checkpoints in {run}, videos in {videos}")
-
-
-def find_example() -> Path:
-    """The folder examples/nano of the source, beside this file or in the working directory; ValueError without it."""
-    folders = [root / "examples" / "nano" for root in (Path(__file__).parent, Path.cwd())]
-    for folder in folders:
-        if (folder / "demo.yaml").is_file():
-            return folder
-    raise ValueError(
-        f"demo: needs the folder examples/nano of the source, which no installed package has (looked in "
-        f"{' and '.join(str(folder) for folder in folders)}); clone the repository and run ti2v-distill demo in it"
-    )
-
-
-def sample_videos(config: SampleConfig) -> list[Path]:
-    """Encode the conditions and decode the frames (stage one), denoise in between (stage two); returns the files.
-
-    The latents are also stored, in X.zarr beside the videos. Under torchrun the processes share the rows of a CSV, or
-    denoise the one video together.
-    """
-    from common.device import pick_device
-    from stage1_encode.generation.condition_encoder import load_condition_encoder
-    from stage1_encode.generation.generate import GenerationRequest, generate_videos, needs_offload
-    from stage2_distill.sampling.multi_gpu import LeaderSampler, run_sampling_worker
-    from stage2_distill.sampling.student_sampler import open_student
-
-    is_single = config.prompt is not None
-    offload = needs_offload(config.vram, pick_device(config.device))
-    rank, world = join_ranks(config.device)
-    student = open_student(config)
-    shared_video = is_single and world > 1
-    if shared_video and rank:
-        run_sampling_worker(student)
-        return []
-    models = load_condition_encoder(
-        config.model, precision=config.vae_dtype, device=student.device, keep_text_on_device=not offload,
-        condition_dtype=config.dtype,
-    )  # fmt: skip
-    if shared_video:
-        rank, world = 0, 1  # the leader alone writes the file
-    with TemporaryDirectory() as temporary, prepare_output(config, rank) as folder:
-        table = Path(write_prompt_csv(Path(temporary) / "prompt.csv", config) if is_single else str(config.data))
-        target = folder / Path(config.out).name if is_single else folder
-        store = target.with_suffix(".zarr") if is_single else folder / latent_store_name(rank, world)
-        request = GenerationRequest(
-            table, target, store, student.spec, config.seed, config.segments, config.batch_size, rank, world,
-            config.base_folder,
-        )  # fmt: skip
-        with LeaderSampler(student) if shared_video else nullcontext(student) as sampler:
-            files = generate_videos(request, models, sampler, offload=offload)
-    return [(Path(config.out).parent if is_single else Path(config.out)) / path.name for path in files]
-
-
-def join_ranks(device: str) -> tuple[int, int]:
-    """Rank and number of the processes of torchrun, which can wait for each other from now on; (0, 1) without it."""
-    from stage2_distill.distributed.process_group import rank_and_world, start_process_group
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        start_process_group(device)
-    return rank_and_world()
-
-
-def latent_store_name(rank: int, world: int) -> str:
-    """File name of the latents of one rank of `sample --data`."""
-    return f"latents-{rank}.zarr" if world > 1 else "latents.zarr"
-
-
-def evaluate_students(config: EvaluateConfig) -> Path:
-    """Sample all candidates (stage two), measure their videos (stage one), report (stage two); returns the page.
-
-    Under torchrun the processes share the sampling, and the first one does the rest.
-    """
-    from stage1_encode.video_metrics.evaluate_videos import load_tools, measure_videos
-    from stage2_distill.distributed.process_group import own_folder
-    from stage2_distill.evaluation.compare import open_evaluation, sample_comparison
-    from stage2_distill.evaluation.report import PAGE_FILE, write_report
-
-    rank, _ = join_ranks(config.device)
-    load = partial(load_tools, config.model, config.shards, config.device,
-                   judge=config.judge, i3d_model=config.i3d_model, clip_model=config.clip_model)  # fmt: skip
-    if config.videos and rank == 0:
-        load()  # and let go: mistakes show before hours of sampling, which need the memory
-    setting, out = open_evaluation(config), Path(config.out)
-    with own_folder(out):
-        sample_comparison(setting)
-        if config.videos and rank == 0:
-            with staged_output(out) as staging:
-                measure_videos(out, staging, load(), max_videos=config.videos,
-                               report_videos=config.report_videos, batch_size=config.batch_size)  # fmt: skip
-        return write_report(config) if rank == 0 else out / PAGE_FILE
-
-
-@contextmanager
-def prepare_output(config: SampleConfig, rank: int) -> Iterator[Path]:
-    """Own the output of `sample` and yield the folder into which all ranks write; its files are moved at the end.
-
-    ValueError if the output folder holds other files or another process writes there.
-    """
-    from stage1_encode.generation.decode import VIDEO_FOLDER_FILES
-    from stage2_distill.distributed.process_group import own_folder, wait_for_ranks
-
-    out, config_file = Path(config.out), "sample.yaml"
-    if config.prompt is not None:
-        with FolderLock(out.parent, f"{out.name}.lock") as lock:
-            lock.hold()
-            with staged_output(out.parent, f"{out.name}.{UNFINISHED_FOLDER}") as staging:
-                yield staging
-                write_config(staging / f"{out.name}.yaml", config)
-        return
-    if not (out / config_file).is_file():
-        is_marked = any((out / name).exists() for name in (LOCK_FILE, UNFINISHED_FOLDER))  # by a run that did not end
-        refuse_foreign_files(out, lambda name: is_marked and VIDEO_FOLDER_FILES.fullmatch(name) is not None)
-    with own_folder(out), staged_output(out) if rank == 0 else nullcontext(out / UNFINISHED_FOLDER) as staging:
-        wait_for_ranks()  # the first one has emptied the folder
-        yield staging
-        if rank == 0:
-            write_config(staging / config_file, config)
-        wait_for_ranks()  # nothing is moved before all are complete
+    click.echo("\n".join(run_demo(Path(out))))
 
 
 def echo_report(report: object, lines: list[str], *, as_json: bool) -> None:
     """Print a report as JSON or as lines, on the first rank."""
     if os.environ.get("RANK", "0") == "0":
         click.echo(json.dumps(report, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))
-
-
-def write_prompt_csv(path: Path, config: SampleConfig) -> str:
-    """Write a CSV of one row for the prompt of a single video; returns its path."""
-    from stage1_encode.media.rows import locate_file
-
-    # absolute, because a path in a CSV starts at the CSV's folder
-    image = "" if config.image is None else locate_file(Path("prompt.csv"), config.image)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("prompt", "image", "seed"), (config.prompt, image, config.seed)])
-    return str(path)
 
 
 def run_command() -> int | None:

@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 
 import cli
+from commands import demo, evaluate
+from commands.sample import write_prompt_csv
 from common.options import resolve_config
 from shards.latent_store import read_latents
 from stage1_encode.media.rows import locate_file, read_shard_rows
@@ -111,7 +113,7 @@ def test_prompt_and_picture_become_a_video(run: Path, model: Path, tmp_path: Pat
 )
 def test_an_image_may_be_a_web_address(image: str, found: str, tmp_path: Path) -> None:
     config = SampleConfig("c", "m", "o.mp4", prompt="p", image=image)
-    table = Path(cli.write_prompt_csv(tmp_path / "prompt.csv", config))
+    table = Path(write_prompt_csv(tmp_path / "prompt.csv", config))
     (rows,) = read_shard_rows(table, shard_size=9, text_only=True)
     assert locate_file(table, rows[0].path) == found
 
@@ -346,7 +348,7 @@ def test_json_of_verify_and_evaluate(run: Path, model: Path, tmp_path: Path, mon
     done = call("verify", broken, "--json")
     assert done.returncode == 1 and json.loads(done.stdout)["problems"][0]["file"] == "shard-000000.tar"
     (tmp_path / "report.json").write_text('{"contestants": {}}\n')
-    monkeypatch.setattr(cli, "evaluate_students", lambda config: tmp_path / "report.html")
+    monkeypatch.setattr(evaluate, "evaluate_students", lambda config: tmp_path / "report.html")
     options = ["--checkpoint", run / "run", "--shards", run / "data", "--model", model, "--out", tmp_path / "o"]
     assert json.loads(works("evaluate", *options, "--json")) == {"contestants": {}}
     assert works("evaluate", *options) == f"{tmp_path / 'report.html'}\n"
@@ -386,11 +388,11 @@ def test_version_is_that_of_the_project() -> None:
 
 def test_demo_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an installed package, away from the source; inside a clone it finds the example in the working directory."""
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "cli.py"))
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "site-packages" / "commands" / "demo.py"))
     monkeypatch.chdir(tmp_path)
     message = refuses("demo", "--out", tmp_path / "demo")
     assert "demo: needs the folder examples/nano of the source" in message
     assert "clone the repository and run ti2v-distill demo in it" in message
     assert list(tmp_path.iterdir()) == []
     monkeypatch.chdir(ROOT)
-    assert cli.find_example() == ROOT / "examples" / "nano"
+    assert demo.find_example() == ROOT / "examples" / "nano"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import cli
+from commands.evaluate import evaluate_students
+from commands.sample import sample_videos
 from common.files import FolderLock
 from shards import latent_store
 from shards.verification.verify import verify_data_set
@@ -65,17 +66,17 @@ def test_a_failed_video_leaves_the_earlier_one(
 ) -> None:
     out = tmp_path / "videos" / "v.mp4"
     config = replace(sampling, out=str(out), data=None, prompt="a")
-    assert cli.sample_videos(config) == [out]
+    assert sample_videos(config) == [out]
     before = snapshot(out.parent)
     assert sorted({name.split("/")[0] for name in before}) == ["v.mp4", "v.mp4.yaml", "v.zarr"]
     if mistake == "no number":
         monkeypatch.setattr(StudentSampler, "__call__", sample_nan)
     with pytest.raises(ValueError, match=r"gone\.png|not finite"):
         image = "gone.png" if mistake == "a missing picture" else None
-        cli.sample_videos(replace(config, prompt="b", seed=2, image=image))
+        sample_videos(replace(config, prompt="b", seed=2, image=image))
     assert snapshot(out.parent) == before
     monkeypatch.undo()
-    assert cli.sample_videos(replace(config, seed=2)) == [out]
+    assert sample_videos(replace(config, seed=2)) == [out]
     after = snapshot(out.parent)
     assert after.keys() == before.keys() and all(after[name] != before[name] for name in ("v.mp4", "v.mp4.yaml"))
     assert len(list(out.parent.iterdir())) == 3
@@ -85,7 +86,7 @@ def test_a_failed_video_leaves_the_earlier_one(
 def test_failed_videos_leave_the_earlier_folder(
     mistake: str, sampling: SampleConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = cli.sample_videos(sampling)
+    files = sample_videos(sampling)
     assert [path.name for path in files] == ["000000000.mp4", "000000001.mp4", "000000002.mp4", "contact.png"]
     assert all(path.is_file() and path.parent == tmp_path / "out" for path in files)
     before = snapshot(tmp_path / "out")
@@ -95,7 +96,7 @@ def test_failed_videos_leave_the_earlier_folder(
         rows = rows[:1]
     table = write_csv(tmp_path / "q.csv", rows, ("prompt", "image", "seed"))
     with pytest.raises(ValueError, match=r"gone\.png|not finite"):
-        cli.sample_videos(replace(sampling, data=str(table)))
+        sample_videos(replace(sampling, data=str(table)))
     assert snapshot(tmp_path / "out") == before
     assert not list(tmp_path.glob("out/unfinished/*.mp4"))
 
@@ -103,24 +104,24 @@ def test_failed_videos_leave_the_earlier_folder(
 def test_the_same_command_works_after_one_that_was_killed(sampling: SampleConfig, tmp_path: Path) -> None:
     out = tmp_path / "out"
     FolderLock(out).close()  # killed right at its start
-    cli.sample_videos(sampling)
+    sample_videos(sampling)
     expected = snapshot(out)
     shutil.rmtree(out)
     FolderLock(out).close()  # killed while it moved its files
     (out / "unfinished" / "latents.zarr").mkdir(parents=True)
     for name in ("000000000.mp4", "000000001.mp4.partial"):
         (out / name).touch()
-    cli.sample_videos(sampling)
+    sample_videos(sampling)
     (out / "000000001.mp4.partial").unlink()
     assert snapshot(out) == expected
     (out / "sample.yaml").unlink()
     (out / "letter.txt").touch()
     with pytest.raises(ValueError, match="holds other files"):
-        cli.sample_videos(sampling)
+        sample_videos(sampling)
 
 
 def test_failed_decoding_leaves_the_earlier_videos(sampling: SampleConfig, model: Path, tmp_path: Path) -> None:
-    cli.sample_videos(sampling)
+    sample_videos(sampling)
     store = tmp_path / "out" / "latents.zarr"
     config = DecodeConfig(str(store), str(model), str(tmp_path / "decoded"), device="cpu")
     assert [path.name for path in decode(config)][-1] == "contact.png"
@@ -138,14 +139,14 @@ def test_a_failed_evaluation_leaves_the_earlier_report(
     evaluation: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(evaluation, out=str(tmp_path / "report"))
-    page = cli.evaluate_students(config)
+    page = evaluate_students(config)
     before = snapshot(page.parent)
     assert {"evaluate.yaml", "report.json", "report.html", "videos/teacher-seed-0/000.mp4"} <= before.keys()
     monkeypatch.setattr(report, "render_page", lambda *_: int("no page"))
     with pytest.raises(ValueError, match="no page"):
-        cli.evaluate_students(replace(config, report_videos=0))
+        evaluate_students(replace(config, report_videos=0))
     with pytest.raises(ValueError, match="judge="):
-        cli.evaluate_students(replace(config, judge=str(tmp_path / "gone.py")))
+        evaluate_students(replace(config, judge=str(tmp_path / "gone.py")))
     after = snapshot(page.parent)
     assert all(after[name] == before[name] for name in ("evaluate.yaml", "report.json", "report.html"))
 
@@ -180,7 +181,7 @@ def test_two_ranks_make_what_one_makes(sampling: SampleConfig, evaluation: Evalu
         done = training_helpers.run_ranks(["cli.py", "sample", *flags(sampling)], 2)
         assert done.returncode == 0, done.stderr
     both = snapshot(tmp_path / "out")
-    cli.sample_videos(replace(sampling, out=str(tmp_path / "alone")))
+    sample_videos(replace(sampling, out=str(tmp_path / "alone")))
     alone = snapshot(tmp_path / "alone")
     assert {name for name in alone if name.endswith(".mp4")} == {name for name in both if name.endswith(".mp4")}
     expected = latent_store.read_latent_rows(tmp_path / "alone" / "latents.zarr", "sample", 0, 3)
@@ -192,7 +193,7 @@ def test_two_ranks_make_what_one_makes(sampling: SampleConfig, evaluation: Evalu
     done = training_helpers.run_ranks(["cli.py", "evaluate", *flags(config)], 2)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("sample teacher-seed-0: 3/3") == 1
-    cli.evaluate_students(replace(evaluation, out=str(tmp_path / "one")))
+    evaluate_students(replace(evaluation, out=str(tmp_path / "one")))
     stores = [tmp_path / name / "latents.zarr" for name in ("report", "one")]
     steps = latent_store.complete_groups(stores[0])
     assert steps == latent_store.complete_groups(stores[1])

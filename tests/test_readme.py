@@ -7,7 +7,7 @@ from tests.option_tables import PAGE, options_page
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-FOLDERS = ("common", "shards", "stage1_encode", "stage2_distill")
+FOLDERS = ("common", "shards", "stage1_encode", "stage2_distill", "commands")
 
 
 def test_option_tables_are_those_of_the_configurations() -> None:

@@ -76,6 +76,13 @@ def own_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+def join_ranks(device: str) -> tuple[int, int]:
+    """Rank and number of the processes of torchrun, which can wait for each other from now on; (0, 1) without it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        start_process_group(device)
+    return rank_and_world()
+
+
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of processes; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cli import sample_videos
+from commands.sample import sample_videos
 from common.model_folder import locate_model, locate_part
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import encode

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import cli
+from commands.evaluate import evaluate_students
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.report import html_table, summary_lines, write_report
 from tests.stage2_distill import training_helpers
@@ -33,7 +33,7 @@ def out(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     training_helpers.make_shards(folder / "data", model)
     training_helpers.run_here(training_helpers.make_config(folder / "data", model, folder / "run", iterations=3))
     (folder / "judge.py").write_text(JUDGE)
-    page = cli.evaluate_students(
+    page = evaluate_students(
         EvaluateConfig(
             (str(folder / "run"),),
             str(folder / "data"),

@@ -10,7 +10,7 @@ import zarr
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
-from cli import sample_videos
+from commands.sample import sample_videos
 from common.seed import draw_normal, make_generator
 from stage2_distill.export.config import ExportConfig
 from stage2_distill.export.export import export_student

@@ -1,0 +1,91 @@
+"""The `sample` command: conditions and frames of stage one, the denoiser of stage two."""
+
+import csv
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from common.device import pick_device
+from common.files import LOCK_FILE, UNFINISHED_FOLDER, FolderLock, refuse_foreign_files, staged_output
+from common.options import write_config
+from stage1_encode.generation.condition_encoder import load_condition_encoder
+from stage1_encode.generation.decode import VIDEO_FOLDER_FILES
+from stage1_encode.generation.generate import GenerationRequest, generate_videos, needs_offload
+from stage1_encode.media.rows import locate_file
+from stage2_distill.distributed.process_group import join_ranks, own_folder, wait_for_ranks
+from stage2_distill.sampling.config import SampleConfig
+from stage2_distill.sampling.multi_gpu import LeaderSampler, run_sampling_worker
+from stage2_distill.sampling.student_sampler import open_student
+
+
+def sample_videos(config: SampleConfig) -> list[Path]:
+    """Encode the conditions and decode the frames (stage one), denoise in between (stage two); returns the files.
+
+    The latents are also stored, in X.zarr beside the videos. Under torchrun the processes share the rows of a CSV, or
+    denoise the one video together.
+    """
+    is_single = config.prompt is not None
+    offload = needs_offload(config.vram, pick_device(config.device))
+    rank, world = join_ranks(config.device)
+    student = open_student(config)
+    shared_video = is_single and world > 1
+    if shared_video and rank:
+        run_sampling_worker(student)
+        return []
+    models = load_condition_encoder(
+        config.model, precision=config.vae_dtype, device=student.device, keep_text_on_device=not offload,
+        condition_dtype=config.dtype,
+    )  # fmt: skip
+    if shared_video:
+        rank, world = 0, 1  # the leader alone writes the file
+    with TemporaryDirectory() as temporary, prepare_output(config, rank) as folder:
+        table = Path(write_prompt_csv(Path(temporary) / "prompt.csv", config) if is_single else str(config.data))
+        target = folder / Path(config.out).name if is_single else folder
+        store = target.with_suffix(".zarr") if is_single else folder / latent_store_name(rank, world)
+        request = GenerationRequest(
+            table, target, store, student.spec, config.seed, config.segments, config.batch_size, rank, world,
+            config.base_folder,
+        )  # fmt: skip
+        with LeaderSampler(student) if shared_video else nullcontext(student) as sampler:
+            files = generate_videos(request, models, sampler, offload=offload)
+    return [(Path(config.out).parent if is_single else Path(config.out)) / path.name for path in files]
+
+
+def latent_store_name(rank: int, world: int) -> str:
+    """File name of the latents of one rank of `sample --data`."""
+    return f"latents-{rank}.zarr" if world > 1 else "latents.zarr"
+
+
+@contextmanager
+def prepare_output(config: SampleConfig, rank: int) -> Iterator[Path]:
+    """Own the output of `sample` and yield the folder into which all ranks write; its files are moved at the end.
+
+    ValueError if the output folder holds other files or another process writes there.
+    """
+    out, config_file = Path(config.out), "sample.yaml"
+    if config.prompt is not None:
+        with FolderLock(out.parent, f"{out.name}.lock") as lock:
+            lock.hold()
+            with staged_output(out.parent, f"{out.name}.{UNFINISHED_FOLDER}") as staging:
+                yield staging
+                write_config(staging / f"{out.name}.yaml", config)
+        return
+    if not (out / config_file).is_file():
+        is_marked = any((out / name).exists() for name in (LOCK_FILE, UNFINISHED_FOLDER))  # by a run that did not end
+        refuse_foreign_files(out, lambda name: is_marked and VIDEO_FOLDER_FILES.fullmatch(name) is not None)
+    with own_folder(out), staged_output(out) if rank == 0 else nullcontext(out / UNFINISHED_FOLDER) as staging:
+        wait_for_ranks()  # the first one has emptied the folder
+        yield staging
+        if rank == 0:
+            write_config(staging / config_file, config)
+        wait_for_ranks()  # nothing is moved before all are complete
+
+
+def write_prompt_csv(path: Path, config: SampleConfig) -> str:
+    """Write a CSV of one row for the prompt of a single video; returns its path."""
+    # absolute, because a path in a CSV starts at the CSV's folder
+    image = "" if config.image is None else locate_file(Path("prompt.csv"), config.image)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("prompt", "image", "seed"), (config.prompt, image, config.seed)])
+    return str(path)
