@@ -3,6 +3,8 @@
 A position in the endless order of records is one integer: position // num_records is its epoch, and the order of each
 epoch is computed (`shards/shuffle.py`). Any rank can therefore read any position at any time, and a run resumes from
 its position alone.
+
+A shard holds records of one size, so the records of a size lie in ranges of numbers (`SizeGroup`).
 """
 
 import zlib
@@ -11,15 +13,16 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
-from functools import lru_cache
-from itertools import accumulate, compress
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate, compress, pairwise
 from pathlib import Path
 from typing import TypeVar
 
 import numpy
 from torch import Tensor
 
+from common.video import VideoSpec
 from shards.manifest import Manifest, ShardInfo, load_manifest, load_negative_embedding
 from shards.record import TENSORS_SUFFIX, Record, from_members, schema_problems
 from shards.shuffle import permute_index
@@ -32,6 +35,31 @@ MAX_CACHED_RECORDS = 200_000  # records whose offsets are in memory at once, abo
 DEFAULT_CACHE_BYTES = 8 << 30
 
 
+@dataclass(frozen=True)
+class SizeGroup:
+    """The records of one size."""
+
+    spec: VideoSpec
+    ranges: tuple[range, ...]  # of record numbers, ascending; none is empty
+
+    @cached_property
+    def _range_ends(self) -> "array[int]":
+        """For each range, how many records it and those before it have."""
+        return array("q", accumulate(map(len, self.ranges)))
+
+    @property
+    def num_records(self) -> int:
+        """Number of records of this size, at least 1."""
+        return self._range_ends[-1]
+
+    def record_index(self, index: int) -> int:
+        """Number in the data set of record `index` of 0..num_records-1 of this size; IndexError for another index."""
+        if not 0 <= index < self.num_records:
+            raise IndexError(f"record {index} of {self.num_records} of {self.spec}")
+        position = bisect_right(self._range_ends, index)
+        return self.ranges[position][index - self._range_ends[position]]  # counted from the range's end
+
+
 class DataSet:
     """A finished data set, read by record number."""
 
@@ -42,13 +70,26 @@ class DataSet:
         max_cached_shards = max(1, MAX_CACHED_RECORDS * len(manifest.shards) // self.num_records)
         self._load_offsets = lru_cache(max_cached_shards)(self._read_offsets)  # safe for threads
 
+    @cached_property
+    def size_groups(self) -> tuple[SizeGroup, ...]:
+        """The records by size, in the order of `manifest.sizes`."""
+        ranges: dict[VideoSpec, list[range]] = {spec: [] for spec in self.manifest.sizes}
+        for shard, (first, end) in zip(self.manifest.shards, pairwise(self._first_records), strict=True):
+            if first == end:
+                continue
+            own = ranges[self.manifest.shard_spec(shard)]
+            if own and own[-1].stop == first:
+                first = own.pop().start
+            own.append(range(first, end))
+        return tuple(SizeGroup(spec, tuple(own)) for spec, own in ranges.items())
+
     def read_record(self, index: int) -> Record:
         """Record `index` of 0..num_records-1, for any thread; IndexError, or ValueError naming damaged members."""
         if not 0 <= index < self.num_records:
             raise IndexError(f"record {index} of {self.num_records}")
         shard_index = bisect_right(self._first_records, index) - 1
         first = 2 * (index - self._first_records[shard_index])
-        name, (member_names, offsets) = self.manifest.shards[shard_index].name, self._load_offsets(shard_index)
+        shard, (member_names, offsets) = self.manifest.shards[shard_index], self._load_offsets(shard_index)
         start, tensors_size, tensors_crc = offsets[first].tolist()
         metadata_start, metadata_size, metadata_crc = offsets[first + 1].tolist()
         # One read covers both members and the tar header between them.
@@ -58,20 +99,21 @@ class DataSet:
             damaged = zlib.crc32(data[:tensors_size]) != tensors_crc, zlib.crc32(data[gap_end:]) != metadata_crc
             return list(compress(member_names[first : first + 2], damaged))
 
-        data = read_with_retry(self.storage, damaged_members, name, start, size)
-        return self._parse_record(name, member_names[first], data[:tensors_size], data[gap_end:])
+        data = read_with_retry(self.storage, damaged_members, shard.name, start, size)
+        return self._parse_record(shard, member_names[first], data[:tensors_size], data[gap_end:])
 
-    def _parse_record(self, shard: str, member: str, tensors: memoryview, metadata: memoryview) -> Record:
+    def _parse_record(self, shard: ShardInfo, member: str, tensors: memoryview, metadata: memoryview) -> Record:
         """A record from the bytes of its members; ValueError naming the member if it does not fit the manifest."""
         manifest = self.manifest
         try:
             record = from_members(member.removesuffix(f".{TENSORS_SUFFIX}"), tensors, metadata)
-            problems = schema_problems(record, manifest.spec.first_frame_shape, manifest.encoder.text_dim)
+            shape = manifest.shard_spec(shard).first_frame_shape
+            problems = schema_problems(record, shape, manifest.encoder.text_dim)
         except ValueError as error:
             problems = [str(error)]
         if problems:
             problem = f"is not a record of this data set ({'; '.join(problems)})"
-            raise ValueError(f"{self.storage.location}/{shard}: {member}: {problem}; run verify --repair")
+            raise ValueError(f"{self.storage.location}/{shard.name}: {member}: {problem}; run verify --repair")
         return record
 
     def record_index(self, position: int, *, seed: int) -> int:

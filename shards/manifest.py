@@ -1,10 +1,14 @@
-"""The manifest of a data set: its shards, the encoders that made them, and whether a model fits them."""
+"""The manifest of a data set: its shards, the encoders that made them, and whether a model fits them.
+
+Schema 1 has one size for all shards. Schema 2 differs in one thing: a shard may state a size of its own (`video_size`).
+It is written only if the records have several sizes, so that older versions read all other data sets.
+"""
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -16,7 +20,7 @@ from common.model_folder import same_fingerprint
 from common.video import VideoSpec
 from shards.storage.open import LocalStorage, Storage, read_verified_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, MANY_SIZES_VERSION = 1, 2
 MODEL_FIELDS = ("vae", "text_encoder", "tokenizer")  # of EncoderInfo: fingerprints
 MANIFEST_FILE, NEGATIVE_FILE = "manifest.json", "negative.safetensors"
 ZERO_HASH = "0" * 64  # stands for the manifest's own hash while that hash is taken
@@ -47,10 +51,17 @@ class ShardInfo:
     sha256: str
     size: Count  # bytes
     index_sha256: str = ""  # of the sidecar; empty within the sidecar itself
+    video_size: tuple[Count, Count] | None = None  # (height, width); None = the manifest's, and no file holds the field
 
     def __post_init__(self) -> None:
         if not SHARD_NAME_PATTERN.fullmatch(self.name):  # such as ../../victim, which verify --repair would delete
             raise ValueError(f"names a shard {self.name!r}, which is not shard-NUMBER.tar")
+
+    @property
+    def stored_fields(self) -> dict[str, object]:
+        """The fields as files hold them."""
+        fields = asdict(self)
+        return fields if self.video_size else {name: value for name, value in fields.items() if name != "video_size"}
 
 
 @dataclass(frozen=True)
@@ -65,11 +76,24 @@ class Manifest:
     """All that stage two must know of a data set before it opens a tar."""
 
     schema: int
-    spec: VideoSpec
+    spec: VideoSpec  # of shards without a size of their own
     encoder: EncoderInfo
     shards: tuple[ShardInfo, ...]
     failures: Count
     negative_sha256: str = ""  # of the file; filled in by write_manifest
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) > 1 and self.schema < MANY_SIZES_VERSION:  # VideoSpec checks each size
+            raise ValueError(f"has schema {self.schema} and records of several sizes")
+
+    @property
+    def sizes(self) -> tuple[VideoSpec, ...]:
+        """The sizes of the records, each once, by height and then by width."""
+        return list_sizes(self.spec, self.shards)
+
+    def shard_spec(self, shard: ShardInfo) -> VideoSpec:
+        """Size and frame rate of a shard's videos."""
+        return sized_spec(self.spec, shard.video_size)
 
     @property
     def records(self) -> int:
@@ -90,10 +114,29 @@ class Manifest:
         return vars(self.spec) | vars(self.encoder)
 
 
+def sized_spec(spec: VideoSpec, video_size: tuple[int, int] | None) -> VideoSpec:
+    """A spec with another (height, width), if one is given; ValueError if it is not one of the VAE."""
+    return spec if video_size is None else replace(spec, height=video_size[0], width=video_size[1])
+
+
+def list_sizes(spec: VideoSpec, shards: Iterable[ShardInfo]) -> tuple[VideoSpec, ...]:
+    """The sizes of shards with records, each once, by height and then by width; `spec` alone if there are none."""
+    sizes = {shard.video_size for shard in shards if shard.records}  # few, of perhaps 200,000 shards
+    specs = {sized_spec(spec, size) for size in sizes} or {spec}
+    return tuple(sorted(specs, key=lambda one: (one.height, one.width)))
+
+
+def make_manifest(spec: VideoSpec, encoder: EncoderInfo, shards: tuple[ShardInfo, ...], failures: int) -> Manifest:
+    """The manifest of shards, of the lowest schema that can hold them; its spec is the first of `sizes`."""
+    sizes = list_sizes(spec, shards)
+    return Manifest(SCHEMA_VERSION if len(sizes) == 1 else MANY_SIZES_VERSION, sizes[0], encoder, shards, failures)
+
+
 def write_manifest(folder: Path, manifest: Manifest, negative: Tensor) -> None:
     """Finish a data set: write the negative prompt's embedding (L D), then the manifest, which is always last."""
     embedding = save({"text": negative.contiguous()})
     signed = asdict(manifest) | {"negative_sha256": hashlib.sha256(embedding).hexdigest()}
+    signed["shards"] = [shard.stored_fields for shard in manifest.shards]
     unsigned = json.dumps({"sha256": ZERO_HASH} | signed, indent=1, ensure_ascii=False) + "\n"
     digest = hashlib.sha256(unsigned.encode()).hexdigest()
     write_file(folder / NEGATIVE_FILE, embedding)  # before the manifest, whose presence means "finished"
@@ -128,8 +171,9 @@ def load_manifest(storage: Storage) -> Manifest:
     if not hash_matches(data):
         raise ValueError(f"{path}: is damaged (its hash differs) or not a manifest; run the encode command again")
     schema = parse_json(data, ManifestSchema, path).schema  # first, as another schema may have other fields
-    if schema != SCHEMA_VERSION:
-        remedy = f"this version reads only {SCHEMA_VERSION}; use the version that made it, or encode again"
+    if schema not in (SCHEMA_VERSION, MANY_SIZES_VERSION):
+        readable = f"{SCHEMA_VERSION} and {MANY_SIZES_VERSION}"
+        remedy = f"this version reads only {readable}; use the version that made it, or encode again"
         raise ValueError(f"{path}: has schema {schema}, {remedy}")
     manifest = parse_json(data, Manifest, path)
     if manifest.records == 0:
@@ -177,6 +221,9 @@ def list_differences(expected: Mapping[str, object], actual: Mapping[str, object
 
 def check_manifest(folder: Path | str, manifest: Manifest, *, spec: VideoSpec, encoder: dict[str, object]) -> None:
     """Raise ValueError if shards have another size than `spec` or another encoder than the fields of `encoder`."""
+    if len(manifest.sizes) > 1:
+        sizes = ", ".join(f"{one.height}x{one.width}" for one in manifest.sizes)
+        raise ValueError(f"shards={folder}: holds records of several sizes ({sizes}); give a data set of one size")
     differences = list_differences(vars(spec) | encoder, manifest.encoding)
     if differences:
         raise ValueError(

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from common.condition import Condition
 from common.seed import derive_seed
-from common.video import TEXT_LENGTH
-from shards.dataset import DataSet, open_data_set
-from shards.manifest import list_differences
+from common.video import TEXT_LENGTH, VideoSpec
+from shards.dataset import DataSet, SizeGroup, open_data_set
+from shards.manifest import Manifest, list_differences
 from shards.record import Record, collate_records
 from shards.shuffle import permute_index
 
@@ -62,22 +62,46 @@ def cycle_draws(shares: tuple[int, ...], seed: int, cycle: int) -> tuple[tuple[i
     return tuple(draws)
 
 
-class DataSetMixture:
-    """Data sets read as one. Records are numbered through all of them, in the order of `data_sets`."""
+def list_mixture_differences(first: Manifest, other: Manifest, *, many_sizes: bool) -> list[str]:
+    """Why two data sets cannot be mixed, a line each; with `many_sizes` their heights and widths may differ."""
+    differences = list_differences(first.encoding, other.encoding)
+    if many_sizes:
+        return [line for line in differences if line.partition(":")[0] not in ("height", "width")]
+    if first.sizes != other.sizes and not differences:
+        return ["one of them holds several sizes"]
+    return differences
 
-    def __init__(self, data_sets: Sequence[DataSet], weights: Sequence[float]) -> None:
+
+class DataSetMixture:
+    """Data sets read as one. Records are numbered through all of them, in the order of `data_sets`.
+
+    Raises ValueError if their encoders differ, or their sizes where the caller reads no `many_sizes`.
+    """
+
+    def __init__(self, data_sets: Sequence[DataSet], weights: Sequence[float], *, many_sizes: bool = False) -> None:
         first = data_sets[0]
         for other in data_sets[1:]:
-            differences = "; ".join(list_differences(first.manifest.encoding, other.manifest.encoding))
+            differences = "; ".join(list_mixture_differences(first.manifest, other.manifest, many_sizes=many_sizes))
             if differences:
                 location = first.storage.location
                 raise ValueError(f"shards={other.storage.location}: cannot be mixed with {location}: {differences}")
         self.data_sets, self.negative = tuple(data_sets), first.negative
-        self.manifest = first.manifest  # only its spec and encoder are those of all
+        self.manifest = first.manifest  # only its encoder is that of all, and its spec if there is one size
         self.draws_per_cycle = draw_shares(weights)
         self.digests = tuple(digest for data in data_sets for digest in data.digests)
         self._first_records = array("q", accumulate((data.num_records for data in data_sets), initial=0))
         self.num_records = self._first_records[-1]
+
+    @property
+    def size_groups(self) -> tuple[SizeGroup, ...]:
+        """The records of all data sets by size, by height and then by width."""
+        ranges: dict[VideoSpec, list[range]] = {}
+        for first, data in zip(self._first_records, self.data_sets, strict=False):
+            for group in data.size_groups:
+                shifted = [range(first + own.start, first + own.stop) for own in group.ranges]
+                ranges.setdefault(group.spec, []).extend(shifted)
+        by_size = sorted(ranges.items(), key=lambda item: (item[0].height, item[0].width))
+        return tuple(SizeGroup(spec, tuple(own)) for spec, own in by_size)
 
     def read_record(self, index: int) -> Record:
         """Record `index` of 0..num_records-1; IndexError for another index."""
@@ -112,8 +136,13 @@ class RecordStream:
         return collate_records(records, max_text_tokens=self.max_text_tokens)
 
 
-def open_data_sets(shards: Sequence[str]) -> DataSet | DataSetMixture:
-    """Open one data set, or several `PREFIX` or `PREFIX:WEIGHT` as one; ValueError if they cannot be mixed."""
+def open_data_sets(shards: Sequence[str], *, many_sizes: bool = False) -> DataSet | DataSetMixture:
+    """Open one data set, or several `PREFIX` or `PREFIX:WEIGHT` as one; ValueError if they cannot be mixed.
+
+    many_sizes: the caller reads records of several sizes.
+    """
     parts = [parse_weight(text) for text in shards]
     data_sets = [open_data_set(prefix) for prefix, _ in parts]
-    return data_sets[0] if len(parts) == 1 else DataSetMixture(data_sets, [weight for _, weight in parts])
+    if len(parts) == 1:
+        return data_sets[0]
+    return DataSetMixture(data_sets, [weight for _, weight in parts], many_sizes=many_sizes)

@@ -79,17 +79,20 @@ def write_shard(
     failures: Iterable[RowFailure],
     rows_sha256: str,
     notes: Mapping[str, int] = MappingProxyType({}),
+    video_size: tuple[int, int] | None = None,
 ) -> ShardIndex:
     """Write the tar `name` and its sidecar into `folder` and return the sidecar's content.
 
-    notes: {note: number of records}.
+    notes: {note: number of records}. video_size: (height, width) if the data set may have several sizes.
     """
     tar_bytes, members = build_tar(records)
     num_records, row_failures = len(members) // 2, tuple(failures)
     num_rows = num_records + len(row_failures)
-    shard = ShardInfo(name, num_records, num_rows, hashlib.sha256(tar_bytes).hexdigest(), len(tar_bytes))
+    tar_sha256 = hashlib.sha256(tar_bytes).hexdigest()
+    shard = ShardInfo(name, num_records, num_rows, tar_sha256, len(tar_bytes), video_size=video_size)
     index = ShardIndex(shard, rows_sha256, members, row_failures, tuple(starmap(NoteCount, sorted(notes.items()))))
     fields = {name: value for name, value in asdict(index).items() if name != "notes" or value}
+    fields["shard"] = shard.stored_fields
     sidecar = (json.dumps(fields, ensure_ascii=False) + "\n").encode()
     write_file(folder / name, tar_bytes)
     write_file(folder / index_file_name(name), sidecar)

@@ -3,6 +3,7 @@
 A data set may lack both, as readers need neither.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
@@ -59,12 +60,15 @@ def plan_values(plan: object) -> dict[str, object]:
 
 
 def check_shard_size(plan: StoredPlan, manifest: Manifest) -> None:
-    """Raise ValueError if the shards have other numbers of rows than the plan says; the last one may have fewer."""
-    *full, last = (shard.rows for shard in manifest.shards)
-    if any(rows != plan.shard_size for rows in full) or last > plan.shard_size:
-        raise ValueError(
-            f"says shard_size: {plan.shard_size}, but the shards have {', '.join(map(str, full[:3]))} rows"
-        )
+    """Raise ValueError if shards have other numbers of rows than the plan says; the last of a size may have fewer."""
+    rows_by_size = defaultdict[object, list[int]](list)
+    for shard in manifest.shards:
+        rows_by_size[shard.video_size].append(shard.rows)
+    for *full, last in rows_by_size.values():
+        if any(rows != plan.shard_size for rows in full) or last > plan.shard_size:
+            raise ValueError(
+                f"says shard_size: {plan.shard_size}, but the shards have {', '.join(map(str, full[:3]))} rows"
+            )
 
 
 def check_values(expected: Mapping[str, object], actual: Mapping[str, object]) -> None:

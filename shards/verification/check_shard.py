@@ -153,7 +153,8 @@ def _check_record(manifest: Manifest, pair: Sequence[TarMember], parts: list[mem
     except (SafetensorError, ValueError) as error:
         report.add_problem(name, key, f"is not a record ({error})")
         return
-    reasons = schema_problems(record, manifest.spec.first_frame_shape, manifest.encoder.text_dim)
+    shape = manifest.shard_spec(report.shard).first_frame_shape
+    reasons = schema_problems(record, shape, manifest.encoder.text_dim)
     for label, tensor in (("first_frame", record.first_frame), ("text", record.text)):
         if tensor is not None and not tensor.isfinite().all():
             reasons.append(f"{label} holds NaN or infinity")

@@ -84,16 +84,16 @@ def _duplicate_keys(reports: Sequence[ShardReport]) -> Iterator[DataProblem]:
 
 
 def _row_problems(reports: Sequence[ShardReport]) -> Iterator[DataProblem]:
-    """Every row of the CSV must be one record or one failure, in the order of the shards."""
-    last_line = 0
+    """Every row of the CSV must be one record or one failure, in the order of the shards of its size."""
+    last_lines: dict[tuple[int, int] | None, int] = {}
     for report in reports:
         lines, shard = sorted(report.lines), report.shard
         if report.problems or not lines:  # a damaged shard lacks the lines of its unreadable records
             continue
-        if len(set(lines)) != shard.rows or lines[0] <= last_line:
+        if len(set(lines)) != shard.rows or lines[0] <= last_lines.get(shard.video_size, 0):
             reason = f"CSV lines {lines[0]} to {lines[-1]} are not {shard.rows} rows, each once"
             yield DataProblem(index_file_name(shard.name), "", reason, shard.name)
-        last_line = lines[-1]
+        last_lines[shard.video_size] = lines[-1]
 
 
 def _failure_problems(storage: Storage, manifest: Manifest, reports: Sequence[ShardReport]) -> Iterator[DataProblem]:

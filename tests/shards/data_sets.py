@@ -7,7 +7,7 @@ import torch
 
 from common.seed import make_generator
 from common.video import VideoSpec
-from shards.manifest import EncoderInfo, Manifest, write_manifest
+from shards.manifest import EncoderInfo, Manifest, make_manifest, sized_spec, write_manifest
 from shards.record import Record, RecordSource
 from shards.writer import RowFailure, ShardIndex, shard_file_name, write_shard
 
@@ -45,4 +45,19 @@ def make_data_set(
     shards = tuple(index.shard for index in make_shards(folder, counts, spec=spec, name=name))
     negative = torch.randn((4, TEXT_DIM), generator=make_generator(0, 0, 0, "negative")).bfloat16()
     write_manifest(folder, Manifest(1, spec, encoder, shards, 1), negative)
+    return folder
+
+
+def make_many_size_set(folder: Path, shards: Sequence[tuple[tuple[int, int], int]], *, name: str = "clip") -> Path:
+    """A finished data set of shards given as ((height, width), number of records)."""
+    folder.mkdir(parents=True)
+    infos, first = [], 0
+    for number, (size, count) in enumerate(shards):
+        spec = sized_spec(SPEC, size)
+        records = [make_record(index, spec=spec, name=name) for index in range(first, first + count)]
+        options = {"failures": [], "rows_sha256": "0" * 64, "video_size": size}
+        infos.append(write_shard(folder, shard_file_name(number), records, **options).shard)
+        first += count
+    negative = torch.randn((4, TEXT_DIM), generator=make_generator(0, 0, 0, "negative")).bfloat16()
+    write_manifest(folder, make_manifest(SPEC, ENCODER, tuple(infos), 0), negative)
     return folder

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from common.model_folder import fingerprint_folder
 from common.options import write_config
 from common.seed import make_generator
 from common.video import VideoSpec
-from shards.manifest import EncoderInfo, Manifest, write_manifest
+from shards.manifest import EncoderInfo, make_manifest, sized_spec, write_manifest
 from shards.record import Record, RecordSource
 from shards.writer import shard_file_name, write_shard
 from stage2_distill.config import DistillConfig
@@ -33,22 +33,28 @@ def make_shards(
     records: int = 24,
     text_only: bool = False,
     change: Callable[[int, Record], Record] = lambda number, record: record,
+    sizes: Sequence[tuple[int, int] | None] = (None,),
 ) -> Path:
-    """A data set of random latents and embeddings, as the encoders of `model` would have made it."""
+    """A data set of random latents and embeddings, as the encoders of `model` would have made it.
+
+    Shards of 8 records take turns with `sizes`, each (height, width) or None for that of `SPEC`.
+    """
     folder.mkdir(parents=True)
     draws = make_generator(0, 0, 0, "test data")
 
     def record(number: int) -> Record:
-        frame = None if text_only else torch.randn(SPEC.first_frame_shape, generator=draws)
+        spec = sized_spec(SPEC, sizes[number // 8 % len(sizes)])
+        frame = None if text_only else torch.randn(spec.first_frame_shape, generator=draws)
         text = 30 * torch.randn((4 + number % 5, TEXT_DIM), generator=draws)  # so that the text is heard
-        return Record(
-            f"{number:09d}", RecordSource(f"prompt {number}", f"{number}.mp4", number + 2, size=(64, 64)), frame, text
-        )
+        source = RecordSource(f"prompt {number}", f"{number}.mp4", number + 2, size=(spec.height, spec.width))
+        return Record(f"{number:09d}", source, frame, text)
 
     shards = []
     for n in range(records // 8):
         batch = [change(i, record(i)) for i in range(n * 8, n * 8 + 8)]
-        shards.append(write_shard(folder, shard_file_name(n), batch, failures=[], rows_sha256="").shard)
+        size = sizes[n % len(sizes)]
+        index = write_shard(folder, shard_file_name(n), batch, failures=[], rows_sha256="", video_size=size)
+        shards.append(index.shard)
     encoder = EncoderInfo(
         vae=fingerprint_folder(model / "vae"),
         text_encoder=fingerprint_folder(model / "text_encoder"),
@@ -59,7 +65,7 @@ def make_shards(
         negative_prompt="bad",
     )
     negative = torch.randn((3, TEXT_DIM), generator=draws).bfloat16()
-    write_manifest(folder, Manifest(1, SPEC, encoder, tuple(shards), 0), negative)
+    write_manifest(folder, make_manifest(SPEC, encoder, tuple(shards), 0), negative)
     return folder
 
 

@@ -193,7 +193,7 @@ def test_a_sidecar_of_another_form_is_named(folder: Path, data: bytes) -> None:
         (lambda fields: fields.update(shards={}), "Expected `array`"),
         (lambda fields: fields.update(shards=[]), "the data set is empty"),
         (lambda fields: fields.update(schema="1"), "Expected `int`, got `str`"),
-        (lambda fields: fields.update(schema=2), "has schema 2"),
+        (lambda fields: fields.update(schema=3), "has schema 3"),
         (lambda fields: fields.pop("schema"), "missing required field `schema`"),
         (lambda fields: fields.update(failures=None), "Expected `int`, got `null`"),
         (lambda fields: fields["spec"].update(height=33), "height=33"),

@@ -170,8 +170,8 @@ def test_a_shard_that_the_manifest_does_not_know_is_named(folder):
 
 
 def test_a_manifest_of_a_newer_schema_says_so_whatever_its_shards_have(folder):
-    sign_manifest(folder, lambda fields: fields.update(schema=2, shards=[{"codec": "zstd"}]))
-    with pytest.raises(ValueError, match=r"has schema 2, this version reads only 1; use the version that made it"):
+    sign_manifest(folder, lambda fields: fields.update(schema=3, shards=[{"codec": "zstd"}]))
+    with pytest.raises(ValueError, match=r"has schema 3, this version reads only 1 and 2; use the version that"):
         read_manifest(folder)
 
 
