@@ -45,7 +45,7 @@ def sample_videos(config: SampleConfig) -> list[Path]:
         store = target.with_suffix(".zarr") if is_single else folder / latent_store_name(rank, world)
         request = GenerationRequest(
             table, target, store, student.spec, config.seed, config.segments, config.batch_size, rank, world,
-            config.base_folder,
+            config.base_folder, Path(config.out), student.denoising_seconds,
         )  # fmt: skip
         with LeaderSampler(student) if shared_video else nullcontext(student) as sampler:
             files = generate_videos(request, models, sampler, offload=offload)

@@ -1,7 +1,6 @@
 """`encode`: a CSV of clips and prompts becomes a data set. The same command again continues where it stopped."""
 
 import logging
-import shutil
 import sys
 import time
 from collections import Counter
@@ -10,9 +9,14 @@ from dataclasses import dataclass
 from itertools import chain, starmap
 from pathlib import Path
 
+import torch
+
 from common.device import describe_device, pick_device
-from common.files import FolderLock
-from common.model_folder import locate_model
+from common.files import FolderLock, read_json
+from common.model_folder import locate_model, locate_part
+from common.planning.cards import find_card
+from common.planning.codec_cost import TEXT_WIDTH, encode_gib, encode_seconds, record_bytes
+from common.planning.units import format_bytes, format_hours, free_bytes
 from shards.manifest import NEGATIVE_FILE
 from shards.writer import NoteCount, ShardIndex
 from stage1_encode.config import EncodeConfig
@@ -46,6 +50,13 @@ class EncodeReport:
     reasons: str = ""  # of the failures, with counts
 
 
+@dataclass(frozen=True)
+class TextSettings:
+    """What is read of a text encoder's config.json."""
+
+    d_model: int = TEXT_WIDTH
+
+
 def encode(config: EncodeConfig) -> EncodeReport:
     """Encode the data set that a configuration describes, or what is missing of it.
 
@@ -67,7 +78,9 @@ def encode(config: EncodeConfig) -> EncodeReport:
         survey = data_set.survey_shards(shards, assigned=assigned)
         data_set.restore_options()
         log_start(config, survey)
+        began = time.monotonic()
         indices = survey.finished | encode_unfinished(data_set, survey, embed_negative=0 in assigned)
+        log_end(config, survey, time.monotonic() - began)
         indices, is_complete = data_set.finish(survey.row_counts, indices)
         while waits_for_ranks(config) and not is_complete:  # torchrun ends this process if another rank dies
             time.sleep(POLL_SECONDS)
@@ -76,17 +89,53 @@ def encode(config: EncodeConfig) -> EncodeReport:
 
 
 def log_start(config: EncodeConfig, survey: ShardSurvey) -> None:
-    """Say what is left to encode, on what, and how to stop; on the first rank."""
+    """Say what is left to encode, on what, what it takes, and how to stop; on the first rank."""
     rank, world = rank_and_world()
     if rank > 0 or not survey.unfinished:
         return
-    rows, shards, free = sum(survey.row_counts), len(survey.row_counts), shutil.disk_usage(config.out).free
-    share = f" ({len(survey.unfinished)} left for this one of {world} ranks)" if world > 1 else ""
+    rows, shards, own = sum(survey.row_counts), len(survey.row_counts), sum(map(len, survey.unfinished.values()))
+    share = f" ({own} rows left for this one of {world} ranks)" if world > 1 else ""
     done = f"{len(survey.finished)} finished before"
-    log.info("encode: %s, %d rows in %d shards, %s%s, to %s", config.data, rows, shards, done, share, config.out)
-    device = "a Ray cluster" if config.engine == "ray" else describe_device(pick_device(config.device))
-    log.info("on %s; %.1f GB free on the disk; a record of 720p takes about 1.3 MB", device, free / 1e9)
+    log.info("encode: %s, %d rows in %d shards, %s%s", config.data, rows, shards, done, share)
+    device = None if config.engine == "ray" else pick_device(config.device)
+    log.info("on %s", "a Ray cluster" if device is None else f"{world} x {describe_device(device)}")
+    if device is not None:
+        log.info("%s", describe_cost(config, own, describe_device(device)))
+    needed = record_bytes(config.spec, read_text_width(config.model)) * own * world
+    free = free_bytes(Path(config.out))
+    state = "" if free > needed else ": TOO LITTLE, use a larger disk"
+    log.info("output: %s, about %s; %s free%s", config.out, format_bytes(needed), format_bytes(free), state)
     log.info("to stop: Ctrl-C or SIGTERM; finished shards stay, and the same command goes on")
+
+
+def describe_cost(config: EncodeConfig, rows: int, device: str) -> str:
+    """Predicted time and memory of this process's rows, as `plan` predicts them."""
+    card = find_card(device)
+    if card is None:
+        return f"{rows} rows to encode; this device is not in the table of speeds, so watch the progress"
+    seconds = encode_seconds(rows, config.spec, card, gpus=1)
+    memory = encode_gib(config.spec, batch_size=config.batch_size, vae_dtype=config.vae_dtype)
+    accuracy = "" if card.measured else f" ({card.source})"
+    rate = rows / max(seconds, 1e-9)
+    return (
+        f"{rows} rows to encode: about {rate:.0f}/s, {format_hours(seconds / 3600)}{accuracy}, {memory:.1f} GiB per GPU"
+    )
+
+
+def read_text_width(model: str) -> int:
+    """Width of the embeddings of a model's text encoder."""
+    settings = locate_part(locate_model(model, ENCODER_PARTS), "text_encoder") / "config.json"
+    return read_json(settings, TextSettings).d_model if settings.is_file() else TEXT_WIDTH
+
+
+def log_end(config: EncodeConfig, survey: ShardSurvey, seconds: float) -> None:
+    """Say on the first rank what its rows took."""
+    rows = sum(map(len, survey.unfinished.values()))
+    if not rows or rank_and_world()[0] > 0:
+        return
+    on_gpu = config.engine == "local" and pick_device(config.device).type == "cuda"
+    peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""
+    log.info("%d rows in %s, %.1f rows/s%s", rows, format_hours(seconds / 3600), rows / seconds, peak)
 
 
 def assigned_shards(config: EncodeConfig) -> range:

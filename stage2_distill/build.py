@@ -18,7 +18,7 @@ from stage2_distill.dmd.rollout import StudentRollouts
 from stage2_distill.dmd.rollout_reuse import RolloutReuse
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, Schedule
 from stage2_distill.dmd.score_noise import ScoreNoise
-from stage2_distill.model.attention import check_kernel, choose_kernel, uses_flash_3
+from stage2_distill.model.attention import check_kernel, choose_kernel, kernel_name
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters, lora_settings
 from stage2_distill.model.transformer import WanTransformer
@@ -146,8 +146,7 @@ def describe_machine(config: DistillConfig, ranks: RankContext) -> Machine:
     if ranks.device.type != "cuda":
         return Machine(ranks.world, "cpu", 0, kernel)
     _, total = torch.cuda.mem_get_info(ranks.device)
-    kernel = "flash-3" if kernel == "flash" and uses_flash_3() else kernel
-    return Machine(ranks.world, torch.cuda.get_device_name(ranks.device), total, kernel)
+    return Machine(ranks.world, torch.cuda.get_device_name(ranks.device), total, kernel_name(kernel))
 
 
 @torch.no_grad()

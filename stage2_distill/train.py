@@ -13,6 +13,7 @@ import torch
 from common.condition import Condition
 from common.model_folder import fingerprint_part, locate_model, locate_part
 from common.options import write_config
+from common.planning.units import format_hours
 from shards.dataset import DataSet, prefetch_ordered
 from shards.manifest import check_manifest
 from shards.mixture import DataSetMixture, RecordStream, open_data_sets
@@ -43,7 +44,6 @@ from stage2_distill.monitoring.preview import (
     open_previews,
 )
 from stage2_distill.planning.model_size import read_model_size
-from stage2_distill.planning.plan_text import format_hours
 from stage2_distill.planning.start_report import start_lines
 from stage2_distill.resume import initialize_from, resume_run, training_state
 from stage2_distill.trainer import DivergedError, Trainer, train_step

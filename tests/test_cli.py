@@ -361,13 +361,18 @@ def test_encode_and_sample_say_what_they_do(
     options = ["encode", "--data", clips / "clips.csv", "--model", model, "--out", tmp_path / "data", *SIZE]
     works(*options, "--device", "cpu")
     assert [line for line in caplog.messages if line.startswith(f"encode: {clips / 'clips.csv'}, 6 rows in 1 shards")]
-    assert [line for line in caplog.messages if line.startswith("on the CPU; ")]
+    _, device, time, output, stop, *_, end = caplog.messages
+    assert device == "on 1 x the CPU" and stop.startswith("to stop: Ctrl-C or SIGTERM; finished shards stay")
+    assert time == "6 rows to encode; this device is not in the table of speeds, so watch the progress"
+    assert output.startswith(f"output: {tmp_path / 'data'}, about ") and " kB; " in output
+    assert end.startswith("6 rows in ")
     caplog.clear()
     works(*options)
     assert not [line for line in caplog.messages if line.startswith("encode: ")]  # there was nothing to do
     sample(run, model, tmp_path / "one.mp4", "--prompt", "a", "--device", "cpu")
     text = "\n".join(caplog.messages)
-    assert "sample: 1 videos of 9 x 64 x 96 on 1 x the CPU" in text and "1 videos in " in text
+    assert "sample: 1 videos of 9 x 64 x 96\non 1 x the CPU\nthis device is not in the table" in text
+    assert f"output: {tmp_path / 'one.mp4'}, with latents of 13.8 kB; " in text and "\n1 videos in " in text
 
 
 def test_another_ladder_must_be_said_explicitly(run: Path, model: Path, tmp_path: Path) -> None:

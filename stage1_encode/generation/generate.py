@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor
 
 from common.device import copy_async, describe_device, record_event
+from common.planning.cards import Card, find_card
+from common.planning.codec_cost import decode_seconds
+from common.planning.units import format_bytes, format_hours, free_bytes
 from common.progress import ProgressBar
 from common.video import VideoSpec
 from shards import latent_store
@@ -36,6 +40,7 @@ from stage1_encode.models import vae
 
 CPU = torch.device("cpu")
 GROUP_NAME, SHEET_COLUMNS = "sample", 6  # group in the latent store; frames per video on the contact sheet
+SINGLE = 4  # bytes of a float32
 ROWS_PER_CHUNK = 64  # rows whose conditions are encoded together
 # GiB that each mode needs at 121 x 704 x 1280, with the driver's context (benchmarks/results/sample-*)
 REQUIRED_GIB = {"full": 33, "16gb": 15}
@@ -67,6 +72,8 @@ class GenerationRequest:
     rank: int = 0  # this process generates every world-th row, starting with its rank
     world: int = 1
     base_folder: str | None = None  # where relative paths of the CSV start, if not in its folder
+    destination: Path | None = None  # where the files are moved at the end, if not `out`
+    denoising_seconds: float | None = None  # of a segment, predicted; None for devices of unknown speed
 
     def seed_of(self, source: Row | RecordSource) -> int:
         """Return the seed of a row."""
@@ -120,23 +127,37 @@ def generate_videos(
     latent_store.finish_group(request.store, GROUP_NAME)
     if request.rank == 0:
         seconds = time.monotonic() - began
-        logging.info("%d videos in %.1f s, %.1f s each", len(rows), seconds, seconds / len(rows))
+        on_gpu = encoder.device.type == "cuda"
+        peak = f", peak {torch.cuda.max_memory_allocated(encoder.device) / 2**30:.1f} GiB" if on_gpu else ""
+        logging.info("%d videos in %.1f s, %.1f s each%s", len(rows), seconds, seconds / len(rows), peak)
     return files
 
 
 def log_start(request: GenerationRequest, encoder: ConditionEncoder, videos: int, *, offload: bool) -> float:
-    """Say on the first rank what is generated, on what, and how to stop; returns the time."""
+    """Say on the first rank what is generated, on what, what it takes, and how to stop; returns the time."""
     if request.rank == 0:
-        spec, device = request.spec, describe_device(encoder.device)
-        memory = (
-            ""
-            if encoder.device.type == "cpu"
-            else f"; needs about {REQUIRED_GIB['16gb' if offload else 'full']} GiB at 121 x 704 x 1280"
-        )
+        spec, device, out = request.spec, encoder.device, request.destination or request.out
         size = f"{spec.num_frames} x {spec.height} x {spec.width}"
-        logging.info("sample: %d videos of %s on %d x %s%s", videos, size, request.world, device, memory)
+        segments = f", each of {request.segments} segments" if request.segments > 1 else ""
+        logging.info("sample: %d videos of %s%s", videos, size, segments)
+        memory = f"; needs about {REQUIRED_GIB['16gb' if offload else 'full']} GiB at 121 x 704 x 1280"
+        logging.info("on %d x %s%s", request.world, describe_device(device), "" if device.type == "cpu" else memory)
+        logging.info("%s", describe_time(request, videos, find_card(describe_device(device))))
+        latents = videos * request.segments * SINGLE * prod(spec.latent_shape)
+        free = format_bytes(free_bytes(out))
+        logging.info("output: %s, with latents of %s; %s free", out, format_bytes(latents), free)
         logging.info("to stop: Ctrl-C; nothing is kept of this start, and earlier videos stay")
     return time.monotonic()
+
+
+def describe_time(request: GenerationRequest, videos: int, card: Card | None) -> str:
+    """Predicted time of all ranks' videos, as `plan` predicts it."""
+    if card is None or request.denoising_seconds is None:
+        return "this device is not in the table of speeds, so watch the progress"
+    each = request.segments * (request.denoising_seconds + decode_seconds(request.spec, card))
+    accuracy = "" if card.measured else f" ({card.source})"
+    hours = each * -(-videos // request.world) / 3600  # rounded up
+    return f"about {each:.1f} s per video once the models are loaded, {format_hours(hours)} in all{accuracy}"
 
 
 def build_latent_group(request: GenerationRequest, rows: Sequence[Row]) -> latent_store.LatentGroup:

@@ -10,13 +10,13 @@ import torch
 
 from common.files import read_json
 from common.model_folder import MODEL_PARTS, WeightIndex, locate_model, locate_part
+from common.planning.units import format_bytes
 from shards.dataset import DataSet, open_data_set, prefetch_ordered
 from shards.manifest import list_differences
 from shards.mixture import parse_weight
 from stage2_distill.diagnosis.finding import FAIL, OK, WARN, Finding
 from stage2_distill.model.wan import build_meta_transformer
 from stage2_distill.planning.memory import MemoryEstimate
-from stage2_distill.planning.start_report import format_bytes
 from stage2_distill.weight_files.stored_weights import read_weight_table
 
 PROBE_BYTES = 128 << 20  # written to measure a disk

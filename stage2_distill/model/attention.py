@@ -63,6 +63,11 @@ def choose_kernel(kernel: str, *, half_on_gpu: bool) -> str:
     return kernel
 
 
+def kernel_name(kernel: str) -> str:
+    """Name of a chosen kernel in the table of speeds, which has a row of its own for FlashAttention-3."""
+    return "flash-3" if kernel == "flash" and uses_flash_3() else kernel
+
+
 def enable_determinism(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Enable deterministic kernels on a GPU, for exact resumes; return whether attention is deterministic too."""
     if device.type != "cuda":

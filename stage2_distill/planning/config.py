@@ -4,8 +4,8 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
 from common.options import MODEL_HELP, check_fields, device_option, json_option, option, read_yaml
+from common.planning.cards import CARD_NAMES, CARDS, Card
 from stage2_distill.config import DistillConfig
-from stage2_distill.planning.cards import CARD_NAMES, CARDS, Card
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,18 @@
 
 from dataclasses import dataclass
 
-from common.video import VideoSpec
-from stage2_distill.config import DistillConfig, ranks_per_copy
-from stage2_distill.planning.cards import (
+from common.planning.cards import (
     ATTENTION_TFLOPS,
     BANDWIDTH_SHARE,
-    DECODE_SECONDS,
     EAGER_FACTOR,
     HOST_LINK,
-    OTHER_SECONDS,
     PRODUCT_TFLOPS,
     SHARDED_RATE,
     SHARED_VIDEO_RATE,
     Card,
 )
+from common.video import VideoSpec
+from stage2_distill.config import DistillConfig, ranks_per_copy
 from stage2_distill.planning.memory import parameter_bytes, place_on_host
 from stage2_distill.planning.network_size import TransformerSize
 
@@ -27,6 +25,20 @@ RECOMPUTED = {"full": (1, 1), "offload": (1, 1), "selective": (1, 0), "selective
 
 
 @dataclass(frozen=True)
+class ForwardSeconds:
+    """Seconds of a forward pass of one video on one GPU, in compiled blocks, by what they are spent on."""
+
+    products: float
+    attention: float
+    traffic: float  # of elementwise kernels
+
+    @property
+    def total(self) -> float:
+        """All of the pass."""
+        return self.products + self.attention + self.traffic
+
+
+@dataclass(frozen=True)
 class PassSeconds:
     """Seconds of one pass of one video on one GPU."""
 
@@ -34,40 +46,69 @@ class PassSeconds:
     gradient: float  # forward and backward
 
 
-def pass_seconds(size: TransformerSize, spec: VideoSpec, card: Card, kernel: str, config: DistillConfig) -> PassSeconds:
-    """Seconds of the passes of compiled blocks."""
-    flops = size.pass_flops(spec.num_tokens, config.max_text_tokens)
+@dataclass(frozen=True)
+class RolloutPasses:
+    """Forward passes of the rollouts in one iteration; the last one of the student's has a gradient."""
+
+    critic: float
+    student: float
+    student_updates: float = 1.0  # in this iteration
+
+
+def forward_seconds(
+    size: TransformerSize, spec: VideoSpec, card: Card, kernel: str, *, text_tokens: int
+) -> ForwardSeconds:
+    """Seconds of a forward pass without adapters."""
+    flops = size.pass_flops(spec.num_tokens, text_tokens)
     # a block reads and writes 19 tensors of the width and two of the feed-forward's (LOG), in bf16
     moved = size.num_layers * spec.num_tokens * 2 * (19 * size.width + 2 * size.ffn_dim)
-    traffic = moved / (card.bandwidth * BANDWIDTH_SHARE)
-    products = flops.products / (PRODUCT_TFLOPS * card.scale * 1e12)
-    ahead, back = (flops.attention / (rate * card.scale * 1e12) for rate in ATTENTION_TFLOPS[kernel])
-    forward = products + ahead + traffic
-    if config.lora_rank:
-        forward *= ADAPTER_FACTOR
+    return ForwardSeconds(
+        flops.products / (PRODUCT_TFLOPS * card.scale * 1e12),
+        flops.attention / (ATTENTION_TFLOPS[kernel][0] * card.scale * 1e12),
+        moved / (card.bandwidth * BANDWIDTH_SHARE),
+    )
+
+
+def pass_seconds(size: TransformerSize, card: Card, kernel: str, config: DistillConfig) -> PassSeconds:
+    """Seconds of the passes of a training run."""
+    ahead = forward_seconds(size, config.spec, card, kernel, text_tokens=config.max_text_tokens)
+    forward = ahead.total * (ADAPTER_FACTOR if config.lora_rank else 1)
+    attention_rate, gradient_rate = ATTENTION_TFLOPS[kernel]
     # Gradients of inputs cost a forward's products, those of weights the same; attention's backward 2.5 forwards.
     again_products, again_attention = RECOMPUTED[config.activation_checkpointing]
-    backward = products * ((1 if config.lora_rank else 2) + again_products) + 2.5 * back + again_attention * ahead
-    return PassSeconds(forward, forward + backward + BACKWARD_TRAFFIC * traffic)
+    products = ahead.products * ((1 if config.lora_rank else 2) + again_products)
+    attention = ahead.attention * (2.5 * attention_rate / gradient_rate + again_attention)
+    return PassSeconds(forward, forward + products + attention + BACKWARD_TRAFFIC * ahead.traffic)
+
+
+def mean_passes(config: DistillConfig) -> RolloutPasses:
+    """Forward passes of an average iteration."""
+    steps, interval = len(config.timesteps), config.student_update_interval
+    mean_exit = (steps + 1) / 2
+    return RolloutPasses(steps / interval if config.rollout_reuse else mean_exit, mean_exit, 1 / interval)
 
 
 def iteration_seconds(
-    config: DistillConfig, size: TransformerSize, card: Card, *, world: int, form: str, kernel: str
+    config: DistillConfig,
+    size: TransformerSize,
+    card: Card,
+    *,
+    world: int,
+    form: str,
+    kernel: str,
+    passes: RolloutPasses | None = None,
 ) -> float:
-    """Seconds of a mean iteration: the critic's update, and the student's in one of `student_update_interval`."""
-    one, steps = pass_seconds(size, config.spec, card, kernel, config), len(config.timesteps)
-    mean_exit = (steps + 1) / 2  # forward passes of a rollout, the last of which has a gradient for the student
-    interval = config.student_update_interval
-    critic_rollout = steps / interval if config.rollout_reuse else mean_exit
+    """Seconds of a mean iteration, or of one with these rollouts: updates of the critic and at times the student."""
+    one, done = pass_seconds(size, card, kernel, config), passes or mean_passes(config)
     scores = 1 + (1 if config.guidance_scale == 1 else 2)  # critic, and the teacher with and without the prompt
-    critic = critic_rollout * one.forward + one.gradient
-    student = (mean_exit - 1 + scores) * one.forward + one.gradient
+    critic = done.critic * one.forward + one.gradient
+    student = (done.student - 1 + scores) * one.forward + one.gradient
     clips = config.accumulation_steps(world) * config.batch_size
-    passes = clips * (critic + student / interval) / (SHARDED_RATE if world > 1 else 1)
+    seconds = clips * (critic + student * done.student_updates) / (SHARDED_RATE if world > 1 else 1)
     if not config.compile:
-        passes *= EAGER_FACTOR
+        seconds *= EAGER_FACTOR
     critic_step, student_step = step_seconds(config, size, card, world=world, form=form)
-    return passes + critic_step + student_step / interval
+    return seconds + critic_step + student_step * done.student_updates
 
 
 def step_seconds(
@@ -82,18 +123,7 @@ def step_seconds(
     return step, step + state / HOST_LINK
 
 
-def denoising_seconds(
-    size: TransformerSize, card: Card, config: DistillConfig, *, steps: int, kernel: str, gpus: int = 1
-) -> float:
-    """Seconds that the student's steps of one video take, on one GPU or shared by several."""
-    seconds = steps * pass_seconds(size, config.spec, card, kernel, config).forward / gpus
-    return (seconds if gpus == 1 else seconds / SHARED_VIDEO_RATE) * (1 if config.compile else EAGER_FACTOR)
-
-
-def video_seconds(
-    size: TransformerSize, card: Card, config: DistillConfig, *, steps: int, kernel: str, gpus: int = 1
-) -> float:
-    """Seconds from prompt and picture to the mp4 file: one GPU decodes."""
-    pixels = config.num_frames * config.height * config.width / (121 * 704 * 1280)
-    decode = DECODE_SECONDS * pixels / card.scale + OTHER_SECONDS
-    return denoising_seconds(size, card, config, steps=steps, kernel=kernel, gpus=gpus) + decode
+def denoising_seconds(forward: float, *, steps: int, gpus: int = 1, compiled: bool = True) -> float:
+    """Seconds that the student's steps of one video take, each one pass, on one GPU or shared by several."""
+    seconds = steps * forward / gpus
+    return (seconds if gpus == 1 else seconds / SHARED_VIDEO_RATE) * (1 if compiled else EAGER_FACTOR)

@@ -1,5 +1,6 @@
 """A plan in words: all of it for `plan`, eight lines at most for the start of a run. Imports no torch."""
 
+from common.planning.units import format_hours
 from stage2_distill.config import DistillConfig
 from stage2_distill.planning.run_plan import GIB, RunPlan
 
@@ -53,10 +54,3 @@ def format_costs(plan: RunPlan, config: DistillConfig) -> list[str]:
         f"{plan.pause_seconds:.1f} s; disk for the run {plan.run_bytes / 1e9:.0f} GB",
         f"a video by the student: about {plan.video_seconds:.1f} s on one GPU",
     ]
-
-
-def format_hours(hours: float) -> str:
-    """A duration in the unit that reads best."""
-    if hours >= 1:
-        return f"{hours:.1f} h"
-    return f"{hours * 60:.0f} min" if hours * 60 >= 1 else f"{hours * 3600:.0f} s"

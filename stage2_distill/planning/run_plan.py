@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from common.video import LATENT_CHANNELS
+from common.planning.cards import Card, planned_kernel
+from common.planning.codec_cost import decode_seconds, encode_seconds, record_bytes
 from stage2_distill.config import AUTO, COMPACT, STANDARD, DistillConfig
-from stage2_distill.planning.cards import ENCODE_RECORDS, Card, planned_kernel
-from stage2_distill.planning.duration import iteration_seconds, video_seconds
+from stage2_distill.planning.duration import denoising_seconds, forward_seconds, iteration_seconds
 from stage2_distill.planning.memory import MemoryEstimate, choose_form, estimate_memory
 from stage2_distill.planning.network_size import TransformerSize
 
@@ -15,7 +15,6 @@ GIB = 2**30
 START_SECONDS = 90  # imports, loading and compilation of a run (benchmarks/results/modes-*)
 PAUSE_SECONDS = 1.5  # of training for an asynchronous checkpoint: 0.8 to 1.5 s measured on 1 to 4 GPUs
 DISK_RATE = 1e9  # bytes per second, assumed: of a checkpoint that training waits for
-PROMPT_TOKENS = 118  # of a record's text, on average
 ADAPTERS: dict[str, object] = {
     "lora_rank": 32,
     "optimizer_form": STANDARD,
@@ -78,10 +77,10 @@ def make_plan(
     form = choose_form(config, size, world=gpus, gpu_bytes=total)
     memory = estimate_memory(config, size, world=gpus, form=form)
     seconds = iteration_seconds(config, size, card, world=gpus, form=form, kernel=kernel)
+    forward = forward_seconds(size, config.spec, card, kernel, text_tokens=config.max_text_tokens)
     pause = PAUSE_SECONDS if config.async_checkpoint else memory.checkpoint / DISK_RATE
     checkpoints = -(-config.iterations // config.checkpoint_every)
     hours = (START_SECONDS + config.iterations * seconds + checkpoints * pause) / 3600
-    pixels = config.height * config.width / (704 * 1280)
     modes, fits = tuple(compare_modes(config, size, gpus=gpus, total=total)), memory.fits(total)
     return RunPlan(
         gpus=gpus,
@@ -100,11 +99,12 @@ def make_plan(
         hours=hours,
         gpu_hours=hours * gpus,
         cost=None if price is None else hours * gpus * price,
-        encode_hours=records / (ENCODE_RECORDS * card.scale * gpus) * pixels / 3600,
-        data_bytes=records * record_bytes(config, size),
+        encode_hours=encode_seconds(records, config.spec, card, gpus=gpus) / 3600,
+        data_bytes=records * record_bytes(config.spec, size.text_dim),
         run_bytes=memory.checkpoint * (min(config.keep_last, checkpoints) + 1),
         pause_seconds=pause,
-        video_seconds=video_seconds(size, card, config, steps=len(config.timesteps), kernel=kernel),
+        video_seconds=denoising_seconds(forward.total, steps=len(config.timesteps), compiled=config.compile)
+        + decode_seconds(config.spec, card),
         epochs=updates(config) * config.global_batch / records,
     )
 
@@ -112,12 +112,6 @@ def make_plan(
 def updates(config: DistillConfig) -> float:
     """Updates of both roles in a run, each of which reads a global batch."""
     return config.iterations + max(0, config.iterations - config.critic_warmup) / config.student_update_interval
-
-
-def record_bytes(config: DistillConfig, size: TransformerSize) -> float:
-    """Bytes of a record: first frame and text in bf16, without the text's padding."""
-    _, _, height, width = config.spec.latent_shape
-    return 2 * (LATENT_CHANNELS * height * width + PROMPT_TOKENS * size.text_dim)
 
 
 def compare_modes(config: DistillConfig, size: TransformerSize, *, gpus: int, total: float) -> Iterator[PlannedMode]:

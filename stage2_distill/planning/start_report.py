@@ -1,16 +1,15 @@
 """The lines with which a training run begins: on what, memory, time, output, how to stop. Imports no torch."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.planning.cards import find_card, planned_kernel
+from common.planning.units import format_bytes, format_hours, free_bytes
 from stage2_distill.config import DistillConfig
-from stage2_distill.planning.cards import find_card, planned_kernel
 from stage2_distill.planning.duration import iteration_seconds
 from stage2_distill.planning.memory import MemoryEstimate, estimate_memory
 from stage2_distill.planning.network_size import TransformerSize
-from stage2_distill.planning.plan_text import format_hours
 from stage2_distill.planning.run_plan import GIB, compare_modes, find_remedy
 
 
@@ -69,15 +68,9 @@ def describe_time(config: DistillConfig, size: TransformerSize, machine: Machine
 
 def describe_output(config: DistillConfig, memory: MemoryEstimate) -> str:
     """Where the checkpoints go, and whether the disk has room for them."""
-    folder = next(path for path in (Path(config.out).absolute(), *Path(config.out).absolute().parents) if path.exists())
-    free, needed = shutil.disk_usage(folder).free, memory.checkpoint * (config.keep_last + 1)
+    free, needed = free_bytes(Path(config.out)), memory.checkpoint * (config.keep_last + 1)
     state = "" if free > needed else ": TOO LITTLE, use a larger disk or a smaller --keep-last"
     return (
         f"output: {config.out}, a checkpoint of {format_bytes(memory.checkpoint)} every {config.checkpoint_every} "
         f"iterations, {config.keep_last} kept; needs {format_bytes(needed)}, {format_bytes(free)} free{state}"
     )
-
-
-def format_bytes(count: float) -> str:
-    """A size in MB or GB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

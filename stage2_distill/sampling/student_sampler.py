@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,17 +13,21 @@ from common.condition import Condition
 from common.device import OffloadedTensors, pick_device
 from common.flow import timestep_sigmas
 from common.model_folder import locate_model
+from common.planning.cards import find_card, planned_kernel
 from common.video import TEXT_LENGTH, VideoSpec
 from shards.record import Record, collate_records
 from stage2_distill.checkpointing import format as checkpoints
 from stage2_distill.distributed.process_group import start_process_group
 from stage2_distill.dmd.rollout import sample_student
 from stage2_distill.model import wan
+from stage2_distill.model.attention import choose_kernel, kernel_name
 from stage2_distill.model.context_parallel import check_context_parallel
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters, lora_settings
 from stage2_distill.model.transformer import WanTransformer
 from stage2_distill.model.weight_loading import read_weights
+from stage2_distill.planning.duration import denoising_seconds, forward_seconds
+from stage2_distill.planning.network_size import TransformerSize
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.sampling.student_source import check_base, check_model, find_student, trained_loras
 from stage2_distill.weight_files.lora_files import LoraFile, parse_loras, read_deltas
@@ -39,6 +43,7 @@ class StudentSampler:
     sigmas: tuple[float, ...]  # noise levels of the steps, falling
     dtype: torch.dtype  # in which the network computes
     max_text_tokens: int = TEXT_LENGTH  # rows of padded text: fewer are faster
+    denoising_seconds: float | None = None  # of a video, predicted; None for devices of unknown speed
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +91,20 @@ def open_student(config: SampleConfig) -> StudentSampler:
     )
     check_context_parallel(ranks, tokens=spec.num_tokens, heads=net.config.num_attention_heads)
     sigmas = timestep_sigmas(config.timesteps, s=facts.shift) if config.timesteps else facts.sigmas
-    return StudentSampler(net, spec, sigmas, dtype, config.max_text_tokens)
+    student = StudentSampler(net, spec, sigmas, dtype, config.max_text_tokens)
+    return replace(student, denoising_seconds=predict_seconds(student, compiled=config.compile, ranks=ranks))
+
+
+def predict_seconds(student: StudentSampler, *, compiled: bool, ranks: int) -> float | None:
+    """Seconds in which `ranks` GPUs denoise one video, as `plan` predicts them; None for devices of unknown speed."""
+    card = None if student.device.type == "cpu" else find_card(torch.cuda.get_device_name(student.device))
+    if card is None:
+        return None
+    is_half = student.dtype == torch.bfloat16
+    kernel = kernel_name(choose_kernel("auto", half_on_gpu=is_half)) if is_half else planned_kernel("auto", card)
+    size = TransformerSize.of(student.net.config)
+    one = forward_seconds(size, student.spec, card, kernel, text_tokens=student.max_text_tokens)
+    return denoising_seconds(one.total, steps=len(student.sigmas), gpus=ranks, compiled=compiled)
 
 
 def load_student(

@@ -7,7 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 from shards.verification.verify import verify_data_set
-from stage1_encode.encode import encode
+from stage1_encode.config import EncodeConfig
+from stage1_encode.encode import describe_cost, encode
 from tests import tiny_models
 from tests.stage1_encode.media.test_color import PATCHES, Tags, patch_video
 from tests.stage1_encode.test_encode import configure, failures, records
@@ -62,3 +63,11 @@ def test_a_sidecar_without_notes_is_that_of_earlier_versions(dataset: Path) -> N
         "members",
         "failures",
     }
+
+
+def test_predicted_cost_of_rows() -> None:
+    """66.0 records/s and 17.0 GiB at 720p on one H200 (benchmarks/results/rebuild-*)."""
+    config = EncodeConfig("clips.csv", "model", "out")
+    text = describe_cost(config, 100_000, "NVIDIA H200, 139.8 GiB")
+    assert text == "100000 rows to encode: about 65/s, 26 min, 17.0 GiB per GPU"
+    assert "not measured" in describe_cost(config, 1, "NVIDIA A100-SXM4-80GB, 79.1 GiB")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from common.planning.cards import ENCODE_RECORDS, find_card
+from common.planning.codec_cost import decode_seconds, encode_gib
 from stage2_distill.config import DistillConfig
-from stage2_distill.planning.cards import ENCODE_RECORDS, find_card
-from stage2_distill.planning.duration import denoising_seconds, iteration_seconds, video_seconds
+from stage2_distill.planning.duration import denoising_seconds, forward_seconds, iteration_seconds
 from stage2_distill.planning.memory import estimate_memory
 from stage2_distill.planning.network_size import TransformerSize
 
@@ -40,8 +41,9 @@ class Setup:
         if quantity == "iteration":
             run = {"world": self.gpus, "form": self.form, "kernel": self.kernel}
             return iteration_seconds(config, SIZE, card, **run)
-        seconds = denoising_seconds if quantity == "denoising" else video_seconds
-        return seconds(SIZE, card, config, steps=4, kernel=self.kernel, gpus=self.gpus)
+        forward = forward_seconds(SIZE, config.spec, card, self.kernel, text_tokens=512).total
+        seconds = denoising_seconds(forward, steps=4, gpus=self.gpus)
+        return seconds if quantity == "denoising" else seconds + decode_seconds(config.spec, card)
 
 
 REUSE = {"rollout_reuse": True}
@@ -176,3 +178,9 @@ def test_a_checkpoint_has_the_measured_size() -> None:
     """65.5 GiB in all runs of the compact form, in benchmarks/results/modes-* and train_step-*."""
     config = DistillConfig(("d",), "m", "o", global_batch=1)
     assert estimate_memory(config, SIZE, world=1, form="compact").checkpoint / 2**30 == pytest.approx(65.5, abs=0.05)
+
+
+def test_encoding_has_the_measured_memory() -> None:
+    """17.0 GiB at batches of 8 in TF32, in benchmarks/results/rebuild-* and encode-h100-*."""
+    spec = DistillConfig(("d",), "m", "o").spec
+    assert encode_gib(spec, batch_size=8, vae_dtype="tf32") == pytest.approx(17.0, rel=0.02)

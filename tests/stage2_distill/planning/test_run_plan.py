@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.device import TRUE, build_network
+from common.planning.cards import find_card
 from stage2_distill.config import DistillConfig
-from stage2_distill.planning.cards import find_card
 from stage2_distill.planning.config import PlanConfig
 from stage2_distill.planning.network_size import TransformerSize
 from stage2_distill.planning.run_plan import RunPlan, make_plan
