@@ -24,6 +24,7 @@ from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters, l
 from stage2_distill.model.transformer import WanTransformer
 from stage2_distill.model.wan import build_meta_transformer, guided, make_denoiser, materialize_transformer
 from stage2_distill.model.weight_loading import copy_weights, fill_parameter, read_weights
+from stage2_distill.optim.ema import CriticAverage
 from stage2_distill.optim.optimizers import OptimizerSettings
 from stage2_distill.planning.memory import choose_form
 from stage2_distill.planning.network_size import TransformerSize
@@ -31,6 +32,8 @@ from stage2_distill.planning.start_report import Machine
 from stage2_distill.trainer import GradientAccumulator, Roles, TrainedRole, Trainer
 from stage2_distill.weight_files.lora_files import LoraFile, parse_loras
 from stage2_distill.weight_files.stored_tensors import MappedTensor
+
+CRITIC_AVERAGE = "critic_average"  # the name of its adapter
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,12 @@ class RoleBuilder:
     compute_dtype: torch.dtype
     optimizers: OptimizerSettings
     adapters: LoraSettings | None  # None: all weights are trained
+    critic_ema_decay: float  # 0: no average of the critic
     seed: int
 
     def build(self) -> Roles:
         """Build networks, optimizers and average, in this order: the average starts as a copy of the weights."""
-        student_net, teacher, critic_net = (
+        student_net, teacher, critic_net, *average_nets = (
             self.build_networks() if self.adapters is None else self.build_adapter_views()
         )
         student, critic = (
@@ -58,13 +62,23 @@ class RoleBuilder:
         if self.adapters is None:
             self.fill_networks(student, teacher, critic)
         ema = self.optimizers.build_ema(student.optimizer, self.ranks)
-        return Roles(self.optimizers.form, student, critic, teacher, make_denoiser(teacher, self.compute_dtype), ema)
+        averages = [
+            CriticAverage(
+                net, make_denoiser(net, self.compute_dtype), critic.optimizer.master_weights, self.critic_ema_decay
+            )
+            for net in average_nets
+        ]
+        teacher_denoiser = make_denoiser(teacher, self.compute_dtype)
+        return Roles(self.optimizers.form, student, critic, teacher, teacher_denoiser, ema, *averages)
 
     def build_networks(self) -> list[WanTransformer]:
-        """Student, teacher and critic without weights, sharded before they take memory."""
+        """Student, teacher, critic and its average without weights, sharded before they take memory."""
         trained_dtype = torch.float32 if self.optimizers.form == STANDARD else self.compute_dtype
         nets = []
-        for dtype in (trained_dtype, self.compute_dtype, trained_dtype):  # student, teacher, critic
+        dtypes = [trained_dtype, self.compute_dtype, trained_dtype]  # student, teacher, critic
+        if self.critic_ema_decay:
+            dtypes.append(trained_dtype)
+        for dtype in dtypes:
             net = build_meta_transformer(self.model, dtype, self.plan)
             nets.append(materialize_transformer(apply_fsdp(net, self.ranks, self.compute_dtype), self.ranks.device))
         nets[1].requires_grad_(False)  # the teacher
@@ -78,14 +92,15 @@ class RoleBuilder:
             copy_weights(student.optimizer.master_weights(), dict(net.named_parameters()), remainders)
 
     def build_adapter_views(self) -> list[AdapterView]:
-        """Student, teacher and critic on one base, whose weights are read; adapters begin without effect."""
+        """Student, teacher, critic and its average on one base, whose weights are read; adapters have no effect yet."""
         assert self.adapters is not None
         net = build_meta_transformer(self.model, self.compute_dtype, self.plan)
-        layers = add_adapters(net, (STUDENT, CRITIC), self.adapters)
+        averages = (CRITIC_AVERAGE,) if self.critic_ema_decay else ()
+        layers = add_adapters(net, (STUDENT, CRITIC, *averages), self.adapters)
         materialize_transformer(apply_fsdp(net, self.ranks, self.compute_dtype, net_casts=True), self.ranks.device)
         base = {name.replace(".base_layer.", "."): p for name, p in net.named_parameters() if ".lora_" not in name}
         read_weights(locate_part(self.model, "transformer"), base, loras=self.loras)
-        views = [AdapterView(net, layers, adapter) for adapter in (STUDENT, None, CRITIC)]
+        views = [AdapterView(net, layers, adapter) for adapter in (STUDENT, None, CRITIC, *averages)]
         for view in (views[0], views[2]):
             initialize_adapters(view, self.seed)
         return views
@@ -103,7 +118,8 @@ def build_roles(config: DistillConfig, ranks: RankContext, model: Path) -> Roles
         form = choose_optimizer_form(config, ranks, TransformerSize.of(meta_net.config))
     optimizers = OptimizerSettings.of(config, ranks, form)
     loras = parse_loras(config.base_lora or ())
-    builder = RoleBuilder(model, loras, ranks, plan, compute_dtype, optimizers, adapters, config.seed)
+    decay, seed = config.critic_ema_decay, config.seed
+    builder = RoleBuilder(model, loras, ranks, plan, compute_dtype, optimizers, adapters, decay, seed)
     return builder.build()
 
 

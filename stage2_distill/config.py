@@ -72,6 +72,10 @@ class DistillConfig:
     )
     critic_warmup: int = advanced(0, "First iterations, which update the critic only.", minimum=0, group="recipe")
     critic_loss: str = advanced("x0", "The critic regresses x0, flow or noise.", choices=CRITIC_LOSSES, group="recipe")
+    critic_ema_decay: float = advanced(
+        0.0, "Decay per update of an averaged critic, whose score the student follows; 0 = the critic itself.",
+        minimum=0, maximum=1, group="recipe",
+    )  # fmt: skip
     text_only_fraction: float = advanced(
         0.0, "Share of samples trained without their first frame.", minimum=0, maximum=1, group="data"
     )
@@ -87,6 +91,13 @@ class DistillConfig:
     ts_schedule_max: bool = advanced(False, "Score times up to the current timestep.", group="recipe")
     score_low: float = advanced(0.02, "Lowest sigma of the scores.", minimum=0, maximum=1, group="recipe")
     score_high: float = advanced(0.98, "Highest sigma of the scores.", minimum=0, maximum=1, group="recipe")
+    score_time_low_share: float = advanced(
+        0.0, "Share of samples that are matched at a low score time, log-uniform from 0.01 to 0.5 before the shift.",
+        minimum=0, maximum=1, group="recipe",
+    )  # fmt: skip
+    critic_time_low_share: float = advanced(
+        0.0, "The same share when the critic is trained.", minimum=0, maximum=1, group="recipe"
+    )
     ema_decay: float = advanced(0.99, "Decay per update of the averaged student.", minimum=0, maximum=1, group="recipe")
     ema_start: int = advanced(200, "Iteration up to which the average copies the student.", minimum=0, group="recipe")
     batch_size: int = option(1, "Clips that a GPU processes at once.", minimum=1, group="recipe")

@@ -42,6 +42,8 @@ def training_state(roles: Roles) -> dict[str, Tensor]:
         "student_optimizer": roles.student.optimizer.state_tensors(),
         "critic_optimizer": roles.critic.optimizer.state_tensors(),
     }
+    if roles.critic_average is not None:
+        groups["critic_ema"] = roles.critic_average.state_tensors()
     return {f"{group}.{name}": value.detach() for group, named in groups.items() for name, value in named.items()}
 
 
@@ -96,7 +98,7 @@ def newest_valid(run_folder: Path, ranks: RankContext) -> Path | None:
 
 
 def initialize_from(source: str, roles: Roles, facts: StudentFacts, ranks: RankContext) -> None:
-    """Set student, critic and average to another run's or checkpoint's masters, or to weights of a folder or file."""
+    """Set student, critic and averages to another run's or checkpoint's masters, or to weights of a folder or file."""
     folder, adapters = Path(source), lora_settings(facts.config)
     with roles.ema.update_after(decay=0):  # decay 0 copies the new masters
         if (folder / STUDENT_FILE).is_file() or list_checkpoints(folder):
@@ -118,6 +120,8 @@ def initialize_from(source: str, roles: Roles, facts: StudentFacts, ranks: RankC
                     read_weights(path, dict(role.net.named_parameters()), role.optimizer.remainders())
             except ValueError as error:  # names the file
                 raise ValueError(f"init_from={source}: {str(error).removeprefix(f'{source}: ')}") from error
+    if roles.critic_average is not None:
+        roles.critic_average.copy_critic()
 
 
 def check_source(checkpoint: Path, roles: Roles, facts: StudentFacts, ranks: RankContext) -> None:

@@ -23,7 +23,7 @@ from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, Schedule
 from stage2_distill.dmd.score_noise import ScoreNoise
 from stage2_distill.monitoring.metrics_log import StepResult, UpdateResult
 from stage2_distill.optim.adamw import RoleOptimizer
-from stage2_distill.optim.ema import EmaWeights
+from stage2_distill.optim.ema import CriticAverage, EmaWeights
 
 MicroBatches = Iterator[tuple[MicroBatch, Condition]]
 LossFunction = Callable[[Simulated, Tensor, Tensor], Tensor]  # (samples, sigma (B), eps (B C T H W)) -> scalar
@@ -53,6 +53,12 @@ class Roles:
     teacher: nn.Module
     teacher_denoiser: Denoiser  # without guidance
     ema: EmaWeights  # of the student
+    critic_average: CriticAverage | None = None
+
+    @property
+    def fake_denoiser(self) -> Denoiser:
+        """What stands for the score of the student's distribution: the critic, or its average."""
+        return self.critic.denoiser if self.critic_average is None else self.critic_average.denoiser
 
 
 @dataclass(frozen=True)
@@ -150,8 +156,8 @@ def update_student(trainer: Trainer, iteration: int, data: MicroBatches) -> Upda
     roles, schedule = trainer.roles, trainer.schedule
 
     def loss(samples: Simulated, sigma: Tensor, eps: Tensor) -> Tensor:
-        critic = roles.critic.denoiser
-        return dmd_loss(samples.x0, samples.condition, teacher=trainer.teacher, critic=critic, sigma=sigma, eps=eps)
+        fake = roles.fake_denoiser
+        return dmd_loss(samples.x0, samples.condition, teacher=trainer.teacher, critic=fake, sigma=sigma, eps=eps)
 
     exit_index = schedule.draw_exit_index(iteration, STUDENT)
     accumulated = trainer.accumulator.accumulate(data, loss, roles.student.net, exit_index)
@@ -169,7 +175,10 @@ def update_critic(trainer: Trainer, iteration: int, data: MicroBatches) -> Updat
 
     exit_index = schedule.draw_exit_index(iteration, CRITIC)
     accumulated = trainer.accumulator.accumulate(data, loss, critic.net, exit_index)
-    return apply_update(trainer, critic.optimizer, schedule.learning_rate(iteration, CRITIC), accumulated)
+    result = apply_update(trainer, critic.optimizer, schedule.learning_rate(iteration, CRITIC), accumulated)
+    if trainer.roles.critic_average is not None:
+        trainer.roles.critic_average.update()
+    return result
 
 
 def apply_update(trainer: Trainer, optimizer: RoleOptimizer, lr: float, accumulated: Accumulated) -> UpdateResult:

@@ -1,13 +1,27 @@
 """The noise at which the scores of teacher and critic are compared, and at which the critic is trained."""
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from common.flow import score_sigma
 from common.seed import draw_normal, draw_uniform, make_generator
 from stage2_distill.dmd.rollout import Simulated
-from stage2_distill.dmd.schedule import MicroBatch
+from stage2_distill.dmd.schedule import STUDENT, MicroBatch
+
+LOW_TIMES = (0.01, 0.5)  # of u, before the shift
+
+
+def low_score_times(uniform: Tensor) -> Tensor:
+    """Score times u (B) of density 1 / (u ln(b / a)) on [a, b] = LOW_TIMES, from uniform draws (B) in [0, 1).
+
+    As many draws fall between 0.01 and 0.02 as between 0.1 and 0.2. With share p of them the density of all u in [0, 1]
+    is (1 - p) + p / (u ln(b / a)) on [a, b] and 1 - p elsewhere, which integrates to 1.
+    """
+    low, high = LOW_TIMES
+    return low * (uniform * math.log(high / low)).exp()
 
 
 @dataclass(frozen=True)
@@ -19,6 +33,8 @@ class ScoreNoise:
     shift: float
     ts_schedule: bool
     ts_schedule_max: bool
+    score_time_low_share: float  # in the student's updates
+    critic_time_low_share: float
     score_low: float
     score_high: float
 
@@ -34,7 +50,11 @@ class ScoreNoise:
         purpose, device = f"{micro_batch.role} score", samples.x0.device
         generators = [make_generator(*key, purpose, device) for key in micro_batch.sample_keys(self.seed)]
         low, high = self.bounds(samples.exit_index)  # of a reused rollout the exit is its own
-        u = low + (high - low) * draw_uniform(generators)
-        # u is drawn first: the generators' order is part of the recipe
+        uniform = draw_uniform(generators)  # drawn first: the generators' order is part of the recipe
+        u = low + (high - low) * uniform
+        share = self.score_time_low_share if micro_batch.role == STUDENT else self.critic_time_low_share
+        if share:
+            choices = [make_generator(*key, f"{purpose} law", device) for key in micro_batch.sample_keys(self.seed)]
+            u = torch.where(draw_uniform(choices) < share, low_score_times(uniform), u)
         sigma = score_sigma(u, s=self.shift, low=self.score_low, high=self.score_high)
         return sigma, draw_normal(samples.x0.shape[1:], generators)

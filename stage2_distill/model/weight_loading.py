@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # no public equivalent
 
 from stage2_distill.distributed.dtensor import local_tensor
-from stage2_distill.model.split_float32 import split_master
+from stage2_distill.model.split_float32 import join_master, split_master
 from stage2_distill.weight_files.lora_files import LoraFile
 from stage2_distill.weight_files.stored_tensors import StoredTensor
 from stage2_distill.weight_files.stored_weights import check_names, read_weight_table
@@ -42,6 +42,20 @@ def copy_weights(
     """Fill `tensors` from a network with the same sharding, which is faster than reading the files again."""
     for name, master in masters:
         write_parameter(local_tensor(master), tensors[name], remainders.get(name))
+
+
+@torch.no_grad()
+def blend_weights(
+    masters: Iterable[tuple[str, Tensor]], tensors: Mapping[str, Tensor], remainders: Mapping[str, Tensor], share: float
+) -> None:
+    """Move the weights of a network with the same sharding to (1 - share) own + share master, in float32."""
+    for name, master in masters:
+        own, remainder = local_tensor(tensors[name]), remainders.get(name)
+        if remainder is None:
+            own.lerp_(local_tensor(master), share)
+        else:
+            joined = join_master(own, local_tensor(remainder))
+            write_parameter(joined.lerp_(local_tensor(master), share), own, remainder)
 
 
 def fill_parameter(target: Tensor, source: StoredTensor, label: str, remainder: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Exponential moving average of the student's float32 master weights, shard by shard."""
+"""Exponential moving averages of the float32 master weights of student and critic, shard by shard."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -6,7 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from common.condition import Denoiser
 from stage2_distill.distributed.dtensor import local_tensor
+from stage2_distill.model.weight_loading import blend_weights, copy_weights
 from stage2_distill.offload.pinned_memory import PinnedPool
 from stage2_distill.offload.prefetch import prefetched_groups
 
@@ -78,6 +80,35 @@ class EmaWeights:
             yield
         finally:
             _copy_weights_into(net, saved)
+
+
+class CriticAverage:
+    """A network whose weights are the moving average of the critic's, so that it can stand for it without a swap.
+
+    They take 4 bytes per trained parameter, sharded as the critic's: float32, or bf16 and the 16 bits that those lack.
+    """
+
+    def __init__(self, net: nn.Module, denoiser: Denoiser, masters: Callable[[], NamedTensors], decay: float) -> None:
+        self.net, self.denoiser, self.masters, self.decay = net.requires_grad_(False), denoiser, masters, decay
+        self.weights: dict[str, Tensor] = dict(net.named_parameters())  # FSDP may replace what a detached one refers to
+        self.remainders = {
+            name: torch.zeros_like(weight, dtype=torch.int16)
+            for name, weight in self.weights.items()
+            if weight.dtype == torch.bfloat16
+        }
+        self.copy_critic()
+
+    def copy_critic(self) -> None:
+        """Start again from the critic's present weights."""
+        copy_weights(self.masters(), self.weights, self.remainders)
+
+    def update(self) -> None:
+        """Set average = decay * average + (1 - decay) * critic, after an update of the critic."""
+        blend_weights(self.masters(), self.weights, self.remainders, 1 - self.decay)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The live tensors of the average by name."""
+        return self.weights | {f"{name}.remainder": rest for name, rest in self.remainders.items()}
 
 
 @torch.no_grad()

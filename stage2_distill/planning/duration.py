@@ -19,6 +19,7 @@ from stage2_distill.planning.network_size import TransformerSize
 
 BACKWARD_TRAFFIC = 6  # bytes that elementwise kernels move in a backward pass, recomputed block included, per forward's
 ADAPTER_FACTOR = 1.06  # a forward pass with adapters
+AVERAGE_BYTES = 12  # moved per parameter when the critic's average is updated: two numbers read, one written
 UPDATE_BYTES = 64  # moved per parameter in clipping, step and zeroing: 0.09 s for 5 B on an H200
 # Share of a block's products and of its attention that the backward pass computes again; see activation_checkpoint.py.
 RECOMPUTED = {"full": (1, 1), "offload": (1, 1), "selective": (1, 0), "selective-mlp": (0.8, 0), "off": (0, 0)}
@@ -120,7 +121,8 @@ def step_seconds(
     step = UPDATE_BYTES * trained / (card.bandwidth * BANDWIDTH_SHARE)
     host = place_on_host(form, config.offload, accumulates=accumulates, unsharded=shards == 1)
     state = parameter_bytes(config, form, accumulates=accumulates).optimizer * trained * host.student_state
-    return step, step + state / HOST_LINK
+    average = AVERAGE_BYTES / UPDATE_BYTES * step if config.critic_ema_decay else 0
+    return step + average, step + state / HOST_LINK
 
 
 def denoising_seconds(forward: float, *, steps: int, gpus: int = 1, compiled: bool = True) -> float:

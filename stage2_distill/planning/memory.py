@@ -50,22 +50,24 @@ class ParameterBytes:
     weight: float
     optimizer: float
     gradient: float
+    critic_average: float
     average: float = SINGLE
 
     @property
     def in_checkpoint(self) -> float:
-        """Bytes that a checkpoint stores: both roles and the average."""
-        return 2 * (self.weight + self.optimizer) + self.average
+        """Bytes that a checkpoint stores: both roles and the averages."""
+        return 2 * (self.weight + self.optimizer) + self.average + self.critic_average
 
 
 def parameter_bytes(config: DistillConfig, form: str, *, accumulates: bool) -> ParameterBytes:
     """How a form stores a trained parameter."""
+    critic_average = SINGLE if config.critic_ema_decay else 0
     if form != COMPACT or config.lora_rank:
-        return ParameterBytes(SINGLE, SINGLE * (1 if config.beta1 == 0 else 2), SINGLE)
+        return ParameterBytes(SINGLE, SINGLE * (1 if config.beta1 == 0 else 2), SINGLE, critic_average)
     gradient = SINGLE if accumulates else HALF  # sums are float32
     # With replicas FSDP2 holds each block's float32 gradient until the backward pass ends, beside its bf16 copy.
     gradient += SINGLE * (config.replicate > 1)
-    return ParameterBytes(HALF, REMAINDER + MOMENT_BYTES[config.second_moment], gradient)
+    return ParameterBytes(HALF, REMAINDER + MOMENT_BYTES[config.second_moment], gradient, critic_average)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class MemoryEstimate:
     teacher: float  # of adapters: the base of all three
     optimizer: float  # second moments, and the low halves of master weights in the compact form
     average: float
+    critic_average: float  # of option critic_ema_decay
     gradients: float
     activations: float  # kept for the backward pass
     not_at_once: float  # negative: activations are freed while gradients are made
@@ -120,6 +123,7 @@ def estimate_memory(config: DistillConfig, size: TransformerSize, *, world: int,
         teacher=compute_bytes * size.parameters / shards,
         optimizer=of_one.optimizer * trained * (1 if host.student_state else 2),
         average=0 if host.average else of_one.average * trained,
+        critic_average=of_one.critic_average * trained,
         gradients=gradients,
         activations=activations,
         not_at_once=0 if accumulates else -min(gradients, activations),  # sums are there in the next pass too

@@ -10,6 +10,7 @@ PART_NAMES = {
     "teacher": "teacher, weights",
     "optimizer": "optimizer state of both",
     "average": "average (EMA)",
+    "critic_average": "average of the critic",
     "gradients": "gradients",
     "activations": "activations kept",
     "not_at_once": "of the last two, never at once",

@@ -65,12 +65,14 @@ def test_auto_takes_the_standard_form_if_it_fits_with_room(gpus: int, gib: float
 def test_parts_of_the_estimate() -> None:
     """Bytes per parameter as docs/training.md lists them: 26 standard, 18 compact, and with sums 20."""
     config, count = replace(CONFIG, global_batch=8), SIZE.parameters / 8
-    state = ("student", "critic", "teacher", "optimizer", "average", "gradients")
+    state = ("student", "critic", "teacher", "optimizer", "average", "critic_average", "gradients")
     for form, changes, expected in (
         ("standard", {}, 26),
         ("compact", {}, 18.0625),  # with a scale of two bytes per 64 second moments of either role
         ("compact", {"global_batch": 64}, 20.0625),
         ("compact", {"second_moment": "float32"}, 24),
+        ("standard", {"critic_ema_decay": 0.99}, 30),
+        ("compact", {"critic_ema_decay": 0.99}, 22.0625),
     ):
         parts = estimate_memory(replace(config, **changes), SIZE, world=8, form=form).gpu_parts
         assert sum(parts[name] for name in state) == pytest.approx(expected * count), (form, changes)

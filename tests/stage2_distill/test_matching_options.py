@@ -1,0 +1,71 @@
+"""Options against plain DMD's faults, in whole runs: what they do to the weights, and exact resume in every form."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stage2_distill.checkpointing.format import list_checkpoints
+from stage2_distill.model.split_float32 import join_master
+from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
+
+FORMS = {
+    "standard": {},
+    "compact": {"dtype": "bfloat16", "optimizer_form": "compact", "student_lr": 1e-4, "critic_lr": 1e-4},
+    "lora": {"lora_rank": 2, "student_lr": 1e-2, "critic_lr": 1e-2},
+}
+EVERY = {"iterations": 3, "checkpoint_every": 1, "keep_last": 9, "timesteps": (1000.0, 500.0), "max_text_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards") / "data", model)
+
+
+def masters(checkpoint: Path, group: str) -> dict[str, torch.Tensor]:
+    """Float32 weights of a role or of the critic's average, by name."""
+    stored = tensors(checkpoint)
+    weights = {n.removeprefix(f"{group}."): v for n, v in stored.items() if n.startswith(f"{group}.")}
+    found = {}
+    for name in (name for name in weights if not name.endswith(".remainder")):
+        rest = stored.get(f"{group}_optimizer.{name}.remainder", weights.get(f"{name}.remainder"))
+        found[name] = weights[name] if rest is None else join_master(weights[name], rest)
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_critics_average_follows_it_and_resumes_to_the_bit(
+    form: str, model: Path, shards: Path, tmp_path: Path
+) -> None:
+    options = FORMS[form] | EVERY | {"critic_ema_decay": 0.75}
+    whole = run_here(make_config(shards, model, tmp_path / "whole", **options))
+    steps = list_checkpoints(whole.parent)
+    for before, after in zip(steps, steps[1:], strict=False):
+        average, critic, found = masters(before, "critic_ema"), masters(after, "critic"), masters(after, "critic_ema")
+        assert average.keys() == critic.keys() == found.keys()
+        for name, value in found.items():
+            assert torch.equal(value, average[name].lerp(critic[name], 0.25)), name
+    run_here(make_config(shards, model, tmp_path / "half", **options | {"iterations": 2}))
+    again = tensors(run_here(make_config(shards, model, tmp_path / "half", **options)))
+    assert all(torch.equal(value, again[name]) for name, value in tensors(whole).items())
+
+
+def test_the_student_follows_the_average(model: Path, shards: Path, tmp_path: Path) -> None:
+    """The first update is that of plain DMD, as average and critic are equal; the second one is another."""
+    options = FORMS["lora"] | EVERY
+    runs = [
+        list_checkpoints(run_here(make_config(shards, model, tmp_path / f"{d}", **options, critic_ema_decay=d)).parent)
+        for d in (0.0, 0.9)
+    ]
+    for number, equal in ((0, True), (2, False)):
+        plain, averaged = (masters(run[number], "student") for run in runs)
+        assert all(torch.equal(value, averaged[name]) for name, value in plain.items()) is equal
+    assert not masters(runs[0][0], "critic_ema")
+
+
+def test_a_run_from_another_begins_its_average_at_that_runs_critic(model: Path, shards: Path, tmp_path: Path) -> None:
+    source = run_here(make_config(shards, model, tmp_path / "source", iterations=1))
+    still = {"iterations": 1, "student_lr": 0.0, "critic_lr": 0.0, "weight_decay": 0.0, "critic_ema_decay": 0.5}
+    begun = run_here(make_config(shards, model, tmp_path / "run", **still, init_from=str(source)))
+    average, critic = masters(begun, "critic_ema"), masters(source, "critic")
+    assert all(torch.equal(value, critic[name]) for name, value in average.items())
