@@ -31,6 +31,7 @@ from benchmarks.trainer import (
     host_peak_gib,
     make_config,
     make_trainer,
+    one_shape,
     random_condition,
     random_roles,
     role_update,
@@ -53,7 +54,7 @@ WAIT_EVENTS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynch
 def run_iteration(case: Case, trainer: Trainer, iteration: int) -> StepResult:
     """Run one iteration of the trainer on random data."""
     ranks = trainer.ranks
-    batches = trainer.schedule.micro_batches(start=iteration, rank=ranks.rank)
+    batches = trainer.schedule.micro_batches(start=iteration, rank=ranks.rank, shapes=one_shape(case.spec))
     return train_step(trainer, iteration, ((part, random_condition(case)) for part in batches))
 
 

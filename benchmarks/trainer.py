@@ -11,12 +11,14 @@ from torch import Tensor
 
 from benchmarks.device import Case, meta_network, randomize_weights
 from common.condition import Condition
+from common.video import VideoSpec
 from stage2_distill.build import build_trainer
-from stage2_distill.config import OLD_ACTIVATION_CHECKPOINTING, STANDARD, DistillConfig
+from stage2_distill.config import OLD_ACTIVATION_CHECKPOINTING, STANDARD, DistillConfig, parse_lengths
 from stage2_distill.distributed.dtensor import local_tensor
 from stage2_distill.distributed.fsdp import apply_fsdp
 from stage2_distill.distributed.process_group import RankContext, gather_from_ranks
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, Schedule
+from stage2_distill.dmd.video_shapes import SampleShapes
 from stage2_distill.model.attention import enable_determinism
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import AdapterView, add_adapters, lora_settings
@@ -98,12 +100,18 @@ def random_condition(case: Case, batch: int = 1) -> Condition:
     return Condition(frames, torch.randn(batch, 512, case.network["text_dim"], device=case.device))
 
 
+def one_shape(spec: VideoSpec) -> SampleShapes:
+    """Return samples that all have one shape."""
+    return SampleShapes(0, parse_lengths(spec.num_frames), lambda position: spec)
+
+
 def random_batches(
     case: Case, ranks: RankContext, role: str, iteration: int, count: int = 1
 ) -> Iterator[tuple[MicroBatch, Condition]]:
     """Yield the `count` micro-batches of one update."""
     for index in range(count):
-        micro_batch = MicroBatch(iteration, role, (ranks.rank,), (ranks.rank,), 1 / count, index == count - 1)
+        own, last = (ranks.rank,), index == count - 1
+        micro_batch = MicroBatch(iteration, role, own, own, 1 / count, last, case.spec, index)
         yield micro_batch, random_condition(case)
 
 

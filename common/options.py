@@ -49,7 +49,7 @@ class OptionSpec:
         """Raise ValueError for another type, an unknown choice, a number out of bounds or a path that is an address."""
         accepted = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or isinstance(value, bool) is not (kind is bool):  # a bool is also an int
-            raise ValueError(f"{name}={value!r}: must be {kind.__name__}")
+            raise ValueError(f"{name}={value!r}: must be {type_name(kind)}")
         if self.choices and value not in self.choices:
             nearest = get_close_matches(str(value), self.choices, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
@@ -127,11 +127,21 @@ def check_fields(config: object) -> None:
             option_spec(item).check(item.name, part, kind)
 
 
+def type_name(kind: Any) -> str:  # noqa: ANN401
+    """The name of a type, or of several as `int | str`."""
+    return str(kind) if get_args(kind) else str(kind.__name__)
+
+
 def convert_value(value: object, hint: Any) -> object:  # noqa: ANN401
     """A YAML or command-line value in the field's type if nothing is lost, else as it is, for `check_fields`."""
     kind, is_tuple = _value_type(hint)
     if value is None or isinstance(value, bool) or kind is bool:
         return value
+    if get_args(kind):  # int | str: one number, or a text that lists several
+        number, text = get_args(kind)
+        listed = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+        converted = convert_value(listed, number)
+        return converted if isinstance(converted, number) else convert_value(listed, text)
     if is_tuple:
         if isinstance(value, str) and kind is not str:  # a path may contain a comma
             value = value.split(",")
@@ -230,7 +240,7 @@ def _click_option(item: Field[Any], hint: Any, name: str) -> Callable[[Any], Any
     elif is_tuple:  # numbers are separated by commas, strings by repeating the option
         settings = {"multiple": True} if kind is str else {"metavar": "NUMBERS"}
     else:
-        settings["type"] = kind
+        settings["type"] = str if get_args(kind) else kind
     return click.option(
         flag, name, cls=ConfigOption, default=None, help=text, hidden=name != item.name, spec=spec, **settings
     )

@@ -127,7 +127,7 @@ def build_trainer(
     config: DistillConfig, ranks: RankContext, schedule: Schedule, roles: Roles, negative_text: Tensor
 ) -> Trainer:
     """The trainer of a run; negative_text (L D): padded as the batches' texts are."""
-    rollouts = StudentRollouts(roles.student.denoiser, config.seed, config.sigmas, config.spec.latent_shape)
+    rollouts = StudentRollouts(roles.student.denoiser, config.seed, config.sigmas)
     critic_rollouts = RolloutReuse(rollouts, schedule) if config.rollout_reuse else rollouts
     timer = PhaseTimer(ranks.device)
     return Trainer(

@@ -1,5 +1,6 @@
 """Options of training."""
 
+import math
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, TypeVar
@@ -22,7 +23,39 @@ CRITIC_LOSSES = ("x0", "flow", "noise")
 WANDB_MODES = ("off", "online", "offline")
 EXIT_SCHEDULES = ("random", "stratified")
 
+MIN_FRAMES = 5  # one latent frame after the first
+
 advanced = partial(option, advanced=True)  # an option that only --help-all lists
+
+
+@dataclass(frozen=True)
+class LengthShare:
+    """A number of frames, and the share of the samples that have it."""
+
+    num_frames: int
+    share: float
+
+
+def parse_lengths(value: int | str) -> tuple[LengthShare, ...]:
+    """The lengths of option `num_frames`, the shortest first; ValueError if one or its weight is not valid."""
+    weights: dict[int, float] = {}
+    for part in str(value).split(","):
+        frames_text, colon, weight_text = part.partition(":")
+        try:
+            frames, weight = int(frames_text), float(weight_text) if colon else 1.0
+        except ValueError as error:
+            problem = "must be numbers of frames, such as 81,121 or 81:0.3,121:0.7"
+            raise ValueError(f"num_frames={value}: {problem}") from error
+        _ = VideoSpec(frames)  # which names the nearest valid numbers
+        if frames < MIN_FRAMES:
+            raise ValueError(f"num_frames={frames}: must be at least {MIN_FRAMES}")
+        if frames in weights:
+            raise ValueError(f"num_frames={value}: names {frames} twice; give one weight to each")
+        if not 0 < weight < math.inf:
+            raise ValueError(f"num_frames={value}: the weight of {frames} is {weight:g}; give a number above 0")
+        weights[frames] = weight
+    total = sum(weights.values())
+    return tuple(LengthShare(frames, weight / total) for frames, weight in sorted(weights.items()))
 
 
 @dataclass(frozen=True)
@@ -45,7 +78,10 @@ class DistillConfig:
         path="input", group="model",
     )  # fmt: skip
     iterations: int = option(4000, "Iterations in total; each updates the critic once.", minimum=1, group="recipe")
-    num_frames: int = size_option("num_frames", minimum=5, advanced=True)  # one latent frame after the first
+    num_frames: int | str = advanced(
+        VideoSpec.num_frames, "Frames of a video, 4k+1; or several, of which each sample draws one: 81,121, or with "
+        "weights 81:0.3,121:0.7.", minimum=MIN_FRAMES, group="size",
+    )  # fmt: skip
     height: int = size_option("height", advanced=True)
     width: int = size_option("width", advanced=True)
     fps: int = size_option("fps", advanced=True)
@@ -174,8 +210,18 @@ class DistillConfig:
             raise ValueError(f"score_low={self.score_low}: must be less than score_high={self.score_high}")
         if self.preview_every and not self.preview_count:
             raise ValueError("preview_count=0: must be at least 1, or preview_every=0")
+        if len(self.lengths) > 1:
+            self.check_many_shapes()
         if self.optimizer_form == COMPACT:
             self.check_compact()
+
+    def check_many_shapes(self) -> None:
+        """Raise ValueError if an option does not support videos of several shapes."""
+        if self.rollout_reuse and self.batch_size > 1:
+            raise ValueError(
+                f"batch_size={self.batch_size}: rollout_reuse and videos of several sizes or lengths need "
+                "micro-batches of one; use --batch-size 1, or --no-rollout-reuse"
+            )
 
     def check_compact(self) -> None:
         """Raise ValueError if the compact form does not support another option."""
@@ -188,9 +234,14 @@ class DistillConfig:
             raise ValueError(f"beta1={self.beta1}: optimizer_form=compact has no first moment; use 0, or {remedy}")
 
     @property
+    def lengths(self) -> tuple[LengthShare, ...]:
+        """The numbers of frames of the videos, the shortest first."""
+        return parse_lengths(self.num_frames)
+
+    @property
     def spec(self) -> VideoSpec:
-        """Size of the videos."""
-        return VideoSpec(self.num_frames, self.height, self.width, self.fps)
+        """Size of the longest videos."""
+        return VideoSpec(self.lengths[-1].num_frames, self.height, self.width, self.fps)
 
     @property
     def sigmas(self) -> tuple[float, ...]:

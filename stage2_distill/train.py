@@ -34,6 +34,7 @@ from stage2_distill.distributed.process_group import RankContext, own_folder, st
 from stage2_distill.distributed.signals import StopSignal
 from stage2_distill.dmd.condition_dropout import ConditionDropout
 from stage2_distill.dmd.schedule import CRITIC, MicroBatch, Schedule
+from stage2_distill.dmd.video_shapes import SampleShapes
 from stage2_distill.model.attention import enable_determinism
 from stage2_distill.monitoring.monitor import TrainingMonitor
 from stage2_distill.monitoring.preview import (
@@ -74,7 +75,8 @@ def distill(config: DistillConfig) -> Path:
         )
     model = locate_model(config.model, ("transformer",))
     data = open_data_sets(config.shards)
-    check_manifest(Path(config.shards[0]), data.manifest, spec=config.spec, encoder=expected_encoder(model))
+    spec = replace(config.spec, num_frames=data.manifest.spec.num_frames)  # a record has no length of its own
+    check_manifest(Path(config.shards[0]), data.manifest, spec=spec, encoder=expected_encoder(model))
     schedule = Schedule.of(config, ranks.world)
     facts, out = student_facts(config, model, data), Path(config.out)
     check_run(out, config, facts, schedule)  # before anything is written, and anything slow
@@ -246,7 +248,8 @@ def load_micro_batches(run: TrainingRun, start_iteration: int) -> Generator[tupl
 
     # a reused rollout began at the student's last turn
     start = start_iteration - (start_iteration % config.student_update_interval if config.rollout_reuse else 0)
-    schedule = trainer.schedule.micro_batches(start=start, rank=trainer.ranks.rank)
+    shapes = SampleShapes(config.seed, config.lengths, lambda position: config.spec)
+    schedule = trainer.schedule.micro_batches(start=start, rank=trainer.ranks.rank, shapes=shapes)
     for micro_batch, condition in prefetch_ordered(read_micro_batch, schedule, depth=8, threads=2):
         device_condition = condition.to(trainer.ranks.device)
         if micro_batch.iteration >= start_iteration:

@@ -25,7 +25,7 @@ from stage2_distill.checkpointing.format import (
     read_facts,
     read_index,
 )
-from stage2_distill.config import DistillConfig
+from stage2_distill.config import DistillConfig, parse_lengths
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, Schedule
 from stage2_distill.monitoring.metrics_log import METRICS_FILE, complete_lines
 
@@ -122,6 +122,7 @@ def recipe_meaning(options: Mapping[str, object]) -> dict[str, object]:
     assert isinstance(shards, tuple), shards
     meaning["shards"] = draw_shares([parse_weight(text)[1] for text in shards])  # their records: `check_data`
     meaning["lora_alpha"] = options["lora_alpha"] or options["lora_rank"]  # the default
+    meaning["num_frames"] = parse_lengths(options["num_frames"])  # type: ignore[arg-type]
     meaning["init_from"] = None if source is None else Path(str(source)).resolve()
     return meaning
 

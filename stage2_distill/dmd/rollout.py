@@ -110,7 +110,6 @@ class StudentRollouts:
     student: Denoiser
     seed: int
     sigmas: tuple[float, ...]
-    latent_shape: tuple[int, ...]  # (C T H W)
 
     def simulate(self, micro_batch: MicroBatch, condition: Condition, exit_index: int) -> Simulated:
         """Samples for a micro-batch, from pure noise down to step `exit_index`."""
@@ -118,7 +117,7 @@ class StudentRollouts:
             self.student,
             condition,
             sigmas=self.sigmas,
-            latent_shape=self.latent_shape,
+            latent_shape=micro_batch.spec.latent_shape,
             keys=micro_batch.sample_keys(self.seed),
             purpose=f"{micro_batch.role} rollout",
             exit_index=exit_index,
@@ -128,7 +127,7 @@ class StudentRollouts:
     def start_trajectory(self, micro_batch: MicroBatch, condition: Condition) -> Iterator[Tensor]:
         """Yield the samples of every step, from the noise that `simulate` starts from."""
         keys, purpose = micro_batch.sample_keys(self.seed), f"{micro_batch.role} rollout"
-        noise, generators = draw_start_noise(keys, purpose, self.latent_shape, condition.text.device)
+        noise, generators = draw_start_noise(keys, purpose, micro_batch.spec.latent_shape, condition.text.device)
         return trajectory(self.student, noise, condition, sigmas=self.sigmas, generators=generators)
 
 

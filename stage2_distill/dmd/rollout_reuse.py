@@ -33,12 +33,11 @@ def assign_slot(micro_batch: MicroBatch, schedule: Schedule) -> RolloutSlot:
     """The slot of a micro-batch of the critic; equal on all ranks."""
     count = schedule.accumulation_steps
     cycle, iteration_in_cycle = divmod(micro_batch.iteration, schedule.student_update_interval)
-    step_in_update = micro_batch.samples[0] // (schedule.world * schedule.batch_size)
     slots, steps = schedule.student_update_interval * count, len(schedule.timesteps)
     groups = max(1, slots // steps)
     sizes = [slots // groups + (group < slots % groups) for group in range(groups)]  # the first ones are larger by one
     starts = [0, *accumulate(sizes)]
-    index = iteration_in_cycle * count + step_in_update  # among the critic's micro-batches of this cycle
+    index = iteration_in_cycle * count + micro_batch.step  # among the critic's micro-batches of this cycle
     group = bisect_right(starts, index) - 1
     member = index - starts[group]
     rng = make_generator(schedule.seed, cycle, group, "critic exits")

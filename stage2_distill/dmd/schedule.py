@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from common.seed import make_generator
+from common.video import VideoSpec
 from stage2_distill.config import DistillConfig
+from stage2_distill.dmd.video_shapes import SampleShapes, pack_samples
 
 STUDENT, CRITIC = "student", "critic"
 
@@ -19,8 +21,10 @@ class MicroBatch:
     role: str  # STUDENT or CRITIC
     samples: tuple[int, ...]  # indices within the global batch
     positions: tuple[int, ...]  # indices in the endless stream of records
-    share: float  # of the rank's gradient
+    share: float  # of the rank's gradient: every sample of the update counts the same
     last: bool  # of the update
+    spec: VideoSpec  # shape of its videos
+    step: int  # among the rank's micro-batches of the update
 
     def sample_keys(self, seed: int) -> list[tuple[int, int, int]]:
         """(seed, iteration, sample) of each sample: what its random draws depend on, besides their purpose."""
@@ -55,7 +59,7 @@ class Schedule:
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches that a rank takes for one update."""
+        """Micro-batches that a rank takes for one update, more if the samples of a shape do not fill theirs."""
         return self.global_batch // (self.batch_size * self.world)
 
     def is_student_turn(self, iteration: int) -> bool:
@@ -94,18 +98,26 @@ class Schedule:
         """Decay of the average after a student update; up to iteration `ema_start` 0, which copies the student."""
         return self.ema_decay if iteration > self.ema_start else 0.0
 
-    def micro_batches(self, *, start: int, rank: int) -> Iterator[MicroBatch]:
+    def micro_batches(self, *, start: int, rank: int, shapes: SampleShapes) -> Iterator[MicroBatch]:
         """All micro-batches of one rank from iteration `start` to the end, in order."""
-        count = self.accumulation_steps
         for iteration in range(start, self.iterations):
-            update = self.updates_before(iteration)
-            for role_index, role in enumerate(self.updated_roles(iteration)):
-                for step in range(count):
-                    first = (step * self.world + rank) * self.batch_size  # ranks take turns: any world, same samples
-                    samples = tuple(range(first, first + self.batch_size))
-                    offset = (update + role_index) * self.global_batch
-                    positions = tuple(offset + sample for sample in samples)
-                    yield MicroBatch(iteration, role, samples, positions, 1 / count, step == count - 1)
+            offset = self.stream_position(iteration)
+            for role in self.updated_roles(iteration):
+                yield from self.split_update(iteration, role, offset=offset, rank=rank, shapes=shapes)
+                offset += self.global_batch
+
+    def split_update(
+        self, iteration: int, role: str, *, offset: int, rank: int, shapes: SampleShapes
+    ) -> Iterator[MicroBatch]:
+        """One rank's micro-batches of the update that reads the stream from `offset` on."""
+        count = self.global_batch
+        specs = [shapes.sample_spec(iteration, role, sample, offset + sample) for sample in range(count)]
+        packed = pack_samples(specs, batch_size=self.batch_size, world=self.world)
+        own = packed[rank :: self.world]  # ranks take turns: any world, same samples
+        for step, samples in enumerate(own):
+            positions = tuple(offset + sample for sample in samples)
+            share = len(samples) * self.world / count  # the mean over ranks is that over samples
+            yield MicroBatch(iteration, role, samples, positions, share, step == len(own) - 1, specs[samples[0]], step)
 
     def draw_exit_index(self, iteration: int, role: str) -> int:
         """The index of the timestep at which this update leaves the rollout, uniform (DMD2, section 4.5).

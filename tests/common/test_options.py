@@ -263,6 +263,18 @@ def test_help_shows_common_options_by_group_and_help_all_the_rest() -> None:
         assert (f"{flag} " in short) is not option_spec(item).advanced
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("81", 81), ("[81, 121]", "81,121"), ("81,121", "81,121"), ("81:0.3,121:0.7", "81:0.3,121:0.7")]
+)
+def test_a_number_or_several_come_from_yaml_and_the_command_line(text: str, value: int | str, tmp_path: Path) -> None:
+    _, options = COMMANDS["distill"]
+    path = tmp_path / "options.yaml"
+    path.write_text(f"num_frames: {text}\n")
+    assert resolve_config(DistillConfig, options | {"config": str(path)}).num_frames == value
+    if "[" not in text:
+        assert resolve_config(DistillConfig, options | {"num_frames": text}).num_frames == value
+
+
 PATHS = [
     (command, item.name)
     for command, (config, _) in COMMANDS.items()
@@ -278,7 +290,7 @@ def test_every_option_that_names_a_file_or_folder_says_so() -> None:
         for item in fields(config)
         if "str" in str(item.type) and not option_spec(item).choices and not option_spec(item).path
     }
-    assert texts == {"prompt", "negative_prompt", "shard_range"}
+    assert texts == {"prompt", "negative_prompt", "shard_range", "num_frames"}
 
 
 @pytest.mark.parametrize(("command", "name"), PATHS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common.condition import Condition, concat_conditions, frame_sigma, free_mean, pin
+from common.video import VideoSpec
 from shards.record import Record, RecordSource, collate_records
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.condition_dropout import ConditionDropout
@@ -23,7 +24,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 
 def part(*samples: int, iteration: int = 0) -> MicroBatch:
-    return MicroBatch(iteration, "student", samples, samples, 1.0, last=True)
+    return MicroBatch(iteration, "student", samples, samples, 1.0, True, VideoSpec(), 0)
 
 
 def dropout(**changes: object) -> ConditionDropout:

@@ -11,7 +11,8 @@ from stage2_distill.dmd.rollout import StudentRollouts
 from stage2_distill.dmd.rollout_reuse import RolloutReuse, assign_slot, draw_group_exits
 from stage2_distill.dmd.schedule import CRITIC, Schedule
 from stage2_distill.monitoring.metrics_log import METRICS_FILE, complete_lines
-from tests.stage2_distill.training_helpers import SPEC, make_config, make_shards, run_here, tensors
+from tests.stage2_distill.dmd.sample_shapes import one_size
+from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_groups_take_every_step(model: Path, global_batch: int, every: int) -> N
     taken: Counter[int] = Counter()
     groups: dict[tuple[int, int], list[int]] = {}
     schedule = Schedule.of(config, world=1)
-    for part in schedule.micro_batches(start=0, rank=0):
+    for part in schedule.micro_batches(start=0, rank=0, shapes=one_size(config)):
         if part.role == CRITIC:
             slot = assign_slot(part, schedule)
             members = groups.setdefault((part.iteration // every, slot.group), [])
@@ -60,9 +61,9 @@ def test_a_sample_is_what_a_rollout_gives(model: Path) -> None:
         return x_t * 0.5 + condition.text.mean() + sigma.mean()
 
     schedule = Schedule.of(config, world=1)
-    rollouts = StudentRollouts(student, config.seed, config.sigmas, SPEC.latent_shape)
+    rollouts = StudentRollouts(student, config.seed, config.sigmas)
     reuse, first = RolloutReuse(rollouts, schedule), None
-    for part in schedule.micro_batches(start=0, rank=0):
+    for part in schedule.micro_batches(start=0, rank=0, shapes=one_size(config)):
         if part.role != CRITIC:
             continue
         condition = Condition(None, torch.full((2, 1, 1), float(part.iteration)))

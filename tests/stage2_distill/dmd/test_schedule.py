@@ -7,6 +7,7 @@ from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.schedule import Schedule
 from stage2_distill.dmd.score_noise import ScoreNoise
 from stage2_distill.sampling.config import SampleConfig
+from tests.stage2_distill.dmd.sample_shapes import one_size
 
 
 def config(**changes: object) -> DistillConfig:
@@ -19,7 +20,7 @@ def schedule(world: int = 1, **changes: object) -> Schedule:
 
 
 def test_twenty_iterations_are_4_student_and_20_critic_updates_on_24_batches() -> None:
-    todo = list(schedule().micro_batches(start=0, rank=0))
+    todo = list(schedule().micro_batches(start=0, rank=0, shapes=one_size(config())))
     updates = [(p.iteration, p.role) for p in todo if p.last]
     pattern = [("student", "critic") if i % 5 == 0 else ("critic",) for i in range(20)]
     assert updates == [(i, role) for i, roles in enumerate(pattern) for role in roles]
@@ -32,13 +33,13 @@ def test_twenty_iterations_are_4_student_and_20_critic_updates_on_24_batches() -
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("start", [0, 3, 5])
 def test_ranks_share_the_same_global_batches(world: int, start: int) -> None:
-    alone = list(schedule().micro_batches(start=0, rank=0))
+    alone = list(schedule().micro_batches(start=0, rank=0, shapes=one_size(config())))
     wanted = {(p.iteration, p.role, pos, s) for p in alone for pos, s in zip(p.positions, p.samples, strict=True)}
     wanted = {item for item in wanted if item[0] >= start}
     found = [
         (p.iteration, p.role, pos, s)
         for rank in range(world)
-        for p in schedule(world).micro_batches(start=start, rank=rank)
+        for p in schedule(world).micro_batches(start=start, rank=rank, shapes=one_size(config()))
         for pos, s in zip(p.positions, p.samples, strict=True)
     ]
     assert len(found) == len(set(found))
@@ -47,7 +48,8 @@ def test_ranks_share_the_same_global_batches(world: int, start: int) -> None:
 
 def test_shares_add_up_to_one_update() -> None:
     for world in (1, 2, 4):
-        todo = [p for p in schedule(world).micro_batches(start=1, rank=world - 1) if p.iteration == 1]
+        parts = schedule(world).micro_batches(start=1, rank=world - 1, shapes=one_size(config()))
+        todo = [part for part in parts if part.iteration == 1]
         assert sum(part.share for part in todo) == pytest.approx(1)
         assert [part.last for part in todo] == [False] * (len(todo) - 1) + [True]
 

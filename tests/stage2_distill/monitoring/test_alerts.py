@@ -21,6 +21,7 @@ from stage2_distill.dmd.latent_stats import latent_stats
 from stage2_distill.dmd.schedule import Schedule
 from stage2_distill.monitoring import alerts
 from stage2_distill.monitoring.alerts import WINDOW_ITERATIONS, MetricAlerts
+from tests.stage2_distill.dmd.sample_shapes import one_size
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, run_ranks, tensors
 
 
@@ -130,7 +131,7 @@ def first_use(config: DistillConfig, bad: int, world: int) -> tuple[int, int]:
     uses = [
         (part.iteration, part.role != "student", rank)
         for rank in range(world)
-        for part in Schedule.of(config, world).micro_batches(start=0, rank=rank)
+        for part in Schedule.of(config, world).micro_batches(start=0, rank=rank, shapes=one_size(config))
         if any(stream.record_index(position) == bad for position in part.positions)
     ]
     iteration, _, rank = min(uses)
