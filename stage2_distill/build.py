@@ -48,6 +48,7 @@ class RoleBuilder:
     optimizers: OptimizerSettings
     adapters: LoraSettings | None  # None: all weights are trained
     critic_ema_decay: float  # 0: no average of the critic
+    ida_share: float
     seed: int
 
     def build(self) -> Roles:
@@ -101,8 +102,10 @@ class RoleBuilder:
         base = {name.replace(".base_layer.", "."): p for name, p in net.named_parameters() if ".lora_" not in name}
         read_weights(locate_part(self.model, "transformer"), base, loras=self.loras)
         views = [AdapterView(net, layers, adapter) for adapter in (STUDENT, None, CRITIC, *averages)]
-        for view in (views[0], views[2]):
-            initialize_adapters(view, self.seed)
+        # IDA mixes the factors of both adapters, which means something only if the first ones begin equal
+        names = (STUDENT, STUDENT if self.ida_share else CRITIC)
+        for view, name in zip((views[0], views[2]), names, strict=True):
+            initialize_adapters(view, self.seed, name)
         return views
 
 
@@ -116,10 +119,16 @@ def build_roles(config: DistillConfig, ranks: RankContext, model: Path) -> Roles
     form = STANDARD
     if adapters is None:
         form = choose_optimizer_form(config, ranks, TransformerSize.of(meta_net.config))
-    optimizers = OptimizerSettings.of(config, ranks, form)
-    loras = parse_loras(config.base_lora or ())
-    decay, seed = config.critic_ema_decay, config.seed
-    builder = RoleBuilder(model, loras, ranks, plan, compute_dtype, optimizers, adapters, decay, seed)
+    builder = config.select(
+        RoleBuilder,
+        model=model,
+        loras=parse_loras(config.base_lora or ()),
+        ranks=ranks,
+        plan=plan,
+        compute_dtype=compute_dtype,
+        optimizers=OptimizerSettings.of(config, ranks, form),
+        adapters=adapters,
+    )
     return builder.build()
 
 
@@ -138,6 +147,7 @@ def build_trainer(
         GradientAccumulator(rollouts, critic_rollouts, config.select(ScoreNoise), ranks.device, timer),
         config.critic_loss,
         config.grad_clip,
+        config.ida_share,
         timer,
     )
 
@@ -166,12 +176,15 @@ def describe_machine(config: DistillConfig, ranks: RankContext) -> Machine:
 
 
 @torch.no_grad()
-def initialize_adapters(role: AdapterView, seed: int) -> None:
-    """Draw first factors uniform within 1/sqrt(inputs), as nn.Linear; zero second factors leave the base unchanged."""
+def initialize_adapters(role: AdapterView, seed: int, draws: str) -> None:
+    """Draw first factors uniform within 1/sqrt(inputs), as nn.Linear; zero second factors leave the base unchanged.
+
+    draws: names the random numbers; equal names and seeds give equal factors.
+    """
     for name, weight in role.named_parameters():
         # drawn in full on every rank, so that the numbers do not depend on the number of ranks
         initial = torch.zeros(weight.shape)
         if ".lora_A." in name:
             bound = weight.shape[1] ** -0.5  # shape of all shards: (rank, inputs)
-            initial.uniform_(-bound, bound, generator=make_generator(seed, 0, 0, f"{role.adapter} {name}"))
+            initial.uniform_(-bound, bound, generator=make_generator(seed, 0, 0, f"{draws} {name}"))
         fill_parameter(weight, MappedTensor(initial), name)

@@ -112,6 +112,10 @@ class DistillConfig:
         0.0, "Decay per update of an averaged critic, whose score the student follows; 0 = the critic itself.",
         minimum=0, maximum=1, group="recipe",
     )  # fmt: skip
+    ida_share: float = advanced(
+        0.0, "Share by which the critic moves to the student after each of its updates (IDA).",
+        minimum=0, maximum=1, group="recipe",
+    )  # fmt: skip
     text_only_fraction: float = advanced(
         0.0, "Share of samples trained without their first frame.", minimum=0, maximum=1, group="data"
     )

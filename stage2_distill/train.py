@@ -166,7 +166,7 @@ def train_loop(run: TrainingRun, start_iteration: int) -> None:
         StopSignal() as stop,
     ):
         micro_batches = timer.time_items(loader, "data")  # host seconds of waiting
-        writer.register_step_hooks({role.name: role.optimizer for role in (roles.student, roles.critic)}, timer)
+        register_step_hooks(run, writer)
         for iteration in range(start_iteration, config.iterations):
             try:
                 step = train_step(trainer, iteration, micro_batches)
@@ -191,6 +191,14 @@ def train_loop(run: TrainingRun, start_iteration: int) -> None:
     if ranks.rank == 0:
         previews.close(complete=completed == config.iterations)
         log_end(run, range(start_iteration, completed), time.monotonic() - began)
+
+
+def register_step_hooks(run: TrainingRun, writer: CheckpointWriter) -> None:
+    """Let each optimizer step wait until the copies of what it changes have ended."""
+    trainer, roles = run.trainer, run.trainer.roles
+    writer.register_step_hooks({role.name: role.optimizer for role in (roles.student, roles.critic)}, trainer.timer)
+    if trainer.ida_share:  # the critic moves right after the student's step
+        writer.register_step_hooks({CRITIC: roles.student.optimizer}, trainer.timer)
 
 
 def log_end(run: TrainingRun, iterations: range, seconds: float) -> None:

@@ -21,6 +21,7 @@ from stage2_distill.dmd.rollout import Simulated, StudentRollouts
 from stage2_distill.dmd.rollout_reuse import RolloutReuse
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, Schedule
 from stage2_distill.dmd.score_noise import ScoreNoise
+from stage2_distill.model.weight_loading import blend_weights
 from stage2_distill.monitoring.metrics_log import StepResult, UpdateResult
 from stage2_distill.optim.adamw import RoleOptimizer
 from stage2_distill.optim.ema import CriticAverage, EmaWeights
@@ -141,6 +142,7 @@ class Trainer:
     accumulator: GradientAccumulator
     critic_loss: str  # what the critic regresses
     grad_clip: float
+    ida_share: float
     timer: PhaseTimer
 
 
@@ -162,7 +164,20 @@ def update_student(trainer: Trainer, iteration: int, data: MicroBatches) -> Upda
     exit_index = schedule.draw_exit_index(iteration, STUDENT)
     accumulated = trainer.accumulator.accumulate(data, loss, roles.student.net, exit_index)
     with roles.ema.update_after(schedule.ema_decay_after(iteration)):
-        return apply_update(trainer, roles.student.optimizer, schedule.learning_rate(iteration, STUDENT), accumulated)
+        result = apply_update(trainer, roles.student.optimizer, schedule.learning_rate(iteration, STUDENT), accumulated)
+    if trainer.ida_share:
+        align_critic(roles, trainer.ida_share)
+    return result
+
+
+def align_critic(roles: Roles, share: float) -> None:
+    """Set critic = (1 - share) critic + share student, as the student has just moved on (IDA, arXiv 2506.00523).
+
+    What is mixed are the master weights; of adapters their factors, which start equal for that reason.
+    """
+    critic = roles.critic
+    student_masters = roles.student.optimizer.master_weights()
+    blend_weights(student_masters, dict(critic.net.named_parameters()), critic.optimizer.remainders(), share)
 
 
 def update_critic(trainer: Trainer, iteration: int, data: MicroBatches) -> UpdateResult:

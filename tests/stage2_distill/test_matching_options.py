@@ -50,6 +50,22 @@ def test_the_critics_average_follows_it_and_resumes_to_the_bit(
     assert all(torch.equal(value, again[name]) for name, value in tensors(whole).items())
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_ida_moves_the_critic_towards_the_student(form: str, model: Path, shards: Path, tmp_path: Path) -> None:
+    """With a critic that does not learn, its weights are 0.7 of those before and 0.3 of the student's after."""
+    still = {"ida_share": 0.3, "critic_lr": 0.0, "student_update_interval": 1}
+    options = FORMS[form] | EVERY | still
+    whole = run_here(make_config(shards, model, tmp_path / "whole", **options))
+    steps = list_checkpoints(whole.parent)
+    for before, after in zip(steps, steps[1:], strict=False):
+        critic, student, found = masters(before, "critic"), masters(after, "student"), masters(after, "critic")
+        assert all(torch.equal(value, critic[name].lerp(student[name], 0.3)) for name, value in found.items())
+        assert not all(torch.equal(value, critic[name]) for name, value in found.items())
+    run_here(make_config(shards, model, tmp_path / "half", **options | {"iterations": 2}))
+    again = tensors(run_here(make_config(shards, model, tmp_path / "half", **options)))
+    assert all(torch.equal(value, again[name]) for name, value in tensors(whole).items())
+
+
 def test_the_student_follows_the_average(model: Path, shards: Path, tmp_path: Path) -> None:
     """The first update is that of plain DMD, as average and critic are equal; the second one is another."""
     options = FORMS["lora"] | EVERY
