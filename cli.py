@@ -100,7 +100,13 @@ def plan_command(**options: object) -> None:
         from stage2_distill.planning.model_size import read_model_size  # imports torch
 
         size = read_model_size(config.model)
-    plan = make_plan(run, size, config.card, gpus=config.gpus, records=config.records, price=config.price)
+    calibration = None
+    if config.calibrate:
+        from commands.calibrate import calibrate
+
+        calibration = calibrate(run, size, config.card)
+    plan = make_plan(run, size, config.card, gpus=config.gpus, records=config.records, price=config.price,
+                     calibration=calibration)  # fmt: skip
     echo_report(asdict(plan), format_plan(plan, run, records=config.records), as_json=config.json)
 
 

@@ -26,9 +26,9 @@ from stage2_distill.model.wan import build_meta_transformer, guided, make_denois
 from stage2_distill.model.weight_loading import copy_weights, fill_parameter, read_weights
 from stage2_distill.optim.ema import CriticAverage
 from stage2_distill.optim.optimizers import OptimizerSettings
+from stage2_distill.planning.machine import Machine
 from stage2_distill.planning.memory import choose_form
 from stage2_distill.planning.network_size import TransformerSize
-from stage2_distill.planning.start_report import Machine
 from stage2_distill.trainer import GradientAccumulator, Roles, TrainedRole, Trainer
 from stage2_distill.weight_files.lora_files import LoraFile, parse_loras
 from stage2_distill.weight_files.stored_tensors import MappedTensor

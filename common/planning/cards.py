@@ -25,15 +25,23 @@ class Card:
     tflops: float  # dense bf16 products with float32 sums, data sheet
     bandwidth: float  # bytes per second, data sheet
     measured: bool = False
+    slowdown: float = 1.0  # measured seconds over predicted ones
 
     @property
     def scale(self) -> float:
         """Its arithmetic against Hopper's."""
-        return self.tflops / HOPPER_TFLOPS
+        return self.tflops / HOPPER_TFLOPS / self.slowdown
+
+    @property
+    def traffic(self) -> float:
+        """Bytes per second that elementwise kernels move."""
+        return self.bandwidth * BANDWIDTH_SHARE / self.slowdown
 
     @property
     def source(self) -> str:
         """Where its speeds come from."""
+        if self.slowdown != 1:
+            return "measured here"
         return "measured" if self.measured else "scaled from H200 by data sheets, not measured"
 
 
@@ -60,5 +68,5 @@ def planned_kernel(attention: str, card: Card) -> str:
     """The kernel whose speed option `attention` has: `auto` is cuDNN, because flash-attn-3 may not be installed."""
     if attention in ("auto", "torch", "math"):  # the last is no kernel for videos of this size
         return "cudnn"
-    is_hopper = card.tflops == HOPPER_TFLOPS
+    is_hopper = card.tflops == HOPPER_TFLOPS and find_card(card.name) is not None
     return "flash-3" if attention == "flash" and is_hopper else attention

@@ -23,10 +23,16 @@ class PlanConfig:
         None, "Model folder whose size counts; by default Wan2.2-TI2V-5B's.", path="input", group="model"
     )
     price: float | None = option(None, "Price of a GPU-hour, in any currency.", minimum=0, group="devices")
+    calibrate: bool = option(
+        False, "Run two iterations here, on random data, and correct the plan by what they take; needs the model. The "
+        "plan is then for GPUs like this machine's.", group="devices",
+    )  # fmt: skip
     json: bool = json_option()
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.calibrate and self.model is None:
+            raise ValueError("calibrate=True: runs iterations of a model; give --model")
 
     @property
     def card(self) -> Card:

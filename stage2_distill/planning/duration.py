@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from common.planning.cards import (
     ATTENTION_TFLOPS,
-    BANDWIDTH_SHARE,
     EAGER_FACTOR,
     HOST_LINK,
     PRODUCT_TFLOPS,
@@ -66,7 +65,7 @@ def forward_seconds(
     return ForwardSeconds(
         flops.products / (PRODUCT_TFLOPS * card.scale * 1e12),
         flops.attention / (ATTENTION_TFLOPS[kernel][0] * card.scale * 1e12),
-        moved / (card.bandwidth * BANDWIDTH_SHARE),
+        moved / card.traffic,
     )
 
 
@@ -118,11 +117,11 @@ def step_seconds(
     """Seconds of the critic's and of the student's optimizer step; the latter's state may come from host memory."""
     shards, accumulates = ranks_per_copy(world, config.replicate), config.accumulation_steps(world) > 1
     trained = (size.adapter_parameters(config.lora_rank) if config.lora_rank else size.parameters) / shards
-    step = UPDATE_BYTES * trained / (card.bandwidth * BANDWIDTH_SHARE)
+    step = UPDATE_BYTES * trained / card.traffic
     host = place_on_host(form, config.offload, accumulates=accumulates, unsharded=shards == 1)
     state = parameter_bytes(config, form, accumulates=accumulates).optimizer * trained * host.student_state
     average = AVERAGE_BYTES / UPDATE_BYTES * step if config.critic_ema_decay else 0
-    return step + average, step + state / HOST_LINK
+    return step + average, step + state * card.slowdown / HOST_LINK
 
 
 def denoising_seconds(forward: float, *, steps: int, gpus: int = 1, compiled: bool = True) -> float:

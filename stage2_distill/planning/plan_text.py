@@ -29,6 +29,7 @@ def format_plan(plan: RunPlan, config: DistillConfig, *, records: int) -> list[s
         f"of global batch {config.global_batch} ({plan.epochs:.3g} times through {records} records)",
         f"on: {plan.gpus} x {plan.card}, {plan.card_gib:.1f} GiB each; speeds: {plan.source}; {plan.form} form, "
         f"attention {plan.kernel}",
+        *(plan.calibration.format_lines() if plan.calibration else ()),
         "",
         f"memory per GPU: {plan.memory.gpu / GIB:.1f} GiB, {verdict}",
         *(f"  {PART_NAMES[name]:40}{value / GIB:7.1f} GiB" for name, value in plan.memory.gpu_parts.items() if value),

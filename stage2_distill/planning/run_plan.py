@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from common.planning.cards import Card, planned_kernel
 from common.planning.codec_cost import decode_seconds, encode_seconds, record_bytes
 from stage2_distill.config import AUTO, COMPACT, STANDARD, DistillConfig
+from stage2_distill.planning.calibration import Calibration
 from stage2_distill.planning.duration import denoising_seconds, forward_seconds, iteration_seconds
 from stage2_distill.planning.memory import MemoryEstimate, choose_form, estimate_memory
 from stage2_distill.planning.network_size import TransformerSize
@@ -67,20 +68,23 @@ class RunPlan:
     pause_seconds: float  # of training, per checkpoint
     video_seconds: float  # of a video by the student on one GPU
     epochs: float  # times that each record is used
+    calibration: Calibration | None  # by iterations that ran here
 
 
 def make_plan(
-    config: DistillConfig, size: TransformerSize, card: Card, *, gpus: int, records: int, price: float | None
-) -> RunPlan:
+    config: DistillConfig, size: TransformerSize, card: Card, *, gpus: int, records: int, price: float | None,
+    calibration: Calibration | None = None,
+) -> RunPlan:  # fmt: skip
     """Plan a run; ValueError if the GPUs do not divide its batch or its copies."""
-    total, kernel = card.memory_gib * GIB, planned_kernel(config.attention, card)
+    card = calibration.correct_card(card) if calibration else card
+    total = card.memory_gib * GIB
+    kernel = calibration.kernel if calibration else planned_kernel(config.attention, card)
     form = choose_form(config, size, world=gpus, gpu_bytes=total)
     memory = estimate_memory(config, size, world=gpus, form=form)
+    memory = calibration.correct_memory(memory) if calibration else memory
     seconds = iteration_seconds(config, size, card, world=gpus, form=form, kernel=kernel)
-    forward = forward_seconds(size, config.spec, card, kernel, text_tokens=config.max_text_tokens)
     pause = PAUSE_SECONDS if config.async_checkpoint else memory.checkpoint / DISK_RATE
-    checkpoints = -(-config.iterations // config.checkpoint_every)
-    hours = (START_SECONDS + config.iterations * seconds + checkpoints * pause) / 3600
+    hours = (START_SECONDS + config.iterations * seconds + count_checkpoints(config) * pause) / 3600
     modes, fits = tuple(compare_modes(config, size, gpus=gpus, total=total)), memory.fits(total)
     return RunPlan(
         gpus=gpus,
@@ -95,18 +99,30 @@ def make_plan(
         modes=modes,
         remedy="" if fits else find_remedy(config, size, modes, gpus=gpus, total=total),
         iteration_seconds=seconds,
-        faster=tuple(compare_speeds(config, size, card, gpus=gpus, form=form)),
+        faster=tuple(compare_speeds(config, size, card, gpus=gpus, form=form, kernel=kernel)),
         hours=hours,
         gpu_hours=hours * gpus,
         cost=None if price is None else hours * gpus * price,
         encode_hours=encode_seconds(records, config.spec, card, gpus=gpus) / 3600,
         data_bytes=records * record_bytes(config.spec, size.text_dim),
-        run_bytes=memory.checkpoint * (min(config.keep_last, checkpoints) + 1),
+        run_bytes=memory.checkpoint * (min(config.keep_last, count_checkpoints(config)) + 1),
         pause_seconds=pause,
-        video_seconds=denoising_seconds(forward.total, steps=len(config.timesteps), compiled=config.compile)
-        + decode_seconds(config.spec, card),
+        video_seconds=student_seconds(config, size, card, kernel),
         epochs=updates(config) * config.global_batch / records,
+        calibration=calibration,
     )
+
+
+def count_checkpoints(config: DistillConfig) -> int:
+    """Checkpoints that a run writes."""
+    return -(-config.iterations // config.checkpoint_every)  # rounded up: the last iteration has one
+
+
+def student_seconds(config: DistillConfig, size: TransformerSize, card: Card, kernel: str) -> float:
+    """Seconds of a video by the student on one GPU, from prompt and picture to the file."""
+    forward = forward_seconds(size, config.spec, card, kernel, text_tokens=config.max_text_tokens).total
+    denoising = denoising_seconds(forward, steps=len(config.timesteps), compiled=config.compile)
+    return denoising + decode_seconds(config.spec, card)
 
 
 def updates(config: DistillConfig) -> float:
@@ -134,10 +150,10 @@ def compare_modes(config: DistillConfig, size: TransformerSize, *, gpus: int, to
 
 
 def compare_speeds(
-    config: DistillConfig, size: TransformerSize, card: Card, *, gpus: int, form: str
+    config: DistillConfig, size: TransformerSize, card: Card, *, gpus: int, form: str, kernel: str
 ) -> Iterator[FasterRun]:
     """Time of an iteration with each faster option that the run does not have, added one after the other."""
-    kernel, name = planned_kernel(config.attention, card), ""
+    name = ""
     steps = {
         "--compile": "compile",
         "flash-attn-3 installed": "",

@@ -1,31 +1,16 @@
 """The lines with which a training run begins: on what, memory, time, output, how to stop. Imports no torch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from common.planning.cards import find_card, planned_kernel
 from common.planning.units import format_bytes, format_hours, free_bytes
 from stage2_distill.config import DistillConfig
 from stage2_distill.planning.duration import iteration_seconds
+from stage2_distill.planning.machine import Machine
 from stage2_distill.planning.memory import MemoryEstimate, estimate_memory
 from stage2_distill.planning.network_size import TransformerSize
 from stage2_distill.planning.run_plan import GIB, compare_modes, find_remedy
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the ranks of a run compute on."""
-
-    ranks: int
-    device: str  # name of the GPU, or cpu
-    total_bytes: float  # of a GPU
-    kernel: str  # of attention, as `cards` names it, or torch's own
-
-    @property
-    def has_gpu(self) -> bool:
-        """Whether the ranks compute on GPUs."""
-        return self.device != "cpu"
 
 
 def start_lines(

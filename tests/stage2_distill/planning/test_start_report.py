@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from stage2_distill.config import DistillConfig
+from stage2_distill.planning.machine import Machine
 from stage2_distill.planning.memory import estimate_memory
 from stage2_distill.planning.network_size import TransformerSize
-from stage2_distill.planning.start_report import Machine, describe_output, start_lines
+from stage2_distill.planning.start_report import describe_output, start_lines
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here
 
 GIB = 2**30
