@@ -40,6 +40,14 @@ def concat_conditions(conditions: Sequence[Condition]) -> Condition:
     return replace(conditions[0], **{name: torch.cat([vars(c)[name] for c in conditions]) for name in present})
 
 
+def take_first_frame(latents: Tensor) -> Tensor:
+    """The first latent frame (C 1 H W) of a clip's latents (C T H W).
+
+    It is what the VAE makes of the first picture alone: its convolutions are causal, and frame 0 is a chunk of its own.
+    """
+    return latents[:, :1]
+
+
 def pin(x: Tensor, condition: Condition) -> Tensor:
     """A copy of x (B C T H W) with frame 0 replaced by the given first frame; x itself if none is given."""
     if condition.first_frame is None:

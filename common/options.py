@@ -42,6 +42,7 @@ class OptionSpec:
     group: str = "general"  # heading in --help
     path: str = ""  # "output" or "input": a local path, which is written or read; "any": also an address or a hub name
     advanced: bool = False  # listed by --help-all only
+    alias: str = ""  # another name of the flag, for good
     old_name: str = ""  # accepted for one release
     old_values: Mapping[str, str] = field(default_factory=dict)  # {value under the old name: its name today}
 
@@ -241,8 +242,9 @@ def _click_option(item: Field[Any], hint: Any, name: str) -> Callable[[Any], Any
         settings = {"multiple": True} if kind is str else {"metavar": "NUMBERS"}
     else:
         settings["type"] = str if get_args(kind) else kind
+    flags = [flag, f"--{spec.alias}"] if spec.alias and name == item.name else [flag]
     return click.option(
-        flag, name, cls=ConfigOption, default=None, help=text, hidden=name != item.name, spec=spec, **settings
+        *flags, name, cls=ConfigOption, default=None, help=text, hidden=name != item.name, spec=spec, **settings
     )
 
 

@@ -106,9 +106,14 @@ def write_negative_embedding(config: EncodeConfig, encoder: RowEncoder) -> None:
     embedding = encoder.embed_tokens(tokens, max_tokens=config.text_batch_tokens)[0]
     if event := record_event(encoder.text.model.device):
         event.synchronize()  # the embedding is copied asynchronously
+    save_negative_embedding(config, embedding)
+
+
+def save_negative_embedding(config: EncodeConfig, embedding: Tensor) -> None:
+    """Write the file of the negative prompt's embedding (L D)."""
     folder = Path(config.out)
     with report_write_errors(folder):
-        write_file(folder / NEGATIVE_FILE, save({"text": embedding}))
+        write_file(folder / NEGATIVE_FILE, save({"text": embedding.contiguous()}))
 
 
 def start_readers(config: EncodeConfig) -> ReaderPool:
@@ -128,7 +133,7 @@ def make_shards(
     with progress, ThreadPoolExecutor(WRITER_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as writers:
         for job in start_jobs(config, encoder, readers, shards):
             encoded = encode_shard(config, encoder, job, counter)
-            written.append((job.number, writers.submit(save_shard, config, job, encoded)))
+            written.append((job.number, writers.submit(save_shard, config, job.number, job.rows, encoded)))
             if len(written) > WRITER_THREADS:  # bounds the finished shards in memory
                 number, index = written.popleft()
                 yield number, index.result()
@@ -205,7 +210,7 @@ def encode_batch(encoder: RowEncoder, pictures: dict[int, numpy.ndarray]) -> dic
     return dict(zip(pictures, latents, strict=True))
 
 
-def save_shard(config: EncodeConfig, job: ShardJob, encoded: EncodedShard) -> ShardIndex:
+def save_shard(config: EncodeConfig, number: int, rows: list[Row], encoded: EncodedShard) -> ShardIndex:
     """Wait for the models, write one shard and return its sidecar without members.
 
     Raises ValueError if the folder cannot be written or a tensor has overflowed.
@@ -214,14 +219,14 @@ def save_shard(config: EncodeConfig, job: ShardJob, encoded: EncodedShard) -> Sh
         encoded.ready_event.synchronize()
     for record in encoded.records:
         check_finite(config, record)
-    folder, name = Path(config.out), shard_file_name(job.number)
+    folder, name = Path(config.out), shard_file_name(number)
     with report_write_errors(folder):
         index = write_shard(
             folder,
             name,
             encoded.records,
             failures=encoded.failures,
-            rows_sha256=rows_digest(job.rows),
+            rows_sha256=rows_digest(rows),
             notes=encoded.notes,
         )
     return replace(index, members=())  # a large data set has millions of members

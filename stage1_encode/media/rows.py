@@ -100,18 +100,25 @@ def rows_digest(rows: Sequence[Row]) -> str:
 def read_shard_rows(
     csv_path: Path, *, shard_size: int, text_only: bool, stop_after_failures: int = 0
 ) -> Iterator[list[Row]]:
-    """Yield the rows of shard 0, 1, ..., reading the file as they are requested, and once.
+    """The rows of shard 0, 1, ..., read from the file as they are requested, and once.
 
     Raises ValueError if the file cannot be read, has no rows or lacks a column, or if its first rows, as many as
     `stop_after_failures` (0 = never), are all wrong.
     """
     rows = _read_rows(csv_path, text_only)
+    return group_rows(csv_path, rows, shard_size=shard_size, stop_after_failures=stop_after_failures)
+
+
+def group_rows(
+    path: Path, rows: Iterator[Row], *, shard_size: int, stop_after_failures: int = 0
+) -> Iterator[list[Row]]:
+    """Yield the rows of shard 0, 1, ... of what `path` names, see `read_shard_rows`."""
     first = list(islice(rows, max(1, stop_after_failures)))
     if not first:
-        raise ValueError(f"data={csv_path}: has a header and no rows")
+        raise ValueError(f"data={path}: has no rows")
     if stop_after_failures and all(row.problem for row in first):
         reasons = count_reasons(row.problem for row in first)
-        raise ValueError(f"data={csv_path}: line {first[0].line} and all others up to {first[-1].line} fail: {reasons}")
+        raise ValueError(f"data={path}: line {first[0].line} and all others up to {first[-1].line} fail: {reasons}")
     rows = chain(first, rows)
     shard = list(islice(rows, shard_size))
     while shard:

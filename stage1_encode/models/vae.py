@@ -20,6 +20,8 @@ from common.model_folder import locate_part, report_load_errors
 from common.video import LATENT_CHANNELS
 from stage1_encode.models.loading import check_missing_weights
 from stage1_encode.models.original_models import (
+    LATENTS_MEAN,
+    LATENTS_STD,
     VAE_NAMES,
     check_names,
     infer_vae_settings,
@@ -55,6 +57,18 @@ class WanVae:
         """Free diffusers' own decoder; `decoder` holds a rearranged copy of its weights."""
         assert self.decoder is not None  # builds the copy
         self.model.decoder = None
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Mean and standard deviation of a model's latents, per channel."""
+
+    mean: Tensor  # (C 1 1 1)
+    std: Tensor  # (C 1 1 1)
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """(C T H W) as the VAE returns them -> (C T H W) as the denoiser reads them."""
+        return (latents - self.mean) / self.std
 
 
 @dataclass(frozen=True)
@@ -134,12 +148,31 @@ def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device) -> WanVa
                 path, torch_dtype=dtype, output_loading_info=True, use_safetensors=True
             )
         check_missing_weights(path, loading_info)
-    if (channels := model.config.z_dim) != LATENT_CHANNELS:
-        raise ValueError(f"model={folder}: the VAE has {channels} channels, Wan2.2-TI2V-5B has {LATENT_CHANNELS}")
+    check_channels(folder, model.config.z_dim)
     with report_load_errors(path):
         statistics = torch.tensor([model.config.latents_mean, model.config.latents_std], device=device)
         mean, std = rearrange(statistics, "s c -> s 1 c 1 1 1", c=LATENT_CHANNELS)
     return WanVae(model.to(device).eval().requires_grad_(False), mean, std)
+
+
+def check_channels(folder: Path, channels: int) -> None:
+    """Raise ValueError if a VAE has another number of latent channels than that of Wan2.2."""
+    if channels != LATENT_CHANNELS:
+        raise ValueError(f"model={folder}: the VAE has {channels} channels, Wan2.2-TI2V-5B has {LATENT_CHANNELS}")
+
+
+def read_latent_statistics(folder: Path) -> LatentStatistics:
+    """Statistics of the latents of a model folder's VAE, which is not loaded; ValueError if it is not Wan2.2's."""
+    path = locate_part(folder, "vae")
+    if path.is_file():
+        statistics = torch.tensor([LATENTS_MEAN, LATENTS_STD])
+    else:
+        with report_load_errors(path):
+            config = AutoencoderKLWan.load_config(path)
+            statistics = torch.tensor([config["latents_mean"], config["latents_std"]])
+    check_channels(folder, statistics.shape[-1])
+    mean, std = rearrange(statistics, "s c -> s c 1 1 1")
+    return LatentStatistics(mean, std)
 
 
 def load_original_vae(path: Path, dtype: torch.dtype) -> AutoencoderKLWan:

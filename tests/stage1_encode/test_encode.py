@@ -279,7 +279,7 @@ def test_progress_ends_with_all_rows(
     [
         (None, "No such file"),
         ("", "is empty; needs a header line"),
-        ("video,prompt\n", "has a header and no rows"),
+        ("video,prompt\n", "has no rows"),
         ("file,caption\na,b\n", r"lacks the column video \(or path\) and prompt \(or text\); found file, caption"),
         ("video,caption\na,b\n", r"lacks the column prompt \(or text\); found video, caption"),
         ('video,prompt\na,"b\n', "line 2.*is a quote left open"),
