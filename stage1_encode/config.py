@@ -23,7 +23,12 @@ NEGATIVE_PROMPT = (  # the official one of Wan2.2; do not translate it
 class EncodeConfig:
     """Options of `encode`."""
 
-    data: str = option(help="CSV with columns video (or path) and prompt (or text).", path="input", group="data")
+    data: str = option(
+        help="CSV with columns video (or path) and prompt (or text), or latents of FastVideo or LightX2V.",
+        path="input",
+        group="data",
+        alias="from",
+    )
     model: str = option(help=MODEL_HELP, path="any", group="model")
     out: str = option(help="Folder of the data set.", path="output", group="output")
     num_frames: int = size_option("num_frames")
@@ -57,6 +62,10 @@ class EncodeConfig:
     text_dtype: str = option(
         "bfloat16", "Precision of the text encoder.", choices=DTYPES, group="precision", advanced=True
     )
+    negative: str | None = option(
+        None, "With --from: data set, or LightX2V condition file, that has the negative prompt's embedding.",
+        path="input", group="data", advanced=True,
+    )  # fmt: skip
     compile: bool = option(False, "Compile the encoders (a minute); faster from some thousand clips on.", group="speed")
     text_only: bool = option(False, "Allow rows without a video: their records have no first frame.", group="data")
     base_folder: str | None = base_folder_option()
@@ -109,7 +118,8 @@ class EncodeConfig:
         folder, is_default = rows_folder(Path(self.data), self.base_folder), self.base_folder is None
         # without the option paths follow the CSV when it is moved, except from a pipe
         base = None if is_default and folder == Path(data).parent else str(folder)
-        return replace(self, data=data, out=out, model=model, base_folder=base)
+        negative = self.negative and str(Path(self.negative).absolute())
+        return replace(self, data=data, out=out, model=model, base_folder=base, negative=negative)
 
     @property
     def spec(self) -> VideoSpec:

@@ -29,8 +29,9 @@ from stage1_encode.dataset_folder import (
     check_plan,
     make_encoding_plan,
 )
-from stage1_encode.executors import EXECUTORS, rank_and_world
-from stage1_encode.media.rows import count_reasons, read_shard_rows
+from stage1_encode.executors import make_executor, rank_and_world
+from stage1_encode.imported_latents.latent_source import complete_config, read_rows
+from stage1_encode.media.rows import count_reasons
 from stage1_encode.pipeline import ENCODER_PARTS, TooManyFailuresError
 
 log = logging.getLogger(__name__)
@@ -62,16 +63,14 @@ def encode(config: EncodeConfig) -> EncodeReport:
 
     Raises ValueError for mistakes of the user, and `TooManyFailuresError` once the data set is finished.
     """
+    config = complete_config(config)
     folder, assigned = Path(config.out), assigned_shards(config)
     if config.engine == "local":
         pick_device(config.device)  # reports a missing GPU before anything is written
     plan = make_encoding_plan(config, locate_model(config.model, ENCODER_PARTS))
     check_data_set_folder(folder)
     plan = check_plan(folder, plan)
-    shards = read_shard_rows(
-        Path(config.data), shard_size=config.shard_size, text_only=config.text_only,
-        stop_after_failures=config.stop_after_failures,
-    )  # fmt: skip
+    shards = read_rows(config, stop_after_failures=config.stop_after_failures)
     shards = chain([next(shards)], shards)  # reports an unusable CSV before the folder is created
     with FolderLock(folder, LOCK_FILE, permanent=True) as lock:
         data_set = DataSetFolder(folder, config, plan, lock)
@@ -164,7 +163,7 @@ def encode_unfinished(data_set: DataSetFolder, survey: ShardSurvey, *, embed_neg
     embed_negative = embed_negative and not (data_set.path / NEGATIVE_FILE).is_file()
     if not (survey.unfinished or embed_negative):
         return {}
-    with closing(EXECUTORS[config.engine](config, len(survey.unfinished))) as executor:
+    with closing(make_executor(config, len(survey.unfinished))) as executor:
         executor.load()
         data_set.commit_plan(survey)  # after the models: one that cannot be read leaves no plan
         if embed_negative:

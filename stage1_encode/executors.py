@@ -1,6 +1,10 @@
-"""Who encodes the shards: this process or a Ray cluster. Shards that a dead process leaves are left to the next run."""
+"""Who makes the shards: this process or a Ray cluster, or, from files of another program, nobody's models.
+
+Shards that a dead process leaves are left to the next run.
+"""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -8,12 +12,24 @@ from itertools import islice
 from pathlib import Path
 
 from common.progress import ProgressBar
-from shards.writer import ShardIndex
+from shards.record import Record
+from shards.writer import RowFailure, ShardIndex
 from stage1_encode.config import EncodeConfig
 from stage1_encode.dataset_folder import read_finished_index
+from stage1_encode.imported_latents.latent_source import LatentSource, open_source, read_negative, record_layout
+from stage1_encode.imported_latents.stored_clip import ClipError, RecordLayout, to_record
 from stage1_encode.media.rows import Row
 from stage1_encode.models.row_encoder import RowEncoder
-from stage1_encode.pipeline import load_encoders, make_shards, start_readers, write_negative_embedding
+from stage1_encode.pipeline import (
+    EncodedShard,
+    RowCounter,
+    load_encoders,
+    make_shards,
+    save_negative_embedding,
+    save_shard,
+    start_readers,
+    write_negative_embedding,
+)
 
 SHARDS_PER_CHUNK = 4  # per call of a Ray worker, so that reading, models and writing overlap
 
@@ -118,4 +134,56 @@ class RayExecutor:
             raise error.cause from None  # as a local run would raise it
 
 
+class ImportExecutor:
+    """Makes shards of latents and embeddings of another program; no model is loaded and no device is used."""
+
+    def __init__(self, config: EncodeConfig, source: LatentSource) -> None:
+        self.config, self.source = config, source
+
+    @cached_property
+    def layout(self) -> RecordLayout:
+        """What records must look like."""
+        return record_layout(self.config, self.source)
+
+    def load(self) -> None:
+        """Read the model's settings; nothing is written yet. ValueError if it is not a TI2V-5B."""
+        _ = self.layout
+
+    def embed_negative(self) -> None:
+        """Write the negative prompt's embedding."""
+        save_negative_embedding(self.config, read_negative(self.config, self.source).text)
+
+    def run(self, shards: Mapping[int, list[Row]]) -> dict[int, ShardIndex]:
+        """Write shards {number: rows}; returns their sidecars."""
+        indices: dict[int, ShardIndex] = {}
+        with ProgressBar(sum(len(rows) for rows in shards.values()), label="encode") as progress:
+            counter = RowCounter(progress, self.config.stop_after_failures)
+            for number, rows in shards.items():
+                indices[number] = save_shard(self.config, number, rows, self._convert_rows(rows, counter))
+        return indices
+
+    def _convert_rows(self, rows: list[Row], counter: RowCounter) -> EncodedShard:
+        records, failures = list[Record](), list[RowFailure]()
+        clips = self.source.read_clips(rows, text_only=self.config.text_only)
+        for row, clip in zip(rows, clips, strict=True):
+            problem = ""
+            try:
+                records.append(to_record(row, clip, self.layout))
+            except ClipError as error:
+                problem = str(error)
+                failures.append(RowFailure(row.line, row.path, problem))
+            counter.count_row(problem)
+        note = f"latents of {self.source.program}; --model states what encoded them"
+        return EncodedShard(records, failures, Counter({note: len(records)}), None)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 EXECUTORS: dict[str, type[LocalExecutor] | type[RayExecutor]] = {"local": LocalExecutor, "ray": RayExecutor}
+
+
+def make_executor(config: EncodeConfig, shard_count: int) -> LocalExecutor | RayExecutor | ImportExecutor:
+    """Who makes the shards of a data set."""
+    source = open_source(Path(config.data))
+    return ImportExecutor(config, source) if source else EXECUTORS[config.engine](config, shard_count)

@@ -32,7 +32,7 @@ from stage1_encode.dataset_folder import (
     write_plan,
 )
 from stage1_encode.encode import EncodeReport, encode
-from stage1_encode.media.rows import read_shard_rows
+from stage1_encode.imported_latents.latent_source import read_rows
 from stage1_encode.models import vae
 from stage1_encode.pipeline import ENCODER_PARTS
 
@@ -56,7 +56,7 @@ def repair_data_set(report: VerifyReport, config: VerifyConfig) -> EncodeReport:
     broken_files = {problem.file for problem in report.problems}
     plan = restore_plan(report, plan) if PLAN_FILE in broken_files else check_plan(folder, plan)
     pick_device(options.device)
-    shards = read_shard_rows(Path(options.data), shard_size=options.shard_size, text_only=options.text_only)
+    shards = read_rows(options)
     with FolderLock(folder, LOCK_FILE, permanent=True) as lock:
         data_set = DataSetFolder(folder, options, plan, lock)
         data_set.survey_shards(shards, broken_files=broken_files)

@@ -30,6 +30,7 @@ Every option is a key of the YAML file of `--config` too; the command line wins 
 options of a command, `--help-all` all of them. A yes-or-no option `--compile` has the opposite `--no-compile`.
 In paths a leading `~` and environment variables (`$DATA/clips`) are expanded, in the file as on the command line.
 Names in brackets are those of the last release, which are accepted for one release more, with one warning.
+A second name, as `--from`, is for the command line; in a file the first one counts.
 """
 
 
@@ -50,6 +51,8 @@ def option_row(item: Field[Any]) -> str:
     """One row of a table: option, default, choices or bounds, meaning."""
     spec = option_spec(item)
     name = f"`--{item.name.replace('_', '-')}`"
+    if spec.alias:
+        name += f", `--{spec.alias}`"
     if spec.old_name:
         name += f" (`--{spec.old_name.replace('_', '-')}`)"
     values = ", ".join(f"`{choice}`" for choice in spec.choices)

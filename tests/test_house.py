@@ -42,6 +42,7 @@ DOORS = {  # library -> the only files that may import it
     "webdataset": {"shards/"},
     "click": {"cli.py", "common/options.py"},
     "peft": {"stage2_distill/model/lora.py"},
+    "pyarrow": {"stage1_encode/imported_latents/fastvideo.py"},
     "matplotlib": {"stage2_distill/monitoring/plot.py"},
     "wandb": {"stage2_distill/monitoring/trackers.py"},
     "pickle": set(),

@@ -18,7 +18,7 @@ def requirement_name(requirement: str) -> str:
 
 def test_constraints_cover_all_direct_dependencies() -> None:
     extras = PROJECT["optional-dependencies"]
-    optional = [name for extra in ("dev", "lora", "plot", "remote", "tensorboard") for name in extras[extra]]
+    optional = [name for extra in ("dev", "lora", "parquet", "plot", "remote", "tensorboard") for name in extras[extra]]
     names = {requirement_name(each) for each in PROJECT["dependencies"] + optional} - {PROJECT["name"]}
     assert sorted(names - CONSTRAINTS.keys()) == []
 
