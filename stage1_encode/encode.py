@@ -30,7 +30,7 @@ from stage1_encode.dataset_folder import (
     make_encoding_plan,
 )
 from stage1_encode.executors import make_executor, rank_and_world
-from stage1_encode.imported_latents.latent_source import complete_config, read_rows
+from stage1_encode.imported_latents.latent_source import complete_config, open_source, read_rows
 from stage1_encode.media.rows import count_reasons
 from stage1_encode.pipeline import ENCODER_PARTS, TooManyFailuresError
 
@@ -96,15 +96,23 @@ def log_start(config: EncodeConfig, survey: ShardSurvey) -> None:
     share = f" ({own} rows left for this one of {world} ranks)" if world > 1 else ""
     done = f"{len(survey.finished)} finished before"
     log.info("encode: %s, %d rows in %d shards, %s%s", config.data, rows, shards, done, share)
-    device = None if config.engine == "ray" else pick_device(config.device)
-    log.info("on %s", "a Ray cluster" if device is None else f"{world} x {describe_device(device)}")
-    if device is not None:
-        log.info("%s", describe_cost(config, own, describe_device(device)))
+    log_device(config, own, world)
     needed = record_bytes(config.spec, read_text_width(config.model)) * own * world
     free = free_bytes(Path(config.out))
     state = "" if free > needed else ": TOO LITTLE, use a larger disk"
     log.info("output: %s, about %s; %s free%s", config.out, format_bytes(needed), format_bytes(free), state)
     log.info("to stop: Ctrl-C or SIGTERM; finished shards stay, and the same command goes on")
+
+
+def log_device(config: EncodeConfig, rows: int, world: int) -> None:
+    """Say on what this process's rows are encoded, and what it takes."""
+    if source := open_source(Path(config.data)):
+        log.info("latents of %s: they are copied, no model is loaded and no GPU is used", source.program)
+        return
+    device = None if config.engine == "ray" else pick_device(config.device)
+    log.info("on %s", "a Ray cluster" if device is None else f"{world} x {describe_device(device)}")
+    if device is not None:
+        log.info("%s", describe_cost(config, rows, describe_device(device)))
 
 
 def describe_cost(config: EncodeConfig, rows: int, device: str) -> str:
