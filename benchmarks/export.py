@@ -1,10 +1,11 @@
 """Export of a checkpoint of random weights: seconds and peak host memory of each format.
 
-    python -m benchmarks.export [--tiny] [--folder FOLDER]
+    python -m benchmarks.export [--tiny] [--parts diffusers,wan,lora] [--folder FOLDER]
 
 The base (bf16) and the checkpoint's average (float32) are written first, tensor by tensor, by this process; each
 format is then exported by a process of its own, so that its peak is counted alone. The VAE and the text encoder of the
 base are stand-ins of a few bytes: export links such files and reads nothing of them. FOLDER keeps base and checkpoint.
+The SVD of `lora` runs on the GPU if there is one.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from benchmarks.runner import RANDOM_WEIGHTS, Row, parse_arguments, run_benchmar
 from common.model_folder import fingerprint_folder
 from stage2_distill.checkpointing.format import SAMPLER_KIND, STUDENT_FILE, StudentFacts, write_json
 from stage2_distill.config import DistillConfig
-from stage2_distill.export.config import ExportConfig
+from stage2_distill.export.config import FORMATS, ExportConfig
 from stage2_distill.export.export import export_student
 from stage2_distill.weight_files.safetensors_writer import TensorShape, write_model_folder
 
@@ -99,14 +100,14 @@ def export_once(folder: Path, name: str) -> None:
     print(json.dumps({"seconds": seconds, "peak": 1024 * peak, "before": 1024 * before, "size": size}))
 
 
-def measure_exports(folder: Path, tiny: bool) -> Iterator[Row]:
-    """Write base and checkpoint unless they are there, and measure each export in a process of its own."""
+def measure_exports(folder: Path, tiny: bool, parts: Sequence[str]) -> Iterator[Row]:
+    """Write base and checkpoint unless they are there, and measure exports of some formats, each in its own process."""
     if not (folder / "run").exists():
         write_base(folder / "base", tiny)
         write_checkpoint(folder / "run" / "step-000001", folder / "base", tiny)
     size = sum(path.stat().st_size for path in (folder / "run").rglob("*.safetensors"))
     yield "checkpoint's average", f"{size / 2**30:.2f} GiB"
-    for name in EXPORTS:
+    for name in [name for name, settings in EXPORTS.items() if settings["format"] in parts]:
         command = [sys.executable, "-m", "benchmarks.export", "--folder", str(folder), "--row", name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -125,8 +126,9 @@ def main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.folder or temporary)
         model = "tiny" if options.tiny else RANDOM_WEIGHTS
-        run_benchmark("export", measure_exports(folder, options.tiny), keep=not options.tiny, model=model)
+        rows = measure_exports(folder, options.tiny, options.parts.split(","))
+        run_benchmark("export", rows, keep=not options.tiny, model=model)
 
 
 if __name__ == "__main__":
-    main(parse_arguments(__doc__, tiny=False, folder="", row=""))
+    main(parse_arguments(__doc__, tiny=False, parts=",".join(FORMATS), folder="", row=""))
