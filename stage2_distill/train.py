@@ -48,6 +48,7 @@ from stage2_distill.planning.model_size import read_model_size
 from stage2_distill.planning.start_report import start_lines
 from stage2_distill.resume import initialize_from, resume_run, training_state
 from stage2_distill.trainer import DivergedError, Trainer, train_step
+from stage2_distill.weight_files.lora_files import digest_lora, parse_loras
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ def student_facts(config: DistillConfig, model: Path, data: DataSet | DataSetMix
         text_encoder=encoder.text_encoder,
         config=asdict(config),
         data_sets=data.digests,
+        base_loras=tuple(digest_lora(one.path) for one in parse_loras(config.base_lora or ())),
     )
 
 

@@ -78,6 +78,7 @@ class StudentFacts:
     position: Count = 0  # records read from the stream
     memory: str = ""  # optimizer form of the roles; the first checkpoints lack it
     data_sets: tuple[str, ...] = ()  # `Manifest.content_digest` of each; checkpoints of 0.1 lack it
+    base_loras: tuple[str, ...] = ()  # `digest_lora` of each file of --base-lora; earlier checkpoints lack it
 
     def __post_init__(self) -> None:
         if not 1 <= self.shift < math.inf:

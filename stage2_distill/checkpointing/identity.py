@@ -1,7 +1,8 @@
 """What a run is made of, and so when the same folder may be continued. Everything is compared by its content.
 
 Data: the records of each data set (`Manifest.content_digest`), their order and their weights; their places may change.
-Model: the fingerprint of the transformer; those of VAE and text encoder are the data set's. Its place may change.
+Model: the fingerprint of the transformer; those of VAE and text encoder are the data set's. Its place may change, and
+so may those of the LoRA files that are added to it, which are told by the digests of their bytes.
 Recipe: the meaning of every option that is not in CHANGEABLE_OPTIONS; an option that the stored run lacks, because it
 is newer, has its default. If other `iterations` would have changed learning rates that were used, a warning says so.
 """
@@ -28,6 +29,7 @@ from stage2_distill.checkpointing.format import (
 from stage2_distill.config import DistillConfig, parse_lengths
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, Schedule
 from stage2_distill.monitoring.metrics_log import METRICS_FILE, complete_lines
+from stage2_distill.weight_files.lora_files import split_weight
 
 RUN_CONFIG_FILE = "distill.yaml"
 CHANGEABLE_OPTIONS = {  # a run may be resumed with other values of these
@@ -92,6 +94,7 @@ def check_run(
     if newest is not None:
         checkpoint, stored_facts = newest
         check_model(checkpoint, stored_facts, facts)
+        check_loras(checkpoint, stored_facts, facts)
         check_data(checkpoint, stored_facts, facts)
         if (warning := rate_warning(checkpoint, stored_facts, schedule)) is not None:
             warn(warning)
@@ -121,6 +124,8 @@ def recipe_meaning(options: Mapping[str, object]) -> dict[str, object]:
     shards, source = options["shards"], options["init_from"]
     assert isinstance(shards, tuple), shards
     meaning["shards"] = draw_shares([parse_weight(text)[1] for text in shards])  # their records: `check_data`
+    # the files: `check_loras`
+    meaning["base_lora"] = [split_weight(text).weight for text in option_texts(options["base_lora"] or ())]
     meaning["lora_alpha"] = options["lora_alpha"] or options["lora_rank"]  # the default
     meaning["num_frames"] = parse_lengths(options["num_frames"])  # type: ignore[arg-type]
     meaning["init_from"] = None if source is None else Path(str(source)).resolve()
@@ -139,6 +144,28 @@ def check_model(checkpoint: Path, stored: StudentFacts, facts: StudentFacts) -> 
             f"model={facts.base_model}: its transformer is not that of {checkpoint} (fingerprint {facts.transformer}, "
             f"was {stored.transformer}); use {stored.base_model}, or {NEW_RUN} {checkpoint.parent}"
         )
+
+
+def check_loras(checkpoint: Path, stored: StudentFacts, facts: StudentFacts) -> None:
+    """Raise ValueError if a checkpoint was made with other LoRA files on its base; earlier ones know their paths only.
+
+    Their number and weights are the recipe's.
+    """
+    given, before = (
+        [split_weight(text).path for text in option_texts(one.config.get("base_lora") or ())] for one in (facts, stored)
+    )
+    digests = stored.base_loras or [""] * len(before)
+    for path, digest, path_before, digest_before in zip(given, facts.base_loras, before, digests, strict=True):
+        if digest_before and digest != digest_before:
+            raise ValueError(
+                f"base_lora={path}: is not the file that {checkpoint} was made with (digest {digest}, was "
+                f"{digest_before}, at {path_before}); give that one, or {NEW_RUN} {checkpoint.parent}"
+            )
+        if not digest_before and path.resolve() != path_before.resolve():
+            raise ValueError(
+                f"base_lora={path}: {checkpoint} does not say what was in {path_before}, so only that path is "
+                f"accepted; give it, for example as a link, or {NEW_RUN} {checkpoint.parent}"
+            )
 
 
 def check_data(checkpoint: Path, stored: StudentFacts, facts: StudentFacts) -> None:

@@ -140,7 +140,8 @@ def load_student(
         load_stored(net, path, weights)
         return net
     # Adapters and files are added to float32 weights, so that the sum is rounded once.
-    net = wan.load_transformer(base, torch.float32, plan, trained_loras(facts)).requires_grad_(False)
+    net_loras = trained_loras(facts) if adapter_settings else ()  # else the checkpoint has every weight
+    net = wan.load_transformer(base, torch.float32, plan, net_loras).requires_grad_(False)
     if adapter_settings is None:
         load_stored(net, path, weights)
     else:

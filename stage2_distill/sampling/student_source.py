@@ -19,7 +19,7 @@ from stage2_distill.checkpointing.format import (
 )
 from stage2_distill.config import DistillConfig
 from stage2_distill.model.lora import lora_settings
-from stage2_distill.weight_files.lora_files import LoraFile, parse_loras
+from stage2_distill.weight_files.lora_files import LoraFile, digest_lora, parse_loras
 from stage2_distill.weight_files.model_kind import is_lora
 from stage2_distill.weight_files.stored_weights import WEIGHT_SUFFIXES, locate_weights, read_raw_table, weight_files
 
@@ -89,10 +89,14 @@ def foreign_facts(name: str, model: str, metadata: Mapping[str, str], spec: Vide
 
 
 def trained_loras(facts: StudentFacts) -> tuple[LoraFile, ...]:
-    """The LoRA files that were added to the base before the distillation."""
+    """The LoRA files that were added to the base before the distillation; ValueError if one has other content now."""
     stored = facts.config.get("base_lora") or ()
     assert isinstance(stored, Sequence), stored
-    return parse_loras([str(one) for one in stored])
+    loras = parse_loras([str(one) for one in stored])
+    for lora, digest in zip(loras, facts.base_loras, strict=False):  # earlier checkpoints have no digests
+        if digest_lora(lora.path) != digest:
+            raise ValueError(f"base_lora={lora.path}: has changed since the distillation; restore it from a copy")
+    return loras
 
 
 def check_base(model: str, facts: StudentFacts) -> None:

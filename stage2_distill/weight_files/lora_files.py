@@ -8,6 +8,7 @@
 Every tensor must find its weight: whatever is left over is an error.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ ENDINGS = {
     ".alpha": "alpha", ".diff": "dense", ".diff_b": "bias", ".diff_m": "modulation",
 }  # fmt: skip
 SETTINGS_KEY, SETTINGS_FILE = "lora_adapter_metadata", "adapter_config.json"  # of diffusers and of peft
+ADAPTER_FILE = "adapter_model.safetensors"  # of peft
 LISTED_NAMES = 3  # in an error
 
 
@@ -59,18 +61,33 @@ class LoraParts:
 
 def parse_loras(texts: Sequence[str]) -> tuple[LoraFile, ...]:
     """Files as the option names them, FILE or FILE:WEIGHT; ValueError if one is missing."""
-    files = []
-    for text in texts:
-        name, _, weight = text.rpartition(":")
-        try:
-            factor = float(weight) if name else 1.0
-        except ValueError:  # the colon belongs to the path
-            name, factor = text, 1.0
-        path = Path(name or text)
-        if not path.is_file() and not (path / SETTINGS_FILE).is_file():
+    files = tuple(split_weight(text) for text in texts)
+    for text, one in zip(texts, files, strict=True):
+        if not one.path.is_file() and not (one.path / SETTINGS_FILE).is_file():
             raise ValueError(f"base_lora={text}: no such file; name a .safetensors file, as FILE or FILE:WEIGHT")
-        files.append(LoraFile(path, factor))
-    return tuple(files)
+    return files
+
+
+def split_weight(text: str) -> LoraFile:
+    """The file and the weight of FILE:WEIGHT, whether the file exists or not."""
+    name, _, weight = text.rpartition(":")
+    try:
+        return LoraFile(Path(name), float(weight)) if name else LoraFile(Path(text))
+    except ValueError:  # the colon belongs to the path
+        return LoraFile(Path(text))
+
+
+def digest_lora(path: Path) -> str:
+    """Hex digest (32 digits) of every byte that is read of a LoRA file or of a folder of peft, whatever its name."""
+    digest = hashlib.sha256()
+    files = [path / SETTINGS_FILE, path / ADAPTER_FILE] if path.is_dir() else [path]
+    for one in files:
+        try:
+            with one.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise ValueError(f"base_lora={one}: cannot be read ({error.strerror}); {READ_REMEDY}") from error
+    return digest.hexdigest()[:32]
 
 
 def read_deltas(loras: Sequence[LoraFile], tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[WeightDelta, ...]]:
@@ -101,7 +118,7 @@ def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     settings: dict[str, Any] = {}
     if path.is_dir():
         settings = parse_settings(path, (path / SETTINGS_FILE).read_text(encoding="utf-8"))
-        path = path / "adapter_model.safetensors"
+        path = path / ADAPTER_FILE
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         refuse_other_file(path)
         content = load_pickled(path)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from shards.dataset import open_data_set
 from shards.mixture import open_data_sets
@@ -18,7 +19,10 @@ from stage2_distill.checkpointing.format import read_facts
 from stage2_distill.checkpointing.identity import rate_warning, recipe_differences
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.schedule import Schedule
+from stage2_distill.sampling.student_source import trained_loras
+from tests.stage2_distill.export.students import adapter_weights
 from tests.stage2_distill.training_helpers import assert_same, make_config, make_shards, run_here, tensors
+from tests.stage2_distill.weight_files.test_lora_files import peft
 from tests.tiny_models import make_model
 
 FAST = {"iterations": 2, "checkpoint_every": 2, "global_batch": 2, "keep_last": 9}
@@ -176,6 +180,34 @@ def test_a_damaged_options_file_is_named(
         shutil.rmtree(old / "step-000002")
         with pytest.raises(ValueError, match=f"out={tmp_path / 'run'}: holds a run whose options cannot be read"):
             go_on(old, tmp_path, shards, model)
+
+
+def test_lora_files_of_the_base(shards: Path, model: Path, tmp_path: Path) -> None:
+    """Told by their bytes: one that was moved is accepted, another one at the same path is refused."""
+    file, other = tmp_path / "style.safetensors", tmp_path / "elsewhere" / "renamed.safetensors"
+    other.parent.mkdir()
+    save_file(peft(adapter_weights(model, 5, 2))[0], file)
+    shutil.copy(file, other)
+
+    def train(out: Path, path: Path, **changes: object) -> Path:
+        lora = {"base_lora": (f"{path}:0.5",), "lora_rank": 2}
+        return run_here(make_config(shards, model, out, **FAST | lora | changes))
+
+    begun = train(tmp_path / "run", file).parent
+    old = shutil.copytree(begun, tmp_path / "old")
+    edit_facts(old / "step-000002", base_loras=None)  # as it was before there were digests
+    longer = train(shutil.copytree(begun, tmp_path / "longer"), other, iterations=3)
+    with pytest.raises(ValueError, match=rf"base_lora={other}: .*old/step-000002 does not say .*{file}"):
+        train(old, other, iterations=3)
+    assert_same(train(old, file, iterations=3), longer)
+    save_file(peft(adapter_weights(model, 6, 2))[0], other)
+    changed = rf"base_lora={other}: is not the file that .*step-000003 was made with \(digest .*, was .*, at {other}\)"
+    with pytest.raises(ValueError, match=changed):
+        train(longer.parent, other, iterations=4)
+    with pytest.raises(ValueError, match=r"base_lora: \['.*:0.25'\], was \['.*:0.5'\]"):
+        train(longer.parent, other, iterations=4, base_lora=(f"{file}:0.25",))
+    with pytest.raises(ValueError, match=rf"base_lora={other}: has changed since the distillation"):
+        trained_loras(read_facts(longer))
 
 
 def options(**changes: object) -> DistillConfig:
