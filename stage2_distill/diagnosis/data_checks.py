@@ -19,7 +19,7 @@ from stage2_distill.model.wan import build_meta_transformer
 from stage2_distill.planning.memory import MemoryEstimate
 from stage2_distill.weight_files.stored_weights import read_weight_table
 
-PROBE_BYTES = 128 << 20  # written to measure a disk
+PROBE_BYTES, BLOCK_BYTES = 256 << 20, 16 << 20  # written to measure a disk, and at once
 LOW_RATE = 200e6  # bytes per second: a checkpoint of 70 GB takes six minutes
 MAX_SHARDS = 256  # of a data set, of which a record is read
 READ_THREADS = 8
@@ -88,11 +88,12 @@ def check_disk(out: str, memory: MemoryEstimate, keep_last: int) -> Iterator[Fin
     """Speed and free space of the disk that `out` is on, against checkpoints of this size; and its clock."""
     folder = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.is_dir())
     probe = folder / f".doctor-{os.getpid()}"
+    block = os.urandom(BLOCK_BYTES)  # zeros would be compressed by some file systems
     try:
         began = time.perf_counter()
         with probe.open("wb") as file:
-            for _ in range(PROBE_BYTES >> 20):
-                file.write(os.urandom(1 << 20))  # zeros would be compressed by some file systems
+            for _ in range(PROBE_BYTES // BLOCK_BYTES):
+                file.write(block)
             file.flush()
             os.fsync(file.fileno())
         rate = PROBE_BYTES / (time.perf_counter() - began)

@@ -1,5 +1,6 @@
 """The command `doctor`: checks this machine, a model, data sets and an output folder before a run."""
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -68,8 +69,9 @@ def check_memory(config: DoctorConfig) -> Iterator[Finding]:
         return
     text = f"training fits with {', '.join(f'{mode.name} ({mode.gib:.1f} GiB)' for mode in fitting)}"
     memory = estimate_memory(run, size, world=world, form=choose_form(run, size, world=world, gpu_bytes=total))
-    if free is not None and free < memory.host * world:
-        needed = f"{memory.host * world / GIB:.0f} GiB of host memory needed, {free / GIB:.0f} free"
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if free is not None and free < memory.host * ranks_here:
+        needed = f"{memory.host * ranks_here / GIB:.0f} GiB of host memory needed, {free / GIB:.0f} free"
         yield Finding("memory", WARN, f"{text}; {needed}", "use --no-async-checkpoint, or --lora-rank")
     else:
         yield Finding("memory", OK, text)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from common.device import pick_device
 from stage2_distill.diagnosis.finding import FAIL, OK, WARN, Finding
-from stage2_distill.distributed.process_group import start_process_group
+from stage2_distill.distributed.process_group import on_any_rank, start_process_group
 from stage2_distill.model.attention import (
     FLASH_3_MODULE,
     SDPA_BACKENDS,
@@ -35,14 +36,19 @@ def check_gpu(device: str) -> Iterator[Finding]:
     chosen = pick_device(device)
     if chosen.type == "cpu":
         if torch.version.cuda and DRIVER_FILE.exists():
-            yield Finding("gpu", WARN, "there is an NVIDIA driver, but torch sees no GPU", "check CUDA_VISIBLE_DEVICES")
+            yield Finding(
+                "gpu",
+                WARN,
+                f"there is an NVIDIA driver ({driver_version()}), but torch sees no GPU",
+                f"check CUDA_VISIBLE_DEVICES, and that the driver supports CUDA {torch.version.cuda}",
+            )
         else:
             text = "none: everything runs on the CPU, where only small models such as examples/nano are practical"
             yield Finding("gpu", OK, text)
         return
     free, total = torch.cuda.mem_get_info(chosen)
-    driver = DRIVER_FILE.read_text().split("Module")[-1].split()[0] if DRIVER_FILE.exists() else "unknown"
-    text = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(chosen)}, {total / GIB:.1f} GiB, driver {driver}"
+    name = torch.cuda.get_device_name(chosen)
+    text = f"{torch.cuda.device_count()} x {name}, {total / GIB:.1f} GiB, driver {driver_version()}"
     if free < 0.9 * total:
         text += f", only {free / GIB:.1f} GiB free"
         yield Finding("gpu", WARN, text, "end the other programs on it (nvidia-smi lists them)")
@@ -50,6 +56,12 @@ def check_gpu(device: str) -> Iterator[Finding]:
         yield Finding("gpu", WARN, f"{text}, no bfloat16", "use --dtype float32, which is slow, or a newer GPU")
     else:
         yield Finding("gpu", OK, text)
+
+
+def driver_version() -> str:
+    """Version of the NVIDIA driver; the line is worded otherwise by its open kernel modules."""
+    found = re.search(r"\b\d+\.\d+(\.\d+)*", DRIVER_FILE.read_text()) if DRIVER_FILE.exists() else None
+    return found[0] if found else "unknown"
 
 
 def check_torch() -> Iterator[Finding]:
@@ -99,12 +111,14 @@ def check_ranks(device: str) -> Iterator[Finding]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     ranks = start_process_group(device)
+    is_cpu = ranks.device.type == "cpu"
+    if on_any_rank(is_cpu) and on_any_rank(not is_cpu):  # a sum over both would wait for ever
+        yield Finding("ranks", FAIL, "some ranks have a GPU and some have none", "start one rank per GPU of each host")
+        return
     values = torch.ones(EXCHANGED_BYTES // 4, device=ranks.device)
-    dist.all_reduce(values)  # the first one also connects the ranks
-    began = time.perf_counter()
-    dist.all_reduce(values)
-    is_right = bool((values == ranks.world**2).all())  # also waits for the device
-    rate = EXCHANGED_BYTES / (time.perf_counter() - began)
+    time_sum(values)  # the first one also connects the ranks and loads the kernels
+    rate = EXCHANGED_BYTES / time_sum(values)
+    is_right = bool((values == ranks.world**2).all())
     text = f"{ranks.world} ranks over {'NCCL' if ranks.device.type == 'cuda' else 'gloo'}, {rate / 1e9:.1f} GB/s"
     if not is_right:
         yield Finding("ranks", FAIL, f"{text}, with a wrong sum", "run nvidia-smi topo -m and NCCL's own tests")
@@ -112,6 +126,17 @@ def check_ranks(device: str) -> Iterator[Finding]:
         yield Finding("ranks", WARN, f"{text}, which slows training", "use GPUs with NVLink, or --replicate per host")
     else:
         yield Finding("ranks", OK, text)
+
+
+def time_sum(values: torch.Tensor) -> float:
+    """Add the values of all ranks, in place; returns the seconds."""
+    if values.is_cuda:
+        torch.cuda.synchronize(values.device)
+    began = time.perf_counter()
+    dist.all_reduce(values)
+    if values.is_cuda:
+        torch.cuda.synchronize(values.device)  # NCCL only queues the sum
+    return time.perf_counter() - began
 
 
 def available_host_bytes() -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stage2_distill.diagnosis import machine_checks
 from stage2_distill.diagnosis.data_checks import check_clock
 from stage2_distill.diagnosis.doctor import diagnose
+from stage2_distill.model.attention import dot_product_attention
 from stage2_distill.planning.config import DoctorConfig
 from tests.stage2_distill.training_helpers import make_shards
 from tests.tiny_models import make_model
@@ -91,6 +94,53 @@ def test_a_missing_gpu_is_one_failure() -> None:
     found = states(device="cuda")
     assert [check for check, (state, _) in found.items() if state == "fail"] == ["gpu"]
     assert "give --device cpu" in found["gpu"][1]
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  Wed Feb 26 02:01:56 UTC 2025", "570.124.06"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  575.57.08  Release Build", "575.57.08"),
+        ("nothing of the kind", "unknown"),
+    ],
+)
+def test_version_of_the_driver(line: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_checks, "DRIVER_FILE", tmp_path / "version")
+    assert machine_checks.driver_version() == "unknown"
+    (tmp_path / "version").write_text(line)
+    assert machine_checks.driver_version() == version
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu(model: Path, shards: Path, tmp_path: Path) -> None:
+    """Run it alone on the GPU: other programs on it are a warning."""
+    found = states(model=str(model), shards=(str(shards),), out=str(tmp_path))
+    assert list(found) == ["torch", "gpu", "attention", "model", "memory", "shards", "disk", "clock"]
+    failed = {check: text for check, (state, text) in found.items() if state == "fail"}
+    assert not failed.keys() - {"disk"}, failed  # the test's disk may be small
+    assert torch.cuda.get_device_name() in found["gpu"][1] and re.search(r"driver \d+\.\d+", found["gpu"][1])
+    assert "training fits with --optimizer-form standard" in found["memory"][1]  # of the tiny model
+    kernel = re.search(r"auto takes (cudnn|flash)", found["attention"][1])[1]
+    assert kernel in found["attention"][1].partition("available: ")[2]
+    if ": a resumed run has the same bits" in found["attention"][1]:
+        gradients = [attention_gradient(kernel) for _ in range(3)]
+        assert all(torch.equal(gradients[0], one) for one in gradients[1:])
+
+
+def attention_gradient(kernel: str) -> torch.Tensor:
+    """Gradient of attention over 8192 tokens, which are many sums per key."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(1, 8192, 4, 128, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    dot_product_attention(x, x, x, kernel).square().sum().backward()
+    return x.grad
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "cli.py"]
+    done = subprocess.run([*command, "doctor", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    found = {item["check"]: item for item in json.loads(done.stdout)}
+    assert found["ranks"]["text"].startswith("2 ranks over NCCL, ") and found["ranks"]["state"] != "fail"
 
 
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
