@@ -14,6 +14,7 @@ from stage2_distill.checkpointing.format import list_checkpoints, read_facts
 from stage2_distill.config import AUTO, STANDARD, DistillConfig
 from stage2_distill.distributed.fsdp import apply_fsdp
 from stage2_distill.distributed.process_group import RankContext
+from stage2_distill.dmd.regression import TeacherRegression
 from stage2_distill.dmd.rollout import StudentRollouts
 from stage2_distill.dmd.rollout_reuse import RolloutReuse
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, Schedule
@@ -146,6 +147,7 @@ def build_trainer(
         schedule,
         GradientAccumulator(rollouts, critic_rollouts, config.select(ScoreNoise), ranks.device, timer),
         config.critic_loss,
+        config.select(TeacherRegression),
         config.grad_clip,
         config.ida_share,
         timer,

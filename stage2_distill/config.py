@@ -116,6 +116,11 @@ class DistillConfig:
         0.0, "Share by which the critic moves to the student after each of its updates (IDA).",
         minimum=0, maximum=1, group="recipe",
     )  # fmt: skip
+    regression_weight: float = advanced(
+        0.0, "Weight of the regression of the student onto the end of the teacher's path; 0 = none.",
+        minimum=0, group="recipe",
+    )  # fmt: skip
+    regression_steps: int = advanced(10, "Steps of the teacher on that path.", minimum=1, group="recipe")
     text_only_fraction: float = advanced(
         0.0, "Share of samples trained without their first frame.", minimum=0, maximum=1, group="data"
     )
@@ -132,7 +137,7 @@ class DistillConfig:
     score_low: float = advanced(0.02, "Lowest sigma of the scores.", minimum=0, maximum=1, group="recipe")
     score_high: float = advanced(0.98, "Highest sigma of the scores.", minimum=0, maximum=1, group="recipe")
     score_time_low_share: float = advanced(
-        0.0, "Share of samples that are matched at a low score time, log-uniform from 0.01 to 0.5 before the shift.",
+        0.0, "Share of samples that are matched at a low sigma, log-uniform from 0.01 to 0.5.",
         minimum=0, maximum=1, group="recipe",
     )  # fmt: skip
     critic_time_low_share: float = advanced(

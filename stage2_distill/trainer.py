@@ -17,6 +17,7 @@ from stage2_distill.distributed.fsdp import set_gradient_all_reduce
 from stage2_distill.distributed.process_group import RankContext, gather_from_ranks
 from stage2_distill.dmd.latent_stats import LATENT_STATS, latent_stats
 from stage2_distill.dmd.losses import critic_loss, dmd_loss
+from stage2_distill.dmd.regression import TeacherRegression
 from stage2_distill.dmd.rollout import Simulated, StudentRollouts
 from stage2_distill.dmd.rollout_reuse import RolloutReuse
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, Schedule
@@ -141,6 +142,7 @@ class Trainer:
     schedule: Schedule
     accumulator: GradientAccumulator
     critic_loss: str  # what the critic regresses
+    regression: TeacherRegression
     grad_clip: float
     ida_share: float
     timer: PhaseTimer
@@ -155,11 +157,12 @@ def train_step(trainer: Trainer, iteration: int, data: MicroBatches) -> StepResu
 
 def update_student(trainer: Trainer, iteration: int, data: MicroBatches) -> UpdateResult:
     """Move the student's distribution to the teacher's (DMD, eq. 7), with a gradient at one step of the rollout."""
-    roles, schedule = trainer.roles, trainer.schedule
+    roles, schedule, teacher, regression = trainer.roles, trainer.schedule, trainer.teacher, trainer.regression
 
     def loss(samples: Simulated, sigma: Tensor, eps: Tensor) -> Tensor:
         fake = roles.fake_denoiser
-        return dmd_loss(samples.x0, samples.condition, teacher=trainer.teacher, critic=fake, sigma=sigma, eps=eps)
+        value = dmd_loss(samples.x0, samples.condition, teacher=teacher, critic=fake, sigma=sigma, eps=eps)
+        return value + regression.loss(samples, teacher) if regression.regression_weight else value
 
     exit_index = schedule.draw_exit_index(iteration, STUDENT)
     accumulated = trainer.accumulator.accumulate(data, loss, roles.student.net, exit_index)

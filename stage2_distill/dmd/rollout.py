@@ -5,6 +5,7 @@ Shapes: B batch, C channels, T latent frames, H W latent size.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,12 +33,25 @@ def rollout(
     comes from `generators`, one per sample.
     """
     last = len(sigmas) - 1 if exit_index is None else exit_index  # 0 is a possible exit
-    x_t = noise
-    with torch.no_grad():  # backward simulation: gradients flow through the last step only
-        for step in range(last):
-            x0 = denoiser(x_t, _batch_sigma(noise, sigmas[step]), condition)
-            x_t = add_noise(x0, draw_normal(x0.shape[1:], generators), _batch_sigma(noise, sigmas[step + 1]))
+    x_t = simulate_state(denoiser, noise, condition, sigmas=sigmas[: last + 1], generators=generators)
     return denoiser(x_t, _batch_sigma(noise, sigmas[last]), condition)
+
+
+@torch.no_grad()  # backward simulation: gradients flow through the last step only
+def simulate_state(
+    denoiser: Denoiser,
+    noise: Tensor,
+    condition: Condition,
+    *,
+    sigmas: Sequence[float],
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """x_t (B C T H W) at sigmas[-1]: what a rollout's last step starts from."""
+    x_t = noise
+    for sigma, next_sigma in pairwise(sigmas):
+        x0 = denoiser(x_t, _batch_sigma(noise, sigma), condition)
+        x_t = add_noise(x0, draw_normal(x0.shape[1:], generators), _batch_sigma(noise, next_sigma))
+    return x_t
 
 
 @torch.no_grad()
@@ -101,6 +115,7 @@ class Simulated:
     x0: Tensor  # (B C T H W)
     condition: Condition  # what they were generated from
     exit_index: int  # index of the timestep at which the rollout ended
+    x_t: Tensor | None = None  # (B C T H W) what the last step started from; None if it is not needed
 
 
 @dataclass(frozen=True)
@@ -113,16 +128,12 @@ class StudentRollouts:
 
     def simulate(self, micro_batch: MicroBatch, condition: Condition, exit_index: int) -> Simulated:
         """Samples for a micro-batch, from pure noise down to step `exit_index`."""
-        x0 = sample_student(
-            self.student,
-            condition,
-            sigmas=self.sigmas,
-            latent_shape=micro_batch.spec.latent_shape,
-            keys=micro_batch.sample_keys(self.seed),
-            purpose=f"{micro_batch.role} rollout",
-            exit_index=exit_index,
-        )
-        return Simulated(x0, condition, exit_index)
+        keys, purpose = micro_batch.sample_keys(self.seed), f"{micro_batch.role} rollout"
+        noise, generators = draw_start_noise(keys, purpose, micro_batch.spec.latent_shape, condition.text.device)
+        sigmas = self.sigmas[: exit_index + 1]
+        x_t = simulate_state(self.student, noise, condition, sigmas=sigmas, generators=generators)
+        x0 = self.student(x_t, _batch_sigma(noise, sigmas[-1]), condition)
+        return Simulated(x0, condition, exit_index, x_t)
 
     def start_trajectory(self, micro_batch: MicroBatch, condition: Condition) -> Iterator[Tensor]:
         """Yield the samples of every step, from the noise that `simulate` starts from."""

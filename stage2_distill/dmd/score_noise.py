@@ -11,16 +11,15 @@ from common.seed import draw_normal, draw_uniform, make_generator
 from stage2_distill.dmd.rollout import Simulated
 from stage2_distill.dmd.schedule import STUDENT, MicroBatch
 
-LOW_TIMES = (0.01, 0.5)  # of u, before the shift
+LOW_SIGMAS = (0.01, 0.5)
 
 
-def low_score_times(uniform: Tensor) -> Tensor:
-    """Score times u (B) of density 1 / (u ln(b / a)) on [a, b] = LOW_TIMES, from uniform draws (B) in [0, 1).
+def low_score_sigmas(uniform: Tensor) -> Tensor:
+    """Sigmas (B) of density 1 / (sigma ln(b / a)) on [a, b] = LOW_SIGMAS, from uniform draws (B) in [0, 1).
 
-    As many draws fall between 0.01 and 0.02 as between 0.1 and 0.2. With share p of them the density of all u in [0, 1]
-    is (1 - p) + p / (u ln(b / a)) on [a, b] and 1 - p elsewhere, which integrates to 1.
+    As many draws fall between 0.01 and 0.02 as between 0.1 and 0.2, where the shifted law has one in a hundred.
     """
-    low, high = LOW_TIMES
+    low, high = LOW_SIGMAS
     return low * (uniform * math.log(high / low)).exp()
 
 
@@ -52,9 +51,9 @@ class ScoreNoise:
         low, high = self.bounds(samples.exit_index)  # of a reused rollout the exit is its own
         uniform = draw_uniform(generators)  # drawn first: the generators' order is part of the recipe
         u = low + (high - low) * uniform
+        sigma = score_sigma(u, s=self.shift, low=self.score_low, high=self.score_high)
         share = self.score_time_low_share if micro_batch.role == STUDENT else self.critic_time_low_share
         if share:
             choices = [make_generator(*key, f"{purpose} law", device) for key in micro_batch.sample_keys(self.seed)]
-            u = torch.where(draw_uniform(choices) < share, low_score_times(uniform), u)
-        sigma = score_sigma(u, s=self.shift, low=self.score_low, high=self.score_high)
+            sigma = torch.where(draw_uniform(choices) < share, low_score_sigmas(uniform), sigma)
         return sigma, draw_normal(samples.x0.shape[1:], generators)

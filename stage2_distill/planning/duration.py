@@ -100,7 +100,8 @@ def iteration_seconds(
 ) -> float:
     """Seconds of a mean iteration, or of one with these rollouts: updates of the critic and at times the student."""
     one, done = pass_seconds(size, card, kernel, config), passes or mean_passes(config)
-    scores = 1 + (1 if config.guidance_scale == 1 else 2)  # critic, and the teacher with and without the prompt
+    guided = 1 if config.guidance_scale == 1 else 2  # passes of the teacher: with the prompt, and without
+    scores = 1 + guided * (1 + (config.regression_steps if config.regression_weight else 0))  # 1: the critic
     critic = done.critic * one.forward + one.gradient
     student = (done.student - 1 + scores) * one.forward + one.gradient
     clips = config.accumulation_steps(world) * config.batch_size

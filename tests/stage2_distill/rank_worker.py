@@ -42,16 +42,16 @@ class Witness:
         self.seen: list[tuple[int, str, int, str]] = []
         self.passes: list[dict[str, int]] = [{"last": False, "all_reduce": 0, "reduce_scatter": 0}]
         self.part = None
-        self.simulate, self.rollout = rollout.StudentRollouts.simulate, rollout.rollout
+        self.simulate, self.simulate_state = rollout.StudentRollouts.simulate, rollout.simulate_state
         self.reduce_gradients = trainer.set_gradient_all_reduce
         # a lambda becomes a method, so that the rollouts come as an argument
         rollout.StudentRollouts.simulate = lambda *given: self.note_part(*given)
-        rollout.rollout, trainer.set_gradient_all_reduce = self.note_noise, self.note_pass
+        rollout.simulate_state, trainer.set_gradient_all_reduce = self.note_noise, self.note_pass
         self.all_reduce, self.reduce_scatter = dist.all_reduce, dist.reduce_scatter_tensor
         dist.all_reduce, dist.reduce_scatter_tensor = self.note_all_reduce, self.note_reduce_scatter
 
     def leave(self) -> None:
-        rollout.StudentRollouts.simulate, rollout.rollout = self.simulate, self.rollout
+        rollout.StudentRollouts.simulate, rollout.simulate_state = self.simulate, self.simulate_state
         trainer.set_gradient_all_reduce = self.reduce_gradients
         dist.all_reduce, dist.reduce_scatter_tensor = self.all_reduce, self.reduce_scatter
 
@@ -65,7 +65,7 @@ class Witness:
         for place, sample in enumerate(self.part.samples if self.part else ()):
             drawn = digest(noise[place], condition.text[place], condition.first_frame[place])
             self.seen.append((self.part.iteration, self.part.role, sample, drawn))
-        return self.rollout(denoiser, noise, condition, **options)
+        return self.simulate_state(denoiser, noise, condition, **options)
 
     def note_pass(self, net, last: bool) -> None:
         self.passes.append({"last": last, "all_reduce": 0, "reduce_scatter": 0})

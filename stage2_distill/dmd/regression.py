@@ -1,0 +1,38 @@
+"""Regression of the student onto the end of the teacher's own path, beside distribution matching.
+
+From the state in which a rollout's last step starts, the teacher's ODE is solved down to sigma 0: a sample of the
+teacher's distribution, which the student is asked to reach in one step. The first steps of knowledge distillation
+(Luhman and Luhman, arXiv 2101.02388; DMD, arXiv 2311.18828, section 3.3, from precomputed pairs), here at the student's
+own states and computed on the spot, so that no clips and no pairs are stored. Matching alone follows the critic's
+error as well as its signal (benchmarks/LOG.md, 2026-11-30); this anchor does not move.
+Shapes: B batch, C channels, T latent frames, H W latent size.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from common.condition import Denoiser, free_mean
+from common.flow import shift
+from stage2_distill.dmd.rollout import Simulated, sample_euler
+
+
+@dataclass(frozen=True)
+class TeacherRegression:
+    """Options of the regression."""
+
+    regression_weight: float
+    regression_steps: int  # Euler steps from the exit to sigma 0
+    timesteps: tuple[float, ...]
+    shift: float
+
+    def path(self, exit_index: int) -> tuple[float, ...]:
+        """Sigmas of the teacher's steps from an exit, which are uniform in time before the shift; 0 is left out."""
+        start, count = self.timesteps[exit_index] / 1000, self.regression_steps
+        return tuple(shift(start * (1 - step / count), self.shift) for step in range(count))
+
+    def loss(self, samples: Simulated, teacher: Denoiser) -> Tensor:
+        """Weighted mean of (x0 - end of the teacher's path)^2 over the free frames, a scalar; the target is fixed."""
+        assert samples.x_t is not None
+        target = sample_euler(teacher, samples.x_t, samples.condition, sigmas=self.path(samples.exit_index))
+        return self.regression_weight * free_mean((samples.x0 - target) ** 2, samples.condition).mean()
