@@ -18,6 +18,7 @@ from common.files import Count, parse_json
 from common.video import TEXT_LENGTH
 
 TENSORS_SUFFIX, METADATA_SUFFIX = "safetensors", "json"  # member names are KEY.safetensors and KEY.json
+ADDED_FIELDS = ("color", "crop")  # of KEY.json, which holds them only if they say something
 SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -32,6 +33,8 @@ class RecordSource:
     size: tuple[Count, Count] | None = None  # (height, width) of the upright source frame in pixels
     seed: int | None = None  # of the sampler, if the CSV has one
     color: str = ""  # what was done to the colors of the first frame; "" = nothing, and KEY.json does not hold it
+    # (top, left, height, width) of what the first frame shows, in pixels of the source; stated with several sizes only
+    crop: tuple[float, float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def to_members(record: Record) -> dict[str, bytes]:
     """Serialise a record as {member name: bytes}; equal records give equal bytes."""
     tensors = {"text": record.text} | ({} if record.first_frame is None else {"first_frame": record.first_frame})
     stored = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
-    fields = {name: value for name, value in vars(record.source).items() if name != "color" or value}
+    fields = {name: value for name, value in vars(record.source).items() if name not in ADDED_FIELDS or value}
     metadata = json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
     return {f"{record.key}.{TENSORS_SUFFIX}": save_tensors(stored), f"{record.key}.{METADATA_SUFFIX}": metadata}
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.options import MODEL_HELP, base_folder_option, check_fields, device_option, json_option, option, size_option
-from common.video import VideoSpec
+from common.video import FrameSize, VideoSpec
 from stage1_encode.media.rows import rows_folder
+from stage1_encode.video_sizes.size_list import format_frame_sizes, list_frame_sizes
 
 DTYPES = ("float32", "bfloat16")
 VAE_DTYPES = ("float32", "tf32", "float16", "bfloat16")  # tf32: float32 weights, convolutions in TF32
@@ -35,6 +36,12 @@ class EncodeConfig:
     height: int = size_option("height")
     width: int = size_option("width")
     fps: int = size_option("fps", advanced=True)
+    sizes: str = option(
+        "", "Several sizes, as 704x1280,1280x704 (height x width), or auto; rows go to the nearest shape.", group="size"
+    )
+    max_upscale: float = option(
+        2.0, "With sizes: rows that must be enlarged more fail; 0 = none does.", minimum=0, group="size", advanced=True
+    )
     shard_size: int = option(256, "CSV rows per shard.", minimum=1, group="output", advanced=True)
     batch_size: int = option(8, "Clips encoded at once.", minimum=1, group="speed")
     max_failure_rate: float = option(
@@ -97,7 +104,9 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _ = self.spec, self.shard_bounds  # both raise ValueError for bad values
+        _ = self.spec, self.shard_bounds, self.frame_sizes  # all raise ValueError for bad values
+        if not self.frame_sizes and self.max_upscale != type(self).max_upscale:  # the class attribute is the default
+            raise ValueError(f"max_upscale={self.max_upscale:g}: applies to several sizes; give --sizes too")
 
     @property
     def shard_bounds(self) -> tuple[int, int | None]:
@@ -119,12 +128,18 @@ class EncodeConfig:
         # without the option paths follow the CSV when it is moved, except from a pipe
         base = None if is_default and folder == Path(data).parent else str(folder)
         negative = self.negative and str(Path(self.negative).absolute())
-        return replace(self, data=data, out=out, model=model, base_folder=base, negative=negative)
+        sizes = format_frame_sizes(self.frame_sizes)  # what `auto` stands for may change
+        return replace(self, data=data, out=out, model=model, base_folder=base, negative=negative, sizes=sizes)
 
     @property
     def spec(self) -> VideoSpec:
         """Size and frame rate of the videos."""
         return VideoSpec(self.num_frames, self.height, self.width, self.fps)
+
+    @property
+    def frame_sizes(self) -> tuple[FrameSize, ...]:
+        """The sizes side by side, sorted; none = that of `spec`, whose area `auto` keeps."""
+        return list_frame_sizes(self.sizes, self.height * self.width)
 
 
 @dataclass(frozen=True)

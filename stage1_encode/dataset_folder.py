@@ -8,22 +8,25 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from common.files import FolderLock, parse_json, read_json, refuse_foreign_files, write_file
 from common.model_folder import fingerprint_part, locate_part
 from common.options import write_config
-from common.video import VideoSpec
+from common.video import FrameSize, VideoSpec
 from shards.manifest import (
     MANIFEST_FILE,
+    MANY_SIZES_VERSION,
     NEGATIVE_FILE,
     SCHEMA_VERSION,
     EncoderInfo,
     Manifest,
     list_differences,
+    make_manifest,
     read_manifest,
     read_negative_embedding,
     write_manifest,
@@ -35,10 +38,17 @@ from stage1_encode.config import EncodeConfig
 from stage1_encode.media.rows import Row, rows_digest
 from stage1_encode.models.loading import read_text_width
 from stage1_encode.models.text_encoder import clean_prompt
+from stage1_encode.video_sizes.header_survey import PROGRESS_FILE, SURVEY_FILE
+from stage1_encode.video_sizes.row_sizes import assign_sizes, group_rows
+from stage1_encode.video_sizes.size_list import format_frame_sizes
 
 FAILURES_FILE, LOCK_FILE = "failures.csv", "encode.lock"
-FIXED_FILES = (PLAN_FILE, ENCODE_CONFIG_FILE, FAILURES_FILE, LOCK_FILE, MANIFEST_FILE, NEGATIVE_FILE)
+FIXED_FILES = (
+    *(PLAN_FILE, ENCODE_CONFIG_FILE, FAILURES_FILE, LOCK_FILE, MANIFEST_FILE, NEGATIVE_FILE),
+    *(SURVEY_FILE, PROGRESS_FILE),
+)
 DATA_SET_FILES = re.compile(rf"({'|'.join(FIXED_FILES)}|shard-\d{{6,}}\.(tar|json))(\.partial)?|{LOCK_FILE}(\.\d+)+")
+SIZE_FIELDS = ("sizes", "max_upscale")  # of a plan
 MAX_SHOWN_LINES = 10  # of changed rows in an error
 PLAN_SLOT, MANIFEST_SLOT, FIRST_SHARD_SLOT = 0, 1, 2  # of the lock file
 
@@ -57,15 +67,18 @@ class EncodingPlan:
     text_tokens: int
     hdr: str = "tonemap"  # fields with a default came later: a plan without them was made with the default
     untagged_hd: str = "bt601"
+    sizes: str = ""  # as the option names them; "" = one size, and plan.json holds neither of these two fields
+    max_upscale: float = 2.0
 
 
 @dataclass(frozen=True)
 class ShardSurvey:
     """The shards that a CSV asks for. A process holds the rows and sidecars of its own shards only."""
 
-    row_counts: list[int]  # of every shard
+    row_counts: dict[int, int]  # of every shard, by shard number, ascending
     finished: dict[int, ShardIndex]  # by shard number, without members
     unfinished: dict[int, list[Row]]  # by shard number
+    size_counts: Counter[FrameSize] = field(default_factory=Counter)  # rows of all shards, if there are several sizes
 
 
 def make_encoding_plan(config: EncodeConfig, model: Path) -> EncodingPlan:
@@ -80,7 +93,7 @@ def make_encoding_plan(config: EncodeConfig, model: Path) -> EncodingPlan:
         negative_prompt=config.negative_prompt,
     )
     return EncodingPlan(  # the field names are those of plan.json and must stay
-        SCHEMA_VERSION,
+        MANY_SIZES_VERSION if config.frame_sizes else SCHEMA_VERSION,  # older versions must not continue it
         config.spec,
         encoder,
         config.shard_size,
@@ -90,6 +103,8 @@ def make_encoding_plan(config: EncodeConfig, model: Path) -> EncodingPlan:
         config.text_batch_tokens,
         config.hdr,
         config.untagged_hd,
+        format_frame_sizes(config.frame_sizes),
+        config.max_upscale,
     )
 
 
@@ -126,7 +141,8 @@ def check_plan(folder: Path, plan: EncodingPlan) -> EncodingPlan:
 
 def write_plan(folder: Path, plan: EncodingPlan) -> None:
     """Write the plan of a data set."""
-    write_file(folder / PLAN_FILE, (json.dumps(asdict(plan), indent=1, ensure_ascii=False) + "\n").encode())
+    fields = {name: value for name, value in asdict(plan).items() if plan.sizes or name not in SIZE_FIELDS}
+    write_file(folder / PLAN_FILE, (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def describe_changes(folder: Path, rows: Sequence[Row], index: ShardIndex) -> str:
@@ -197,28 +213,48 @@ class DataSetFolder:
     plan: EncodingPlan
     lock: FolderLock
 
+    def survey_rows(
+        self, rows: Iterable[Row], *, assigned: range = range(0), broken_files: Collection[str] = ()
+    ) -> ShardSurvey:
+        """Give the rows their sizes, if there are several, and `survey_shards`; see there and `assign_sizes`."""
+        sized = assign_sizes(self.config, rows, is_begun=(self.path / PLAN_FILE).is_file())
+        shards = group_rows(sized, self.config.shard_size)
+        if not self.config.frame_sizes:
+            return self.survey_shards(shards, assigned=assigned, broken_files=broken_files)
+        with self.lock.hold_briefly(PLAN_SLOT), report_write_errors(self.path):  # one process reads the files' shapes
+            return self.survey_shards(shards, assigned=assigned, broken_files=broken_files)
+
     def survey_shards(
-        self, shards: Iterable[list[Row]], *, assigned: range = range(0), broken_files: Collection[str] = ()
+        self,
+        shards: Iterable[tuple[int, list[Row]]],
+        *,
+        assigned: range = range(0),
+        broken_files: Collection[str] = (),
     ) -> ShardSurvey:
         """Lock the assigned shards, then compare all sidecars but the broken ones with the rows of the CSV's shards.
 
+        shards: (number, rows) of each shard.
+
         Raises ValueError if another process holds a shard, or if rows were changed or removed since they were encoded.
         """
-        survey = ShardSurvey([], {}, {})
-        for number, rows in enumerate(shards):
+        survey, row_counts = ShardSurvey({}, {}, {}), dict[int, int]()
+        for number, rows in shards:
             if number in assigned:
                 self.lock.hold(FIRST_SHARD_SLOT + number)
             is_broken = index_file_name(shard_file_name(number)) in broken_files
             index = None if is_broken else read_finished_index(self.path, number)
             if index is not None:
                 self._check_rows_unchanged(rows, index)
-            survey.row_counts.append(len(rows))
+            row_counts[number] = len(rows)
+            if size := rows[0].video_size:
+                survey.size_counts[size] += len(rows)
             if number not in assigned:  # its rows are not kept: a large CSV does not fit into every rank's memory
                 continue
             if index is None or index.shard.rows < len(rows) or (self.config.retry_failures and index.failures):
                 survey.unfinished[number] = rows
             else:
                 survey.finished[number] = index
+        survey.row_counts.update(sorted(row_counts.items()))
         # a shard beyond the last one would stay in the folder without being in the manifest
         if (self.path / shard_file_name(len(survey.row_counts))).exists():
             raise ValueError(
@@ -259,7 +295,7 @@ class DataSetFolder:
                 for number in survey.unfinished:
                     (self.path / index_file_name(shard_file_name(number))).unlink(missing_ok=True)
 
-    def finish(self, row_counts: list[int], known: dict[int, ShardIndex]) -> tuple[dict[int, ShardIndex], bool]:
+    def finish(self, row_counts: Mapping[int, int], known: dict[int, ShardIndex]) -> tuple[dict[int, ShardIndex], bool]:
         """Write `failures.csv` and the manifest if all shards and the negative prompt's embedding are finished.
 
         Returns the sidecars of the finished shards by number, and whether the data set is complete. Those that are not
@@ -268,14 +304,14 @@ class DataSetFolder:
         with self.lock.hold_briefly(MANIFEST_SLOT), report_write_errors(self.path):
             read = {
                 number: known.get(number) or read_finished_index(self.path, number, rows)
-                for number, rows in enumerate(row_counts)
+                for number, rows in row_counts.items()
             }
             indices = {number: index for number, index in read.items() if index}
             if len(indices) < len(row_counts) or not (self.path / NEGATIVE_FILE).is_file():
                 return indices, False
             failures = [failure for index in indices.values() for failure in index.failures]
             shards = tuple(index.shard for index in indices.values())
-            manifest = Manifest(self.plan.schema, self.plan.spec, self.plan.encoder, shards, len(failures))
+            manifest = make_manifest(self.plan.spec, self.plan.encoder, shards, len(failures))
             if not _is_manifest_written(self.path, manifest):  # an unchanged data set keeps its files and their times
                 write_file(self.path / FAILURES_FILE, _failures_csv(failures))
                 write_manifest(self.path, manifest, read_negative_embedding(self.path))

@@ -17,6 +17,7 @@ from common.model_folder import locate_model, locate_part
 from common.planning.cards import find_card
 from common.planning.codec_cost import TEXT_WIDTH, encode_gib, encode_seconds, record_bytes
 from common.planning.units import format_bytes, format_hours, free_bytes
+from common.video import FrameSize
 from shards.manifest import NEGATIVE_FILE
 from shards.writer import NoteCount, ShardIndex
 from stage1_encode.config import EncodeConfig
@@ -31,8 +32,8 @@ from stage1_encode.dataset_folder import (
 )
 from stage1_encode.executors import make_executor, rank_and_world
 from stage1_encode.imported_latents.latent_source import complete_config, open_source, read_rows
-from stage1_encode.media.rows import count_reasons
-from stage1_encode.pipeline import ENCODER_PARTS, TooManyFailuresError
+from stage1_encode.media.rows import TooManyFailuresError, count_reasons
+from stage1_encode.pipeline import ENCODER_PARTS
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.5  # between two looks for the shards of other ranks
@@ -70,11 +71,11 @@ def encode(config: EncodeConfig) -> EncodeReport:
     plan = make_encoding_plan(config, locate_model(config.model, ENCODER_PARTS))
     check_data_set_folder(folder)
     plan = check_plan(folder, plan)
-    shards = read_rows(config, stop_after_failures=config.stop_after_failures)
-    shards = chain([next(shards)], shards)  # reports an unusable CSV before the folder is created
+    rows = read_rows(config, stop_after_failures=config.stop_after_failures)
+    rows = chain([next(rows)], rows)  # reports an unusable CSV before the folder is created
     with FolderLock(folder, LOCK_FILE, permanent=True) as lock:
         data_set = DataSetFolder(folder, config, plan, lock)
-        survey = data_set.survey_shards(shards, assigned=assigned)
+        survey = data_set.survey_rows(rows, assigned=assigned)
         data_set.restore_options()
         log_start(config, survey)
         began = time.monotonic()
@@ -84,7 +85,9 @@ def encode(config: EncodeConfig) -> EncodeReport:
         while waits_for_ranks(config) and not is_complete:  # torchrun ends this process if another rank dies
             time.sleep(POLL_SECONDS)
             indices, is_complete = data_set.finish(survey.row_counts, indices)
-    return build_report(config, list(indices.values()), total_rows=sum(survey.row_counts), is_complete=is_complete)
+    return build_report(
+        config, list(indices.values()), total_rows=sum(survey.row_counts.values()), is_complete=is_complete
+    )
 
 
 def log_start(config: EncodeConfig, survey: ShardSurvey) -> None:
@@ -92,10 +95,14 @@ def log_start(config: EncodeConfig, survey: ShardSurvey) -> None:
     rank, world = rank_and_world()
     if rank > 0 or not survey.unfinished:
         return
-    rows, shards, own = sum(survey.row_counts), len(survey.row_counts), sum(map(len, survey.unfinished.values()))
+    counts, own = survey.row_counts.values(), sum(map(len, survey.unfinished.values()))
+    rows, shards = sum(counts), len(counts)
     share = f" ({own} rows left for this one of {world} ranks)" if world > 1 else ""
     done = f"{len(survey.finished)} finished before"
     log.info("encode: %s, %d rows in %d shards, %s%s", config.data, rows, shards, done, share)
+    if survey.size_counts:
+        parts = (f"{count} of {size}" for size, count in sorted(survey.size_counts.items()))
+        log.info("rows by size (height x width): %s", ", ".join(parts))
     log_device(config, own, world)
     needed = record_bytes(config.spec, read_text_width(config.model)) * own * world
     free = free_bytes(Path(config.out))
@@ -193,6 +200,9 @@ def build_report(
             "--retry-failures tries the failed rows again"
         )
     notes = Counter[str]()
+    for index in indices:
+        if size := index.shard.video_size:
+            notes[f"size {FrameSize(*size)}"] += index.shard.records
     for index in indices:
         notes.update({item.note: item.records for item in index.notes})
     counts = tuple(starmap(NoteCount, notes.most_common()))

@@ -28,9 +28,10 @@ from stage1_encode.dataset_folder import report_write_errors
 from stage1_encode.media.color import ColorRules, is_changed
 from stage1_encode.media.first_frame import FirstFrame, UnreadableError
 from stage1_encode.media.reader_pool import ReaderPool, default_worker_count, read_frames_ahead
-from stage1_encode.media.rows import Row, count_reasons, rows_digest
+from stage1_encode.media.rows import Row, TooManyFailuresError, count_reasons, rows_digest
 from stage1_encode.models import text_encoder, vae
 from stage1_encode.models.row_encoder import RowEncoder
+from stage1_encode.video_sizes.row_sizes import size_problem
 
 ENCODER_PARTS = ("vae", "text_encoder", "tokenizer")
 WRITER_THREADS = 2  # shards hashed and written at once
@@ -44,10 +45,6 @@ class ShardJob:
     rows: list[Row]
     frames: Iterator["Future[FirstFrame] | None"]  # one per row, read ahead; None = row without a usable file
     prompts: "Future[tuple[list[str], list[list[int]]]]"  # cleaned prompts and token ids
-
-
-class TooManyFailuresError(RuntimeError):
-    """More rows failed than the options allow; what has been encoded is kept."""
 
 
 @dataclass
@@ -169,6 +166,7 @@ def encode_shard(config: EncodeConfig, encoder: RowEncoder, job: ShardJob, count
     notes = Counter[str]()
     for row, prompt, text, pending_frame in zip(job.rows, prompts, texts, job.frames, strict=True):
         frame, problem = wait_for_frame(row, prompt, pending_frame)
+        problem = problem or (size_problem(row, frame, config.frame_sizes, config.max_upscale) if frame else "")
         counter.count_row(problem)
         if problem:
             failures.append(RowFailure(row.line, row.path, problem))
@@ -178,6 +176,7 @@ def encode_shard(config: EncodeConfig, encoder: RowEncoder, job: ShardJob, count
         if frame:
             pictures[len(records)] = frame.pixels
             source = replace(source, size=frame.size, color=frame.color if is_changed(frame.color) else "")
+            source = replace(source, crop=frame.crop) if row.video_size else source
             notes.update(filter(None, (frame.color, frame.emptiness)))
         records.append(Record(row.key, source, None, text))
         if len(pictures) == config.batch_size:
@@ -228,6 +227,7 @@ def save_shard(config: EncodeConfig, number: int, rows: list[Row], encoded: Enco
             failures=encoded.failures,
             rows_sha256=rows_digest(rows),
             notes=encoded.notes,
+            video_size=(size.height, size.width) if (size := rows[0].video_size) else None,
         )
     return replace(index, members=())  # a large data set has millions of members
 

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -16,8 +16,9 @@ from common.files import FolderLock, write_file
 from common.model_folder import fingerprint_part, locate_model, locate_part, same_fingerprint
 from common.options import resolve_config
 from shards.dataset import DataSet, open_data_set
-from shards.manifest import MANIFEST_FILE, list_differences
+from shards.manifest import MANIFEST_FILE
 from shards.record import Record
+from shards.verification.check_settings import settings_differences
 from shards.verification.statistics import VerifyReport
 from shards.verification.verify import delete_broken_files
 from stage1_encode.config import EncodeConfig, VerifyConfig
@@ -56,10 +57,10 @@ def repair_data_set(report: VerifyReport, config: VerifyConfig) -> EncodeReport:
     broken_files = {problem.file for problem in report.problems}
     plan = restore_plan(report, plan) if PLAN_FILE in broken_files else check_plan(folder, plan)
     pick_device(options.device)
-    shards = read_rows(options)
+    rows = read_rows(options)
     with FolderLock(folder, LOCK_FILE, permanent=True) as lock:
         data_set = DataSetFolder(folder, options, plan, lock)
-        data_set.survey_shards(shards, broken_files=broken_files)
+        data_set.survey_rows(rows, broken_files=broken_files)
         if PLAN_FILE in broken_files:
             write_plan(folder, plan)
     delete_broken_files(report)  # only now: everything that `encode` would refuse has been checked
@@ -71,8 +72,7 @@ def restore_plan(report: VerifyReport, plan: EncodingPlan) -> EncodingPlan:
     manifest = report.manifest
     if manifest is None:
         raise ValueError(f"shards={report.location}: {PLAN_FILE} and {MANIFEST_FILE} are both damaged; encode it again")
-    expected = asdict(manifest.spec) | asdict(manifest.encoder)
-    differences = list_differences(expected, asdict(plan.spec) | asdict(plan.encoder))
+    differences = settings_differences(manifest, plan.spec, plan.encoder, plan.sizes)
     if differences:
         raise ValueError(
             f"shards={report.location}: was made with other settings: {'; '.join(differences)}; give that model"
@@ -103,9 +103,12 @@ def draw_contact_sheet(report: VerifyReport, config: VerifyConfig) -> Path:
             f"model={config.model}: its VAE is not the one that {report.location} was made with; give that one"
         )
     model = vae.load_vae(folder, dtype=torch.float32, device=pick_device(config.device))
-    cells = [draw_cell(model, record) for record in evenly_spaced_records(data)]
+    has_many_sizes = len(data.size_groups) > 1
+    cells = [draw_cell(model, record, limit_height=has_many_sizes) for record in evenly_spaced_records(data)]
     if not cells:
         raise ValueError(f"shards={report.location}: no record has a first frame to show; leave --model out")
+    height = max(len(cell) for cell in cells)  # lower ones stand on the same line, under white
+    cells = [numpy.pad(cell, ((height - len(cell), 0), (0, 0), (0, 0)), constant_values=255) for cell in cells]
     cells += [numpy.full_like(cells[0], 255)] * (-len(cells) % PICTURES_PER_ROW)  # white cells complete the last row
     pixels = rearrange(numpy.stack(cells), "(row column) x y c -> (row x) (column y) c", column=PICTURES_PER_ROW)
     path, sheet = Path(config.sheet), io.BytesIO()
@@ -116,20 +119,24 @@ def draw_contact_sheet(report: VerifyReport, config: VerifyConfig) -> Path:
 
 
 def evenly_spaced_records(data: DataSet) -> Iterator[Record]:
-    """Up to `MAX_PICTURES` records with a first frame, evenly spread; unreadable ones are skipped."""
-    for index in numpy.unique(numpy.linspace(0, data.num_records - 1, MAX_PICTURES).round().astype(int)).tolist():
-        with suppress(ValueError, OSError):  # verify has reported it
-            record = data.read_record(index)
-            if record.first_frame is not None:
-                yield record
+    """Up to `MAX_PICTURES` records with a first frame, as many of each size, evenly spread; broken ones are skipped."""
+    count = MAX_PICTURES // len(data.size_groups)
+    for group in data.size_groups:
+        for index in numpy.unique(numpy.linspace(0, group.num_records - 1, count).round().astype(int)).tolist():
+            with suppress(ValueError, OSError):  # verify has reported it
+                record = data.read_record(group.record_index(index))
+                if record.first_frame is not None:
+                    yield record
 
 
-def draw_cell(model: vae.WanVae, record: Record) -> numpy.ndarray:
-    """One record's picture above its key: (X Y 3) uint8."""
+def draw_cell(model: vae.WanVae, record: Record, *, limit_height: bool) -> numpy.ndarray:
+    """One record's picture above its key: (X Y 3) uint8, Y = `CELL_WIDTH`; with a limit, X is about as much at most."""
     assert record.first_frame is not None
     picture = Image.fromarray(vae.decode_video(model, record.first_frame)[0].numpy())
-    height = round(picture.height * CELL_WIDTH / picture.width)
+    scale = CELL_WIDTH / (max(picture.size) if limit_height else picture.width)
+    width, height = round(picture.width * scale), round(picture.height * scale)
     image = Image.new("RGB", (CELL_WIDTH, height + LABEL_HEIGHT), "white")
-    image.paste(picture.resize((CELL_WIDTH, height)), (0, 0))
-    ImageDraw.Draw(image).text((2, height), record.key, fill="black")
+    image.paste(picture.resize((width, height)), (0, 0))
+    label = f"{record.key} {picture.height}x{picture.width}" if limit_height else record.key
+    ImageDraw.Draw(image).text((2, height), label, fill="black")
     return numpy.asarray(image)

@@ -4,13 +4,13 @@ A data set may lack both, as readers need neither.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import yaml
 
 from common.files import Count, parse_json
-from common.video import VideoSpec
+from common.video import FrameSize, VideoSpec
 from shards.manifest import EncoderInfo, Manifest, list_differences
 from shards.storage.open import Storage
 from shards.verification.check_shard import DataProblem
@@ -31,15 +31,16 @@ class StoredPlan:
     compile: bool
     batch_size: Count
     text_tokens: Count
+    sizes: str = ""  # such as 704x1280,1280x704; "" = one size
 
 
 def settings_problems(storage: Storage, manifest: Manifest) -> Iterator[DataProblem]:
     """What is wrong with the two files, if they exist."""
-    expected = asdict(manifest.spec) | asdict(manifest.encoder)
+    expected = manifest_values(manifest)
     try:
         plan = parse_json(storage.read(PLAN_FILE, fresh=True), StoredPlan, "the plan")
         check_shard_size(plan, manifest)
-        check_values(expected, asdict(plan.spec) | asdict(plan.encoder))
+        check_no_differences(settings_differences(manifest, plan.spec, plan.encoder, plan.sizes))
         expected = plan_values(plan)
     except FileNotFoundError:
         pass
@@ -71,9 +72,24 @@ def check_shard_size(plan: StoredPlan, manifest: Manifest) -> None:
             )
 
 
-def check_values(expected: Mapping[str, object], actual: Mapping[str, object]) -> None:
-    """Raise ValueError if a value is another than expected."""
-    if differences := list_differences(expected, actual):
+def settings_differences(manifest: Manifest, spec: VideoSpec, encoder: EncoderInfo, sizes: str) -> list[str]:
+    """What the fields of a plan say otherwise than the manifest, a line each."""
+    differences = list_differences(manifest_values(manifest), asdict(spec) | asdict(encoder))
+    stated = {str(FrameSize(*shard.video_size)) for shard in manifest.shards if shard.video_size}
+    is_contradicted = not stated <= set(sizes.split(","))
+    return differences + [f"sizes: {sizes!r}, expected {','.join(sorted(stated))!r}"] * is_contradicted
+
+
+def manifest_values(manifest: Manifest) -> dict[str, object]:
+    """The values of spec and encoder by name, without height and width if the shards state theirs."""
+    values = asdict(manifest.spec) | asdict(manifest.encoder)
+    has_sizes = any(shard.video_size for shard in manifest.shards)
+    return {name: value for name, value in values.items() if not has_sizes or name not in ("height", "width")}
+
+
+def check_no_differences(differences: Sequence[str]) -> None:
+    """Raise ValueError if there are differences."""
+    if differences:
         raise ValueError(f"contradicts the data set: {'; '.join(differences)}")
 
 
@@ -85,4 +101,5 @@ def check_options(data: bytes, expected: Mapping[str, object]) -> None:
         raise ValueError(f"is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict) or not all(isinstance(options.get(name), str) for name in ("data", "model")):
         raise ValueError("is damaged: it must hold KEY: VALUE lines with data and model")
-    check_values({name: value for name, value in expected.items() if name in options}, options)
+    stated = {name: value for name, value in expected.items() if name in options}
+    check_no_differences(list_differences(stated, options))

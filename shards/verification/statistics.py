@@ -1,10 +1,12 @@
 """Statistics of a data set, and the records that stand out."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy
 
+from common.video import FrameSize
 from shards.manifest import Manifest
 from shards.verification.check_shard import STATISTICS, DataProblem, ShardReport
 
@@ -43,7 +45,18 @@ class VerifyReport:
         if self.manifest is not None:
             counts = {"records": self.manifest.records, "failures": self.manifest.failures}
             fields |= {"shards": len(self.manifest.shards), **counts, "spec": asdict(self.manifest.spec)}
+            if self.size_counts:
+                fields["sizes"] = [asdict(size) | {"records": count} for size, count in self.size_counts.items()]
         return {name: value for name, value in fields.items() if name != "manifest"}
+
+    @property
+    def size_counts(self) -> dict[FrameSize, int]:
+        """Records of each size, in the order of sizes; none if the data set has only that of its manifest."""
+        counts = Counter[FrameSize]()
+        for shard in self.manifest.shards if self.manifest is not None else ():
+            if shard.records and shard.video_size:
+                counts[FrameSize(*shard.video_size)] += shard.records
+        return dict(sorted(counts.items()))
 
     def format_lines(self) -> list[str]:
         """The report in words."""
@@ -52,6 +65,7 @@ class VerifyReport:
             shards, counts = self.manifest.shards, (self.manifest.records, self.manifest.failures)
             rows = f"{counts[0]} records + {counts[1]} failures = {sum(shard.rows for shard in shards)} rows"
             lines.append(f"{rows} in {len(shards)} shards; {self.manifest.spec}")
+            lines += [f"{count} records of {size} (height x width)" for size, count in self.size_counts.items()]
         lines += [f"{name}: {summary}" for name, summary in self.value_summaries.items()]
         lines += [f"{count} records from {kind}" for kind, count in list(self.sources.items())[:MAX_PRINTED]]
         lines += [f"{count} records: {note}" for note, count in self.notes.items()]

@@ -17,14 +17,15 @@ from stage1_encode.config import NEGATIVE_PROMPT, EncodeConfig
 from stage1_encode.imported_latents.fastvideo import FastVideoSource
 from stage1_encode.imported_latents.lightx2v import METADATA_FILE, LightX2VSource, metadata_files, read_condition
 from stage1_encode.imported_latents.stored_clip import ClipError, RecordLayout, trim_text
-from stage1_encode.media.rows import Row, group_rows, read_shard_rows
+from stage1_encode.media.rows import Row, check_first_rows, read_csv_rows
 from stage1_encode.models.loading import read_text_width
 from stage1_encode.models.vae import read_latent_statistics
 
 LatentSource = FastVideoSource | LightX2VSource
 TEXT_PARTS = ("text_encoder", "tokenizer")
 ENCODER_PARTS = ("vae", *TEXT_PARTS)
-WITHOUT_EFFECT = ("compile", "hdr", "untagged_hd", "engine", "base_folder")  # options of what is not computed here
+# options of what is not computed here
+WITHOUT_EFFECT = ("compile", "hdr", "untagged_hd", "engine", "base_folder", "sizes")
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,18 @@ def open_source(path: Path) -> LatentSource | None:
     return None
 
 
-def read_rows(config: EncodeConfig, *, stop_after_failures: int = 0) -> Iterator[list[Row]]:
-    """Yield the rows of each shard, from a CSV or another program's files; see `read_shard_rows`."""
+def read_rows(config: EncodeConfig, *, stop_after_failures: int = 0) -> Iterator[Row]:
+    """The rows of a CSV or another program's files; see `read_csv_rows`."""
     path, source = Path(config.data), open_source(Path(config.data))
     if source is None:
-        return read_shard_rows(
-            path, shard_size=config.shard_size, text_only=config.text_only, stop_after_failures=stop_after_failures
+        return read_csv_rows(
+            path,
+            text_only=config.text_only,
+            stop_after_failures=stop_after_failures,
+            with_sizes=bool(config.frame_sizes),
         )
     rows = source.read_rows(text_only=config.text_only)
-    return group_rows(path, rows, shard_size=config.shard_size, stop_after_failures=stop_after_failures)
+    return check_first_rows(path, rows, stop_after_failures=stop_after_failures)
 
 
 def complete_config(config: EncodeConfig) -> EncodeConfig:

@@ -56,7 +56,7 @@ def video(
     image: numpy.ndarray | None = None,
     frames: int = 4,
     rotation: int = 0,
-    aspect: int = 1,
+    aspect: int | Fraction = 1,
     steps: tuple[int, ...] = (),
 ) -> Callable[[Path], object]:
     """A maker of a video; `steps` are the times of its frames in 1/24 s."""

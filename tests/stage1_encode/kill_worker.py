@@ -1,4 +1,4 @@
-"""Kills forked encodes at KILLS random moments, then lets one end: `kill_worker.py MODEL CSV OUT KILLS WORLD`."""
+"""Kills forked encodes at KILLS random moments, then lets one end; arguments: MODEL CSV OUT KILLS WORLD [SIZES]."""
 
 import os
 import random
@@ -12,6 +12,7 @@ from stage1_encode.encode import encode
 
 MODEL, TABLE, OUT = sys.argv[1:4]
 KILLS, WORLD = int(sys.argv[4]), int(sys.argv[5])
+SIZES = sys.argv[6] if len(sys.argv) > 6 else ""
 
 
 def start(rank: int) -> int:
@@ -19,7 +20,8 @@ def start(rank: int) -> int:
     if child:
         return child
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(WORLD)
-    encode(EncodeConfig(TABLE, MODEL, OUT, 9, 64, 96, shard_size=2, text_dtype="float32", device="cpu", workers=1))
+    options = {"shard_size": 2, "text_dtype": "float32", "device": "cpu", "workers": 1, "sizes": SIZES}
+    encode(EncodeConfig(TABLE, MODEL, OUT, 9, 64, 96, **options))
     os._exit(0)
 
 
@@ -27,7 +29,7 @@ def main() -> None:
     draw, killed = random.Random(0), 0
     while killed < KILLS:
         children = [start(rank) for rank in range(WORLD)]
-        time.sleep(draw.uniform(0.0, 0.8))
+        time.sleep(draw.uniform(0.0, 3.0 if SIZES else 0.8))  # several sizes: the files are read twice
         for child in children:
             os.kill(child, signal.SIGKILL)
         hit = sum(os.waitpid(child, 0)[1] == signal.SIGKILL for child in children)
