@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from tests import recipe_plans
 from tests.option_tables import PAGE, options_page
 
 ROOT = Path(__file__).parent.parent
@@ -12,6 +13,11 @@ FOLDERS = ("common", "shards", "stage1_encode", "stage2_distill", "commands")
 
 def test_option_tables_are_those_of_the_configurations() -> None:
     assert PAGE.read_text(encoding="utf-8") == options_page(), "run `python -m tests.option_tables`"
+
+
+def test_plans_of_the_recipes_are_those_of_the_command() -> None:
+    page = recipe_plans.PAGE.read_text(encoding="utf-8")
+    assert page.endswith(recipe_plans.recipe_plans()), "run `python -m tests.recipe_plans`"
 
 
 def folders() -> dict[str, set[str]]:

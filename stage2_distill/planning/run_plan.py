@@ -84,7 +84,8 @@ def make_plan(
     memory = calibration.correct_memory(memory) if calibration else memory
     seconds = iteration_seconds(config, size, card, world=gpus, form=form, kernel=kernel)
     pause = PAUSE_SECONDS if config.async_checkpoint else memory.checkpoint / DISK_RATE
-    hours = (START_SECONDS + config.iterations * seconds + count_checkpoints(config) * pause) / 3600
+    checkpoints = -(-config.iterations // config.checkpoint_every)  # rounded up: the last iteration has one
+    hours = (START_SECONDS + config.iterations * seconds + checkpoints * pause) / 3600
     modes, fits = tuple(compare_modes(config, size, gpus=gpus, total=total)), memory.fits(total)
     return RunPlan(
         gpus=gpus,
@@ -105,7 +106,7 @@ def make_plan(
         cost=None if price is None else hours * gpus * price,
         encode_hours=encode_seconds(records, config.spec, card, gpus=gpus) / 3600,
         data_bytes=records * record_bytes(config.spec, size.text_dim),
-        run_bytes=memory.checkpoint * (min(config.keep_last, count_checkpoints(config)) + 1),
+        run_bytes=memory.checkpoint * (kept_checkpoints(config) + 1),
         pause_seconds=pause,
         video_seconds=student_seconds(config, size, card, kernel),
         epochs=updates(config) * config.global_batch / records,
@@ -113,9 +114,11 @@ def make_plan(
     )
 
 
-def count_checkpoints(config: DistillConfig) -> int:
-    """Checkpoints that a run writes."""
-    return -(-config.iterations // config.checkpoint_every)  # rounded up: the last iteration has one
+def kept_checkpoints(config: DistillConfig) -> int:
+    """Checkpoints that a run has at its end."""
+    saved = [*range(config.checkpoint_every, config.iterations, config.checkpoint_every), config.iterations]
+    kept = saved[: -config.keep_last] if config.keep_every else []
+    return min(len(saved), config.keep_last) + sum(one % config.keep_every == 0 for one in kept)
 
 
 def student_seconds(config: DistillConfig, size: TransformerSize, card: Card, kernel: str) -> float:

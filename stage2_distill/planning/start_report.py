@@ -10,7 +10,7 @@ from stage2_distill.planning.duration import iteration_seconds
 from stage2_distill.planning.machine import Machine
 from stage2_distill.planning.memory import MemoryEstimate, estimate_memory
 from stage2_distill.planning.network_size import TransformerSize
-from stage2_distill.planning.run_plan import GIB, compare_modes, find_remedy
+from stage2_distill.planning.run_plan import GIB, compare_modes, find_remedy, kept_checkpoints
 
 
 def start_lines(
@@ -53,9 +53,9 @@ def describe_time(config: DistillConfig, size: TransformerSize, machine: Machine
 
 def describe_output(config: DistillConfig, memory: MemoryEstimate) -> str:
     """Where the checkpoints go, and whether the disk has room for them."""
-    free, needed = free_bytes(Path(config.out)), memory.checkpoint * (config.keep_last + 1)
+    free, needed = free_bytes(Path(config.out)), memory.checkpoint * (kept_checkpoints(config) + 1)
     state = "" if free > needed else ": TOO LITTLE, use a larger disk or a smaller --keep-last"
     return (
         f"output: {config.out}, a checkpoint of {format_bytes(memory.checkpoint)} every {config.checkpoint_every} "
-        f"iterations, {config.keep_last} kept; needs {format_bytes(needed)}, {format_bytes(free)} free{state}"
+        f"iterations, {kept_checkpoints(config)} kept; needs {format_bytes(needed)}, {format_bytes(free)} free{state}"
     )

@@ -9,12 +9,15 @@ from torch import nn
 
 from common.condition import Condition
 from common.flow import add_noise, timestep_sigmas, x0_from_velocity
+from common.options import read_yaml, resolve_config
 from common.video import VideoSpec
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.losses import critic_loss
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, Schedule
 from stage2_distill.optim.ema import EmaWeights
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +144,14 @@ def test_average_equals_the_formula(offload: bool) -> None:
 def test_bad_knobs_are_named(change: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         config(**change)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_valid(path: Path) -> None:
+    required = {"shards": ("d",), "model": "m", "out": "o"}
+    recipe = resolve_config(DistillConfig, required | {"config": str(path)})
+    assert (recipe == config()) == (path.stem == "wan22-ti2v-5b"), "the defaults are the published recipe"
+    if path.stem in ("wan22-ti2v-5b-lora-24gb", "wan22-ti2v-5b-80gb"):  # "what is not named here is as in ..."
+        full = resolve_config(DistillConfig, required | {"config": str(RECIPES / "wan22-ti2v-5b.yaml")})
+        named = read_yaml(str(path))
+        assert {name for name, value in vars(full).items() if value != vars(recipe)[name]} <= named.keys()

@@ -15,7 +15,7 @@ from common.planning.cards import find_card
 from stage2_distill.config import DistillConfig
 from stage2_distill.planning.config import PlanConfig
 from stage2_distill.planning.network_size import TransformerSize
-from stage2_distill.planning.run_plan import RunPlan, make_plan
+from stage2_distill.planning.run_plan import RunPlan, kept_checkpoints, make_plan
 
 ROOT = Path(__file__).parents[3]
 CONFIG = DistillConfig(("d",), "m", "o", compile=True)
@@ -108,3 +108,14 @@ def test_the_command() -> None:
 def test_a_missing_recipe_is_named_by_its_own_option() -> None:
     with pytest.raises(ValueError, match="^recipe=none.yaml: No such file or directory; give the path of a YAML file$"):
         PlanConfig(recipe="none.yaml").distill_options()
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [({}, 3), ({"iterations": 600}, 2), ({"keep_every": 1000}, 5), ({"iterations": 4100, "keep_every": 500}, 9)],
+)
+def test_checkpoints_that_stay(options: dict[str, int], kept: int) -> None:
+    """Of 500, 1000, ...: the newest three, and those of every 1000 iterations."""
+    assert kept_checkpoints(replace(CONFIG, **options)) == kept
+    size = TransformerSize()
+    assert plan_of(replace(CONFIG, **options), "h200", 8).run_bytes == pytest.approx(20 * size.parameters * (kept + 1))
