@@ -17,9 +17,8 @@ from torch import Tensor
 from cli import cli
 from common.condition import Condition, Denoiser
 from common.flow import timestep_sigmas
-from stage2_distill import trainer
 from stage2_distill.checkpointing.format import STUDENT_FILE
-from stage2_distill.dmd import losses
+from stage2_distill.dmd import losses, student_objective
 from stage2_distill.model import wan
 
 
@@ -54,7 +53,7 @@ def main() -> None:
         undo_shift(Path(rest[0]), Path(rest[1]))
         return
     if part == "critic":
-        trainer.dmd_loss = loss_without_critic
+        student_objective.dmd_loss = loss_without_critic
     elif part == "pin":
         wan.pin = keep_frame
     else:

@@ -90,7 +90,8 @@ def measure_iterations(case: Case, trainer: Trainer, facts: dict[str, float]) ->
 def describe_step(step: StepResult, seconds: float) -> str:
     """Return the time and the exits of an iteration."""
     student = "" if step.student is None else f"student {step.student.exit_index}, "
-    return f"{seconds:.2f} ({student}critic {step.critic.exit_index})"
+    critic = "" if step.critic is None else f"critic {step.critic.exit_index}"
+    return f"{seconds:.2f} ({student}{critic})"
 
 
 def mean_iteration_rows(case: Case, trainer: Trainer, facts: dict[str, float], seconds: float) -> Iterator[Row]:

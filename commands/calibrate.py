@@ -59,6 +59,7 @@ def one_micro_batch(run: DistillConfig, world: int) -> DistillConfig:
         global_batch=run.batch_size * world,
         iterations=WARM_UP + MEASURED,
         student_update_interval=2,
+        teacher_warmup=0,
         critic_warmup=0,
         rollout_reuse=False,  # its passes differ from iteration to iteration
         async_checkpoint=False,  # nothing is saved, so nothing is copied
@@ -91,6 +92,7 @@ def run_step(trainer: Trainer, iteration: int, batches: list[tuple[MicroBatch, C
 
 def count_passes(step: StepResult) -> RolloutPasses:
     """Forward passes of an iteration's rollouts, each of which leaves at the exit that was drawn."""
+    assert step.critic is not None, "the critic is updated in every iteration after a warm-up"
     critic = step.critic.exit_index
     student = 0 if step.student is None else step.student.exit_index
     assert critic is not None and student is not None, "one micro-batch has one exit"

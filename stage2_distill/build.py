@@ -19,6 +19,7 @@ from stage2_distill.dmd.rollout import StudentRollouts
 from stage2_distill.dmd.rollout_reuse import RolloutReuse
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, Schedule
 from stage2_distill.dmd.score_noise import ScoreNoise
+from stage2_distill.dmd.student_objective import StudentObjective
 from stage2_distill.model.attention import check_kernel, choose_kernel, kernel_name
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters, lora_settings
@@ -139,15 +140,16 @@ def build_trainer(
     """The trainer of a run; negative_text (L D): padded as the batches' texts are."""
     rollouts = StudentRollouts(roles.student.denoiser, config.seed, config.sigmas)
     critic_rollouts = RolloutReuse(rollouts, schedule) if config.rollout_reuse else rollouts
-    timer = PhaseTimer(ranks.device)
+    timer, score_noise = PhaseTimer(ranks.device), config.select(ScoreNoise)
+    teacher = guided(roles.teacher_denoiser, negative_text=negative_text, scale=config.guidance_scale)
     return Trainer(
         ranks,
         roles,
-        guided(roles.teacher_denoiser, negative_text=negative_text, scale=config.guidance_scale),
+        StudentObjective(teacher, roles.fake_denoiser, score_noise, config.select(TeacherRegression), config.sigmas),
+        score_noise,
         schedule,
-        GradientAccumulator(rollouts, critic_rollouts, config.select(ScoreNoise), ranks.device, timer),
+        GradientAccumulator(rollouts, critic_rollouts, ranks.device, timer),
         config.critic_loss,
-        config.select(TeacherRegression),
         config.grad_clip,
         config.ida_share,
         timer,

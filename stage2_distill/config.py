@@ -106,7 +106,11 @@ class DistillConfig:
     student_update_interval: int = advanced(
         5, "Iterations from one student update to the next.", minimum=1, group="recipe", old_name="student_every"
     )
-    critic_warmup: int = advanced(0, "First iterations, which update the critic only.", minimum=0, group="recipe")
+    teacher_warmup: int = advanced(
+        0, "First iterations, which update the student only: its samples regress to the guided teacher's x0.",
+        minimum=0, group="recipe",
+    )  # fmt: skip
+    critic_warmup: int = advanced(0, "Iterations after those, which update the critic only.", minimum=0, group="recipe")
     critic_loss: str = advanced("x0", "The critic regresses x0, flow or noise.", choices=CRITIC_LOSSES, group="recipe")
     critic_ema_decay: float = advanced(
         0.0, "Decay per update of an averaged critic, whose score the student follows; 0 = the critic itself.",

@@ -16,19 +16,19 @@ from common.timer import PhaseTimer
 from stage2_distill.distributed.fsdp import set_gradient_all_reduce
 from stage2_distill.distributed.process_group import RankContext, gather_from_ranks
 from stage2_distill.dmd.latent_stats import LATENT_STATS, latent_stats
-from stage2_distill.dmd.losses import critic_loss, dmd_loss
-from stage2_distill.dmd.regression import TeacherRegression
+from stage2_distill.dmd.losses import critic_loss
 from stage2_distill.dmd.rollout import Simulated, StudentRollouts
 from stage2_distill.dmd.rollout_reuse import RolloutReuse
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, Schedule
 from stage2_distill.dmd.score_noise import ScoreNoise
+from stage2_distill.dmd.student_objective import StudentObjective
 from stage2_distill.model.weight_loading import blend_weights
 from stage2_distill.monitoring.metrics_log import StepResult, UpdateResult
 from stage2_distill.optim.adamw import RoleOptimizer
 from stage2_distill.optim.ema import CriticAverage, EmaWeights
 
 MicroBatches = Iterator[tuple[MicroBatch, Condition]]
-LossFunction = Callable[[Simulated, Tensor, Tensor], Tensor]  # (samples, sigma (B), eps (B C T H W)) -> scalar
+LossFunction = Callable[[Simulated, MicroBatch], Tensor]  # -> scalar
 
 
 class DivergedError(RuntimeError):
@@ -77,7 +77,6 @@ class GradientAccumulator:
 
     student_rollouts: StudentRollouts
     critic_rollouts: StudentRollouts | RolloutReuse
-    score_noise: ScoreNoise
     device: torch.device
     timer: PhaseTimer
 
@@ -92,7 +91,7 @@ class GradientAccumulator:
             with self.timer("rollout"), torch.set_grad_enabled(trains_student):
                 samples = rollouts.simulate(micro_batch, condition, exit_index)
             with self.timer("scores"):
-                value = loss(samples, *self.score_noise.draw(micro_batch, samples))
+                value = loss(samples, micro_batch)
             with self.timer("backward"):
                 (value * micro_batch.share).backward()  # the shares of an update add up to 1
             stats = torch.cat([value.detach()[None], latent_stats(samples.x0, samples.condition)])
@@ -138,11 +137,11 @@ class Trainer:
 
     ranks: RankContext
     roles: Roles
-    teacher: Denoiser  # with guidance
+    objective: StudentObjective
+    score_noise: ScoreNoise  # at which the critic is trained
     schedule: Schedule
     accumulator: GradientAccumulator
     critic_loss: str  # what the critic regresses
-    regression: TeacherRegression
     grad_clip: float
     ida_share: float
     timer: PhaseTimer
@@ -150,25 +149,21 @@ class Trainer:
 
 def train_step(trainer: Trainer, iteration: int, data: MicroBatches) -> StepResult:
     """One iteration of DMD2 (algorithm 1): the student in its turn, then the critic."""
-    student = update_student(trainer, iteration, data) if trainer.schedule.is_student_turn(iteration) else None
-    critic = update_critic(trainer, iteration, data)
+    roles = trainer.schedule.updated_roles(iteration)
+    student = update_student(trainer, iteration, data) if STUDENT in roles else None
+    critic = update_critic(trainer, iteration, data) if CRITIC in roles else None
     return StepResult(student, critic, trainer.timer.read_seconds())
 
 
 def update_student(trainer: Trainer, iteration: int, data: MicroBatches) -> UpdateResult:
     """Move the student's distribution to the teacher's (DMD, eq. 7), with a gradient at one step of the rollout."""
-    roles, schedule, teacher, regression = trainer.roles, trainer.schedule, trainer.teacher, trainer.regression
-
-    def loss(samples: Simulated, sigma: Tensor, eps: Tensor) -> Tensor:
-        fake = roles.fake_denoiser
-        value = dmd_loss(samples.x0, samples.condition, teacher=teacher, critic=fake, sigma=sigma, eps=eps)
-        return value + regression.loss(samples, teacher) if regression.regression_weight else value
-
+    roles, schedule, objective = trainer.roles, trainer.schedule, trainer.objective
+    loss = objective.warmup_loss if schedule.is_teacher_warmup(iteration) else objective.matching_loss
     exit_index = schedule.draw_exit_index(iteration, STUDENT)
     accumulated = trainer.accumulator.accumulate(data, loss, roles.student.net, exit_index)
     with roles.ema.update_after(schedule.ema_decay_after(iteration)):
         result = apply_update(trainer, roles.student.optimizer, schedule.learning_rate(iteration, STUDENT), accumulated)
-    if trainer.ida_share:
+    if trainer.ida_share and not schedule.is_teacher_warmup(iteration):
         align_critic(roles, trainer.ida_share)
     return result
 
@@ -187,7 +182,8 @@ def update_critic(trainer: Trainer, iteration: int, data: MicroBatches) -> Updat
     """Fit the critic to the student's present distribution (DMD2, section 4.2), on rollouts without gradient."""
     critic, schedule = trainer.roles.critic, trainer.schedule
 
-    def loss(samples: Simulated, sigma: Tensor, eps: Tensor) -> Tensor:
+    def loss(samples: Simulated, micro_batch: MicroBatch) -> Tensor:
+        sigma, eps = trainer.score_noise.draw(micro_batch, samples)
         network, kind = critic.denoiser, trainer.critic_loss
         return critic_loss(samples.x0, samples.condition, critic=network, sigma=sigma, eps=eps, kind=kind)
 

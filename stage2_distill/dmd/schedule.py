@@ -38,6 +38,7 @@ class Schedule:
     world: int
     iterations: int
     student_update_interval: int
+    teacher_warmup: int
     critic_warmup: int
     batch_size: int
     global_batch: int
@@ -64,19 +65,31 @@ class Schedule:
 
     def is_student_turn(self, iteration: int) -> bool:
         """Whether the student is updated in this iteration, before the critic."""
-        return iteration >= self.critic_warmup and iteration % self.student_update_interval == 0
+        is_match = iteration >= self.matching_start and iteration % self.student_update_interval == 0
+        return is_match or self.is_teacher_warmup(iteration)
+
+    @property
+    def matching_start(self) -> int:
+        """The iteration from which the student may be updated by matching."""
+        return self.teacher_warmup + self.critic_warmup
+
+    def is_teacher_warmup(self, iteration: int) -> bool:
+        """Whether only the student is updated, by regression to the teacher (`losses.regression_loss`)."""
+        return iteration < self.teacher_warmup
 
     def updated_roles(self, iteration: int) -> tuple[str, ...]:
         """The roles that are updated in an iteration, in order."""
+        if self.is_teacher_warmup(iteration):
+            return (STUDENT,)
         return (STUDENT, CRITIC) if self.is_student_turn(iteration) else (CRITIC,)
 
     def updates_of(self, role: str, iteration: int) -> int:
         """Number of updates of a role in iterations 0..iteration-1."""
         if role == CRITIC:
-            return iteration
+            return max(0, iteration - self.teacher_warmup)
         # -(-a // b) rounds up: iterations 0, interval, 2 interval, ... below the end
-        turns, warmup_turns = (-(-end // self.student_update_interval) for end in (iteration, self.critic_warmup))
-        return max(0, turns - warmup_turns)
+        turns, early_turns = (-(-end // self.student_update_interval) for end in (iteration, self.matching_start))
+        return min(iteration, self.teacher_warmup) + max(0, turns - early_turns)
 
     def updates_before(self, iteration: int) -> int:
         """Number of updates of both roles in iterations 0..iteration-1: the stream's position in global batches."""

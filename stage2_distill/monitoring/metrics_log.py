@@ -27,7 +27,7 @@ class StepResult:
     """Result of one iteration."""
 
     student: UpdateResult | None  # None if only the critic was updated
-    critic: UpdateResult
+    critic: UpdateResult | None  # None if only the student was updated
     seconds: dict[str, float]  # by phase
 
 

@@ -22,14 +22,16 @@ def metrics_line(iteration: int, step: StepResult, *, seconds: float, memory: fl
     """The metrics of one iteration by name; trackers group them by the first word of the name."""
     line: dict[str, float] = {"iteration": iteration, "seconds": round(seconds, 4), "memory_gib": round(memory, 3)}
     line |= {f"seconds_{phase}": round(value, 4) for phase, value in step.seconds.items()}
-    line |= {f"latent_{name}": value for name, value in zip(LATENT_STATS, step.critic.latent_stats, strict=True)}
+    sampled = step.critic or step.student  # the critic's samples, because it is updated more often
+    assert sampled is not None, "an iteration updates a role"
+    line |= {f"latent_{name}": value for name, value in zip(LATENT_STATS, sampled.latent_stats, strict=True)}
     for role, update in (("critic", step.critic), ("student", step.student)):
         if update is None:
             continue
         line |= {f"{role}_loss": update.loss, f"{role}_grad_norm": update.grad_norm}
         if update.exit_index is not None:  # losses of different exits differ by orders of magnitude
             line |= {f"{role}_exit": update.exit_index, f"{role}_loss_exit{update.exit_index}": update.loss}
-    if step.student is not None:
+    if step.student is not None and step.critic is not None:  # else its loss is another
         # the loss is half the mean square of (fake - real) / mean|x0 - real|
         line["critic_teacher_gap"] = math.sqrt(2 * step.student.loss)
     return line

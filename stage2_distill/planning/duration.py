@@ -100,16 +100,24 @@ def iteration_seconds(
 ) -> float:
     """Seconds of a mean iteration, or of one with these rollouts: updates of the critic and at times the student."""
     one, done = pass_seconds(size, card, kernel, config), passes or mean_passes(config)
-    guided = 1 if config.guidance_scale == 1 else 2  # passes of the teacher: with the prompt, and without
-    scores = 1 + guided * (1 + (config.regression_steps if config.regression_weight else 0))  # 1: the critic
-    critic = done.critic * one.forward + one.gradient
-    student = (done.student - 1 + scores) * one.forward + one.gradient
     clips = config.accumulation_steps(world) * config.batch_size
-    seconds = clips * (critic + student * done.student_updates) / (SHARDED_RATE if world > 1 else 1)
+    seconds = clips * clip_seconds(config, one, done) / (SHARDED_RATE if world > 1 else 1)
     if not config.compile:
         seconds *= EAGER_FACTOR
     critic_step, student_step = step_seconds(config, size, card, world=world, form=form)
     return seconds + critic_step + student_step * done.student_updates
+
+
+def clip_seconds(config: DistillConfig, one: PassSeconds, done: RolloutPasses) -> float:
+    """Seconds of the passes of one clip of either role's batch in a mean iteration."""
+    teacher = 1 if config.guidance_scale == 1 else 2  # passes: with and without the prompt
+    rollout = (done.student - 1) * one.forward + one.gradient
+    critic = done.critic * one.forward + one.gradient
+    scores = 1 + teacher * (1 + (config.regression_steps if config.regression_weight else 0))  # 1: the critic
+    matching = critic + (rollout + scores * one.forward) * done.student_updates
+    warmup = rollout + teacher * one.forward
+    share = min(1.0, config.teacher_warmup / config.iterations)
+    return (1 - share) * matching + share * warmup
 
 
 def step_seconds(

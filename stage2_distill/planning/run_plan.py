@@ -130,7 +130,9 @@ def student_seconds(config: DistillConfig, size: TransformerSize, card: Card, ke
 
 def updates(config: DistillConfig) -> float:
     """Updates of both roles in a run, each of which reads a global batch."""
-    return config.iterations + max(0, config.iterations - config.critic_warmup) / config.student_update_interval
+    matched = config.iterations - config.teacher_warmup  # in the iterations before, only the student is updated
+    student = min(config.iterations, config.teacher_warmup)
+    return student + max(0, matched) + max(0, matched - config.critic_warmup) / config.student_update_interval
 
 
 def compare_modes(config: DistillConfig, size: TransformerSize, *, gpus: int, total: float) -> Iterator[PlannedMode]:

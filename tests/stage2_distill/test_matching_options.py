@@ -7,6 +7,7 @@ import torch
 
 from stage2_distill.checkpointing.format import list_checkpoints
 from stage2_distill.model.split_float32 import join_master
+from stage2_distill.monitoring.metrics_log import METRICS_FILE, complete_lines
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
 
 FORMS = {
@@ -64,6 +65,26 @@ def test_ida_moves_the_critic_towards_the_student(form: str, model: Path, shards
     run_here(make_config(shards, model, tmp_path / "half", **options | {"iterations": 2}))
     again = tensors(run_here(make_config(shards, model, tmp_path / "half", **options)))
     assert all(torch.equal(value, again[name]) for name, value in tensors(whole).items())
+
+
+def test_a_warm_up_updates_the_student_alone_and_resumes(model: Path, shards: Path, tmp_path: Path) -> None:
+    """Stopped in it; the critic is the model's until its end, and the loss is that of the regression."""
+    options = FORMS["lora"] | EVERY | {"teacher_warmup": 2, "critic_ema_decay": 0.9, "rollout_reuse": True}
+    options |= {"iterations": 5, "student_update_interval": 5}
+    whole = run_here(make_config(shards, model, tmp_path / "whole", **options))
+    steps = list_checkpoints(whole.parent)
+    for number, trained in ((0, False), (1, False), (2, True)):
+        factors = [value for name, value in masters(steps[number], "critic").items() if ".lora_B." in name]
+        assert all(bool(value.any()) is trained for value in factors)
+    lines = [line for _, line in complete_lines(whole.parent / METRICS_FILE)]
+    assert [[f"{role}_loss" in line for role in ("student", "critic")] for line in lines] == (
+        [[True, False]] * 2 + [[False, True]] * 3
+    )
+    assert not any("critic_teacher_gap" in line for line in lines)
+    for stop in (1, 3):
+        run_here(make_config(shards, model, tmp_path / f"{stop}", **options | {"iterations": stop}))
+        again = tensors(run_here(make_config(shards, model, tmp_path / f"{stop}", **options)))
+        assert all(torch.equal(value, again[name]) for name, value in tensors(whole).items())
 
 
 def test_the_student_follows_the_average(model: Path, shards: Path, tmp_path: Path) -> None:

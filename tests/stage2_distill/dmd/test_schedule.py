@@ -60,11 +60,18 @@ def test_impossible_global_batch_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 5, 7])
-def test_updates_before_counts_the_turns(warmup: int) -> None:
-    turns = schedule(critic_warmup=warmup)
+@pytest.mark.parametrize("teacher_warmup", [0, 3, 10])
+def test_updates_before_counts_the_turns(warmup: int, teacher_warmup: int) -> None:
+    turns = schedule(critic_warmup=warmup, teacher_warmup=teacher_warmup)
     for iteration in range(20):
-        counted = sum(len(turns.updated_roles(i)) for i in range(iteration))
-        assert turns.updates_before(iteration) == counted
+        for role in ("student", "critic"):
+            assert turns.updates_of(role, iteration) == sum(role in turns.updated_roles(i) for i in range(iteration))
+
+
+def test_the_teacher_warmup_comes_before_the_critics() -> None:
+    turns = schedule(teacher_warmup=4, critic_warmup=3, student_update_interval=2)
+    expected = [("student",)] * 4 + [("critic",)] * 4 + [("student", "critic"), ("critic",)]
+    assert [turns.updated_roles(i) for i in range(10)] == expected
 
 
 def test_exits_are_uniform_and_differ_between_roles_and_seeds() -> None:

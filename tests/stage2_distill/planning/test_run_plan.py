@@ -64,6 +64,9 @@ def test_time_follows_the_options() -> None:
     assert half.iteration_seconds == pytest.approx(base.iteration_seconds / 2, rel=0.01)
     assert plan_of(CONFIG, "a100", 8).iteration_seconds > 2.5 * base.iteration_seconds
     assert plan_of(replace(CONFIG, async_checkpoint=False), "h200", 8).pause_seconds == pytest.approx(100, rel=0.01)
+    warmed = plan_of(replace(CONFIG, teacher_warmup=CONFIG.iterations), "h200", 8)  # 6.5 forwards of 8.2
+    assert warmed.iteration_seconds == pytest.approx(base.iteration_seconds * 7.5 / 8.2, rel=0.05)
+    assert warmed.epochs == pytest.approx(base.epochs / 1.2)
     assert plan_of(CONFIG, "h200", 16).encode_hours == pytest.approx(base.encode_hours / 2)
 
 

@@ -1,0 +1,39 @@
+"""What an update of the student minimizes.
+
+Shapes: B batch, C channels, T latent frames, H W latent size.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from common.condition import Denoiser
+from stage2_distill.dmd.losses import dmd_loss, regression_loss
+from stage2_distill.dmd.regression import TeacherRegression
+from stage2_distill.dmd.rollout import Simulated
+from stage2_distill.dmd.schedule import MicroBatch
+from stage2_distill.dmd.score_noise import ScoreNoise
+
+
+@dataclass(frozen=True)
+class StudentObjective:
+    """The networks that the student follows, and the losses by which it does."""
+
+    teacher: Denoiser  # with guidance
+    fake: Denoiser  # stands for the score of the student's distribution
+    score_noise: ScoreNoise
+    regression: TeacherRegression
+    sigmas: tuple[float, ...]  # of the timesteps
+
+    def matching_loss(self, samples: Simulated, micro_batch: MicroBatch) -> Tensor:
+        """The loss of Distribution Matching Distillation on the samples of a micro-batch, a scalar."""
+        sigma, eps = self.score_noise.draw(micro_batch, samples)
+        networks = {"teacher": self.teacher, "critic": self.fake}
+        value = dmd_loss(samples.x0, samples.condition, **networks, sigma=sigma, eps=eps)
+        return value + self.regression.loss(samples, self.teacher) if self.regression.regression_weight else value
+
+    def warmup_loss(self, samples: Simulated, _: MicroBatch) -> Tensor:
+        """The loss of an iteration of `teacher_warmup`, a scalar."""
+        assert samples.x_t is not None, "the student's rollouts are never reused ones"
+        sigma = samples.x_t.new_full(samples.x_t.shape[:1], self.sigmas[samples.exit_index])
+        return regression_loss(samples.x0, samples.condition, teacher=self.teacher, x_t=samples.x_t, sigma=sigma)
