@@ -201,6 +201,14 @@ class ConfigCommand(click.Command):
 
     show_all = False
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse an option that is given under both of its names, of which click would take the last."""
+        for parameter in self.params:
+            names = [flag for flag in parameter.opts if any(word.partition("=")[0] == flag for word in args)]
+            if len(names) > 1 and isinstance(parameter, ConfigOption):
+                raise ValueError(f"{parameter.name}: {' and '.join(names)} are the same option; give one of them")
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section per group, in the order in which the groups first appear, and "general" last."""
         sections: dict[str, list[tuple[str, str]]] = {}

@@ -144,9 +144,8 @@ def parse_tensor(row: Mapping[str, object], name: str) -> Tensor | None:
     data, shape, kind = (row.get(column) for column in tensor_columns(name))
     if not data:
         return None
-    dtype = DTYPES.get(str(kind).removeprefix("torch."))
-    if dtype is None or not isinstance(data, bytes) or not isinstance(shape, list):
-        raise ClipError(f"{name} has the dtype {kind!r}, expected one of {', '.join(DTYPES)}")
-    if not all(isinstance(size, int) and size > 0 for size in shape) or math.prod(shape) * dtype.itemsize != len(data):
-        raise ClipError(f"{name} has {len(data)} bytes, which is not {kind} of shape {shape}")
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+    dtype, sizes = DTYPES.get(str(kind).removeprefix("torch.")), shape if isinstance(shape, list) else [0]
+    are_sizes = all(isinstance(size, int) and size > 0 for size in sizes)
+    if not (dtype and isinstance(data, bytes) and are_sizes and math.prod(sizes) * dtype.itemsize == len(data)):
+        raise ClipError(f"{name} is not what its columns say, a tensor of dtype {kind!r} and shape {shape!r}")
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(sizes)

@@ -13,6 +13,9 @@ from cli import cli
 from shards.manifest import read_manifest, read_negative_embedding
 from shards.mixture import open_data_sets
 from shards.verification.verify import verify_data_set
+from shards.writer import ShardIndex
+from stage1_encode import executors
+from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import encode
 from stage1_encode.models import vae
 from tests import tiny_models
@@ -201,3 +204,43 @@ def test_other_folders_and_a_csv_with_a_negative_are_refused(clips: Path, model:
         encode(configure(clips, model, tmp_path / "set"))
     with pytest.raises(ValueError, match="negative=x: goes with --from"):
         encode(configure(clips / "clips.csv", model, tmp_path / "set", negative="x"))
+
+
+def test_both_names_of_the_option_are_refused(cache: Path, clips: Path) -> None:
+    words = ["encode", "--data", str(clips / "clips.csv"), f"--from={cache}", "--model", "x", "--out", "y"]
+    result = CliRunner().invoke(cli, words)
+    assert str(result.exception) == "data: --data and --from are the same option; give one of them"
+
+
+def test_a_stopped_import_goes_on(cache: Path, model: Path, tmp_path: Path) -> None:
+    encode(configure(cache, model, tmp_path / "whole", shard_size=2))
+    original, calls = executors.save_shard, list[int]()
+
+    def stop_at_second(config: EncodeConfig, number: int, *rest: object) -> ShardIndex:
+        calls.append(number)
+        if number == 1:
+            raise KeyboardInterrupt
+        return original(config, number, *rest)
+
+    config = configure(cache, model, tmp_path / "set", shard_size=2)
+    with mock.patch.object(executors, "save_shard", stop_at_second), pytest.raises(KeyboardInterrupt):
+        encode(config)
+    with pytest.raises(ValueError, match="is unfinished"):
+        read_manifest(tmp_path / "set")
+    calls.clear()
+    with mock.patch.object(executors, "save_shard", lambda *args: calls.append(args[1]) or original(*args)):
+        encode(config)
+    assert calls == [1, 2]
+    assert hashes(tmp_path / "set") == hashes(tmp_path / "whole")
+
+
+def test_missing_files_are_retried(cache: Path, model: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(cache, tmp_path / "source")
+    (path,) = source.glob("latents/*0001_*")
+    path.rename(tmp_path / "aside")
+    report = encode(configure(source, model, tmp_path / "set", max_failure_rate=0.5))
+    assert report.reasons == "1 x the file sample_g000001_w000.pt does not exist"
+    (tmp_path / "aside").rename(path)
+    assert encode(configure(source, model, tmp_path / "set", retry_failures=True)).records == 6
+    encode(configure(cache, model, tmp_path / "whole"))
+    assert hashes(tmp_path / "set") == hashes(tmp_path / "whole")
