@@ -145,7 +145,14 @@ def build_trainer(
     return Trainer(
         ranks,
         roles,
-        StudentObjective(teacher, roles.fake_denoiser, score_noise, config.select(TeacherRegression), config.sigmas),
+        config.select(
+            StudentObjective,
+            teacher=teacher,
+            fake=roles.fake_denoiser,
+            score_noise=score_noise,
+            regression=config.select(TeacherRegression),
+            sigmas=config.sigmas,
+        ),
         score_noise,
         schedule,
         GradientAccumulator(rollouts, critic_rollouts, ranks.device, timer),

@@ -135,6 +135,10 @@ class DistillConfig:
     exit_schedule: str = advanced(
         "random", "Exits of the rollout: drawn, or each step equally often.", choices=EXIT_SCHEDULES, group="recipe"
     )
+    exit_weights: tuple[float, ...] | None = advanced(
+        None, "Weights of matching by the step at which the rollout ends, one per timestep; by default all are 1.",
+        minimum=0, group="recipe",
+    )  # fmt: skip
     rollout_reuse: bool = advanced(False, "One rollout serves several updates of the critic.", group="recipe")
     ts_schedule: bool = advanced(False, "Score times from the next timestep upwards.", group="recipe")
     ts_schedule_max: bool = advanced(False, "Score times up to the current timestep.", group="recipe")
@@ -221,6 +225,9 @@ class DistillConfig:
             raise ValueError(f"lora_alpha={self.lora_alpha}: needs --lora-rank")
         if self.score_low >= self.score_high:
             raise ValueError(f"score_low={self.score_low}: must be less than score_high={self.score_high}")
+        if self.exit_weights is not None and len(self.exit_weights) != len(self.timesteps):
+            given = ",".join(f"{weight:g}" for weight in self.exit_weights)
+            raise ValueError(f"exit_weights={given}: give {len(self.timesteps)} numbers, one for each timestep")
         if self.preview_every and not self.preview_count:
             raise ValueError("preview_count=0: must be at least 1, or preview_every=0")
         if len(self.lengths) > 1:

@@ -21,14 +21,14 @@ from stage2_distill.dmd.rollout import Simulated, StudentRollouts
 from stage2_distill.dmd.rollout_reuse import RolloutReuse
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, Schedule
 from stage2_distill.dmd.score_noise import ScoreNoise
-from stage2_distill.dmd.student_objective import StudentObjective
+from stage2_distill.dmd.student_objective import LossPair, StudentObjective
 from stage2_distill.model.weight_loading import blend_weights
 from stage2_distill.monitoring.metrics_log import StepResult, UpdateResult
 from stage2_distill.optim.adamw import RoleOptimizer
 from stage2_distill.optim.ema import CriticAverage, EmaWeights
 
 MicroBatches = Iterator[tuple[MicroBatch, Condition]]
-LossFunction = Callable[[Simulated, MicroBatch], Tensor]  # -> scalar
+LossFunction = Callable[[Simulated, MicroBatch], LossPair]
 
 
 class DivergedError(RuntimeError):
@@ -91,10 +91,10 @@ class GradientAccumulator:
             with self.timer("rollout"), torch.set_grad_enabled(trains_student):
                 samples = rollouts.simulate(micro_batch, condition, exit_index)
             with self.timer("scores"):
-                value = loss(samples, micro_batch)
+                value, reported = loss(samples, micro_batch)
             with self.timer("backward"):
                 (value * micro_batch.share).backward()  # the shares of an update add up to 1
-            stats = torch.cat([value.detach()[None], latent_stats(samples.x0, samples.condition)])
+            stats = torch.cat([reported.detach()[None], latent_stats(samples.x0, samples.condition)])
             total += stats * micro_batch.share
             exits.add(samples.exit_index)
             if micro_batch.last:
@@ -182,10 +182,11 @@ def update_critic(trainer: Trainer, iteration: int, data: MicroBatches) -> Updat
     """Fit the critic to the student's present distribution (DMD2, section 4.2), on rollouts without gradient."""
     critic, schedule = trainer.roles.critic, trainer.schedule
 
-    def loss(samples: Simulated, micro_batch: MicroBatch) -> Tensor:
+    def loss(samples: Simulated, micro_batch: MicroBatch) -> LossPair:
         sigma, eps = trainer.score_noise.draw(micro_batch, samples)
         network, kind = critic.denoiser, trainer.critic_loss
-        return critic_loss(samples.x0, samples.condition, critic=network, sigma=sigma, eps=eps, kind=kind)
+        value = critic_loss(samples.x0, samples.condition, critic=network, sigma=sigma, eps=eps, kind=kind)
+        return value, value
 
     exit_index = schedule.draw_exit_index(iteration, CRITIC)
     accumulated = trainer.accumulator.accumulate(data, loss, critic.net, exit_index)

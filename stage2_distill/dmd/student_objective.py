@@ -14,6 +14,8 @@ from stage2_distill.dmd.rollout import Simulated
 from stage2_distill.dmd.schedule import MicroBatch
 from stage2_distill.dmd.score_noise import ScoreNoise
 
+LossPair = tuple[Tensor, Tensor]  # scalars: the one whose gradient is taken, the one that is reported
+
 
 @dataclass(frozen=True)
 class StudentObjective:
@@ -24,16 +26,25 @@ class StudentObjective:
     score_noise: ScoreNoise
     regression: TeacherRegression
     sigmas: tuple[float, ...]  # of the timesteps
+    exit_weights: tuple[float, ...] | None
 
-    def matching_loss(self, samples: Simulated, micro_batch: MicroBatch) -> Tensor:
-        """The loss of Distribution Matching Distillation on the samples of a micro-batch, a scalar."""
+    def matching_loss(self, samples: Simulated, micro_batch: MicroBatch) -> LossPair:
+        """The loss of Distribution Matching Distillation on the samples of a micro-batch, reported without the others.
+
+        weight of the exit * matching + regression: the gradient of the first exit, where one step makes the whole
+        video, is held to reduce motion and diversity (Phased DMD, arXiv 2510.27684), and can be weighted down.
+        """
         sigma, eps = self.score_noise.draw(micro_batch, samples)
         networks = {"teacher": self.teacher, "critic": self.fake}
-        value = dmd_loss(samples.x0, samples.condition, **networks, sigma=sigma, eps=eps)
-        return value + self.regression.loss(samples, self.teacher) if self.regression.regression_weight else value
+        matching = dmd_loss(samples.x0, samples.condition, **networks, sigma=sigma, eps=eps)
+        total = matching if self.exit_weights is None else self.exit_weights[samples.exit_index] * matching
+        if self.regression.regression_weight:
+            total = total + self.regression.loss(samples, self.teacher)
+        return total, matching
 
-    def warmup_loss(self, samples: Simulated, _: MicroBatch) -> Tensor:
-        """The loss of an iteration of `teacher_warmup`, a scalar."""
+    def warmup_loss(self, samples: Simulated, _: MicroBatch) -> LossPair:
+        """The loss of an iteration of `teacher_warmup`."""
         assert samples.x_t is not None, "the student's rollouts are never reused ones"
         sigma = samples.x_t.new_full(samples.x_t.shape[:1], self.sigmas[samples.exit_index])
-        return regression_loss(samples.x0, samples.condition, teacher=self.teacher, x_t=samples.x_t, sigma=sigma)
+        loss = regression_loss(samples.x0, samples.condition, teacher=self.teacher, x_t=samples.x_t, sigma=sigma)
+        return loss, loss
