@@ -6,12 +6,15 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from common.device import pick_device
 from common.files import LOCK_FILE, UNFINISHED_FOLDER, FolderLock, refuse_foreign_files, staged_output
 from common.options import write_config
-from stage1_encode.generation.condition_encoder import load_condition_encoder
+from common.video import VideoSpec
+from stage1_encode.generation.condition_encoder import ConditionEncoder, load_condition_encoder
 from stage1_encode.generation.decode import VIDEO_FOLDER_FILES
-from stage1_encode.generation.generate import GenerationRequest, generate_videos, needs_offload
+from stage1_encode.generation.generate import GenerationRequest, LatentSampler, generate_videos, needs_offload
 from stage1_encode.media.rows import locate_file
 from stage2_distill.distributed.process_group import join_ranks, own_folder, wait_for_ranks
 from stage2_distill.sampling.config import SampleConfig
@@ -33,22 +36,48 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     if shared_video and rank:
         run_sampling_worker(student)
         return []
-    models = load_condition_encoder(
-        config.model, precision=config.vae_dtype, device=student.device, keep_text_on_device=not offload,
-        condition_dtype=config.dtype,
-    )  # fmt: skip
+    encoder = open_encoder(config, student.device, offload=offload)
     if shared_video:
         rank, world = 0, 1  # the leader alone writes the file
-    with TemporaryDirectory() as temporary, prepare_output(config, rank) as folder:
+    with LeaderSampler(student) if shared_video else nullcontext(student) as sampler:
+        return write_videos(
+            config, student.spec, sampler, encoder, offload=offload, ranks=(rank, world),
+            denoising_seconds=student.denoising_seconds,
+        )  # fmt: skip
+
+
+def open_encoder(config: SampleConfig, device: torch.device, *, offload: bool) -> ConditionEncoder:
+    """Load the VAE and the text encoder, which waits in host memory if `offload`."""
+    return load_condition_encoder(
+        config.model, precision=config.vae_dtype, device=device, keep_text_on_device=not offload,
+        condition_dtype=config.dtype,
+    )  # fmt: skip
+
+
+def write_videos(
+    config: SampleConfig,
+    spec: VideoSpec,
+    sampler: LatentSampler,
+    encoder: ConditionEncoder,
+    *,
+    offload: bool,
+    ranks: tuple[int, int] = (0, 1),
+    denoising_seconds: float | None = None,
+) -> list[Path]:
+    """Make the videos of this rank with models that are loaded already; returns the files.
+
+    ranks: this rank and their number. denoising_seconds: of a segment, predicted, for the first lines.
+    """
+    is_single = config.prompt is not None
+    with TemporaryDirectory() as temporary, prepare_output(config, ranks[0]) as folder:
         table = Path(write_prompt_csv(Path(temporary) / "prompt.csv", config) if is_single else str(config.data))
         target = folder / Path(config.out).name if is_single else folder
-        store = target.with_suffix(".zarr") if is_single else folder / latent_store_name(rank, world)
+        store = target.with_suffix(".zarr") if is_single else folder / latent_store_name(*ranks)
         request = GenerationRequest(
-            table, target, store, student.spec, config.seed, config.segments, config.batch_size, rank, world,
-            config.base_folder, Path(config.out), student.denoising_seconds,
+            table, target, store, spec, config.seed, config.segments, config.batch_size, *ranks, config.base_folder,
+            Path(config.out), denoising_seconds,
         )  # fmt: skip
-        with LeaderSampler(student) if shared_video else nullcontext(student) as sampler:
-            files = generate_videos(request, models, sampler, offload=offload)
+        files = generate_videos(request, encoder, sampler, offload=offload)
     return [(Path(config.out).parent if is_single else Path(config.out)) / path.name for path in files]
 
 

@@ -104,6 +104,18 @@ def encode_conditions(
     ]
 
 
+def encode_prompt(encoder: ConditionEncoder, prompt: str, *, keep_text_on_device: bool) -> Tensor:
+    """Return the embedding (L D), on the CPU, of one prompt, which may be empty; moves as `encode_conditions`."""
+    _, tokens = encoder.rows.tokenize_prompts([prompt])
+    encoder.text_tensors.move_to(encoder.device)
+    (embedding,) = encoder.rows.embed_tokens(tokens, max_tokens=TEXT_BATCH_TOKENS)
+    if event := record_event(encoder.device):
+        event.synchronize()
+    if not keep_text_on_device:
+        encoder.text_tensors.move_to(torch.device("cpu"))
+    return embedding
+
+
 def refuse_problems(rows: Sequence[Row], pictures: Iterable[Tensor | str | None]) -> None:
     """Raise ValueError if a row's picture is the reason why it cannot be used; it names the first such row."""
     pairs = zip(rows, pictures, strict=True)

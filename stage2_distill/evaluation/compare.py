@@ -20,8 +20,7 @@ from torch import Tensor
 from common.condition import Denoiser
 from common.device import pick_device
 from common.files import write_file
-from common.flow import shift
-from common.model_folder import digest_files, locate_model
+from common.model_folder import digest_files
 from common.progress import ProgressBar
 from common.seed import draw_normal, make_generator
 from shards import latent_store
@@ -30,15 +29,15 @@ from shards.dataset import open_data_set
 from shards.manifest import check_manifest
 from shards.record import Record, collate_records, group_by_first_frame, pad_text
 from stage2_distill.checkpointing import format as checkpoints
-from stage2_distill.config import DistillConfig
 from stage2_distill.distributed.process_group import rank_and_world, wait_for_ranks
 from stage2_distill.dmd.rollout import sample_euler, sample_student
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import reference_seeds, score_candidates, seed_statistics
 from stage2_distill.model.layers import ExecutionPlan
-from stage2_distill.model.wan import guided, load_transformer, make_denoiser
+from stage2_distill.model.wan import guided, make_denoiser
 from stage2_distill.sampling.student_sampler import load_student
-from stage2_distill.sampling.student_source import StudentSource, check_model, find_student, trained_loras
+from stage2_distill.sampling.student_source import StudentSource, check_model, find_student
+from stage2_distill.sampling.teacher_sampler import load_teacher, teacher_guidance, teacher_sigmas
 
 SELECTION_FILE = "selection.json"
 CHUNK_BYTES = 4 << 20  # bytes of latents that share a chunk of the store
@@ -115,8 +114,7 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     data_digest = hashlib.sha256(repr((data.manifest.shards, data.manifest.negative_sha256)).encode()).hexdigest()
     records = tuple(data.read_record(index) for index in range(count))
     negative_text, store = pad_text(data.negative, config.max_text_tokens), Path(config.out) / LATENTS_STORE
-    stored_scale = first.config.get("guidance_scale", DistillConfig.guidance_scale)
-    scale = float(str(stored_scale if config.guidance_scale is None else config.guidance_scale))
+    scale = teacher_guidance(first, config.guidance_scale)
     digest, ranks = f"{count} of {data_digest}", rank_and_world()
     return EvaluationSetup(config, first, records, negative_text, digest, scale, store, *ranks)
 
@@ -124,7 +122,7 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
 def teacher_samplers(setting: EvaluationSetup) -> list[CandidateSampler]:
     """The teacher at its many steps and at the student's, and the student as it was before distillation."""
     facts, scale, steps = setting.facts, setting.guidance_scale, setting.config.teacher_steps
-    sigmas = tuple(shift(1 - step / steps, facts.shift) for step in range(steps))
+    sigmas = teacher_sigmas(facts, steps)
     return [
         CandidateSampler("teacher", "teacher", "teacher", sigmas, scale, renoise=False),
         CandidateSampler("teacher-few", "teacher", "teacher-few", facts.sigmas, scale, renoise=False),
@@ -182,8 +180,7 @@ def open_denoiser(setting: EvaluationSetup, source: StudentSource | None) -> Den
     config = setting.config
     dtype, device = getattr(torch, config.dtype), pick_device(config.device)
     if source is None:
-        model = locate_model(config.model, ("transformer",))
-        net = load_transformer(model, dtype, loras=trained_loras(setting.facts)).to(device).requires_grad_(False)
+        net = load_teacher(config.model, setting.facts, dtype=dtype, device=device)
     else:
         net = load_student(
             source.path, ExecutionPlan(), model=config.model, weights=config.weights, dtype=dtype, device=device,
