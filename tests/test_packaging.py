@@ -18,7 +18,8 @@ def requirement_name(requirement: str) -> str:
 
 def test_constraints_cover_all_direct_dependencies() -> None:
     extras = PROJECT["optional-dependencies"]
-    optional = [name for extra in ("dev", "lora", "parquet", "plot", "remote", "tensorboard") for name in extras[extra]]
+    tested = ("dev", "lora", "parquet", "plot", "remote", "tensorboard", "ui")
+    optional = [name for extra in tested for name in extras[extra]]
     names = {requirement_name(each) for each in PROJECT["dependencies"] + optional} - {PROJECT["name"]}
     assert sorted(names - CONSTRAINTS.keys()) == []
 
