@@ -11,10 +11,12 @@ import sys
 import time
 import tomllib
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
+from commands.page_config import PageConfig
 from common.files import check_local_path
 from common.options import ConfigCommand, config_options, expand_path, resolve_config
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
@@ -162,6 +164,18 @@ def export_command(**options: object) -> None:
     from stage2_distill.export.export import export_student
 
     click.echo(str(export_student(resolve_config(ExportConfig, options))))
+
+
+@cli.command("ui", cls=ConfigCommand)
+@config_options(PageConfig)
+def ui_command(**options: object) -> None:
+    """Serve a page to play with: picture and prompt in, video out."""
+    config = resolve_config(PageConfig, options)
+    if find_spec("gradio") is None:
+        raise ValueError("ui: gradio is not installed; pip install 'ti2v-distill[ui]'")
+    from commands.page_server import serve_page
+
+    serve_page(config)
 
 
 @cli.command("decode", cls=ConfigCommand)

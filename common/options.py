@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -72,6 +72,13 @@ class OptionSpec:
 def option(default: object = MISSING, help: str = "", **facts: Any) -> Any:  # noqa: ANN401
     """A dataclass field with its `OptionSpec`; without a default the option is required."""
     return field(default=default, metadata={"spec": OptionSpec(help, **facts)})
+
+
+def option_of(config: type, name: str) -> Any:  # noqa: ANN401
+    """The same option as that of another configuration, without its old name."""
+    (item,) = (item for item in fields(config) if item.name == name)
+    spec = replace(option_spec(item), old_name="", old_values={})
+    return field(default=item.default, metadata={"spec": spec})
 
 
 def size_option(name: str, *, minimum: int | None = None, advanced: bool = False) -> Any:  # noqa: ANN401

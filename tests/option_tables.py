@@ -4,6 +4,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+from commands.page_config import PageConfig
 from common.options import option_spec
 from stage1_encode.config import DecodeConfig, EncodeConfig, VerifyConfig
 from stage2_distill.config import DistillConfig
@@ -20,6 +21,7 @@ COMMANDS = {
     "doctor": DoctorConfig,
     "distill": DistillConfig,
     "sample": SampleConfig,
+    "ui": PageConfig,
     "decode": DecodeConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,

@@ -44,6 +44,9 @@ DOORS = {  # library -> the only files that may import it
     "peft": {"stage2_distill/model/lora.py"},
     "pyarrow": {"stage1_encode/imported_latents/fastvideo.py"},
     "matplotlib": {"stage2_distill/monitoring/plot.py"},
+    "gradio": {"commands/page.py", "commands/page_server.py"},
+    "fastapi": {"commands/page_server.py"},
+    "uvicorn": {"commands/page_server.py"},
     "wandb": {"stage2_distill/monitoring/trackers.py"},
     "pickle": set(),
 }
