@@ -87,8 +87,9 @@ def open_listener(config: PageConfig) -> socket.socket:
     try:
         return socket.create_server((config.host, config.port), family=family)
     except OSError as error:
+        reason = str(error.strerror or error).partition(" (")[0]  # Python adds the address
         raise ValueError(
-            f"port={config.port}: cannot be opened on {config.host} ({error.strerror or error}); "
+            f"port={config.port}: cannot be opened on {config.host} ({reason}); "
             "give another --port, or a --host of this machine"
         ) from error
 

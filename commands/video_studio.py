@@ -21,6 +21,7 @@ from common.video import TEXT_LENGTH, VideoSpec
 from shards.record import Record, pad_text
 from stage1_encode.generation.condition_encoder import encode_prompt
 from stage1_encode.generation.generate import needs_offload
+from stage1_encode.media.first_frame import UnreadableError, read_first_frame
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.sampling.student_sampler import StudentSampler, open_student
 from stage2_distill.sampling.student_source import check_model, find_student
@@ -148,6 +149,10 @@ def keep_picture(config: SampleConfig) -> Iterator[SampleConfig]:
         yield config
         return
     source, target = Path(config.image), Path(config.out)
+    try:  # before it is copied, and under the name that the visitor knows
+        read_first_frame(config.image, height=1, width=1)
+    except UnreadableError as error:
+        raise ValueError(f"image={source.name}: {error}; give a PNG, JPEG or WebP file") from error
     copy = target.with_name(f"{target.stem}-picture{source.suffix.lower()}").absolute()
     copy.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:

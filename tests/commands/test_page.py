@@ -18,7 +18,6 @@ import pytest
 
 import cli
 from tests.browser import BROWSER, BrowserTab, open_browser
-from tests.stage2_distill import training_helpers
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")
 ROOT = Path(__file__).parents[2]
@@ -42,13 +41,9 @@ class ServedPage:
 
 
 @pytest.fixture(scope="module")
-def options(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A short run, and the options of `ui` for it."""
-    folder = tmp_path_factory.mktemp("page")
-    training_helpers.make_shards(folder / "data", model)
-    run = training_helpers.make_config(folder / "data", model, folder / "run", iterations=1, student_update_interval=1)
-    training_helpers.run_here(run)
-    flags = {"checkpoint": folder / "run", "model": model, "dtype": "float32", "device": "cpu", "teacher-steps": STEPS}
+def options(model: Path, student_run: Path) -> list[str]:
+    """The options of `ui` for a short run."""
+    flags = {"checkpoint": student_run, "model": model, "dtype": "float32", "device": "cpu", "teacher-steps": STEPS}
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
