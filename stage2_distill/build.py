@@ -24,7 +24,7 @@ from stage2_distill.model.attention import check_kernel, choose_kernel, kernel_n
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters, lora_settings
 from stage2_distill.model.transformer import WanTransformer
-from stage2_distill.model.wan import build_meta_transformer, guided, make_denoiser, materialize_transformer
+from stage2_distill.model.wan import build_meta_transformer, guided, guided_pair, make_denoiser, materialize_transformer
 from stage2_distill.model.weight_loading import copy_weights, fill_parameter, read_weights
 from stage2_distill.optim.ema import CriticAverage
 from stage2_distill.optim.optimizers import OptimizerSettings
@@ -141,13 +141,16 @@ def build_trainer(
     rollouts = StudentRollouts(roles.student.denoiser, config.seed, config.sigmas)
     critic_rollouts = RolloutReuse(rollouts, schedule) if config.rollout_reuse else rollouts
     timer, score_noise = PhaseTimer(ranks.device), config.select(ScoreNoise)
-    teacher = guided(roles.teacher_denoiser, negative_text=negative_text, scale=config.guidance_scale)
+    plain_teacher, scale, decoupled = roles.teacher_denoiser, config.guidance_scale, config.decoupled_guidance
+    teacher = guided(plain_teacher, negative_text=negative_text, scale=scale)
     return Trainer(
         ranks,
         roles,
         config.select(
             StudentObjective,
             teacher=teacher,
+            matched_teacher=plain_teacher if decoupled else teacher,
+            guidance=guided_pair(plain_teacher, negative_text=negative_text, scale=scale) if decoupled else None,
             fake=roles.fake_denoiser,
             score_noise=score_noise,
             regression=config.select(TeacherRegression),

@@ -90,6 +90,9 @@ class DistillConfig:
     )
     shift: float = advanced(5.0, "Shift of the noise levels.", minimum=1, group="recipe")
     guidance_scale: float = advanced(7.0, "Teacher: uncond + scale * (cond - uncond).", group="recipe")
+    decoupled_guidance: bool = advanced(
+        False, "The student follows the guidance at noise levels of its own, not at those of matching.", group="recipe"
+    )
     student_lr: float = option(5e-7, "Learning rate of the student.", minimum=0, group="recipe")
     critic_lr: float = option(1e-7, "Learning rate of the critic.", minimum=0, group="recipe")
     lr_warmup: int = advanced(
@@ -225,6 +228,8 @@ class DistillConfig:
             raise ValueError(f"lora_alpha={self.lora_alpha}: needs --lora-rank")
         if self.score_low >= self.score_high:
             raise ValueError(f"score_low={self.score_low}: must be less than score_high={self.score_high}")
+        if self.decoupled_guidance and self.guidance_scale == 1:
+            raise ValueError("decoupled_guidance=True: needs a guidance_scale other than 1, which is no guidance")
         if self.exit_weights is not None and len(self.exit_weights) != len(self.timesteps):
             given = ",".join(f"{weight:g}" for weight in self.exit_weights)
             raise ValueError(f"exit_weights={given}: give {len(self.timesteps)} numbers, one for each timestep")

@@ -3,12 +3,16 @@
 Networks appear only as `Denoiser`s. Shapes: B batch, C channels, T latent frames, H W latent size.
 """
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from common.condition import Condition, Denoiser, free_frames, free_mean
 from common.flow import add_noise, per_sample
+
+DenoiserPair = Callable[[Tensor, Tensor, Condition], tuple[Tensor, Tensor]]  # -> x0 with guidance, x0 without
 
 
 def dmd_gradient(
@@ -21,8 +25,26 @@ def dmd_gradient(
     with torch.no_grad():
         x_t = add_noise(x0, eps, sigma)
         fake, real = critic(x_t, sigma, condition), teacher(x_t, sigma, condition)
-        direction = (fake - real) / per_sample(free_mean((x0 - real).abs(), condition))
-        return torch.where(rearrange(free_frames(x0, condition), "b t -> b 1 t 1 1"), direction, 0)
+        return normalized_direction(x0, condition, fake, real)
+
+
+def normalized_direction(x0: Tensor, condition: Condition, start: Tensor, end: Tensor) -> Tensor:
+    """(start - end) / mean|x0 - end| (B C T H W), the mean per sample over the free frames, and 0 in given frames."""
+    direction = (start - end) / per_sample(free_mean((x0 - end).abs(), condition))
+    return torch.where(rearrange(free_frames(x0, condition), "b t -> b 1 t 1 1"), direction, 0)
+
+
+def guidance_gradient(x0: Tensor, condition: Condition, *, teacher: DenoiserPair, sigma: Tensor, eps: Tensor) -> Tensor:
+    """Direction (B C T H W) from the teacher's guided prediction to the one without guidance, at noise of its own.
+
+    -(g - 1) (cond - uncond) / mean|x0 - guided| at x_t = add_noise(x0, eps, sigma), without gradient: with the DMD
+    gradient of the teacher without guidance it makes the guided one, which is their sum at equal noise up to the first
+    one's normaliser (CFG augmentation and distribution matching, Decoupled DMD, arXiv 2511.22677, which draws sigma
+    above the exit's here and over the whole range there).
+    """
+    with torch.no_grad():
+        guided, cond = teacher(add_noise(x0, eps, sigma), sigma, condition)
+        return normalized_direction(x0, condition, cond, guided)
 
 
 def dmd_loss(
@@ -32,7 +54,13 @@ def dmd_loss(
 
     Every sample has the same weight, whether its first frame is given or free.
     """
-    gradient = dmd_gradient(x0, condition, teacher=teacher, critic=critic, sigma=sigma, eps=eps)
+    return surrogate_loss(
+        x0, condition, dmd_gradient(x0, condition, teacher=teacher, critic=critic, sigma=sigma, eps=eps)
+    )
+
+
+def surrogate_loss(x0: Tensor, condition: Condition, gradient: Tensor) -> Tensor:
+    """Scalar whose derivative by the free elements of x0 is `gradient` / their number."""
     target = (x0 - gradient).detach()  # d/dx0 of 0.5 (x0 - target)^2 is x0 - target, the gradient itself
     return 0.5 * free_mean((x0 - target) ** 2, condition).mean()
 

@@ -44,6 +44,17 @@ class ScoreNoise:
         high = self.timesteps[exit_index] / 1000 if self.ts_schedule_max else 1.0
         return low, high
 
+    def draw_guidance(self, micro_batch: MicroBatch, samples: Simulated) -> tuple[Tensor, Tensor]:
+        """Sigma (B) and noise (B C T H W) at which the guidance is followed: from the exit's time upwards."""
+        generators = [
+            make_generator(*key, f"{micro_batch.role} guidance", samples.x0.device)
+            for key in micro_batch.sample_keys(self.seed)
+        ]
+        low = self.timesteps[samples.exit_index] / 1000
+        u = low + (1 - low) * draw_uniform(generators)
+        sigma = score_sigma(u, s=self.shift, low=self.score_low, high=self.score_high)
+        return sigma, draw_normal(samples.x0.shape[1:], generators)
+
     def draw(self, micro_batch: MicroBatch, samples: Simulated) -> tuple[Tensor, Tensor]:
         """Sigma (B) and noise (B C T H W) for the samples of a micro-batch."""
         purpose, device = f"{micro_batch.role} score", samples.x0.device

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from common.condition import Denoiser
-from stage2_distill.dmd.losses import dmd_loss, regression_loss
+from stage2_distill.dmd.losses import DenoiserPair, dmd_gradient, guidance_gradient, regression_loss, surrogate_loss
 from stage2_distill.dmd.regression import TeacherRegression
 from stage2_distill.dmd.rollout import Simulated
 from stage2_distill.dmd.schedule import MicroBatch
@@ -22,6 +22,8 @@ class StudentObjective:
     """The networks that the student follows, and the losses by which it does."""
 
     teacher: Denoiser  # with guidance
+    matched_teacher: Denoiser  # the same, or without guidance if that is followed at other noise levels
+    guidance: DenoiserPair | None  # what is followed there
     fake: Denoiser  # stands for the score of the student's distribution
     score_noise: ScoreNoise
     regression: TeacherRegression
@@ -34,9 +36,13 @@ class StudentObjective:
         weight of the exit * matching + regression: the gradient of the first exit, where one step makes the whole
         video, is held to reduce motion and diversity (Phased DMD, arXiv 2510.27684), and can be weighted down.
         """
+        x0, condition = samples.x0, samples.condition
         sigma, eps = self.score_noise.draw(micro_batch, samples)
-        networks = {"teacher": self.teacher, "critic": self.fake}
-        matching = dmd_loss(samples.x0, samples.condition, **networks, sigma=sigma, eps=eps)
+        gradient = dmd_gradient(x0, condition, teacher=self.matched_teacher, critic=self.fake, sigma=sigma, eps=eps)
+        if self.guidance is not None:
+            sigma, eps = self.score_noise.draw_guidance(micro_batch, samples)
+            gradient = gradient + guidance_gradient(x0, condition, teacher=self.guidance, sigma=sigma, eps=eps)
+        matching = surrogate_loss(x0, condition, gradient)
         total = matching if self.exit_weights is None else self.exit_weights[samples.exit_index] * matching
         if self.regression.regression_weight:
             total = total + self.regression.loss(samples, self.teacher)

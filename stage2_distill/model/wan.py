@@ -3,7 +3,7 @@
 Shapes: B batch, C channels, T latent frames, H W latent size, L text rows, D text width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -82,11 +82,19 @@ def guided(denoiser: Denoiser, *, negative_text: Tensor, scale: float) -> Denois
     """
     if scale == 1:
         return denoiser
+    denoise_pair = guided_pair(denoiser, negative_text=negative_text, scale=scale)
+    return lambda x_t, sigma, condition: denoise_pair(x_t, sigma, condition)[0]
 
-    def denoise_guided(x_t: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+
+def guided_pair(
+    denoiser: Denoiser, *, negative_text: Tensor, scale: float
+) -> Callable[[Tensor, Tensor, Condition], tuple[Tensor, Tensor]]:
+    """`guided`, as a function to x0 with guidance and x0 without."""
+
+    def denoise_pair(x_t: Tensor, sigma: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         negative = negative_text.to(condition.text).expand_as(condition.text)
         both = concat_conditions([condition, replace(condition, text=negative)])
         cond, uncond = denoiser(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).chunk(2)
-        return uncond + scale * (cond - uncond)
+        return uncond + scale * (cond - uncond), cond
 
-    return denoise_guided
+    return denoise_pair

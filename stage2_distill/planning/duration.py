@@ -114,6 +114,7 @@ def clip_seconds(config: DistillConfig, one: PassSeconds, done: RolloutPasses) -
     rollout = (done.student - 1) * one.forward + one.gradient
     critic = done.critic * one.forward + one.gradient
     scores = 1 + teacher * (1 + (config.regression_steps if config.regression_weight else 0))  # 1: the critic
+    scores += config.decoupled_guidance  # the teacher without guidance, at the noise of matching
     matching = critic + (rollout + scores * one.forward) * done.student_updates
     warmup = rollout + teacher * one.forward
     share = min(1.0, config.teacher_warmup / config.iterations)

@@ -3,17 +3,19 @@
 import pytest
 import torch
 
-from common.flow import timestep_sigmas
+from common.condition import Condition
+from common.flow import add_noise, timestep_sigmas
 from stage2_distill.config import DistillConfig
 from stage2_distill.dmd.regression import TeacherRegression
 from stage2_distill.dmd.rollout import Simulated
 from stage2_distill.dmd.schedule import MicroBatch
 from stage2_distill.dmd.score_noise import ScoreNoise
 from stage2_distill.dmd.student_objective import StudentObjective
-from tests.stage2_distill.dmd.gaussian import TEXT_ONLY, Gaussian
+from tests.stage2_distill.dmd.gaussian import TEXT_ONLY, Gaussian, points, videos
 
 TEACHER = Gaussian(torch.tensor([1.0, -2.0]), torch.tensor([[1.2, 0.0], [0.5, 0.6]]))
 STUDENT = Gaussian(torch.tensor([0.2, 0.3]), torch.tensor([[0.7, 0.0], [-0.4, 1.5]]))
+UNCONDITIONAL = Gaussian(torch.tensor([0.0, 1.0]), torch.tensor([[1.6, 0.0], [0.2, 1.9]]))
 SAMPLES = tuple(range(8))
 
 
@@ -23,11 +25,19 @@ def objective(**changes: object) -> StudentObjective:
     return config.select(
         StudentObjective,
         teacher=TEACHER.denoise,
+        matched_teacher=TEACHER.denoise,
+        guidance=guided if config.decoupled_guidance else None,
         fake=STUDENT.denoise,
         score_noise=config.select(ScoreNoise),
         regression=config.select(TeacherRegression),
         sigmas=timestep_sigmas(config.timesteps, s=config.shift),
     )
+
+
+def guided(x_t: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher with a guidance of 3 against a law without a prompt, and without guidance."""
+    cond, uncond = TEACHER.denoise(x_t, sigma, condition), UNCONDITIONAL.denoise(x_t, sigma, condition)
+    return uncond + 3 * (cond - uncond), cond
 
 
 def samples(exit_index: int) -> tuple[Simulated, MicroBatch]:
@@ -57,6 +67,29 @@ def test_exit_weights_scale_the_gradient_and_not_the_report(exit_index: int) -> 
 def test_exit_weights_are_one_for_each_timestep() -> None:
     with pytest.raises(ValueError, match=r"^exit_weights=1,0\.5: give 4 numbers, one for each timestep$"):
         objective(exit_weights=(1.0, 0.5))
+
+
+@pytest.mark.parametrize("exit_index", range(4))
+def test_decoupled_guidance_is_a_difference_of_scores_at_its_own_noise(exit_index: int) -> None:
+    """What it adds is -2 sigma^2 / (1 - sigma) grad log(p_cond / p_uncond), normalised, from the exit's sigma on."""
+    (simulated, part), followed = samples(exit_index), objective(decoupled_guidance=True)
+    sigma, eps = followed.score_noise.draw_guidance(part, simulated)
+    assert not torch.equal(sigma, followed.score_noise.draw(part, simulated)[0])
+    assert sigma.min() >= min(0.98, followed.sigmas[exit_index] - 1e-6) and sigma.max() <= 0.98
+    x_t = points(add_noise(simulated.x0, eps, sigma)).detach().requires_grad_()
+    log_ratio = TEACHER.noisy(sigma).log_prob(x_t) - UNCONDITIONAL.noisy(sigma).log_prob(x_t)
+    (score_difference,) = torch.autograd.grad(log_ratio.sum(), x_t)
+    end, _ = guided(videos(x_t.detach()), sigma, TEXT_ONLY)
+    scale = (simulated.x0 - end).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    added = -2 * videos(score_difference * (sigma**2 / (1 - sigma))[:, None]) / scale
+    plain, total = objective().matching_loss(simulated, part)[0], followed.matching_loss(simulated, part)[0]
+    found = (gradient(total, simulated.x0) - gradient(plain, simulated.x0)) * simulated.x0.numel()
+    torch.testing.assert_close(found, added.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_no_guidance_cannot_be_decoupled() -> None:
+    with pytest.raises(ValueError, match="^decoupled_guidance=True: needs a guidance_scale other than 1"):
+        objective(decoupled_guidance=True, guidance_scale=1.0)
 
 
 def test_the_regression_is_not_reported() -> None:

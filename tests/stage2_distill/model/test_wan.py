@@ -10,7 +10,7 @@ from diffusers.utils import logging
 from common.condition import Condition, frame_sigma, pin
 from common.flow import timestep_sigmas, x0_from_velocity
 from shards.record import pad_text
-from stage2_distill.model.wan import denoise, guided, load_transformer, make_denoiser
+from stage2_distill.model.wan import denoise, guided, guided_pair, load_transformer, make_denoiser
 from tests.tiny_models import TEXT_DIM
 
 SIZE = {"num_frames": 9, "height": 64, "width": 96}
@@ -157,6 +157,9 @@ def test_guidance_is_the_standard_form(net: torch.nn.Module) -> None:
     torch.testing.assert_close(ours, uncond + 7.0 * (cond - uncond), rtol=0, atol=1e-5)
     torch.testing.assert_close(ours, cond + 6.0 * (cond - uncond), rtol=0, atol=1e-5)
     assert guided(plain, negative_text=negative, scale=1.0) is plain
+    with torch.no_grad():
+        pair = guided_pair(plain, negative_text=negative, scale=7.0)(x_t, sigma, Condition(frame, text))
+    assert torch.equal(pair[0], ours) and torch.allclose(pair[1], cond, atol=1e-5)
 
 
 def test_half_precision_keeps_rope_and_x0_in_float32(model: Path) -> None:
