@@ -19,12 +19,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stage1_encode.imported_latents.stored_clip import ClipError, StoredClip, channel_problem
+from stage1_encode.imported_latents.stored_clip import DTYPES, ClipError, StoredClip, channel_problem
 from stage1_encode.media.rows import Row
 
 LATENT, TEXT, CAPTION = "vae_latent", "text_embedding", "caption"
 PARTS = ("bytes", "shape", "dtype")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +99,10 @@ def read_captions(path: Path, *, text_only: bool) -> Iterator[tuple[str, str]]:
         remedy = "give --text-only" if missing == tensor_columns(LATENT) else "give files of its preprocessing for Wan"
         raise ValueError(f"data={path}: lacks columns that FastVideo writes: {', '.join(missing)}; {remedy}")
     for row in rows:
-        # lists only, so that a column of another type is reported when its tensor is read
-        size = row.get(shape)
-        yield str(row[CAPTION] or ""), channel_problem(size) if isinstance(size, list) and size else ""
+        caption, size = row[CAPTION], row.get(shape)
+        # of another type: reported when the tensor is read
+        problem = channel_problem(size) if isinstance(size, list) and size else ""
+        yield caption if isinstance(caption, str) else "", problem
 
 
 def tensor_columns(name: str) -> list[str]:

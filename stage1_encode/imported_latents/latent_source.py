@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.model_folder import fingerprint_part, locate_model, locate_part, same_fingerprint
 from common.video import TEXT_LENGTH
-from shards.manifest import load_negative_embedding, read_manifest
+from shards.manifest import MANIFEST_FILE, load_negative_embedding, read_manifest
 from shards.storage.open import LocalStorage
 from stage1_encode.config import NEGATIVE_PROMPT, EncodeConfig
 from stage1_encode.imported_latents.fastvideo import FastVideoSource
@@ -69,9 +69,9 @@ def complete_config(config: EncodeConfig) -> EncodeConfig:
 
     ValueError for options without an effect, and for an embedding that is not to be had or of another text encoder.
     """
-    source = open_source(Path(config.data))
+    path, source = Path(config.data), open_source(Path(config.data))
     if source is None:
-        if config.negative:
+        if config.negative and path.exists():  # else the path is what is wrong
             raise ValueError(f"negative={config.negative}: goes with --from; a CSV's data set embeds --negative-prompt")
         return config
     for item in fields(config):
@@ -106,6 +106,8 @@ def read_negative(config: EncodeConfig, source: LatentSource) -> NegativePrompt:
 
 def read_own_negative(path: Path, model: Path) -> NegativePrompt:
     """The negative prompt of a data set; ValueError if its text encoder is not that of a located model."""
+    if not (path / MANIFEST_FILE).is_file():
+        raise ValueError(f"negative={path}: is no finished data set; give one, or a condition file of LightX2V")
     manifest = read_manifest(path)
     for part in TEXT_PARTS:
         if not same_fingerprint(vars(manifest.encoder)[part], fingerprint_part(locate_part(model, part))):

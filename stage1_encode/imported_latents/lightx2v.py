@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.files import parse_json
 from common.model_folder import load_pickled
-from stage1_encode.imported_latents.stored_clip import ClipError, StoredClip
+from stage1_encode.imported_latents.stored_clip import ClipError, StoredClip, is_plain_tensor
 from stage1_encode.media.rows import Row
 
 METADATA_FILE, RANK_FILES, NEGATIVE_CONDITION = "metadata.jsonl", "metadata_rank*.jsonl", "negative_condition.pt"
@@ -115,10 +115,12 @@ def parse_line(number: int, line: int, text: bytes, *, text_only: bool) -> Cache
 
 def read_tensor_file(path: Path) -> object:
     """Content of a file of torch.save, whose tensors stay on disk; `ClipError` that does not repeat its folder."""
-    if not path.is_file():
-        raise ClipError(f"the file {path.name} does not exist")
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ClipError(f"the file {path.name} does not exist")
         return load_pickled(path)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise ClipError(f"{error.strerror}") from error
     except ValueError as error:
         raise ClipError(str(error).replace(f"{path}", path.name)) from error
 
@@ -127,7 +129,7 @@ def read_latents(path: Path) -> Tensor:
     """Latents (C T H W) of a whole clip, which stay on disk; `ClipError`."""
     content = read_tensor_file(path)
     latents = content.get("latents") if isinstance(content, dict) else content
-    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+    if not is_plain_tensor(latents):
         raise ClipError(f"{path.name} holds no latents")
     return latents
 
@@ -139,7 +141,7 @@ def read_condition(path: Path) -> StoredCondition:
     text: object = content
     for key in CONDITION_KEYS:
         text = text.get(key, text) if isinstance(text, dict) else text
-    if not isinstance(text, Tensor) or not text.is_floating_point():
+    if not is_plain_tensor(text):
         raise ClipError(f"{path.name} holds no prompt_embed")
     text = text[0] if text.ndim == 3 and len(text) == 1 else text  # a batch of one
     return StoredCondition(prompt if isinstance(prompt, str) else "", text)

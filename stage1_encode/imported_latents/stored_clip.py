@@ -5,6 +5,7 @@ Shapes: C channels, T latent frames, H W latent size, L text rows, D text width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from stage1_encode.models.text_encoder import clean_prompt
 from stage1_encode.models.vae import LatentStatistics
 
 WAN21_CHANNELS = 16
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,14 @@ class RecordLayout:
     statistics: LatentStatistics | None  # that latents are yet to be normalized with; None = they are
 
 
-class ClipError(ValueError):
+def is_plain_tensor(value: object) -> TypeGuard[Tensor]:
+    """Whether a value of a file is a tensor of ordinary numbers in memory: not sparse, quantized or without data."""
+    if not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu" and value.dtype in DTYPES.values()
+
+
+class ClipError(Exception):
     """Why a clip of another program cannot become a record."""
 
 

@@ -199,9 +199,13 @@ def test_options_without_an_effect_are_refused(name: str, cache: Path, model: Pa
         encode(configure(cache, model, tmp_path / "set", **{name: value}))
 
 
-def test_other_folders_and_a_csv_with_a_negative_are_refused(clips: Path, model: Path, tmp_path: Path) -> None:
+def test_other_folders_and_a_csv_with_a_negative_are_refused(
+    cache: Path, clips: Path, model: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="data=.*: is a folder without Parquet files of FastVideo"):
         encode(configure(clips, model, tmp_path / "set"))
+    with pytest.raises(ValueError, match="negative=.*: is no finished data set"):
+        encode(configure(cache, model, tmp_path / "set", negative=str(clips)))
     with pytest.raises(ValueError, match="negative=x: goes with --from"):
         encode(configure(clips / "clips.csv", model, tmp_path / "set", negative="x"))
 

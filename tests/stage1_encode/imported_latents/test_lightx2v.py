@@ -17,6 +17,8 @@ from tests.tiny_models import TEXT_DIM
 
 STEM = "sample_g000001_w000.pt"  # of the second clip
 
+LINE = {"caption": "a", "condition_path": f"conditions/{STEM}"}
+
 
 @pytest.fixture(scope="module")
 def cache(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -69,6 +71,9 @@ def change_line(text: str) -> Callable[[Path], None]:
         (change_latents({"latents": torch.full((48, 3, 4, 6), float("inf"))}), "^the first frame holds NaN or inf"),
         (change_latents({"latents": torch.zeros(48, 3, 4, 6)}), "^the first frame holds only zeros$"),
         (change_latents({"latents": torch.ones(48, 3, 4, 6).int()}), f"^{STEM} holds no latents$"),
+        (change_latents({"latents": torch.ones(48, 3, 4, 6).to_sparse()}), f"^{STEM} holds no latents$"),
+        (change_latents({"latents": torch.ones(48, 3, 4, 6, device="meta")}), f"^{STEM} holds no latents$"),
+        (change_latents({"latents": torch.ones(48, 3, 4, 6).to(torch.float8_e4m3fn)}), f"^{STEM} holds no latents$"),
         (change_latents([1, 2]), f"^{STEM} holds no latents$"),
         (change_latents({"latents": Command()}), f"^{STEM}: holds objects other than tensors"),
         (cut, f"^{STEM}: cannot be read as a file of torch.save"),
@@ -78,6 +83,9 @@ def change_line(text: str) -> Callable[[Path], None]:
         (change_condition({"conditions": {"prompt_embed": torch.zeros(512, 16)}}), "^the text holds only zeros$"),
         (remove, f"^the file {STEM} does not exist$"),
         (change_line("{"), "^the line is not an object of LightX2V's metadata$"),
+        (change_line(json.dumps(LINE | {"video_latent_path": "latents"})), "^the file latents does not exist$"),
+        (change_line(json.dumps(LINE | {"video_latent_path": "a" * 5000})), "^File name too long$"),
+        (change_line(json.dumps(LINE | {"video_latent_path": "\0"})), "does not exist$"),
         (change_line('{"caption": 3}'), "^the line is not an object of LightX2V's metadata$"),
         (change_line('{"caption": "a", "video_latent_path": "x.pt"}'), "^no condition_path given$"),
         (change_line('{"caption": "a", "condition_path": "x.pt"}'), "^no video_latent_path given$"),
