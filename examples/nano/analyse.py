@@ -65,7 +65,7 @@ def unmix(video: Tensor) -> tuple[Tensor, Tensor]:
 
 def moments(cover: Tensor) -> tuple[Tensor, Tensor]:
     """Return area (...) in pixels and centre (... 2) of coverages (... H W)."""
-    y, x = pixel_grid(cover.device)
+    y, x = pixel_grid(cover.device, cover.shape[-2:])
     area = cover.sum(dim=(-2, -1))
     total = area.clamp(min=1e-3)
     return area, torch.stack([(cover * x).sum(dim=(-2, -1)) / total, (cover * y).sum(dim=(-2, -1)) / total], dim=-1)
@@ -73,7 +73,7 @@ def moments(cover: Tensor) -> tuple[Tensor, Tensor]:
 
 def fits(cover: Tensor, area: Tensor, centre: Tensor) -> Tensor:
     """Return the overlap (intersection over union) of coverages (... H W) with each shape of that area: (... 4)."""
-    y, x = pixel_grid(cover.device)
+    y, x = pixel_grid(cover.device, cover.shape[-2:])
     dx, dy = x - centre[..., 0, None, None], y - centre[..., 1, None, None]
     scores = []
     for shape, unit in enumerate(AREA):

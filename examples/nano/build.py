@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from common.video import FrameSize, VideoSpec, parse_frame_size
 from examples.nano.captions import NEGATIVE_PROMPT, captions
 from examples.nano.card import write_card
 from examples.nano.dit import SHIFT, Pool, train_dit
@@ -22,10 +23,11 @@ from examples.nano.render import render, to_network
 from examples.nano.show import sheet
 from examples.nano.text import embed, train_text
 from examples.nano.vae import channels_last, encode, train_vae
-from examples.nano.world import draw_scenes
+from examples.nano.world import FRAMES, HEIGHT, WIDTH, draw_scenes
 from stage2_distill.model.transformer import convert_transformer
 
 SEED = 1
+POOL_BATCH = 1000  # clips encoded at once
 GATE = (
     "{conditions} held-out conditions, {seeds} seeds, guidance {scale:g} (the best of {scales}), Frechet distance of "
     "`stage2_distill/evaluation/latent_metrics.py`; the analyser read {judged} clips a row. `floor` is the distance "
@@ -52,7 +54,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dit-seconds", type=float, default=820)
     parser.add_argument("--vae-batch", type=int, default=32)
     parser.add_argument("--dit-batch", type=int, default=512)
-    parser.add_argument("--pool", type=int, default=200_000)
+    parser.add_argument("--pool", type=int, default=200_000, help="encoded clips, of all sizes together")
+    parser.add_argument("--sizes", type=parse_frame_size, nargs="+", default=[FrameSize(HEIGHT, WIDTH)])
+    parser.add_argument("--frames", type=int, nargs="+", default=[FRAMES], help="lengths of the teacher's clips")
     parser.add_argument("--conditions", type=int, default=2048)
     parser.add_argument("--judged", type=int, default=2048, help="conditions whose pixels the analyser reads")
     parser.add_argument("--steps", type=int, default=50, help="the teacher's steps in the gate")
@@ -77,12 +81,13 @@ class Texts:
         return embed(self.encoder, self.tokenizer, prompts)
 
 
-def make_pool(vae: AutoencoderKLWan, texts: Texts, device: torch.device, count: int, batch: int = 1000) -> Pool:
-    """Encode `count` training clips once."""
+def make_pool(vae: AutoencoderKLWan, texts: Texts, device: torch.device, count: int, size: FrameSize) -> Pool:
+    """Encode `count` training clips of a size once."""
     channels_last(vae)
-    latents, rows = [], []
-    for start in range(0, count, batch):
-        scenes = draw_scenes(SEED + 5, torch.arange(start, start + batch, device=device), held=False)
+    latents, rows, shape = [], [], (size.height, size.width)
+    for start in range(0, count, POOL_BATCH):
+        index = torch.arange(start, min(start + POOL_BATCH, count), device=device)
+        scenes = draw_scenes(SEED + 5, index, held=False, size=shape)
         with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
             latents.append(encode(vae, to_network(render(scenes))).half())
         rows.append(texts(captions(scenes)).half())
@@ -124,10 +129,13 @@ def train(args: argparse.Namespace, say: Callable[[str], None]) -> None:
         say(f"vae: {done} iterations")
     if args.more or not (out / "transformer").exists():
         vae = AutoencoderKLWan.from_pretrained(out / "vae").float().to(device)
-        pool = make_pool(vae, Texts(out, device), device, args.pool)
-        say(f"pool: {len(pool.latents)} clips, std {pool.latents[:1000].float().std():.3f}")
+        texts, count = Texts(out, device), args.pool // len(args.sizes)
+        pools = [make_pool(vae, texts, device, count, size) for size in args.sizes]
+        for size, pool in zip(args.sizes, pools, strict=True):
+            say(f"pool: {len(pool.latents)} clips of {size}, std {pool.latents[:1000].float().std():.3f}")
+        pools = [pool.shortened(VideoSpec(num_frames=frames).latent_frames) for pool in pools for frames in args.frames]
         done = train_dit(
-            out, pool, seed=SEED, seconds=args.dit_seconds, limit=args.limit, batch=args.dit_batch, report=say
+            out, pools, seed=SEED, seconds=args.dit_seconds, limit=args.limit, batch=args.dit_batch, report=say
         )
         say(f"dit: {done} iterations")
 

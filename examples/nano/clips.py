@@ -7,18 +7,20 @@ With `--conditions 8192 --out WORK` it writes the many first frames that distill
 
 import argparse
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from common.video import FrameSize, parse_frame_size
 from examples.nano.captions import captions
 from examples.nano.render import first_frames, render
-from examples.nano.world import FPS, draw_scenes
+from examples.nano.world import FPS, HEIGHT, WIDTH, draw_scenes
 from stage1_encode.media.video_writer import write_video
 
-CLIPS_SEED, PROMPTS_SEED = 77, 78
+CLIPS_SEED, PROMPTS_SEED, BATCH = 77, 78, 64
+LANDSCAPE = (FrameSize(HEIGHT, WIDTH),)
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -27,12 +29,12 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[obje
         csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
 
-def write_clips(out: Path, count: int) -> None:
-    """Write `count` training clips and their CSV."""
+def write_clips(out: Path, count: int, sizes: Sequence[FrameSize] = LANDSCAPE) -> None:
+    """Write `count` training clips and their CSV; batches of them take turns with the sizes."""
     (out / "clips").mkdir(parents=True, exist_ok=True)
     rows = []
-    for first in range(0, count, 64):
-        scenes = draw_scenes(CLIPS_SEED, torch.arange(first, min(first + 64, count)), held=False)
+    for first, index, size in batches(count, sizes):
+        scenes = draw_scenes(CLIPS_SEED, index, held=False, size=size)
         for index, (video, prompt) in enumerate(zip(render(scenes), captions(scenes), strict=True)):
             name = f"clips/{first + index:06d}.mp4"
             write_video(out / name, video.numpy(), fps=FPS)
@@ -40,12 +42,22 @@ def write_clips(out: Path, count: int) -> None:
     write_table(out / "clips.csv", ("video", "prompt"), rows)
 
 
-def write_conditions(out: Path, table: str, *, seed: int, count: int, held: bool, alone: int = 0) -> None:
+def batches(count: int, sizes: Sequence[FrameSize]) -> Iterator[tuple[int, torch.Tensor, tuple[int, int]]]:
+    """Yield the first index, the indices and the size of each batch of scenes; as many batches have each size."""
+    step = min(BATCH, max(1, count // len(sizes))) if len(sizes) > 1 else BATCH
+    for number, first in enumerate(range(0, count, step)):
+        size = sizes[number % len(sizes)]
+        yield first, torch.arange(first, min(first + step, count)), (size.height, size.width)
+
+
+def write_conditions(
+    out: Path, table: str, *, seed: int, count: int, held: bool, alone: int = 0, sizes: Sequence[FrameSize] = LANDSCAPE
+) -> None:
     """Write `count` first frames to `out`/images, and their prompts to `table`; every `alone`-th has no image."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     rows = []
-    for first in range(0, count, 64):
-        scenes = draw_scenes(seed, torch.arange(first, min(first + 64, count)), held=held)
+    for first, indices, size in batches(count, sizes):
+        scenes = draw_scenes(seed, indices, held=held, size=size)
         for index, (picture, prompt) in enumerate(
             zip(first_frames(scenes), captions(scenes), strict=True), start=first
         ):
@@ -66,14 +78,24 @@ def main() -> None:
     parser.add_argument(
         "--held-out", type=int, default=128, help="held-out first frames; with --conditions, in OUT/held"
     )
+    parser.add_argument(
+        "--sizes",
+        type=parse_frame_size,
+        nargs="+",
+        default=LANDSCAPE,
+        help="such as 64x96 96x64 96x96 (height x width)",
+    )
     args = parser.parse_args()
+    sizes = tuple(args.sizes)
+    held = {"seed": PROMPTS_SEED, "held": True, "sizes": sizes}
     if args.conditions:
-        write_conditions(args.out / "train", "train.csv", seed=CLIPS_SEED, count=args.conditions, held=False)
-        write_conditions(args.out / "held", "held.csv", seed=PROMPTS_SEED, count=args.held_out, held=True)
+        train = args.out / "train"
+        write_conditions(train, "train.csv", seed=CLIPS_SEED, count=args.conditions, held=False, sizes=sizes)
+        write_conditions(args.out / "held", "held.csv", count=args.held_out, **held)
         return
-    write_clips(args.out, args.count)
-    write_conditions(args.out, "prompts.csv", seed=PROMPTS_SEED, count=args.prompts, held=True, alone=5)
-    write_conditions(args.out, "held.csv", seed=PROMPTS_SEED, count=args.held_out, held=True)
+    write_clips(args.out, args.count, sizes)
+    write_conditions(args.out, "prompts.csv", count=args.prompts, alone=5, **held)
+    write_conditions(args.out, "held.csv", count=args.held_out, **held)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 Shapes: B clips, C 48 channels, T 5 latent frames, H W latent size, N tokens, L text rows, D text width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -29,6 +31,10 @@ class Pool:
     latents: Tensor  # (P C T H W) float16, normalised
     text: Tensor  # (P L D) float16, zero rows past each prompt's end
     negative: Tensor  # (L D) float16, the negative prompt
+
+    def shortened(self, latent_frames: int) -> "Pool":
+        """The same clips cut to their first latent frames: the VAE is causal, so this encodes their first frames."""
+        return Pool(self.latents[:, :, :latent_frames], self.text, self.negative)
 
 
 def make_dit() -> WanTransformer3DModel:
@@ -71,7 +77,7 @@ def dit_loss(net: WanTransformer3DModel, pool: Pool, batch: int, generator: torc
 
 def train_dit(
     folder: Path,
-    pool: Pool,
+    pools: Sequence[Pool],
     *,
     seed: int,
     seconds: float,
@@ -79,8 +85,11 @@ def train_dit(
     batch: int,
     report: Callable[[str], None],
 ) -> int:
-    """Train and save the teacher (EMA, float16), starting from `transformer/` if it exists; returns the iterations."""
-    device = pool.latents.device
+    """Train and save the teacher (EMA, float16), starting from `transformer/` if it exists; returns the iterations.
+
+    pools: clips of one shape each, of which the iterations take turns.
+    """
+    device = pools[0].latents.device
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = make_dit().to(device)
@@ -94,7 +103,7 @@ def train_dit(
     adam = optimizer(parameters, device, beta2=0.99)
     loss = torch.ones((), device=device)
 
-    def step() -> Tensor:
+    def step(pool: Pool) -> Tensor:
         adam.zero_grad(set_to_none=True)
         value = dit_loss(net, pool, batch, generator)
         value.backward()
@@ -104,8 +113,9 @@ def train_dit(
         loss.lerp_(value.detach(), 0.01)
         return value
 
+    steps = cycle([captured(partial(step, pool), generator) for pool in pools])  # a graph for each shape
     done = train(
-        captured(step, generator), adam.param_groups[0]["lr"], RATE,
+        lambda: next(steps)(), adam.param_groups[0]["lr"], RATE,
         seconds=seconds, limit=limit, report=lambda i: report(f"dit {i} loss {loss.item():.4f}"),
     )  # fmt: skip
     for p, mean in zip(parameters, average, strict=True):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from examples.nano.world import HEIGHT, RGB, SLOTS, WIDTH, Scenes, constant
+from examples.nano.world import RGB, SLOTS, Scenes, constant
 
 AREA = (3.1416, 3.24, 2.694, 3.158)  # of a shape of radius 1, by the distances below
 SQUARE, INNER, LONG, SHORT = 0.9, 0.72, 1.15, 0.42  # half side; the triangle's inner circle; the cross's half bars
@@ -23,16 +23,16 @@ def distance(x: Tensor, y: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
     return torch.where(shape == 0, circle, torch.where(shape == 1, square, torch.where(shape == 2, triangle, bars)))
 
 
-def pixel_grid(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return pixel centres: y (H 1) and x (1 W)."""
-    y = torch.arange(HEIGHT, device=device)[:, None] + 0.5
-    x = torch.arange(WIDTH, device=device)[None, :] + 0.5
+def pixel_grid(device: torch.device, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return pixel centres, y (H 1) and x (1 W), of a picture (height, width)."""
+    y = torch.arange(size[0], device=device)[:, None] + 0.5
+    x = torch.arange(size[1], device=device)[None, :] + 0.5
     return y, x
 
 
 def coverage(scenes: Scenes, slot: int) -> Tensor:
     """Return the share of each pixel that the object in `slot` covers (B T H W), in [0, 1]."""
-    y, x = pixel_grid(scenes.phase.device)
+    y, x = pixel_grid(scenes.phase.device, scenes.size)
     centre = scenes.centre[:, slot, :, :, None, None]
     radius = scenes.radius[:, slot, :, None, None]
     inside = 0.5 - distance(x - centre[:, :, 0], y - centre[:, :, 1], radius, scenes.shape[:, slot, None, None, None])
@@ -42,12 +42,13 @@ def coverage(scenes: Scenes, slot: int) -> Tensor:
 
 def paint_background(scenes: Scenes) -> Tensor:
     """Return the still background (B H W 3) in 0..255: one tone, a vertical shade, four soft stripes, or two halves."""
-    y, x = pixel_grid(scenes.phase.device)
+    height, width = scenes.size
+    y, x = pixel_grid(scenes.phase.device, scenes.size)
     phase = scenes.phase[:, None, None]
     kind = scenes.background[:, None, None]
-    shaded = (y / HEIGHT).expand(1, HEIGHT, WIDTH)
-    striped = (0.5 + 4.0 * torch.sin(2 * torch.pi * (x / 48 + phase))).clamp(0, 1).expand(-1, HEIGHT, -1)
-    split = (0.5 + x - WIDTH * (0.25 + 0.5 * phase)).clamp(0, 1).expand(-1, HEIGHT, -1)
+    shaded = (y / height).expand(1, height, width)
+    striped = (0.5 + 4.0 * torch.sin(2 * torch.pi * (x / 48 + phase))).clamp(0, 1).expand(-1, height, -1)
+    split = (0.5 + x - width * (0.25 + 0.5 * phase)).clamp(0, 1).expand(-1, height, -1)
     mix = torch.where(kind == 1, shaded, torch.where(kind == 2, striped, torch.where(kind == 3, split, 0.0)))[..., None]
     tones = scenes.tones[:, :, None, None]
     return tones[:, 0] * (1 - mix) + tones[:, 1] * mix

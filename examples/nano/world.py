@@ -1,8 +1,9 @@
 """The nano world: clips of coloured shapes on a still background, each a pure function of (seed, index).
 
-Every object stays in its own half of the picture, so that objects do not constrain each other. The world is discrete
-where a tiny network must choose: centres start on a lattice, objects turn and enter where a latent frame begins, and
-move one stride a latent frame. What the caption leaves open is drawn at random.
+Every object stays in its own half of the picture, cut across its longer side, so that objects do not constrain each
+other. A scene has any of `SIZES`. The world is discrete where a tiny network must choose: centres start on a lattice,
+objects turn and enter where a latent frame begins, and move one stride a latent frame. What the caption leaves open is
+drawn at random.
 
 Shapes: B clips, S object slots (0 is there from the start, 1 from the start or never, 2 enters later or never; 1 and 2
 share a half and are never in one clip), T frames, H W pixels.
@@ -18,6 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 FRAMES, HEIGHT, WIDTH, FPS = 17, 64, 96, 12
+SIZES = ((HEIGHT, WIDTH), (96, 64), (96, 96))  # landscape, portrait, square: in each half there is room for all motions
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")
 RGB = ((225, 40, 40), (235, 215, 40), (40, 195, 60), (40, 210, 225), (50, 70, 235), (225, 50, 215))
@@ -50,6 +52,7 @@ class Scenes:
     tones: Tensor  # (B 2 3) float32, the background's two colours in 0..255
     phase: Tensor  # (B) float32 in [0, 1), where stripes or the split lie
     wording: Tensor  # (B 8) float32 in [0, 1), choices of words
+    size: tuple[int, int] = (HEIGHT, WIDTH)  # height and width of the picture, one of SIZES
 
 
 def uniforms(seed: int, index: Tensor, count: int) -> Tensor:
@@ -126,14 +129,26 @@ def on_lattice(u: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return LATTICE * (first + (u * count).floor().minimum(count - 1))
 
 
-def room(margin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the lowest and highest centre (... 2) in the left half of an object with a margin (...) in pixels."""
+def half_extent(size: tuple[int, int]) -> tuple[float, float]:
+    """Return the extent (x, y) of the left half of a picture (height, width), or of the upper one if it is upright."""
+    height, width = size
+    return (width / 2, height) if width >= height else (width, height / 2)
+
+
+def half_step(size: tuple[int, int]) -> tuple[float, float]:
+    """Return the way (x, y) from the first half of a picture (height, width) to the other."""
+    height, width = size
+    return (width / 2, 0.0) if width >= height else (0.0, height / 2)
+
+
+def room(margin: Tensor, extent: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Return the lowest and highest centre (... 2) in the first half of an object with a margin (...) in pixels."""
     low = torch.stack([margin, margin], dim=-1)
-    return low, constant((WIDTH / 2, HEIGHT), margin.device) - low
+    return low, constant(extent, margin.device) - low
 
 
-def paths(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
-    """Return centres (... T 2) inside the left half and radii (... T), from draws u (... 6) and motion (...)."""
+def paths(u: Tensor, motion: Tensor, extent: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Return centres (... T 2) inside the first half and radii (... T), from draws u (... 6) and motion (...)."""
     heading = headings(u, motion)
     still = (motion == GROW) | (motion == SHRINK) | (motion == STAY)
     speed = torch.where(still, 0.0, STRIDE / CHUNK)
@@ -143,7 +158,7 @@ def paths(u: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
     end = torch.where(motion == GROW, LARGE, torch.where(motion == SHRINK, SMALL, SIZE))
     clock = torch.linspace(0, 1, FRAMES, device=u.device)
     radius = start[..., None] + (end - start)[..., None] * clock
-    low, high = room(REACH * radius.amax(dim=-1) + 1)
+    low, high = room(REACH * radius.amax(dim=-1) + 1, extent)
     return on_lattice(u[..., 4:6], low - offset.amin(dim=-2), high - offset.amax(dim=-2))[..., None, :] + offset, radius
 
 
@@ -155,7 +170,7 @@ def draw_background(u: Tensor) -> tuple[Tensor, Tensor]:
     return choose(u[:, 0], len(BACKGROUNDS)), torch.stack([grey, other], dim=1)[..., None] + tint
 
 
-def draw_scenes(seed: int, index: Tensor, *, held: bool | None) -> Scenes:
+def draw_scenes(seed: int, index: Tensor, *, held: bool | None, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Scenes:
     """Return scenes of indices (B); `held`: False for training, True for held-out combinations, None for any."""
     u, v = uniforms(seed, index, SCENE_DRAWS + 2 * PATH_DRAWS).split([SCENE_DRAWS, 2 * PATH_DRAWS], dim=1)
     split = None if held is None else torch.full_like(index, held, dtype=torch.bool)
@@ -165,12 +180,12 @@ def draw_scenes(seed: int, index: Tensor, *, held: bool | None) -> Scenes:
     shape_a, motion_a = attributes(u[:, 3:6], a, split)
     shape_b, motion_b = attributes(u[:, 6:9], b, None if held else split)
     motion = torch.stack([motion_a, motion_b], dim=1)
-    centre, radius = paths(rearrange(v, "b (s d) -> b s d", s=2), motion)
-    size = torch.full_like(radius[:, :1], SIZE)
-    position = on_lattice(u[:, 10:12], *room(REACH * size[:, 0, 0] + 1))[:, None, None].expand_as(centre[:, :1])
-    centre = torch.cat([centre, position], dim=1)
-    right = (u[:, 25] < 0.5)[:, None] == constant((1, 0, 0), u.device).bool()  # (B S): the first in one half, or other
-    centre = torch.stack([centre[..., 0] + right[..., None] * (WIDTH / 2), centre[..., 1]], dim=-1)
+    centre, radius = paths(rearrange(v, "b (s d) -> b s d", s=2), motion, half_extent(size))
+    still = torch.full_like(radius[:, :1], SIZE)
+    entering = room(REACH * still[:, 0, 0] + 1, half_extent(size))
+    centre = torch.cat([centre, on_lattice(u[:, 10:12], *entering)[:, None, None].expand_as(centre[:, :1])], dim=1)
+    other = (u[:, 25] < 0.5)[:, None] == constant((1, 0, 0), u.device).bool()  # (B S): the first in one half, or other
+    centre = centre + other[..., None, None] * constant(half_step(size), u.device)
     second = torch.where(u[:, 9] < 0.5, 0, NEVER)
     entry = 1 + CHUNK * (1 + choose(u[:, 26], (FRAMES - 1) // CHUNK - 1))
     entry = torch.where((second == NEVER) & (u[:, 12] < 0.9), entry, NEVER)
@@ -182,9 +197,10 @@ def draw_scenes(seed: int, index: Tensor, *, held: bool | None) -> Scenes:
         entry=torch.stack([torch.zeros_like(second), second, entry], dim=1),
         named=u[:, 23] < 0.2,
         centre=centre,
-        radius=torch.cat([radius, size], dim=1),
+        radius=torch.cat([radius, still], dim=1),
         background=background,
         tones=tones,
         phase=u[:, 24],
         wording=uniforms(seed + 1, index, 8),
+        size=size,
     )

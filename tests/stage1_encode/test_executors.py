@@ -190,7 +190,7 @@ def test_csv_is_read_once(
         raise AssertionError("waits for itself")
 
     monkeypatch.setattr(LocalExecutor, "load", change_csv)
-    monkeypatch.setattr("stage1_encode.encode.time", SimpleNamespace(sleep=fail_to_sleep))
+    monkeypatch.setattr("stage1_encode.encode.time", SimpleNamespace(sleep=fail_to_sleep, monotonic=time.monotonic))
     assert encode(config).records == 3
     monkeypatch.setattr(LocalExecutor, "load", load)
     if rows_after == 4:
