@@ -92,6 +92,7 @@ def verify_command(shards: str, **options: object) -> int:
 @config_options(PlanConfig)
 def plan_command(**options: object) -> None:
     """Predict memory, time, money and disk of a run of distill."""
+    from stage2_distill.planning.duration import list_shapes
     from stage2_distill.planning.network_size import TransformerSize
     from stage2_distill.planning.plan_text import format_plan
     from stage2_distill.planning.run_plan import make_plan
@@ -102,14 +103,14 @@ def plan_command(**options: object) -> None:
         from stage2_distill.planning.model_size import read_model_size  # imports torch
 
         size = read_model_size(config.model)
-    calibration = None
+    shapes, sizes, calibration = list_shapes(run, config.size_shares), config.size_shares, None
     if config.calibrate:
         from commands.calibrate import calibrate
 
-        calibration = calibrate(run, size, config.card)
-    plan = make_plan(run, size, config.card, gpus=config.gpus, records=config.records, price=config.price,
+        calibration = calibrate(shapes[0].config, size, config.card)
+    plan = make_plan(shapes, size, config.card, gpus=config.gpus, records=config.records, price=config.price,
                      calibration=calibration)  # fmt: skip
-    echo_report(asdict(plan), format_plan(plan, run, records=config.records), as_json=config.json)
+    echo_report(asdict(plan), format_plan(plan, run, records=config.records, sizes=sizes), as_json=config.json)
 
 
 @cli.command("doctor", cls=ConfigCommand)

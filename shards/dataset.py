@@ -83,6 +83,15 @@ class DataSet:
             own.append(range(first, end))
         return tuple(SizeGroup(spec, tuple(own)) for spec, own in ranges.items())
 
+    @property
+    def size_shares(self) -> dict[VideoSpec, float]:
+        """The share of each size in the records that are read."""
+        return {group.spec: group.num_records / self.num_records for group in self.size_groups}
+
+    def record_spec(self, index: int) -> VideoSpec:
+        """Size and frame rate of record `index` of 0..num_records-1, without reading it."""
+        return self.manifest.shard_spec(self.manifest.shards[bisect_right(self._first_records, index) - 1])
+
     def read_record(self, index: int) -> Record:
         """Record `index` of 0..num_records-1, for any thread; IndexError, or ValueError naming damaged members."""
         if not 0 <= index < self.num_records:

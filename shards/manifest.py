@@ -224,7 +224,12 @@ def check_manifest(folder: Path | str, manifest: Manifest, *, spec: VideoSpec, e
     if len(manifest.sizes) > 1:
         sizes = ", ".join(f"{one.height}x{one.width}" for one in manifest.sizes)
         raise ValueError(f"shards={folder}: holds records of several sizes ({sizes}); give a data set of one size")
-    differences = list_differences(vars(spec) | encoder, manifest.encoding)
+    check_settings(folder, manifest, vars(spec) | encoder)
+
+
+def check_settings(folder: Path | str, manifest: Manifest, expected: Mapping[str, object]) -> None:
+    """Raise ValueError if shards were encoded with another value of a setting than is expected."""
+    differences = list_differences(expected, manifest.encoding)
     if differences:
         raise ValueError(
             f"shards={folder}: encoded with other settings than this run needs: {'; '.join(differences)}; give those"

@@ -103,6 +103,20 @@ class DataSetMixture:
         by_size = sorted(ranges.items(), key=lambda item: (item[0].height, item[0].width))
         return tuple(SizeGroup(spec, tuple(own)) for spec, own in by_size)
 
+    @property
+    def size_shares(self) -> dict[VideoSpec, float]:
+        """The share of each size in the records that are read, which follows the weights of the data sets."""
+        shares = dict.fromkeys((group.spec for group in self.size_groups), 0.0)
+        for draws, data in zip(self.draws_per_cycle, self.data_sets, strict=True):
+            for spec, share in data.size_shares.items():
+                shares[spec] += share * draws / sum(self.draws_per_cycle)
+        return shares
+
+    def record_spec(self, index: int) -> VideoSpec:
+        """Size and frame rate of record `index` of 0..num_records-1, without reading it."""
+        data_set_index = bisect_right(self._first_records, index) - 1
+        return self.data_sets[data_set_index].record_spec(index - self._first_records[data_set_index])
+
     def read_record(self, index: int) -> Record:
         """Record `index` of 0..num_records-1; IndexError for another index."""
         if not 0 <= index < self.num_records:
@@ -130,8 +144,12 @@ class RecordStream:
         """Number of the record at a position."""
         return self.data.record_index(position, seed=self.seed)
 
+    def record_spec(self, position: int) -> VideoSpec:
+        """Size and frame rate of the record at a position."""
+        return self.data.record_spec(self.record_index(position))
+
     def read_batch(self, positions: Sequence[int]) -> Condition:
-        """The records at these positions, collated."""
+        """The records at these positions, all of one size, collated."""
         records = [self.data.read_record(self.record_index(position)) for position in positions]
         return collate_records(records, max_text_tokens=self.max_text_tokens)
 

@@ -14,8 +14,9 @@ from common.condition import Condition
 from common.model_folder import fingerprint_part, locate_model, locate_part
 from common.options import write_config
 from common.planning.units import format_hours
+from common.video import FrameSize
 from shards.dataset import DataSet, prefetch_ordered
-from shards.manifest import check_manifest
+from shards.manifest import check_settings
 from shards.mixture import DataSetMixture, RecordStream, open_data_sets
 from shards.record import pad_text
 from stage2_distill.build import build_roles, build_trainer, choose_optimizer_form, describe_machine
@@ -44,6 +45,7 @@ from stage2_distill.monitoring.preview import (
     PreviewWriter,
     open_previews,
 )
+from stage2_distill.planning.duration import list_shapes
 from stage2_distill.planning.model_size import read_model_size
 from stage2_distill.planning.start_report import start_lines
 from stage2_distill.resume import initialize_from, resume_run, training_state
@@ -75,17 +77,17 @@ def distill(config: DistillConfig) -> Path:
             "install flash-attn-3 for a fixed order, or use --attention flash, which is slower"
         )
     model = locate_model(config.model, ("transformer",))
-    data = open_data_sets(config.shards)
-    spec = replace(config.spec, num_frames=data.manifest.spec.num_frames)  # a record has no length of its own
-    check_manifest(Path(config.shards[0]), data.manifest, spec=spec, encoder=expected_encoder(model))
+    data = open_data_sets(config.shards, many_sizes=True)
+    check_data(config, data, expected_encoder(model))
     schedule = Schedule.of(config, ranks.world)
     facts, out = student_facts(config, model, data), Path(config.out)
     check_run(out, config, facts, schedule)  # before anything is written, and anything slow
     with own_folder(out):
         if ranks.rank == 0:
             open_run_folder(out, config, facts, schedule)
-            log_plan(config, ranks, model)
-        roles = build_roles(config, ranks, model)
+            log_plan(config, ranks, model, data)
+        largest = list_shapes(config, size_shares(data))[0].config  # whose memory decides the optimizers' form
+        roles = build_roles(largest, ranks, model)
         negative_text = pad_text(data.negative, config.max_text_tokens).to(ranks.device)
         trainer = build_trainer(config, ranks, schedule, roles, negative_text)
         run = TrainingRun(config, trainer, data, replace(facts, memory=roles.form))
@@ -93,12 +95,32 @@ def distill(config: DistillConfig) -> Path:
     return list_checkpoints(out)[-1]
 
 
-def log_plan(config: DistillConfig, ranks: RankContext, model: Path) -> None:
+def check_data(config: DistillConfig, data: DataSet | DataSetMixture, encoder: dict[str, object]) -> None:
+    """Raise ValueError if the records were encoded by other models, or if none has the configured size."""
+    sizes, own = [group.spec.frame_size for group in data.size_groups], config.spec.frame_size
+    expected = encoder | {"fps": config.fps}  # not num_frames: a first frame has no length
+    check_settings(config.shards[0], data.manifest, expected | (vars(own) if len(sizes) == 1 else {}))
+    if own not in sizes:
+        raise ValueError(
+            f"height={own.height}: no record is of {own} pixels, but {', '.join(map(str, sizes))}; give --height and "
+            "--width of one of them, which is that of videos without a first frame"
+        )
+    if len(sizes) > 1:
+        config.check_many_shapes()
+
+
+def size_shares(data: DataSet | DataSetMixture) -> dict[FrameSize, float]:
+    """The share of each size in the records that are read."""
+    return {spec.frame_size: share for spec, share in data.size_shares.items()}
+
+
+def log_plan(config: DistillConfig, ranks: RankContext, model: Path, data: DataSet | DataSetMixture) -> None:
     """Say on what the run computes, what it will take, and how to stop it."""
-    size = read_model_size(str(model))
-    form, checkpoints = choose_optimizer_form(config, ranks, size), list_checkpoints(Path(config.out))
+    size, sizes = read_model_size(str(model)), size_shares(data)
+    largest, checkpoints = list_shapes(config, sizes)[0].config, list_checkpoints(Path(config.out))
+    form = choose_optimizer_form(largest, ranks, size)
     completed = iteration_of(checkpoints[-1]) if checkpoints else 0
-    for line in start_lines(config, size, describe_machine(config, ranks), form, completed):
+    for line in start_lines(config, size, describe_machine(config, ranks), form, completed, sizes):
         logging.info("%s", line)
 
 
@@ -136,7 +158,8 @@ def open_run_folder(out: Path, config: DistillConfig, facts: StudentFacts, sched
 
 def student_facts(config: DistillConfig, model: Path, data: DataSet | DataSetMixture) -> StudentFacts:
     """What every checkpoint of this run says of its student, without the optimizer form."""
-    encoder = data.manifest.encoder
+    encoder, lengths = data.manifest.encoder, tuple(length.num_frames for length in config.lengths)
+    sizes = tuple(group.spec.frame_size for group in data.size_groups)
     return StudentFacts(
         iteration=0,
         ladder=config.timesteps,
@@ -150,6 +173,8 @@ def student_facts(config: DistillConfig, model: Path, data: DataSet | DataSetMix
         config=asdict(config),
         data_sets=data.digests,
         base_loras=tuple(digest_lora(one.path) for one in parse_loras(config.base_lora or ())),
+        sizes=sizes if len(sizes) > 1 else (),
+        lengths=lengths if len(lengths) > 1 else (),
     )
 
 
@@ -258,7 +283,7 @@ def load_micro_batches(run: TrainingRun, start_iteration: int) -> Generator[tupl
 
     # a reused rollout began at the student's last turn
     start = start_iteration - (start_iteration % config.student_update_interval if config.rollout_reuse else 0)
-    shapes = SampleShapes(config.seed, config.lengths, lambda position: config.spec)
+    shapes = SampleShapes(config.seed, config.lengths, stream.record_spec)
     schedule = trainer.schedule.micro_batches(start=start, rank=trainer.ranks.rank, shapes=shapes)
     for micro_batch, condition in prefetch_ordered(read_micro_batch, schedule, depth=8, threads=2):
         device_condition = condition.to(trainer.ranks.device)

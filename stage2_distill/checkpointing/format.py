@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from common.files import Count, read_json, write_file
 from common.flow import timestep_sigmas
-from common.video import VideoSpec
+from common.video import FrameSize, VideoSpec
 
 STUDENT_FILE, INDEX_FILE, BEST_FILE = "student.json", "index.json", "best"
 PARTIAL_SUFFIX, DAMAGED_SUFFIX = ".partial", ".damaged"  # of folders that are not checkpoints, or no longer
@@ -69,7 +69,7 @@ class StudentFacts:
     ladder: tuple[float, ...]  # timesteps before the shift; the key keeps its old name, as old checkpoints have it
     shift: float
     sampler: str
-    spec: VideoSpec
+    spec: VideoSpec  # of the longest videos; of several sizes that of the options
     base_model: str
     transformer: str  # fingerprint of the base model's transformer
     vae: str  # fingerprint of the VAE that encoded the latents
@@ -79,6 +79,8 @@ class StudentFacts:
     memory: str = ""  # optimizer form of the roles; the first checkpoints lack it
     data_sets: tuple[str, ...] = ()  # `Manifest.content_digest` of each; checkpoints of 0.1 lack it
     base_loras: tuple[str, ...] = ()  # `digest_lora` of each file of --base-lora; earlier checkpoints lack it
+    sizes: tuple[FrameSize, ...] = ()  # that it was trained on, if they are several; otherwise the file lacks the key
+    lengths: tuple[int, ...] = ()  # likewise the numbers of frames
 
     def __post_init__(self) -> None:
         if not 1 <= self.shift < math.inf:
@@ -89,6 +91,16 @@ class StudentFacts:
             value, kind = self.config[name], READ_OPTIONS[name]
             if not isinstance(value, kind) or (isinstance(value, int | float) and not 0 <= value < math.inf):
                 raise ValueError(f"{name}={value!r}: is not a value of that option")
+
+    @property
+    def stored_fields(self) -> dict[str, object]:
+        """The fields as `student.json` holds them."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("sizes", "lengths")}
+
+    @property
+    def frame_sizes(self) -> tuple[FrameSize, ...]:
+        """All sizes that the student was trained on."""
+        return self.sizes or (self.spec.frame_size,)
 
     @property
     def sigmas(self) -> tuple[float, ...]:

@@ -81,7 +81,7 @@ class CheckpointJob:
         with fail_on_all_ranks(self.group):
             if self.ranks.rank == 0:
                 student_file = self.partial_folder / layout.STUDENT_FILE
-                layout.write_json(student_file, asdict(self.facts))
+                layout.write_json(student_file, self.facts.stored_fields)
                 index |= {student_file.name: layout.FileFacts.read(student_file)}
                 fields = {name: asdict(index[name]) for name in sorted(index)}
                 layout.write_json(self.partial_folder / layout.INDEX_FILE, fields)

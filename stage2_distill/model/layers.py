@@ -24,6 +24,8 @@ from stage2_distill.model.context_parallel import ulysses_attention
 if torch.cuda.is_available():  # triton comes with torch's CUDA builds only
     from stage2_distill.model.fused_kernels import linear_gelu, rms_norm_rope
 
+MAX_GRAPHS = 128  # of one function
+
 RotaryEmbedding: TypeAlias = tuple[Tensor, Tensor]  # cos and sin (1 N 1 d/2) float32
 
 
@@ -74,8 +76,14 @@ def final_norm(norm: nn.Module, x: Tensor, rows: Tensor, first_frame_tokens: int
 
 @cache  # a function keeps its compiled form, and with it the graphs
 def maybe_compile(function: Callable[..., Tensor], plan: ExecutionPlan) -> Callable[..., Tensor]:
-    """Return the function, compiled if the plan says so."""
-    return torch.compile(function, dynamic=False, fullgraph=True) if plan.compiled else function
+    """Return the function, compiled if the plan says so: one graph per shape, each made at its first use."""
+    if not plan.compiled:
+        return function
+    # A shape has about four graphs: with and without gradient, and of the teacher's two branches. torch refuses more
+    # than 8 of a function, so that inputs that never repeat are noticed; shapes do repeat.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_GRAPHS)
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def norm_and_rope(norm: nn.RMSNorm, x: Tensor, heads: int, rope: RotaryEmbedding | None) -> Tensor:

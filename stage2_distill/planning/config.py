@@ -1,10 +1,12 @@
 """Options of the commands `plan` and `doctor`."""
 
+import math
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
 from common.options import MODEL_HELP, check_fields, device_option, json_option, option, read_yaml
 from common.planning.cards import CARD_NAMES, CARDS, Card
+from common.video import FrameSize, parse_frame_size
 from stage2_distill.config import DistillConfig
 
 
@@ -15,6 +17,10 @@ class PlanConfig:
     gpus: int = option(8, "GPUs of the run.", minimum=1, group="devices")
     gpu: str = option("h100", "Kind of GPU.", choices=CARD_NAMES, group="devices")
     records: int = option(10_000, "Records to encode and to train on.", minimum=1, group="data")
+    sizes: tuple[str, ...] = option(
+        (), "Size of records as HEIGHTxWIDTH, or HEIGHTxWIDTH:SHARE; repeat it for more; by default the recipe's.",
+        group="data",
+    )  # fmt: skip
     recipe: str | None = option(None, "YAML file for distill; by default its defaults.", path="input", group="recipe")
     set: tuple[str, ...] = option(
         (), "An option of distill as KEY=VALUE, such as lora_rank=32; repeat it for more.", group="recipe"
@@ -33,6 +39,23 @@ class PlanConfig:
         check_fields(self)
         if self.calibrate and self.model is None:
             raise ValueError("calibrate=True: runs iterations of a model; give --model")
+        _ = self.size_shares
+
+    @property
+    def size_shares(self) -> dict[FrameSize, float]:
+        """The share of each size in the records; ValueError for a text that is no size or a share that is not > 0."""
+        shares: dict[FrameSize, float] = {}
+        for text in (part for item in self.sizes for part in item.split(",")):
+            size_text, colon, share_text = text.partition(":")
+            try:
+                size, share = parse_frame_size(size_text), float(share_text) if colon else 1.0
+            except ValueError as error:
+                raise ValueError(f"sizes={text}: {error}") from error
+            if size in shares or not 0 < share < math.inf:
+                raise ValueError(f"sizes={text}: each size needs one share above 0")
+            shares[size] = share
+        total = sum(shares.values())
+        return {size: share / total for size, share in shares.items()}
 
     @property
     def card(self) -> Card:
@@ -45,6 +68,8 @@ class PlanConfig:
             read_yaml(self.recipe, option="recipe")  # so that a message names the option that the user gave
         options: dict[str, object] = {"config": self.recipe, "shards": ("DATA",), "model": self.model or "MODEL"}
         options["out"], known = "RUN", [item.name for item in fields(DistillConfig)]
+        if len(self.size_shares) == 1:
+            options |= vars(*self.size_shares)
         for item in self.set:
             key, found, value = item.partition("=")
             if not (key and found):

@@ -1,6 +1,7 @@
 """Seconds of a training iteration and of a video, from operations and the speeds of a card. Imports no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from common.planning.cards import (
     ATTENTION_TFLOPS,
@@ -11,7 +12,7 @@ from common.planning.cards import (
     SHARED_VIDEO_RATE,
     Card,
 )
-from common.video import VideoSpec
+from common.video import FrameSize, VideoSpec
 from stage2_distill.config import DistillConfig, ranks_per_copy
 from stage2_distill.planning.memory import parameter_bytes, place_on_host
 from stage2_distill.planning.network_size import TransformerSize
@@ -22,6 +23,32 @@ AVERAGE_BYTES = 12  # moved per parameter when the critic's average is updated: 
 UPDATE_BYTES = 64  # moved per parameter in clipping, step and zeroing: 0.09 s for 5 B on an H200
 # Share of a block's products and of its attention that the backward pass computes again; see activation_checkpoint.py.
 RECOMPUTED = {"full": (1, 1), "offload": (1, 1), "selective": (1, 0), "selective-mlp": (0.8, 0), "off": (0, 0)}
+
+
+@dataclass(frozen=True)
+class ShapeShare:
+    """One shape, and the share of the samples that have it."""
+
+    share: float
+    config: DistillConfig  # of a run of this shape alone
+
+
+def list_shapes(config: DistillConfig, sizes: Mapping[FrameSize, float]) -> tuple[ShapeShare, ...]:
+    """All shapes of a run, the largest first; sizes: {size: share of the records}, empty for the configured one."""
+    if len(sizes) < 2 and len(config.lengths) == 1:
+        return (ShapeShare(1.0, config),)
+    shares = sizes or {config.spec.frame_size: 1.0}
+    shapes = [
+        ShapeShare(share * length.share, replace(config, num_frames=length.num_frames, **vars(size)))
+        for size, share in shares.items()
+        for length in config.lengths
+    ]
+    return tuple(sorted(shapes, key=lambda one: (-one.config.spec.num_tokens, one.config.height)))
+
+
+def mean_over_shapes(shapes: Sequence[ShapeShare], value: Callable[[DistillConfig], float]) -> float:
+    """The mean over the samples of what a run of each shape alone would have."""
+    return sum(one.share * value(one.config) for one in shapes)
 
 
 @dataclass(frozen=True)

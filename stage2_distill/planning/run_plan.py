@@ -1,14 +1,21 @@
 """What a training run will need: memory by mode, time, money and disk. Imports no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from common.planning.cards import Card, planned_kernel
 from common.planning.codec_cost import decode_seconds, encode_seconds, record_bytes
 from stage2_distill.config import AUTO, COMPACT, STANDARD, DistillConfig
 from stage2_distill.planning.calibration import Calibration
-from stage2_distill.planning.duration import denoising_seconds, forward_seconds, iteration_seconds
+from stage2_distill.planning.duration import (
+    ShapeShare,
+    denoising_seconds,
+    forward_seconds,
+    iteration_seconds,
+    mean_over_shapes,
+)
 from stage2_distill.planning.memory import MemoryEstimate, choose_form, estimate_memory
 from stage2_distill.planning.network_size import TransformerSize
 
@@ -72,17 +79,17 @@ class RunPlan:
 
 
 def make_plan(
-    config: DistillConfig, size: TransformerSize, card: Card, *, gpus: int, records: int, price: float | None,
+    shapes: Sequence[ShapeShare], size: TransformerSize, card: Card, *, gpus: int, records: int, price: float | None,
     calibration: Calibration | None = None,
 ) -> RunPlan:  # fmt: skip
-    """Plan a run; ValueError if the GPUs do not divide its batch or its copies."""
-    card = calibration.correct_card(card) if calibration else card
-    total = card.memory_gib * GIB
-    kernel = calibration.kernel if calibration else planned_kernel(config.attention, card)
+    """Plan a run of these shapes; ValueError if the GPUs do not divide its batch or its copies."""
+    config, card = shapes[0].config, calibration.correct_card(card) if calibration else card  # the largest's memory
+    total, kernel = card.memory_gib * GIB, calibration.kernel if calibration else planned_kernel(config.attention, card)
     form = choose_form(config, size, world=gpus, gpu_bytes=total)
     memory = estimate_memory(config, size, world=gpus, form=form)
     memory = calibration.correct_memory(memory) if calibration else memory
-    seconds = iteration_seconds(config, size, card, world=gpus, form=form, kernel=kernel)
+    speed = partial(iteration_seconds, size=size, card=card, world=gpus, form=form, kernel=kernel)
+    seconds = mean_over_shapes(shapes, speed)
     pause = PAUSE_SECONDS if config.async_checkpoint else memory.checkpoint / DISK_RATE
     checkpoints = -(-config.iterations // config.checkpoint_every)  # rounded up: the last iteration has one
     hours = (START_SECONDS + config.iterations * seconds + checkpoints * pause) / 3600
@@ -100,12 +107,12 @@ def make_plan(
         modes=modes,
         remedy="" if fits else find_remedy(config, size, modes, gpus=gpus, total=total),
         iteration_seconds=seconds,
-        faster=tuple(compare_speeds(config, size, card, gpus=gpus, form=form, kernel=kernel)),
+        faster=tuple(compare_speeds(shapes, size, card, gpus=gpus, form=form, kernel=kernel)),
         hours=hours,
         gpu_hours=hours * gpus,
         cost=None if price is None else hours * gpus * price,
-        encode_hours=encode_seconds(records, config.spec, card, gpus=gpus) / 3600,
-        data_bytes=records * record_bytes(config.spec, size.text_dim),
+        encode_hours=mean_over_shapes(shapes, lambda one: encode_seconds(records, one.spec, card, gpus=gpus) / 3600),
+        data_bytes=records * mean_over_shapes(shapes, lambda one: record_bytes(one.spec, size.text_dim)),
         run_bytes=memory.checkpoint * (kept_checkpoints(config) + 1),
         pause_seconds=pause,
         video_seconds=student_seconds(config, size, card, kernel),
@@ -155,10 +162,10 @@ def compare_modes(config: DistillConfig, size: TransformerSize, *, gpus: int, to
 
 
 def compare_speeds(
-    config: DistillConfig, size: TransformerSize, card: Card, *, gpus: int, form: str, kernel: str
+    shapes: Sequence[ShapeShare], size: TransformerSize, card: Card, *, gpus: int, form: str, kernel: str
 ) -> Iterator[FasterRun]:
     """Time of an iteration with each faster option that the run does not have, added one after the other."""
-    name = ""
+    config, name, changes = shapes[0].config, "", dict[str, bool]()
     steps = {
         "--compile": "compile",
         "flash-attn-3 installed": "",
@@ -166,14 +173,15 @@ def compare_speeds(
     }
     for step, option in steps.items():
         if option and not vars(config)[option]:
-            config = replace(config, **{option: True})  # type: ignore[arg-type]
+            changes[option] = True
         elif not option and planned_kernel("flash", card) == "flash-3" != kernel and config.attention == AUTO:
             kernel = "flash-3"
         else:
             continue
         name = f"{name}, {step}" if name else step
-        seconds = iteration_seconds(config, size, card, world=gpus, form=form, kernel=kernel)
-        yield FasterRun(name, seconds)
+        speed = partial(iteration_seconds, size=size, card=card, world=gpus, form=form, kernel=kernel)
+        faster = [replace(one, config=replace(one.config, **changes)) for one in shapes]  # type: ignore[arg-type]
+        yield FasterRun(name, mean_over_shapes(faster, speed))
 
 
 def find_remedy(

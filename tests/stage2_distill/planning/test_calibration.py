@@ -12,7 +12,7 @@ from common.planning.cards import Card, find_card
 from stage2_distill.config import DistillConfig
 from stage2_distill.planning.calibration import Calibration, MeasuredIteration, compare_run
 from stage2_distill.planning.config import PlanConfig
-from stage2_distill.planning.duration import RolloutPasses, iteration_seconds
+from stage2_distill.planning.duration import RolloutPasses, iteration_seconds, list_shapes
 from stage2_distill.planning.machine import Machine
 from stage2_distill.planning.memory import estimate_memory
 from stage2_distill.planning.network_size import TransformerSize
@@ -37,7 +37,7 @@ def calibration_of(card: Card, device: str, kernel: str, *, time: float, memory:
 
 
 def plan_of(card: Card, calibration: Calibration | None = None) -> RunPlan:
-    return make_plan(CONFIG, SIZE, card, gpus=1, records=1000, price=2.0, calibration=calibration)
+    return make_plan(list_shapes(CONFIG, {}), SIZE, card, gpus=1, records=1000, price=2.0, calibration=calibration)
 
 
 def test_a_known_card_that_is_slower_than_the_table() -> None:

@@ -12,9 +12,12 @@ from safetensors.torch import save_file
 
 from benchmarks.device import TRUE, build_network
 from common.planning.cards import find_card
+from common.video import FrameSize, VideoSpec
 from stage2_distill.config import DistillConfig
 from stage2_distill.planning.config import PlanConfig
+from stage2_distill.planning.duration import list_shapes
 from stage2_distill.planning.network_size import TransformerSize
+from stage2_distill.planning.plan_text import format_plan
 from stage2_distill.planning.run_plan import RunPlan, kept_checkpoints, make_plan
 
 ROOT = Path(__file__).parents[3]
@@ -22,7 +25,9 @@ CONFIG = DistillConfig(("d",), "m", "o", compile=True)
 
 
 def plan_of(config: DistillConfig, card: str, gpus: int, price: float | None = None) -> RunPlan:
-    return make_plan(config, TransformerSize(), find_card(card), gpus=gpus, records=100_000, price=price)
+    return make_plan(
+        list_shapes(config, {}), TransformerSize(), find_card(card), gpus=gpus, records=100_000, price=price
+    )
 
 
 def test_the_published_recipe_on_eight_gpus() -> None:
@@ -36,6 +41,48 @@ def test_the_published_recipe_on_eight_gpus() -> None:
     assert plan.encode_hours == pytest.approx(100_000 / (65 * 8) / 3600)
     assert plan.run_bytes == pytest.approx(4 * 20 * TransformerSize().parameters)
     assert [item.name for item in plan.faster] == ["--rollout-reuse (another order of samples)"]
+
+
+def test_sizes_and_lengths_cost_their_mean_and_the_memory_of_the_largest() -> None:
+    config = replace(CONFIG, num_frames="81:0.25,121:0.75")
+    sizes = PlanConfig(sizes=("704x1280:2", "960x960:1,1280x704:1")).size_shares
+    assert sizes == {FrameSize(704, 1280): 0.5, FrameSize(960, 960): 0.25, FrameSize(1280, 704): 0.25}
+    shapes = list_shapes(config, sizes)
+    assert len(shapes) == 6 and sum(one.share for one in shapes) == pytest.approx(1)
+    assert shapes[0].config.spec == VideoSpec(121, 960, 960)
+    numbers = {"gpus": 8, "records": 1000, "price": None}
+    plan, card = make_plan(shapes, TransformerSize(), find_card("h200"), **numbers), find_card("h200")
+    alone = [make_plan((replace(one, share=1.0),), TransformerSize(), card, **numbers) for one in shapes]
+    shares = [one.share for one in shapes]
+    for name in ("iteration_seconds", "data_bytes", "encode_hours"):
+        mean = sum(share * vars(one)[name] for share, one in zip(shares, alone, strict=True))
+        assert vars(plan)[name] == pytest.approx(mean), name
+    assert plan.memory.gpu == max(one.memory.gpu for one in alone)
+    lines = format_plan(plan, config, records=1000, sizes=sizes)
+    assert "at 81:0.25,121:0.75 frames of 704x1280 (50%), 960x960 (25%), 1280x704 (25%), 4 steps" in lines[0]
+    assert lines[1] == (
+        "shapes: 3 sizes x 2 lengths: blocks are compiled for at most 6 shapes, each once; a micro-batch has one "
+        "shape; memory is that of 121 x 960 x 960"
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [
+        (("704",), "sizes=704: must be HEIGHTxWIDTH"),
+        (("704x1280,704x1280",), "sizes=704x1280: each size needs one share above 0"),
+        (("704x1280:0",), "each size needs one share"),
+        (("704x1280:x",), "sizes=704x1280:x: could not convert"),
+        (("700x1280",), "sizes=700x1280: height=700: must be a multiple of 32"),
+    ],
+)
+def test_bad_sizes_are_refused(sizes: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        PlanConfig(sizes=sizes)
+
+
+def test_one_size_is_that_of_the_recipe() -> None:
+    assert PlanConfig(sizes=("480x832",)).distill_options()["height"] == 480
 
 
 @pytest.mark.parametrize(
