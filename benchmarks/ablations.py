@@ -22,12 +22,12 @@ from stage2_distill.dmd import losses, student_objective
 from stage2_distill.model import wan
 
 
-def gradient_without_critic(
+def scores_without_critic(
     x0: Tensor, condition: Condition, *, teacher: Denoiser, critic: Denoiser, sigma: Tensor, eps: Tensor
-) -> Tensor:
-    """Compute the DMD gradient with the teacher in place of the critic."""
+) -> losses.Scores:
+    """Compute the scores with the teacher in place of the critic."""
     del critic
-    return losses.dmd_gradient(x0, condition, teacher=teacher, critic=teacher, sigma=sigma, eps=eps)
+    return losses.compare_scores(x0, condition, teacher=teacher, critic=teacher, sigma=sigma, eps=eps)
 
 
 def keep_frame(x: Tensor, condition: Condition) -> Tensor:
@@ -53,7 +53,7 @@ def main() -> None:
         undo_shift(Path(rest[0]), Path(rest[1]))
         return
     if part == "critic":
-        student_objective.dmd_gradient = gradient_without_critic
+        student_objective.compare_scores = scores_without_critic
     elif part == "pin":
         wan.pin = keep_frame
     else:

@@ -142,6 +142,14 @@ class DistillConfig:
         None, "Weights of matching by the step at which the rollout ends, one per timestep; by default all are 1.",
         minimum=0, group="recipe",
     )  # fmt: skip
+    temporal_variance_weight: float = advanced(
+        0.0, "Weight of a term that adds motion to samples with less of it than the teacher's predictions of them.",
+        minimum=0, group="recipe",
+    )  # fmt: skip
+    temporal_variance_cutoff: float = advanced(
+        1.0, "The term acts on samples whose variance over time is below this many times the teacher's.",
+        above=0, group="recipe",
+    )  # fmt: skip
     rollout_reuse: bool = advanced(False, "One rollout serves several updates of the critic.", group="recipe")
     ts_schedule: bool = advanced(False, "Score times from the next timestep upwards.", group="recipe")
     ts_schedule_max: bool = advanced(False, "Score times up to the current timestep.", group="recipe")

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from common.condition import Denoiser
-from stage2_distill.dmd.losses import DenoiserPair, dmd_gradient, guidance_gradient, regression_loss, surrogate_loss
+from stage2_distill.dmd.losses import (
+    DenoiserPair,
+    compare_scores,
+    guidance_gradient,
+    normalized_direction,
+    regression_loss,
+    surrogate_loss,
+    temporal_variance_loss,
+)
 from stage2_distill.dmd.regression import TeacherRegression
 from stage2_distill.dmd.rollout import Simulated
 from stage2_distill.dmd.schedule import MicroBatch
@@ -29,21 +37,28 @@ class StudentObjective:
     regression: TeacherRegression
     sigmas: tuple[float, ...]  # of the timesteps
     exit_weights: tuple[float, ...] | None
+    temporal_variance_weight: float
+    temporal_variance_cutoff: float
 
     def matching_loss(self, samples: Simulated, micro_batch: MicroBatch) -> LossPair:
         """The loss of Distribution Matching Distillation on the samples of a micro-batch, reported without the others.
 
-        weight of the exit * matching + regression: the gradient of the first exit, where one step makes the whole
+        weight of the exit * matching + the other terms: the gradient of the first exit, where one step makes the whole
         video, is held to reduce motion and diversity (Phased DMD, arXiv 2510.27684), and can be weighted down.
         """
         x0, condition = samples.x0, samples.condition
         sigma, eps = self.score_noise.draw(micro_batch, samples)
-        gradient = dmd_gradient(x0, condition, teacher=self.matched_teacher, critic=self.fake, sigma=sigma, eps=eps)
+        networks = {"teacher": self.matched_teacher, "critic": self.fake}
+        scores = compare_scores(x0, condition, **networks, sigma=sigma, eps=eps)
+        gradient = normalized_direction(x0, condition, scores.fake, scores.real)
         if self.guidance is not None:
             sigma, eps = self.score_noise.draw_guidance(micro_batch, samples)
             gradient = gradient + guidance_gradient(x0, condition, teacher=self.guidance, sigma=sigma, eps=eps)
         matching = surrogate_loss(x0, condition, gradient)
         total = matching if self.exit_weights is None else self.exit_weights[samples.exit_index] * matching
+        if self.temporal_variance_weight:
+            motion = temporal_variance_loss(x0, scores.real, cutoff=self.temporal_variance_cutoff)
+            total = total + self.temporal_variance_weight * motion
         if self.regression.regression_weight:
             total = total + self.regression.loss(samples, self.teacher)
         return total, matching

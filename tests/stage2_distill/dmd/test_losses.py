@@ -5,7 +5,7 @@ import torch
 
 from common.condition import Condition
 from common.flow import add_noise, score_sigma
-from stage2_distill.dmd.losses import critic_loss, critic_weight, dmd_loss, regression_loss
+from stage2_distill.dmd.losses import critic_loss, critic_weight, dmd_loss, regression_loss, temporal_variance_loss
 from tests.stage2_distill.dmd.gaussian import TEXT_ONLY, Gaussian, points, videos
 
 TEACHER = Gaussian(torch.tensor([1.0, -2.0]), torch.tensor([[1.2, 0.0], [0.5, 0.6]]))
@@ -80,6 +80,22 @@ def test_regression_is_least_at_the_teachers_mean() -> None:
     loss.backward()
     assert loss.item() == pytest.approx(0.25, rel=1e-5)
     torch.testing.assert_close(x0.grad, torch.full_like(x0, 2 * 0.5 / x0.numel()), rtol=1e-5, atol=0)
+
+
+def test_the_temporal_term_acts_below_the_teachers_variance_alone() -> None:
+    """Its gradient is -2 (x0 - mean over time) / (v elements): each frame moves away from the mean."""
+    x0 = torch.randn(3, 2, 5, 4, 4, generator=draws(7)).requires_grad_()
+    # the teacher's predictions have 4 times, 0.81 times and no variance over time
+    real = torch.stack([2 * x0[0].detach(), 0.9 * x0[1].detach(), torch.zeros(2, 5, 4, 4)])
+    for cutoff, acts in ((1.0, (True, False, False)), (1.3, (True, True, False)), (0.2, (False, False, False))):
+        loss = temporal_variance_loss(x0, real, cutoff=cutoff)
+        (found,) = torch.autograd.grad(loss, x0)
+        centred = (x0 - x0.mean(dim=2, keepdim=True)).detach()
+        variance = centred.square().mean(dim=(1, 2, 3, 4))
+        logs = torch.where(torch.tensor(acts), -variance.log(), 0)
+        assert loss.item() == pytest.approx(logs.sum().item() / 3, rel=1e-4, abs=1e-6)
+        scale = torch.where(torch.tensor(acts), -2 / (variance * x0.numel()), 0)
+        torch.testing.assert_close(found, scale[:, None, None, None, None] * centred, rtol=1e-4, atol=1e-8)
 
 
 def test_critic_loss_is_least_for_the_true_denoiser() -> None:

@@ -1,5 +1,7 @@
 """What options make of the student's loss, on laws whose denoisers are known."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -62,6 +64,19 @@ def test_exit_weights_scale_the_gradient_and_not_the_report(exit_index: int) -> 
     assert plain is reported and torch.equal(plain, same)
     expected = weights[exit_index] * gradient(plain, given[0].x0)
     torch.testing.assert_close(gradient(weighted, given[0].x0), expected)
+
+
+def test_the_temporal_term_is_added_with_its_weight_and_not_reported() -> None:
+    """Points of the plane have one frame and no variance over time, so none of them is below the teacher's."""
+    given = samples(2)
+    total, reported = objective(temporal_variance_weight=0.05).matching_loss(*given)
+    assert torch.equal(total, reported)
+    x0 = given[0].x0.detach().repeat(1, 1, 3, 1, 1) * torch.tensor([1.0, 1.1, 0.9])[:, None, None]
+    moving = Simulated(x0.requires_grad_(), TEXT_ONLY, 2)
+    teacher = {"matched_teacher": lambda x_t, sigma, condition: 3 * x_t, "fake": lambda x_t, sigma, condition: x_t}
+    total, reported = replace(objective(temporal_variance_weight=0.05), **teacher).matching_loss(moving, given[1])
+    variance = x0.var(dim=2, correction=0).mean(dim=(1, 2, 3))
+    assert (total - reported).item() == pytest.approx(0.05 * -(variance + 1e-6).log().mean().item(), rel=1e-4)
 
 
 def test_exit_weights_are_one_for_each_timestep() -> None:
