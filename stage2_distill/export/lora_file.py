@@ -16,7 +16,7 @@ from stage2_distill.export.student_weights import StudentWeights, cast_weight
 from stage2_distill.weight_files.key_names import LORA_PREFIX, is_matrix, split_parameter, to_original
 from stage2_distill.weight_files.safetensors_writer import TensorShape, write_tensors
 
-OVERSAMPLING, KRYLOV_STEPS = 16, 4  # kept energy of a flat spectrum within 0.1 points of the exact one, see LOG
+KRYLOV_STEPS, MIN_BLOCK = 4, 32  # of a flat spectrum 0.1 to 0.2 points of the energy are lost; see benchmarks/LOG.md
 EXACT_SIZE = 512  # a matrix with fewer rows or columns is decomposed exactly
 DIFF_SUFFIXES = {".weight": ".diff", "": ".diff", ".bias": ".diff_b"}
 
@@ -103,7 +103,7 @@ def decompose(difference: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]
     if len(difference) <= max(EXACT_SIZE, 2 * rank):
         left, values, right = gram_svd(difference)
     else:
-        basis = krylov_basis(difference, rank + OVERSAMPLING, name)
+        basis = krylov_basis(difference, max(rank, MIN_BLOCK), name)
         left, values, right = gram_svd(basis.T @ difference)
         left = basis.double() @ left
     root = values[:rank].sqrt()
@@ -111,7 +111,7 @@ def decompose(difference: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]
 
 
 def krylov_basis(matrix: Tensor, size: int, name: str) -> Tensor:
-    """Orthonormal columns (n k) that nearly hold the `size` first left singular vectors of a matrix (n m).
+    """Orthonormal columns (n k) that nearly hold the first left singular vectors, `size` at most, of a matrix (n m).
 
     They span the blocks A G, (A A^T) A G, ... of a Gaussian G (m size), of which power iterations would keep the last
     alone (Musco & Musco, arXiv 1504.05477, algorithm 2). QR in between, or rounding errors drown smaller values.
