@@ -11,9 +11,11 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Annotated, Self, TypeVar
 
@@ -64,6 +66,24 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         raise
 
 
+def open_file(path: Path) -> FileIO:
+    """A file, open for unbuffered reading; ValueError for a pipe or device, which would be waited for or never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe must not wait either
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return FileIO(descriptor)
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise ValueError(f"{path}: is a pipe or a device; copy its content into a file")
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file, see `open_file`."""
+    with open_file(path) as file:
+        return file.readall()
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power failure; fsync of a file covers its data only."""
     handle = os.open(folder, os.O_RDONLY)
@@ -88,7 +108,7 @@ def parse_json(data: bytes | memoryview, kind: type[T], where: object) -> T:
 def read_json(path: Path, kind: type[T]) -> T:
     """The JSON file `path` as a record, see `parse_json`; ValueError that names the file if it cannot be read."""
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
     return parse_json(data, kind, path)

@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch._weights_only_unpickler import UnpicklingError  # of the module pickle, which nothing here may import
 
-from common.files import read_json
+from common.files import open_file, read_file, read_json
 
 MODEL_REMEDY = "copy it again, or give a folder like Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "transformer")
@@ -120,7 +120,7 @@ def original_part(folder: Path, part: str) -> Path | None:
     if part != "transformer":
         return path
     try:
-        settings = json.loads((folder / "config.json").read_bytes())
+        settings = json.loads(read_file(folder / "config.json"))
     except (OSError, ValueError, RecursionError):
         return None
     has_weights = any(folder.glob("diffusion_pytorch_model*.safetensors"))
@@ -177,7 +177,7 @@ def digest_files(folder: Path) -> str:
     for path in [folder] if folder.is_file() else sorted(files):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())
-        with path.open("rb") as file:
+        with open_file(path) as file:
             # Fine-tuning changes every block, so 1 MB of a weight file tells it apart from any other.
             for block in sample_blocks(file, 0, size, MAX_BLOCKS):
                 digest.update(block)
@@ -186,10 +186,10 @@ def digest_files(folder: Path) -> str:
 
 def digest_content(folder: Path) -> str:
     """Hex digest (32 digits) of a part's settings and tensors, however they are written and spread over files."""
-    entries = [f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in folder.glob("*.model")]
+    entries = [f"{path.name}:{hashlib.sha256(read_file(path)).hexdigest()}" for path in folder.glob("*.model")]
     for path in folder.glob("*.json"):
         if not any(path.match(pattern) for pattern in DERIVED_FILES):
-            entries.append(f"{path.name}:{canonical_settings(path.read_bytes())}")
+            entries.append(f"{path.name}:{canonical_settings(read_file(path))}")
     for path in folder.glob("*.safetensors"):
         entries += tensor_digests(path)
     return hashlib.sha256("\n".join(sorted(entries)).encode()).hexdigest()[:32]
@@ -212,7 +212,7 @@ def canonical_settings(data: bytes) -> str:
 
 def tensor_digests(path: Path) -> Iterator[str]:
     """One line per tensor of a safetensors file: name, dtype, shape and a digest of sampled bytes."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         try:
             tensors = read_tensor_table(file, path.stat().st_size)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # whoever loads it says so

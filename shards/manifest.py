@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from common.files import Count, parse_json, write_file
+from common.files import Count, parse_json, read_file, write_file
 from common.model_folder import same_fingerprint
 from common.video import VideoSpec
 from shards.storage.open import LocalStorage, Storage, read_verified_file
@@ -202,7 +202,7 @@ def read_negative_embedding(folder: Path) -> Tensor:
     """The negative prompt's embedding (L D) bf16 of a folder without a manifest; ValueError if it is missing."""
     path = folder / NEGATIVE_FILE
     try:
-        return parse_embedding(path.read_bytes(), path)
+        return parse_embedding(read_file(path), path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}); run encode again") from error
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from common.files import FolderLock, parse_json, read_json, refuse_foreign_files, write_file
+from common.files import FolderLock, open_file, parse_json, read_file, read_json, refuse_foreign_files, write_file
 from common.model_folder import fingerprint_part, locate_part
 from common.options import write_config
 from common.video import FrameSize, VideoSpec
@@ -166,7 +166,7 @@ def read_sources(folder: Path, index: ShardIndex) -> dict[str, RecordSource]:
     """What the records of a shard say of their rows, by key; OSError or ValueError if its files are damaged."""
     complete = read_index(folder, index.shard.name)
     sources = {}
-    with (folder / index.shard.name).open("rb") as file:
+    with open_file(folder / index.shard.name) as file:
         for member in complete.members[1::2] if complete else ():
             file.seek(member.offset)
             key = member.name.removesuffix(f".{METADATA_SUFFIX}")
@@ -273,7 +273,7 @@ class DataSetFolder:
         """Write the options of a data set again if their file is lost, damaged or contradicts the plan."""
         path = self.path / ENCODE_CONFIG_FILE
         try:
-            check_options(path.read_bytes(), plan_values(self.plan))
+            check_options(read_file(path), plan_values(self.plan))
         except (OSError, ValueError):
             if (self.path / PLAN_FILE).is_file():
                 with report_write_errors(self.path):

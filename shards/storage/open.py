@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy
 
+from common.files import open_file
 from shards.storage.cache import DiskCache
 from shards.storage.object_store import CLIENT_ERRORS, ObjectStore
 
@@ -23,7 +24,7 @@ class LocalStorage:
 
     def read(self, name: str, start: int = 0, size: int | None = None, *, fresh: bool = False) -> memoryview:
         """Up to `size` bytes of a file from `start` on (None = all), in writable memory; `fresh` changes nothing."""
-        with (Path(self.location) / name).open("rb", buffering=0) as file:
+        with open_file(Path(self.location) / name) as file:
             available = max(0, os.fstat(file.fileno()).st_size - start)
             if size is None and available > MAX_FILE_BYTES:
                 raise ValueError(f"{self.location}/{name}: has {available} bytes; no such file of a data set is read")

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from common.files import parse_json
+from common.files import parse_json, read_file
 from common.model_folder import load_pickled
 from stage1_encode.imported_latents.stored_clip import ClipError, StoredClip, is_plain_tensor
 from stage1_encode.media.rows import Row
@@ -71,7 +71,7 @@ class LightX2VSource:
         number, first_line = 0, 1
         for file in metadata_files(self.path):
             try:
-                lines = file.read_bytes().splitlines()
+                lines = read_file(file).splitlines()
             except OSError as error:
                 raise ValueError(f"data={file}: cannot be read ({error.strerror}); check the path") from error
             for line, text in enumerate(lines, first_line):

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
-from common.files import staged_output, write_file
+from common.files import read_file, staged_output, write_file
 from common.options import write_config
 from shards import latent_store
 from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
@@ -104,7 +104,7 @@ def summary_lines(out: Path) -> list[str]:
 def read_results(path: Path) -> Any:  # noqa: ANN401
     """The content of a JSON or safetensors file of this evaluation; ValueError that names it if it cannot be read."""
     try:
-        data = path.read_bytes()
+        data = read_file(path)
         return load_tensors(data) if path.suffix == ".safetensors" else json.loads(data)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); repeat the command, which writes it again") from error

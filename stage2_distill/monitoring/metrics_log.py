@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import write_file
+from common.files import read_file, write_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -33,7 +33,7 @@ class StepResult:
 
 def complete_lines(path: Path, *, warn: bool = False) -> list[tuple[bytes, dict[str, float]]]:
     """The lines of a `metrics.jsonl`, raw and parsed, without cut and damaged ones, which `warn` names in the log."""
-    raw_lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    raw_lines = read_file(path).splitlines(keepends=True) if path.exists() else []
     parsed = [(raw, parse_line(raw)) for raw in raw_lines]
     damaged = [str(number) for number, (_, line) in enumerate(parsed, 1) if line is None]
     if damaged and warn:

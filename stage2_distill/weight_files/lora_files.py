@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.files import open_file
 from common.model_folder import load_pickled
 from stage2_distill.weight_files.key_names import flat_module_names, from_original, split_parameter, to_original
 from stage2_distill.weight_files.model_kind import refuse_other_file
@@ -83,7 +84,7 @@ def digest_lora(path: Path) -> str:
     files = [path / SETTINGS_FILE, path / ADAPTER_FILE] if path.is_dir() else [path]
     for one in files:
         try:
-            with one.open("rb") as file:
+            with open_file(one) as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise ValueError(f"base_lora={one}: cannot be read ({error.strerror}); {READ_REMEDY}") from error
@@ -126,6 +127,7 @@ def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError(f"base_lora={path}: holds no dict of tensors; save the adapter's weights alone")
         return {str(name): value for name, value in content.items()}, settings
     try:
+        open_file(path).close()  # of a pipe, safe_open would wait for a writer
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from common.files import open_file
 from common.video import LATENT_CHANNELS
 
 NEEDED = "this project needs Wan2.2-TI2V-5B"
@@ -48,7 +49,7 @@ OTHER_SIZES = {
 
 def refuse_other_file(path: Path) -> None:
     """Raise ValueError if the first bytes of a file say that it is not read here."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         start = file.read(32)
     if not start:
         raise ValueError(f"{path}: is empty; download or copy it again")

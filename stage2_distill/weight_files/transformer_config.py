@@ -5,6 +5,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from common.files import read_file
 from stage2_distill.weight_files.stored_weights import StoredTensors, read_raw_table, read_weight_table
 
 HEAD_SIZE = 128  # of every published Wan; other sizes are in config.json or in a file's metadata
@@ -32,7 +33,7 @@ def read_transformer_config(path: Path) -> dict[str, Any]:
 def read_settings(path: Path) -> dict[str, Any]:
     """Content of a JSON file; empty if it cannot be read or is no object."""
     try:
-        loaded = json.loads(path.read_bytes())
+        loaded = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return loaded if isinstance(loaded, dict) else {}

@@ -14,7 +14,20 @@ from pathlib import Path
 import pytest
 
 from common import files
-from common.files import FolderLock, claim_link, process_identity, refuse_foreign_files, staged_output, write_file
+from common.files import (
+    FolderLock,
+    claim_link,
+    process_identity,
+    read_file,
+    read_json,
+    refuse_foreign_files,
+    staged_output,
+    write_file,
+)
+from common.model_folder import fingerprint_folder
+from shards.storage.open import LocalStorage
+from stage2_distill.monitoring.metrics_log import complete_lines
+from stage2_distill.weight_files.lora_files import LoraFile, read_lora
 
 
 @contextmanager
@@ -225,6 +238,26 @@ def test_a_full_disk_keeps_the_old_file_and_frees_the_space(tmp_path: Path) -> N
     with pytest.raises(OSError, match="No space left"):
         write_file(tmp_path / "a", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_pipes_and_devices_are_refused_at_once(tmp_path: Path) -> None:
+    """Also in place of files that nobody names: of a model, a data set, a checkpoint, a log."""
+    for name in ("student.json", "metrics.jsonl", "config.json", "shard-000000.tar", "adapter_model.safetensors"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    readers: list[Callable[[], object]] = [
+        lambda: read_json(tmp_path / "student.json", dict[str, int]),
+        lambda: complete_lines(tmp_path / "metrics.jsonl"),
+        lambda: fingerprint_folder(tmp_path),
+        lambda: LocalStorage(str(tmp_path)).read("shard-000000.tar", 0, 10),
+        lambda: read_lora(LoraFile(tmp_path), {}),
+        lambda: read_file(Path("/dev/zero")),
+    ]
+    for read in readers:
+        with pytest.raises(ValueError, match=": is a pipe or a device; copy its content into a file$"):
+            read()
+    with pytest.raises(IsADirectoryError):
+        read_file(tmp_path)
 
 
 def test_many_claims_have_one_winner(tmp_path: Path) -> None:
