@@ -39,7 +39,7 @@ class HistoryEntry:
         segments = f" in {request.segments} segments" if request.segments > 1 else ""
         frames = (video.spec.num_frames - 1) * request.segments + 1
         size = f"{video.spec.width} × {video.spec.height} · {frames} frames{segments}"
-        settings = f"seed {request.seed} · {size} · {self.seconds:.1f} s · {video.path.name}"
+        settings = f"seed {request.seed} · {size} · {self.seconds:.1f}\N{NO-BREAK SPACE}s · {video.path.name}"
         return f"<p>{html.escape(request.prompt)}</p><small>{html.escape(settings)}</small>"
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -17,7 +18,7 @@ import uvicorn
 from commands.page import VideoPage
 from commands.page_config import PageConfig
 from commands.video_studio import OWN_FILES, VideoStudio
-from common.files import FolderLock, refuse_foreign_files
+from common.files import UNFINISHED_FOLDER, FolderLock, refuse_foreign_files
 
 Message = MutableMapping[str, Any]  # as ASGI defines it
 # browsers then refuse whatever lies elsewhere; gradio writes scripts and styles into the page
@@ -71,6 +72,8 @@ def serve_page(config: PageConfig) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, so that uploads are deleted
     with open_listener(config) as listener, FolderLock(out) as lock, TemporaryDirectory() as uploads:
         lock.hold()
+        for leftover in out.glob(f"video-*.{UNFINISHED_FOLDER}"):  # of a page that was killed
+            shutil.rmtree(leftover)
         os.environ["GRADIO_TEMP_DIR"] = uploads
         page = VideoPage(VideoStudio(config))
         server = PageServer(uvicorn.Config(build_app(page, out), log_level="warning", timeout_graceful_shutdown=1),
@@ -101,5 +104,7 @@ def build_app(page: VideoPage, out: Path) -> fastapi.FastAPI:
         run_history=False, show_error=False, max_file_size=MAX_PICTURE, ssr_mode=False, enable_monitoring=False,
         pwa=False, mcp_server=False, theme=gradio.themes.Default(primary_hue="indigo", **FONTS), css=STYLE,
     )  # fmt: skip
+    # gradio checks only what it has launched itself: without this, a request could name any file of this machine
+    page.blocks.has_launched = True
     app.add_middleware(ContentPolicy)
     return app

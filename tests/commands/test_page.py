@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 import cli
@@ -21,6 +23,7 @@ from tests.browser import BROWSER, BrowserTab, open_browser
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")
 ROOT = Path(__file__).parents[2]
+PICTURE = ROOT / "examples" / "nano" / "images" / "01.png"
 PROMPT, STEPS = "a red circle moves <b>right</b>", 4000  # enough for a stop to come in time
 SET_PROMPT = """(() => {const box = document.querySelector('textarea');
 Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, 'value').set.call(box, %s);
@@ -53,6 +56,7 @@ def page(options: list[str], tmp_path: Path) -> Iterator[ServedPage]:
         port = free.getsockname()[1]
     uploads = tmp_path / "temporary"
     uploads.mkdir()
+    (tmp_path / "videos" / "video-0007.mp4.unfinished").mkdir(parents=True)  # of a page that was killed
     command = [sys.executable, str(ROOT / "cli.py"), "ui", *options, "--out", "videos", "--port", str(port)]
     environment = os.environ | {"TMPDIR": str(uploads), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -99,10 +103,14 @@ async def play(tab: BrowserTab, page: ServedPage, picture: Path) -> None:
 def test_a_visitor_makes_and_stops_videos(page: ServedPage, tmp_path: Path) -> None:
     async def visit() -> BrowserTab:
         async with open_browser(tmp_path / "profile") as tab:
-            await play(tab, page, ROOT / "examples" / "nano" / "images" / "01.png")
+            await play(tab, page, PICTURE)
         return tab
 
     tab = asyncio.run(visit())
+    secret = tmp_path / "secret.png"
+    shutil.copyfile(PICTURE, secret)
+    assert '"success":false' in asyncio.run(ask_for_file(page.address, secret))
+    assert list(page.uploads.rglob("secret*")) == []
     assert tab.problems == []
     hosts = {re.split("[/:]+", request)[1] for request in tab.requests if request.startswith("http")}
     assert hosts == {"127.0.0.1"}
@@ -116,6 +124,25 @@ def test_a_visitor_makes_and_stops_videos(page: ServedPage, tmp_path: Path) -> N
     assert time.monotonic() - began < 20
     assert list(page.uploads.glob("tmp*/**/*.png")) == []
     assert not (page.out / "owner.lock").exists()
+
+
+async def ask_for_file(address: str, path: Path) -> str:
+    """Answer to a request, made without the page, for a video that begins with a file of this machine."""
+    form = {"Prompt": "a", "Seed": 0, "Frames": 9, "Height": 64, "Width": 64, "Segments": 1}
+    async with aiohttp.ClientSession(address) as session:
+        config = await (await session.get("/config")).json()
+        labels = {one["id"]: one["props"].get("label") for one in config["components"]}
+        (function,) = (one for one in config["dependencies"] if one["api_name"] == "make_videos")
+        data = [form.get(labels[one], False) for one in function["inputs"]]
+        picture = [labels[one] for one in function["inputs"]].index("First frame (optional)")
+        data[picture] = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        request = {"data": data, "fn_index": function["id"], "session_hash": "another"}
+        assert (await session.post("/gradio_api/queue/join", json=request)).status == 200
+        async with session.get("/gradio_api/queue/data", params={"session_hash": "another"}) as events:
+            async for line in events.content:
+                if b"process_completed" in line:
+                    return line.decode()
+    raise AssertionError("the request was not answered")
 
 
 def refusal(*words: object) -> str:

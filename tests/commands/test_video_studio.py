@@ -153,3 +153,16 @@ def test_a_wrong_request_is_one_line(
         studio.make_student_video(replace(VideoRequest("a"), **changes), ignore_steps)
     assert "\n" not in str(caught.value)
     assert names(studio.out) == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("vram", ["full", "16gb"])
+def test_one_network_at_a_time_is_on_the_gpu(vram: str, studio: VideoStudio, tmp_path: Path) -> None:
+    own = VideoStudio(replace(studio.config, out=str(tmp_path / "videos"), device="cuda", vram=vram))
+    first = own.make_student_video(VideoRequest("a red circle", seed=2), ignore_steps)
+    own.make_teacher_video(first, ignore_steps)
+    assert own.teacher is not None
+    assert next(own.student.net.parameters()).device.type == "cpu"
+    again = own.make_student_video(VideoRequest("a red circle", seed=2), ignore_steps)
+    assert next(own.teacher.net.parameters()).device.type == "cpu"
+    assert numpy.array_equal(latents(again.path), latents(first.path))
