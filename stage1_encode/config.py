@@ -141,6 +141,12 @@ class EncodeConfig:
         """The sizes side by side, sorted; none = that of `spec`, whose area `auto` keeps."""
         return list_frame_sizes(self.sizes, self.height * self.width)
 
+    @property
+    def largest_spec(self) -> VideoSpec:
+        """Size and frame rate of the largest videos, by which time, memory and disk are predicted."""
+        largest = max(self.frame_sizes or (self.spec.frame_size,), key=lambda size: size.height * size.width)
+        return replace(self.spec, height=largest.height, width=largest.width)
+
 
 @dataclass(frozen=True)
 class VerifyConfig:

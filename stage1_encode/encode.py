@@ -104,7 +104,7 @@ def log_start(config: EncodeConfig, survey: ShardSurvey) -> None:
         parts = (f"{count} of {size}" for size, count in sorted(survey.size_counts.items()))
         log.info("rows by size (height x width): %s", ", ".join(parts))
     log_device(config, own, world)
-    needed = record_bytes(config.spec, read_text_width(config.model)) * own * world
+    needed = record_bytes(config.largest_spec, read_text_width(config.model)) * own * world
     free = free_bytes(Path(config.out))
     state = "" if free > needed else ": TOO LITTLE, use a larger disk"
     log.info("output: %s, about %s; %s free%s", config.out, format_bytes(needed), format_bytes(free), state)
@@ -127,8 +127,8 @@ def describe_cost(config: EncodeConfig, rows: int, device: str) -> str:
     card = find_card(device)
     if card is None:
         return f"{rows} rows to encode; this device is not in the table of speeds, so watch the progress"
-    seconds = encode_seconds(rows, config.spec, card, gpus=1)
-    memory = encode_gib(config.spec, batch_size=config.batch_size, vae_dtype=config.vae_dtype)
+    seconds = encode_seconds(rows, config.largest_spec, card, gpus=1)
+    memory = encode_gib(config.largest_spec, batch_size=config.batch_size, vae_dtype=config.vae_dtype)
     accuracy = "" if card.measured else f" ({card.source})"
     rate = rows / max(seconds, 1e-9)
     return (
