@@ -59,8 +59,8 @@ def one_micro_batch(run: DistillConfig, world: int) -> DistillConfig:
         global_batch=run.batch_size * world,
         iterations=WARM_UP + MEASURED,
         student_update_interval=2,
-        teacher_warmup=0,
         critic_warmup=0,
+        teacher_warmup=0,
         rollout_reuse=False,  # its passes differ from iteration to iteration
         async_checkpoint=False,  # nothing is saved, so nothing is copied
     )

@@ -64,7 +64,9 @@ class VerifyReport:
         if self.manifest is not None:
             shards, counts = self.manifest.shards, (self.manifest.records, self.manifest.failures)
             rows = f"{counts[0]} records + {counts[1]} failures = {sum(shard.rows for shard in shards)} rows"
-            lines.append(f"{rows} in {len(shards)} shards; {self.manifest.spec}")
+            spec = self.manifest.spec
+            size = f"{spec.num_frames} x {spec.height} x {spec.width} at {spec.fps} frames per second"
+            lines.append(f"{rows} in {len(shards)} shards; {size}")
             lines += [f"{count} records of {size} (height x width)" for size, count in self.size_counts.items()]
         lines += [f"{name}: {summary}" for name, summary in self.value_summaries.items()]
         lines += [f"{count} records from {kind}" for kind, count in list(self.sources.items())[:MAX_PRINTED]]

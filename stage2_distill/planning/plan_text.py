@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from common.planning.units import format_hours
+from common.planning.units import format_bytes, format_count, format_hours, format_seconds
 from common.video import FrameSize
 from stage2_distill.config import DistillConfig
 from stage2_distill.planning.duration import list_shapes
 from stage2_distill.planning.run_plan import GIB, RunPlan
 
+SMALL_NETWORK = 5e8  # parameters, below which starting a kernel takes longer than the kernel
 PART_NAMES = {
     "student": "student, weights",
     "critic": "critic, weights",
@@ -28,19 +29,21 @@ def format_plan(
     plan: RunPlan, config: DistillConfig, *, records: int, sizes: Mapping[FrameSize, float] = MappingProxyType({})
 ) -> list[str]:
     """The lines of the command `plan`; sizes: {size: share of the records}, empty for the configured one."""
-    gigabytes = plan.parameters / 1e9
+    epochs = f"{plan.epochs:.3g}" if plan.epochs < 1000 else f"{plan.epochs:,.0f}"
     shapes, videos = count_shapes(config, sizes), describe_shapes(config, sizes)
+    parts = {name: value for name, value in plan.memory.gpu_parts.items() if abs(value) >= 0.05 * GIB}
     verdict = "fits" if plan.fits else f"DOES NOT FIT; use {plan.remedy}"
     return [
-        f"run: {gigabytes:.2f} G parameters at {videos}, {len(config.timesteps)} steps, {config.iterations} iterations "
-        f"of global batch {config.global_batch} ({plan.epochs:.3g} times through {records} records)",
+        f"run: {format_count(plan.parameters)} parameters at {videos}, {len(config.timesteps)} steps, "
+        f"{config.iterations} iterations of global batch {config.global_batch} "
+        f"({epochs} times through {records} records)",
         *([f"shapes: {shapes}"] if shapes else []),
         f"on: {plan.gpus} x {plan.card}, {plan.card_gib:.1f} GiB each; speeds: {plan.source}; {plan.form} form, "
         f"attention {plan.kernel}",
         *(plan.calibration.format_lines() if plan.calibration else ()),
         "",
         f"memory per GPU: {plan.memory.gpu / GIB:.1f} GiB, {verdict}",
-        *(f"  {PART_NAMES[name]:40}{value / GIB:7.1f} GiB" for name, value in plan.memory.gpu_parts.items() if value),
+        *(f"  {PART_NAMES[name]:40}{value / GIB:7.1f} GiB" for name, value in parts.items()),
         f"host memory per GPU: {plan.memory.host / GIB:.1f} GiB",
         "",
         "other modes, per GPU:",
@@ -52,16 +55,20 @@ def format_plan(
 
 def format_costs(plan: RunPlan, config: DistillConfig) -> list[str]:
     """The lines of time, money and disk."""
-    faster = [f"  {item.iteration_seconds:.2f} s with {item.name}" for item in plan.faster]
+    faster = [f"  {format_seconds(item.iteration_seconds)} with {item.name}" for item in plan.faster]
+    gpu_hours = f"{plan.gpu_hours:,.0f}" if plan.gpu_hours >= 10 else f"{plan.gpu_hours:.2g}"
     money = "" if plan.cost is None else f", costs {plan.cost:,.0f}"
     spread = " (more than 8 GPUs: not measured; a slow network adds to it)" * (plan.gpus > 8)
+    is_small = plan.parameters < SMALL_NETWORK and plan.calibration is None
+    small = ["  a network as small as this one is slower: the speeds are those of large ones; --calibrate"] * is_small
     return [
-        f"time: {plan.iteration_seconds:.2f} s per iteration, {plan.hours:.1f} hours, "
-        f"{plan.gpu_hours:.0f} GPU-hours{money}{spread}",
+        f"time: {format_seconds(plan.iteration_seconds)} per iteration, {format_hours(plan.hours)}, "
+        f"{gpu_hours} GPU-hours{money}{spread}",
+        *small,
         *faster,
-        f"encode: {format_hours(plan.encode_hours)}, {plan.data_bytes / 1e9:.1f} GB of shards",
-        f"checkpoint: {plan.memory.checkpoint / 1e9:.1f} GB every {config.checkpoint_every} iterations, training waits "
-        f"{plan.pause_seconds:.1f} s; disk for the run {plan.run_bytes / 1e9:.0f} GB",
+        f"encode: {format_hours(plan.encode_hours)}, {format_bytes(plan.data_bytes)} of shards",
+        f"checkpoint: {format_bytes(plan.memory.checkpoint)} every {config.checkpoint_every} iterations, training "
+        f"waits {plan.pause_seconds:.1f} s; disk for the run {format_bytes(plan.run_bytes)}",
         f"a video by the student: about {plan.video_seconds:.1f} s on one GPU",
     ]
 

@@ -43,6 +43,13 @@ def start_lines(
     if described:
         yield described
     yield describe_time(shapes, size, machine, form, config.iterations - completed)
+    first_turn = -(-config.critic_warmup // config.student_update_interval) * config.student_update_interval
+    if first_turn >= config.iterations and not config.teacher_warmup:
+        warning = (
+            f"critic_warmup={config.critic_warmup}: the student is not updated in {config.iterations} "
+            "iterations and stays the teacher; give more --iterations or a smaller --critic-warmup"
+        )
+        yield f"WARNING: {warning}"
     yield describe_output(config, memory)
     yield "to stop: Ctrl-C or SIGTERM, which saves a checkpoint; the same command resumes"
 

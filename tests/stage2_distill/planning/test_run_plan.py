@@ -1,6 +1,7 @@
 """The plan of a run: time, money, disk, modes and remedies; and its command."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -146,7 +147,9 @@ def test_a_model_in_another_layout(tmp_path: Path) -> None:
 def test_the_command() -> None:
     nano = ["--gpus", "1", "--recipe", "recipes/nano.yaml", "--model", "examples/nano/model"]
     text = plan_command(*nano, "--price", "2")
-    assert "0.01 G parameters at 17 x 64 x 96" in text and ", fits" in text and "costs " in text
+    assert "5.86 M parameters at 17 x 64 x 96" in text and ", fits" in text and "costs " in text
+    time = r"time: [0-9.]+ ms per iteration, \d+ min, 0.0\d+ GPU-hours, costs 0\n  a network as small"
+    assert re.search(time, text) and "0.0 G" not in text
     found = json.loads(plan_command(*nano, "--json", "--set", "iterations=1600"))
     assert (found["parameters"], found["form"], found["cost"]) == (5_855_936, "standard", None)
     assert "global_batch=64: not a multiple" in plan_command("--gpus", "7", code=2)

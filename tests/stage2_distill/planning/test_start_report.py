@@ -30,6 +30,13 @@ def test_a_run_on_gpus(tmp_path: Path) -> None:
     assert "the same command resumes" in text
 
 
+@pytest.mark.parametrize(("warmup", "is_warned"), [(0, False), (5, False), (6, True), (200, True)])
+def test_a_run_that_never_updates_the_student(warmup: int, is_warned: bool) -> None:
+    config = replace(CONFIG, iterations=6, critic_warmup=warmup)  # the student's turns are 0, 5, 10, ...
+    text = "\n".join(start_lines(config, TransformerSize(), H200, "compact", 0))
+    assert ("WARNING: critic_warmup=" in text) == is_warned
+
+
 def test_too_large_a_run_says_what_would_fit() -> None:
     small = Machine(1, "NVIDIA GeForce RTX 4090", 23.5 * GIB, "cudnn")
     lines = list(start_lines(replace(CONFIG, global_batch=1), TransformerSize(), small, "compact", 0))
