@@ -14,7 +14,7 @@ from stage2_distill.checkpointing.format import list_checkpoints, read_facts
 from stage2_distill.config import AUTO, STANDARD, DistillConfig
 from stage2_distill.distributed.fsdp import apply_fsdp
 from stage2_distill.distributed.process_group import RankContext
-from stage2_distill.dmd.regression import TeacherRegression
+from stage2_distill.dmd.regression import FirstStepAnchor, TeacherRegression
 from stage2_distill.dmd.rollout import StudentRollouts
 from stage2_distill.dmd.rollout_reuse import RolloutReuse
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, Schedule
@@ -154,6 +154,7 @@ def build_trainer(
             fake=roles.fake_denoiser,
             score_noise=score_noise,
             regression=config.select(TeacherRegression),
+            anchor=config.select(FirstStepAnchor),
             sigmas=config.sigmas,
         ),
         score_noise,

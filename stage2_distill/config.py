@@ -138,6 +138,14 @@ class DistillConfig:
     exit_schedule: str = advanced(
         "random", "Exits of the rollout: drawn, or each step equally often.", choices=EXIT_SCHEDULES, group="recipe"
     )
+    anchor_weight: float = advanced(
+        0.0, "Weight of the anchor of the student's first step at the teacher's first steps from the same noise.",
+        minimum=0, group="recipe",
+    )  # fmt: skip
+    anchor_steps: int = advanced(
+        5, "Of 24 steps of the teacher, those whose mean velocity the first step is anchored at.",
+        minimum=1, maximum=24, group="recipe",
+    )  # fmt: skip
     exit_weights: tuple[float, ...] | None = advanced(
         None, "Weights of matching by the step at which the rollout ends, one per timestep; by default all are 1.",
         minimum=0, group="recipe",

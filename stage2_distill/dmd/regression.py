@@ -14,7 +14,9 @@ from torch import Tensor
 
 from common.condition import Denoiser, free_mean
 from common.flow import shift
-from stage2_distill.dmd.rollout import Simulated, sample_euler
+from stage2_distill.dmd.rollout import Simulated, follow_path, sample_euler
+
+ANCHOR_STEPS = 24  # of the teacher's whole path, of which the anchor takes the first ones
 
 
 @dataclass(frozen=True)
@@ -36,3 +38,32 @@ class TeacherRegression:
         assert samples.x_t is not None
         target = sample_euler(teacher, samples.x_t, samples.condition, sigmas=self.path(samples.exit_index))
         return self.regression_weight * free_mean((samples.x0 - target) ** 2, samples.condition).mean()
+
+
+@dataclass(frozen=True)
+class FirstStepAnchor:
+    """Options of the anchor of the student's first step, which keeps the diversity of the teacher's first steps."""
+
+    anchor_weight: float
+    anchor_steps: int
+    shift: float
+
+    def path(self) -> tuple[float, ...]:
+        """Sigmas of the teacher's first steps from pure noise, uniform in time before the shift, and where they end."""
+        return tuple(shift(1 - step / ANCHOR_STEPS, self.shift) for step in range(self.anchor_steps + 1))
+
+    def loss(self, samples: Simulated, teacher: Denoiser) -> Tensor:
+        """Weighted mean over the free frames of (v - (eps - x_k) / (1 - sigma_k))^2, a scalar; 0 after other exits.
+
+        v = eps - x0 is the student's velocity in its first step, from the noise eps, and x_k the teacher's latent after
+        k guided steps from the same noise: that step sets layout and motion, and follows one seed's path rather than
+        the mean of all (diversity loss of ModelTC/LightX2V). Only updates that end there have its gradient.
+        """
+        assert samples.x_t is not None
+        if samples.exit_index:
+            return samples.x0.new_zeros(())
+        noise, path = samples.x_t, self.path()
+        latent = follow_path(teacher, noise, samples.condition, sigmas=path)
+        target = (noise - latent) / (1 - path[-1])
+        error = (noise - samples.x0 - target) ** 2
+        return self.anchor_weight * free_mean(error, samples.condition).mean()

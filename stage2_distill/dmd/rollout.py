@@ -75,9 +75,14 @@ def trajectory(
 @torch.no_grad()
 def sample_euler(denoiser: Denoiser, noise: Tensor, condition: Condition, *, sigmas: Sequence[float]) -> Tensor:
     """x0 (B C T H W) after Euler steps of the flow from `noise` along `sigmas` and finally to 0."""
-    x_t = noise
-    for sigma, next_sigma in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
-        x0 = denoiser(x_t, _batch_sigma(noise, sigma), condition)
+    return follow_path(denoiser, noise, condition, sigmas=[*sigmas, 0.0])
+
+
+@torch.no_grad()
+def follow_path(denoiser: Denoiser, x_t: Tensor, condition: Condition, *, sigmas: Sequence[float]) -> Tensor:
+    """The latent (B C T H W) at sigmas[-1] after Euler steps of the flow from x_t at sigmas[0]."""
+    for sigma, next_sigma in pairwise(sigmas):
+        x0 = denoiser(x_t, _batch_sigma(x_t, sigma), condition)
         x_t = x0 + (next_sigma / sigma) * (x_t - x0)
     return x_t
 

@@ -17,7 +17,7 @@ from stage2_distill.dmd.losses import (
     surrogate_loss,
     temporal_variance_loss,
 )
-from stage2_distill.dmd.regression import TeacherRegression
+from stage2_distill.dmd.regression import FirstStepAnchor, TeacherRegression
 from stage2_distill.dmd.rollout import Simulated
 from stage2_distill.dmd.schedule import MicroBatch
 from stage2_distill.dmd.score_noise import ScoreNoise
@@ -35,6 +35,7 @@ class StudentObjective:
     fake: Denoiser  # stands for the score of the student's distribution
     score_noise: ScoreNoise
     regression: TeacherRegression
+    anchor: FirstStepAnchor
     sigmas: tuple[float, ...]  # of the timesteps
     exit_weights: tuple[float, ...] | None
     temporal_variance_weight: float
@@ -61,6 +62,8 @@ class StudentObjective:
             total = total + self.temporal_variance_weight * motion
         if self.regression.regression_weight:
             total = total + self.regression.loss(samples, self.teacher)
+        if self.anchor.anchor_weight:
+            total = total + self.anchor.loss(samples, self.teacher)
         return total, matching
 
     def warmup_loss(self, samples: Simulated, _: MicroBatch) -> LossPair:

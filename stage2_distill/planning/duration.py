@@ -140,8 +140,9 @@ def clip_seconds(config: DistillConfig, one: PassSeconds, done: RolloutPasses) -
     teacher = 1 if config.guidance_scale == 1 else 2  # passes: with and without the prompt
     rollout = (done.student - 1) * one.forward + one.gradient
     critic = done.critic * one.forward + one.gradient
-    scores = 1 + teacher * (1 + (config.regression_steps if config.regression_weight else 0))  # 1: the critic
-    scores += config.decoupled_guidance  # the teacher without guidance, at the noise of matching
+    scores: float = 1 + teacher * (1 + (config.regression_steps if config.regression_weight else 0))  # 1: the critic
+    anchor = teacher * config.anchor_steps / len(config.timesteps) if config.anchor_weight else 0  # in one of the exits
+    scores += anchor + config.decoupled_guidance  # the teacher without guidance, at the noise of matching
     matching = critic + (rollout + scores * one.forward) * done.student_updates
     warmup = rollout + teacher * one.forward
     share = min(1.0, config.teacher_warmup / config.iterations)

@@ -7,7 +7,7 @@ import torch
 
 from common.condition import Condition
 from common.flow import shift
-from stage2_distill.dmd.regression import TeacherRegression
+from stage2_distill.dmd.regression import FirstStepAnchor, TeacherRegression
 from stage2_distill.dmd.rollout import Simulated
 from tests.stage2_distill.dmd.gaussian import TEXT_ONLY, Gaussian
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
@@ -52,6 +52,21 @@ def test_a_given_first_frame_counts_nowhere() -> None:
     TeacherRegression(1.0, 2, TIMESTEPS, 5.0).loss(samples, lambda x, s, c: 0.5 * x).backward()
     assert x0.grad[:, :, 0].abs().max() == 0
     assert x0.grad[:, :, 1:].abs().min() > 0
+
+
+@pytest.mark.parametrize("steps", [1, 5, 24])
+def test_the_anchors_target_is_the_chord_of_the_teachers_path(steps: int) -> None:
+    """For a teacher of one video c the path is straight, so that the first step should predict c."""
+    noise, video = (torch.randn(4, 2, 1, 1, 1, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    x0 = torch.zeros_like(noise, requires_grad=True)
+    anchor = FirstStepAnchor(0.5, steps, 5.0)
+    loss = anchor.loss(Simulated(x0, TEXT_ONLY, 0, noise), lambda x_t, sigma, condition: video)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * video.square().mean().item(), rel=1e-3)
+    torch.testing.assert_close(x0.grad, -video / x0.numel(), rtol=1e-3, atol=1e-4)
+    assert anchor.path()[0] == 1 and anchor.path()[-1] == pytest.approx(shift(1 - steps / 24, 5.0))
+    other = anchor.loss(Simulated(x0, TEXT_ONLY, 1, noise), lambda x_t, sigma, condition: video)
+    assert other.item() == 0
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -8,7 +8,7 @@ import torch
 from common.condition import Condition
 from common.flow import add_noise, timestep_sigmas
 from stage2_distill.config import DistillConfig
-from stage2_distill.dmd.regression import TeacherRegression
+from stage2_distill.dmd.regression import FirstStepAnchor, TeacherRegression
 from stage2_distill.dmd.rollout import Simulated
 from stage2_distill.dmd.schedule import MicroBatch
 from stage2_distill.dmd.score_noise import ScoreNoise
@@ -32,6 +32,7 @@ def objective(**changes: object) -> StudentObjective:
         fake=STUDENT.denoise,
         score_noise=config.select(ScoreNoise),
         regression=config.select(TeacherRegression),
+        anchor=config.select(FirstStepAnchor),
         sigmas=timestep_sigmas(config.timesteps, s=config.shift),
     )
 
@@ -105,6 +106,12 @@ def test_decoupled_guidance_is_a_difference_of_scores_at_its_own_noise(exit_inde
 def test_no_guidance_cannot_be_decoupled() -> None:
     with pytest.raises(ValueError, match="^decoupled_guidance=True: needs a guidance_scale other than 1"):
         objective(decoupled_guidance=True, guidance_scale=1.0)
+
+
+def test_the_anchor_acts_on_the_first_step_alone() -> None:
+    for exit_index in range(4):
+        total, reported = objective(anchor_weight=0.5).matching_loss(*samples(exit_index))
+        assert bool(total > reported) is (exit_index == 0)
 
 
 def test_the_regression_is_not_reported() -> None:

@@ -115,6 +115,9 @@ def test_time_follows_the_options() -> None:
     warmed = plan_of(replace(CONFIG, teacher_warmup=CONFIG.iterations), "h200", 8)  # 6.5 forwards of 8.2
     assert warmed.iteration_seconds == pytest.approx(base.iteration_seconds * 7.5 / 8.2, rel=0.05)
     assert warmed.epochs == pytest.approx(base.epochs / 1.2)
+    for changes, passes in (({"decoupled_guidance": True}, 1), ({"anchor_weight": 0.05}, 2 * 5 / 4)):
+        more = plan_of(replace(CONFIG, **changes), "h200", 8).iteration_seconds / base.iteration_seconds
+        assert more == pytest.approx(1 + passes / 5 / 8.2, rel=0.01)  # a mean iteration is 8.2 forward passes
     assert plan_of(CONFIG, "h200", 16).encode_hours == pytest.approx(base.encode_hours / 2)
 
 
