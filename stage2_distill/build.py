@@ -142,7 +142,8 @@ def build_trainer(
     critic_rollouts = RolloutReuse(rollouts, schedule) if config.rollout_reuse else rollouts
     timer, score_noise = PhaseTimer(ranks.device), config.select(ScoreNoise)
     plain_teacher, scale, decoupled = roles.teacher_denoiser, config.guidance_scale, config.decoupled_guidance
-    teacher = guided(plain_teacher, negative_text=negative_text, scale=scale)
+    rescale = config.guidance_rescale
+    teacher = guided(plain_teacher, negative_text=negative_text, scale=scale, rescale=rescale)
     return Trainer(
         ranks,
         roles,
@@ -150,7 +151,9 @@ def build_trainer(
             StudentObjective,
             teacher=teacher,
             matched_teacher=plain_teacher if decoupled else teacher,
-            guidance=guided_pair(plain_teacher, negative_text=negative_text, scale=scale) if decoupled else None,
+            guidance=guided_pair(plain_teacher, negative_text=negative_text, scale=scale, rescale=rescale)
+            if decoupled
+            else None,
             fake=roles.fake_denoiser,
             score_noise=score_noise,
             regression=config.select(TeacherRegression),

@@ -90,6 +90,10 @@ class DistillConfig:
     )
     shift: float = advanced(5.0, "Shift of the noise levels.", minimum=1, group="recipe")
     guidance_scale: float = advanced(7.0, "Teacher: uncond + scale * (cond - uncond).", group="recipe")
+    guidance_rescale: float = advanced(
+        0.0, "Share by which the contrast that guidance adds to the teacher's predictions is taken back.",
+        minimum=0, maximum=1, group="recipe",
+    )  # fmt: skip
     decoupled_guidance: bool = advanced(
         False, "The student follows the guidance at noise levels of its own, not at those of matching.", group="recipe"
     )
@@ -237,6 +241,7 @@ class DistillConfig:
         check_fields(self)
         _ = self.spec, self.sigmas
         self.check_combinations()
+        self.check_student_terms()
 
     def check_combinations(self) -> None:
         """Raise ValueError if one value does not fit another."""
@@ -244,11 +249,6 @@ class DistillConfig:
             raise ValueError(f"lora_alpha={self.lora_alpha}: needs --lora-rank")
         if self.score_low >= self.score_high:
             raise ValueError(f"score_low={self.score_low}: must be less than score_high={self.score_high}")
-        if self.decoupled_guidance and self.guidance_scale == 1:
-            raise ValueError("decoupled_guidance=True: needs a guidance_scale other than 1, which is no guidance")
-        if self.exit_weights is not None and len(self.exit_weights) != len(self.timesteps):
-            given = ",".join(f"{weight:g}" for weight in self.exit_weights)
-            raise ValueError(f"exit_weights={given}: give {len(self.timesteps)} numbers, one for each timestep")
         if self.preview_every and not self.preview_count:
             raise ValueError("preview_count=0: must be at least 1, or preview_every=0")
         if len(self.lengths) > 1:
@@ -263,6 +263,18 @@ class DistillConfig:
                 f"batch_size={self.batch_size}: rollout_reuse and videos of several sizes or lengths need "
                 "micro-batches of one; use --batch-size 1, or --no-rollout-reuse"
             )
+
+    def check_student_terms(self) -> None:
+        """Raise ValueError if an option of what the student follows has nothing to act on."""
+        if self.guidance_rescale and self.guidance_scale == 1:
+            raise ValueError(
+                f"guidance_rescale={self.guidance_rescale:g}: needs a guidance_scale other than 1, which is no guidance"
+            )
+        if self.decoupled_guidance and self.guidance_scale == 1:
+            raise ValueError("decoupled_guidance=True: needs a guidance_scale other than 1, which is no guidance")
+        if self.exit_weights is not None and len(self.exit_weights) != len(self.timesteps):
+            given = ",".join(f"{weight:g}" for weight in self.exit_weights)
+            raise ValueError(f"exit_weights={given}: give {len(self.timesteps)} numbers, one for each timestep")
 
     def check_compact(self) -> None:
         """Raise ValueError if the compact form does not support another option."""

@@ -12,8 +12,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from common.condition import Condition, Denoiser, concat_conditions, frame_sigma, pin
-from common.flow import x0_from_velocity
+from common.condition import Condition, Denoiser, concat_conditions, frame_sigma, free_mean, pin
+from common.flow import per_sample, x0_from_velocity
 from common.model_folder import locate_part, report_load_errors
 from common.video import LATENT_CHANNELS
 from stage2_distill.model.layers import ExecutionPlan
@@ -75,19 +75,19 @@ def make_denoiser(net: nn.Module, dtype: torch.dtype) -> Denoiser:
     return partial(denoise, net, dtype=dtype)
 
 
-def guided(denoiser: Denoiser, *, negative_text: Tensor, scale: float) -> Denoiser:
+def guided(denoiser: Denoiser, *, negative_text: Tensor, scale: float, rescale: float = 0.0) -> Denoiser:
     """Classifier-free guidance, uncond + scale (cond - uncond), both branches in one batch (arXiv 2207.12598).
 
     negative_text: (L D), padded like the batch's text. Scale 1 returns the denoiser itself.
     """
     if scale == 1:
         return denoiser
-    denoise_pair = guided_pair(denoiser, negative_text=negative_text, scale=scale)
+    denoise_pair = guided_pair(denoiser, negative_text=negative_text, scale=scale, rescale=rescale)
     return lambda x_t, sigma, condition: denoise_pair(x_t, sigma, condition)[0]
 
 
 def guided_pair(
-    denoiser: Denoiser, *, negative_text: Tensor, scale: float
+    denoiser: Denoiser, *, negative_text: Tensor, scale: float, rescale: float = 0.0
 ) -> Callable[[Tensor, Tensor, Condition], tuple[Tensor, Tensor]]:
     """`guided`, as a function to x0 with guidance and x0 without."""
 
@@ -95,6 +95,22 @@ def guided_pair(
         negative = negative_text.to(condition.text).expand_as(condition.text)
         both = concat_conditions([condition, replace(condition, text=negative)])
         cond, uncond = denoiser(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).chunk(2)
-        return uncond + scale * (cond - uncond), cond
+        result = uncond + scale * (cond - uncond)
+        return rescale_guided(result, cond, condition, share=rescale) if rescale else result, cond
 
     return denoise_pair
+
+
+def rescale_guided(x0: Tensor, cond: Tensor, condition: Condition, *, share: float) -> Tensor:
+    """x0 (B C T H W) with guidance, mixed with itself at the deviation that it has without guidance.
+
+    share * x0 * std(cond) / std(x0) + (1 - share) * x0, the deviations per sample over the free frames: guidance raises
+    the contrast, and this takes a share of that back (arXiv 2305.08891, eq. 14 to 16, there on the network's output).
+    """
+    factor = per_sample(free_deviation(cond, condition) / free_deviation(x0, condition))
+    return pin((1 - share + share * factor) * x0, condition)  # a given frame stays as it is
+
+
+def free_deviation(x0: Tensor, condition: Condition) -> Tensor:
+    """Standard deviation (B) of x0 (B C T H W) over its free frames."""
+    return free_mean((x0 - per_sample(free_mean(x0, condition))) ** 2, condition).sqrt()

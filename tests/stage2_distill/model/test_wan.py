@@ -10,7 +10,7 @@ from diffusers.utils import logging
 from common.condition import Condition, frame_sigma, pin
 from common.flow import timestep_sigmas, x0_from_velocity
 from shards.record import pad_text
-from stage2_distill.model.wan import denoise, guided, guided_pair, load_transformer, make_denoiser
+from stage2_distill.model.wan import denoise, guided, guided_pair, load_transformer, make_denoiser, rescale_guided
 from tests.tiny_models import TEXT_DIM
 
 SIZE = {"num_frames": 9, "height": 64, "width": 96}
@@ -160,6 +160,25 @@ def test_guidance_is_the_standard_form(net: torch.nn.Module) -> None:
     with torch.no_grad():
         pair = guided_pair(plain, negative_text=negative, scale=7.0)(x_t, sigma, Condition(frame, text))
     assert torch.equal(pair[0], ours) and torch.allclose(pair[1], cond, atol=1e-5)
+
+
+def test_rescaled_guidance_has_the_deviation_without_guidance() -> None:
+    """All of it with share 1; with 0.25 three quarters of the way are left; a given frame counts nowhere."""
+    frame = 9 + normal(2, 48, 1, 4, 6, seed=20)
+    condition = Condition(frame, torch.zeros(2, 1, TEXT_DIM), given=torch.tensor([True, False]))
+    cond, result = (pin(normal(2, 48, 3, 4, 6, seed=seed), condition) for seed in (21, 22))
+    result = pin(4 * result + 0.5, condition)
+
+    def deviation(x0: torch.Tensor) -> list[float]:
+        return [x0[0, :, 1:].std(correction=0).item(), x0[1].std(correction=0).item()]
+
+    before, without = deviation(result), deviation(cond)
+    for share in (1.0, 0.25):
+        found = rescale_guided(result, cond, condition, share=share)
+        expected = [share * new + (1 - share) * old for old, new in zip(before, without, strict=True)]
+        assert deviation(found) == pytest.approx(expected, rel=1e-4)
+        assert torch.equal(found[0, :, 0], frame[0, :, 0])
+        assert torch.allclose(found[1] / result[1], found[1, 0, 0, 0, 0] / result[1, 0, 0, 0, 0], rtol=1e-4)
 
 
 def test_half_precision_keeps_rope_and_x0_in_float32(model: Path) -> None:
