@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,11 +16,12 @@ from common.video import VideoSpec
 from stage1_encode.generation.condition_encoder import ConditionEncoder, load_condition_encoder
 from stage1_encode.generation.decode import VIDEO_FOLDER_FILES
 from stage1_encode.generation.generate import GenerationRequest, LatentSampler, generate_videos, needs_offload
+from stage1_encode.generation.picture_sizes import group_rows_by_size
 from stage1_encode.media.rows import locate_file
 from stage2_distill.distributed.process_group import join_ranks, own_folder, wait_for_ranks
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.sampling.multi_gpu import LeaderSampler, run_sampling_worker
-from stage2_distill.sampling.student_sampler import open_student
+from stage2_distill.sampling.student_sampler import StudentSampler, open_student
 
 
 def sample_videos(config: SampleConfig) -> list[Path]:
@@ -41,9 +43,8 @@ def sample_videos(config: SampleConfig) -> list[Path]:
         rank, world = 0, 1  # the leader alone writes the file
     with LeaderSampler(student) if shared_video else nullcontext(student) as sampler:
         return write_videos(
-            config, student.spec, sampler, encoder, offload=offload, ranks=(rank, world),
-            denoising_seconds=student.denoising_seconds,
-        )  # fmt: skip
+            config, student.spec, sampler, encoder, offload=offload, ranks=(rank, world), student=student
+        )
 
 
 def open_encoder(config: SampleConfig, device: torch.device, *, offload: bool) -> ConditionEncoder:
@@ -62,11 +63,12 @@ def write_videos(
     *,
     offload: bool,
     ranks: tuple[int, int] = (0, 1),
-    denoising_seconds: float | None = None,
+    student: StudentSampler | None = None,
 ) -> list[Path]:
     """Make the videos of this rank with models that are loaded already; returns the files.
 
-    ranks: this rank and their number. denoising_seconds: of a segment, predicted, for the first lines.
+    ranks: this rank and their number. student: says how long a video takes, and has the sizes of which each picture
+    takes the nearest; None: all videos have the size of `spec`.
     """
     is_single = config.prompt is not None
     with TemporaryDirectory() as temporary, prepare_output(config, ranks[0]) as folder:
@@ -75,10 +77,22 @@ def write_videos(
         store = target.with_suffix(".zarr") if is_single else folder / latent_store_name(*ranks)
         request = GenerationRequest(
             table, target, store, spec, config.seed, config.segments, config.batch_size, *ranks, config.base_folder,
-            Path(config.out), denoising_seconds,
+            Path(config.out), student.denoising_seconds if student else None,
         )  # fmt: skip
-        files = generate_videos(request, encoder, sampler, offload=offload)
+        requests = [request] if student is None or not student.sizes else list(split_by_size(request, student))
+        files = [file for one in requests for file in generate_videos(one, encoder, sampler, offload=offload)]
     return [(Path(config.out).parent if is_single else Path(config.out)) / path.name for path in files]
+
+
+def split_by_size(request: GenerationRequest, student: StudentSampler) -> Iterator[GenerationRequest]:
+    """Yield the parts of a request that have one size each; in a folder each has its own store and contact sheet."""
+    rows_of = group_rows_by_size(request.csv_path, student.sizes, request.base_folder)
+    for size, row_numbers in rows_of.items():
+        part = replace(request, spec=student.check_size(size), row_numbers=row_numbers)
+        if request.out.suffix != ".mp4":
+            store = request.store.with_name(f"{request.store.stem}-{size}.zarr")
+            part = replace(part, store=store, sheet_suffix=f"-{size}")
+        yield part
 
 
 def latent_store_name(rank: int, world: int) -> str:

@@ -24,7 +24,7 @@ from stage1_encode.models import vae
 CONTACT_SHEET, DECODE_CONFIG_FILE = "contact.png", "decode.yaml"
 # what decode and sample write into a folder, and what they left there before both wrote beside it
 VIDEO_FOLDER_FILES = re.compile(
-    r"(contact(-\d+)?\.png|.*\.mp4|(decode|sample|.*\.mp4)\.yaml)(\.partial)?|sample|.*\.zarr|step-.*"
+    r"(contact(-\d+x\d+)?(-\d+)?\.png|.*\.mp4|(decode|sample|.*\.mp4)\.yaml)(\.partial)?|sample|.*\.zarr|step-.*"
 )
 THUMBNAIL_WIDTH, MAX_SHEET_ROWS = 256, 64  # of a contact sheet: pixels, videos
 POLL_SECONDS = 5.0

@@ -7,7 +7,7 @@ Shapes: B videos, C channels, T latent frames, H W latent size, F frames, X Y pi
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -74,6 +74,8 @@ class GenerationRequest:
     base_folder: str | None = None  # where relative paths of the CSV start, if not in its folder
     destination: Path | None = None  # where the files are moved at the end, if not `out`
     denoising_seconds: float | None = None  # of a segment, predicted; None for devices of unknown speed
+    row_numbers: frozenset[int] | None = None  # of the CSV's rows those that are generated; None = all
+    sheet_suffix: str = ""  # of the contact sheet's name
 
     def seed_of(self, source: Row | RecordSource) -> int:
         """Return the seed of a row."""
@@ -105,6 +107,8 @@ def generate_videos(
     `offload` moves each large model to host memory while it is idle. ValueError if the GPU's memory is too small.
     """
     (all_rows,) = read_shard_rows(request.csv_path, shard_size=sys.maxsize, text_only=True)
+    if request.row_numbers is not None:
+        all_rows = [row for row in all_rows if row.number in request.row_numbers]
     rows = all_rows[request.rank :: request.world]
     if not rows:
         return []
@@ -115,7 +119,8 @@ def generate_videos(
     try:
         with ExitStack() as stack, ProgressBar(len(rows) * request.segments, label="sample") as progress:
             store_thread = stack.enter_context(ThreadPoolExecutor(1))
-            generator = VideoGenerator(request, encoder, sampler, offload, stack, store_thread, progress)
+            positions = {row.key: index for index, row in enumerate(rows)}
+            generator = VideoGenerator(request, encoder, sampler, offload, stack, store_thread, progress, positions)
             for start in range(0, len(rows), ROWS_PER_CHUNK):
                 generator.generate_rows(rows[start : start + ROWS_PER_CHUNK])
             files = generator.finish_files()
@@ -203,6 +208,7 @@ class VideoGenerator:
     stack: ExitStack  # closes the files, also after an error
     store_thread: ThreadPoolExecutor
     progress: ProgressBar
+    positions: Mapping[str, int]  # of each key's row among those of this rank
     jobs: list[VideoJob] = field(default_factory=list)
     pending_store: Future[None] | None = None
 
@@ -244,7 +250,7 @@ class VideoGenerator:
         """Open the file of a record's video."""
         out = self.request.out
         path = out if out.suffix == ".mp4" else out / f"{record.key}.mp4"
-        job = VideoJob(path, self.request, on_sheet=self.row_position(record) < MAX_SHEET_ROWS)
+        job = VideoJob(path, self.request, on_sheet=self.positions[record.key] < MAX_SHEET_ROWS)
         self.stack.push(job.writer)
         return job
 
@@ -262,7 +268,7 @@ class VideoGenerator:
 
     def store_latents(self, records: Sequence[Record], x0: Tensor, segment: int) -> None:
         """Write latents (B C T H W) in the thread; returns when the previous ones are written, to bound the memory."""
-        rows = [self.row_position(record) * self.request.segments + segment for record in records]
+        rows = [self.positions[record.key] * self.request.segments + segment for record in records]
         previous = self.pending_store
         copied = copy_async(x0, CPU)
         self.pending_store = self.store_thread.submit(self._write_latents, rows, copied, record_event(x0.device))
@@ -276,10 +282,6 @@ class VideoGenerator:
             raise ValueError(f"the latents of row {rows[0]} are not finite; check the checkpoint")
         latent_store.write_latents(self.request.store, GROUP_NAME, rows, x0)
 
-    def row_position(self, record: Record) -> int:
-        """Return the index of a record's row among those of this rank."""
-        return int(record.key) // self.request.world
-
     def finish_files(self) -> list[Path]:
         """Wait for everything that is still being written; returns the files."""
         if self.pending_store:
@@ -290,5 +292,6 @@ class VideoGenerator:
             return files
         shown = [torch.stack(job.sheet_frames).numpy() for job in jobs[:MAX_SHEET_ROWS]]
         sheet_rows = [make_thumbnails(frames, columns=SHEET_COLUMNS) for frames in shown]
-        path = self.request.out / (f"contact-{self.request.rank}.png" if self.request.world > 1 else CONTACT_SHEET)
+        rank = f"-{self.request.rank}" if self.request.world > 1 else ""
+        path = self.request.out / CONTACT_SHEET.replace(".", f"{self.request.sheet_suffix}{rank}.")
         return [*files, write_contact_sheet(path, sheet_rows)]

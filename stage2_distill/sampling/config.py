@@ -53,8 +53,11 @@ class SampleConfig:
         1, "Consecutive videos; each starts at the last frame before it.", minimum=1, group="size", advanced=True
     )
     num_frames: int | None = option(None, "Frames of a segment, 4k+1; default: as in training.", group="size")
-    height: int | None = option(None, "Height in pixels, a multiple of 32; default: as in training.", group="size")
-    width: int | None = option(None, "Width in pixels, a multiple of 32; default: as in training.", group="size")
+    height: int | None = option(
+        None, "Height in pixels, a multiple of 32; default: as in training, the size nearest to the picture.",
+        group="size",
+    )  # fmt: skip
+    width: int | None = option(None, "Width in pixels, a multiple of 32; default: as the height's.", group="size")
     vram: str = option(
         "auto",
         "What stays on the GPU: full needs 40 GB; auto chooses by the GPU's memory.",

@@ -14,7 +14,7 @@ from common.video import LATENT_CHANNELS
 from shards.record import Record
 from stage2_distill.sampling.student_sampler import StudentSampler
 
-HEADER_SIZE = 5  # numbers sent before a request; all zero = no more
+HEADER_SIZE = 7  # numbers sent before a request; all zero = no more
 
 
 class LeaderSampler:
@@ -52,7 +52,8 @@ def broadcast_request(condition: Condition, seeds: Sequence[int], segment: int) 
     """Send a condition, its seeds and its segment to all other ranks."""
     text, frame = condition.text, condition.first_frame
     # decides the shapes and the dtype of the rest
-    header = (len(seeds), segment, text.shape[1], int(frame is not None), int(text.dtype == torch.float32))
+    size = (0, 0) if frame is None else tuple(frame.shape[-2:])
+    header = (len(seeds), segment, text.shape[1], int(frame is not None), int(text.dtype == torch.float32), *size)
     numbers = (torch.tensor(values, device=text.device) for values in (header, list(seeds)))
     for tensor in (*numbers, text, frame):
         if tensor is not None:
@@ -64,13 +65,13 @@ def receive_request(student: StudentSampler) -> tuple[Condition, list[int], int]
     device = student.device
     header = torch.zeros(HEADER_SIZE, dtype=torch.int64, device=device)
     dist.broadcast(header, 0)
-    count, segment, rows, with_frame, is_float32 = header.tolist()
+    count, segment, rows, with_frame, is_float32, height, width = header.tolist()
     if not count:
         return None
     seeds = torch.zeros(count, dtype=torch.int64, device=device)
     dtype = torch.float32 if is_float32 else torch.bfloat16
     text = torch.zeros(count, rows, student.net.config.text_dim, dtype=dtype, device=device)
-    size = (count, LATENT_CHANNELS, 1, *student.spec.latent_shape[2:])
+    size = (count, LATENT_CHANNELS, 1, height, width)
     frame = torch.zeros(size, dtype=dtype, device=device) if with_frame else None
     for tensor in (seeds, text, frame):
         if tensor is not None:

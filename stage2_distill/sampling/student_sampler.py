@@ -14,7 +14,7 @@ from common.device import OffloadedTensors, pick_device
 from common.flow import timestep_sigmas
 from common.model_folder import locate_model
 from common.planning.cards import find_card, planned_kernel
-from common.video import TEXT_LENGTH, VideoSpec
+from common.video import TEXT_LENGTH, FrameSize, VideoSpec
 from shards.record import Record, collate_records
 from stage2_distill.checkpointing import format as checkpoints
 from stage2_distill.distributed.process_group import start_process_group
@@ -44,6 +44,7 @@ class StudentSampler:
     dtype: torch.dtype  # in which the network computes
     max_text_tokens: int = TEXT_LENGTH  # rows of padded text: fewer are faster
     denoising_seconds: float | None = None  # of a video, predicted; None for devices of unknown speed
+    sizes: tuple[FrameSize, ...] = ()  # of which each picture takes the nearest, that of `spec` first; empty = `spec`
 
     @property
     def device(self) -> torch.device:
@@ -69,10 +70,22 @@ class StudentSampler:
 
     @torch.no_grad()
     def sample_latents(self, condition: Condition, seeds: Sequence[int], segment: int) -> Tensor:
-        """Latents (B C T H W) of a condition; equal seeds and segments give equal noise."""
+        """Latents (B C T H W) of a condition; equal seeds and segments give equal noise.
+
+        H and W are those of the first frame, or of `spec` without one.
+        """
         denoiser, keys = wan.make_denoiser(self.net, self.dtype), [(seed, 0, segment) for seed in seeds]
         sigmas, shape = self.sigmas, self.spec.latent_shape
+        if condition.first_frame is not None:
+            shape = (*shape[:2], *condition.first_frame.shape[-2:])
         return sample_student(denoiser, condition, sigmas=sigmas, latent_shape=shape, keys=keys, purpose="sample")
+
+    def check_size(self, size: FrameSize) -> VideoSpec:
+        """The student's videos at another size; ValueError if the ranks that share one cannot divide it."""
+        spec = replace(self.spec, height=size.height, width=size.width)
+        ranks = self.net.blocks[0].plan.ranks
+        check_context_parallel(ranks, tokens=spec.num_tokens, heads=self.net.config.num_attention_heads)
+        return spec
 
 
 def open_student(config: SampleConfig) -> StudentSampler:
@@ -89,9 +102,12 @@ def open_student(config: SampleConfig) -> StudentSampler:
     net = load_student(
         source.path, plan, model=config.model, weights=config.weights, dtype=dtype, device=device, loras=loras
     )
-    check_context_parallel(ranks, tokens=spec.num_tokens, heads=net.config.num_attention_heads)
     sigmas = timestep_sigmas(config.timesteps, s=facts.shift) if config.timesteps else facts.sigmas
-    student = StudentSampler(net, spec, sigmas, dtype, config.max_text_tokens)
+    own = spec.frame_size
+    sizes = (own, *(size for size in facts.sizes if size != own)) if config.height is config.width is None else ()
+    student = StudentSampler(net, spec, sigmas, dtype, config.max_text_tokens, sizes=sizes if facts.sizes else ())
+    if not student.sizes:
+        student.check_size(own)
     return replace(student, denoising_seconds=predict_seconds(student, compiled=config.compile, ranks=ranks))
 
 
