@@ -18,7 +18,7 @@ def requirement_name(requirement: str) -> str:
 
 def test_constraints_cover_all_direct_dependencies() -> None:
     extras = PROJECT["optional-dependencies"]
-    tested = ("dev", "lora", "parquet", "plot", "remote", "tensorboard", "ui")
+    tested = ("dev", "lora", "parquet", "plot", "remote", "tensorboard")
     optional = [name for extra in tested for name in extras[extra]]
     names = {requirement_name(each) for each in PROJECT["dependencies"] + optional} - {PROJECT["name"]}
     assert sorted(names - CONSTRAINTS.keys()) == []
