@@ -194,15 +194,15 @@ def describe_machine(config: DistillConfig, ranks: RankContext) -> Machine:
 
 
 @torch.no_grad()
-def initialize_adapters(role: AdapterView, seed: int, draws: str) -> None:
+def initialize_adapters(role: AdapterView, seed: int, draws: str | None = None) -> None:
     """Draw first factors uniform within 1/sqrt(inputs), as nn.Linear; zero second factors leave the base unchanged.
 
-    draws: names the random numbers; equal names and seeds give equal factors.
+    draws: names the random numbers, by default as the adapter; equal names and seeds give equal factors.
     """
     for name, weight in role.named_parameters():
         # drawn in full on every rank, so that the numbers do not depend on the number of ranks
         initial = torch.zeros(weight.shape)
         if ".lora_A." in name:
             bound = weight.shape[1] ** -0.5  # shape of all shards: (rank, inputs)
-            initial.uniform_(-bound, bound, generator=make_generator(seed, 0, 0, f"{draws} {name}"))
+            initial.uniform_(-bound, bound, generator=make_generator(seed, 0, 0, f"{draws or role.adapter} {name}"))
         fill_parameter(weight, MappedTensor(initial), name)

@@ -44,7 +44,7 @@ def masters(checkpoint: Path, group: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_ida_moves_the_critic_and_the_average_follows_it(form: str, model: Path, shards: Path, tmp_path: Path) -> None:
-    """The critic, which does not learn here, becomes 0.7 of itself and 0.3 of the student, its average a quarter new."""
+    """The critic, which does not learn here, is 0.7 of itself and 0.3 of the student, and its average a quarter new."""
     still = {"ida_share": 0.3, "critic_lr": 0.0, "student_update_interval": 1, "critic_ema_decay": 0.75}
     whole = run_here(make_config(shards, model, tmp_path / "whole", **FORMS[form] | EVERY | still))
     steps = list_checkpoints(whole.parent)
