@@ -3,6 +3,11 @@
 Torch and the stages are imported inside the commands, so that `--help` answers at once.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
+
 import errno
 import json
 import logging
@@ -80,7 +85,7 @@ def verify_command(shards: str, **options: object) -> int:
         repair_data_set(report, config)
         report = verify_data_set(shards)
         click.echo(f"after the repair: {report.format_lines()[0]}", err=config.json)
-    if config.model and report.manifest:
+    if config.sheet and report.manifest:
         from stage1_encode.repair import draw_contact_sheet
 
         click.echo(f"first frames: {draw_contact_sheet(report, config)}", err=config.json)
@@ -242,11 +247,13 @@ def main() -> None:
     """Run a command; exits with 2 after a user error and with 1 after a failure of the system."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # not if it is ignored, as with nohup
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = run_command()
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except click.Abort:  # Ctrl-C
+    except (click.Abort, KeyboardInterrupt):  # Ctrl-C
         click.echo(f"stopped; {interruption_remedy(sys.argv[1:])}", err=True)
         sys.exit(130)
     except ValueError as error:

@@ -17,7 +17,9 @@ from stage1_encode.generation.condition_encoder import ConditionEncoder, load_co
 from stage1_encode.generation.decode import VIDEO_FOLDER_FILES
 from stage1_encode.generation.generate import GenerationRequest, LatentSampler, generate_videos, needs_offload
 from stage1_encode.generation.picture_sizes import group_rows_by_size
+from stage1_encode.media.first_frame import read_first_frame
 from stage1_encode.media.rows import locate_file
+from stage1_encode.media.video_frame import UnreadableError
 from stage2_distill.distributed.process_group import join_ranks, own_folder, wait_for_ranks
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.sampling.multi_gpu import LeaderSampler, run_sampling_worker
@@ -30,6 +32,8 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     The latents are also stored, in X.zarr beside the videos. Under torchrun the processes share the rows of a CSV, or
     denoise the one video together.
     """
+    if config.image is not None:
+        check_image(config.image)
     is_single = config.prompt is not None
     offload = needs_offload(config.vram, pick_device(config.device))
     rank, world = join_ranks(config.device)
@@ -93,6 +97,14 @@ def split_by_size(request: GenerationRequest, student: StudentSampler) -> Iterat
             store = request.store.with_name(f"{request.store.stem}-{size}.zarr")
             part = replace(part, store=store, sheet_suffix=f"-{size}")
         yield part
+
+
+def check_image(image: str) -> None:
+    """Raise ValueError if a first frame cannot be read, before gigabytes of weights are."""
+    try:
+        read_first_frame(locate_file(Path("prompt.csv"), image), height=VideoSpec.height, width=VideoSpec.width)
+    except UnreadableError as error:
+        raise ValueError(f"image={image}: {error}; name a picture or a video") from error
 
 
 def latent_store_name(rank: int, world: int) -> str:

@@ -156,19 +156,21 @@ class VerifyConfig:
     data: str | None = option(None, "CSV of the data set, if it was moved.", path="input", group="repair")
     base_folder: str | None = base_folder_option(group="repair")
     model: str | None = option(
-        None, "Model folder or hub name: draws decoded first frames.", path="any", group="first-frames"
+        None, "Model folder or hub name, for --sheet and --repair.", path="any", group="first-frames"
     )
-    sheet: str = option(
-        "first-frames.png", "Image file for the decoded first frames.", path="output", group="first-frames"
+    sheet: str | None = option(
+        None, "Image file for decoded first frames; needs --model.", path="output", group="first-frames"
     )
     device: str = device_option()
     json: bool = json_option()
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.sheet.endswith((".png", ".jpg")):
+        if self.sheet is not None and not self.sheet.endswith((".png", ".jpg")):
             raise ValueError(f"sheet={self.sheet}: must end in .png or .jpg")
-        if not self.model and self.sheet != type(self).sheet:  # the class attribute is the default
+        if self.model and self.sheet is None and not self.repair:
+            raise ValueError(f"model={self.model}: verify alone needs none; give --sheet FILE.png or --repair too")
+        if not self.model and self.sheet is not None:
             raise ValueError(f"sheet={self.sheet}: first frames are drawn by the VAE; give --model too")
 
 

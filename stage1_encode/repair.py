@@ -96,7 +96,7 @@ def draw_contact_sheet(report: VerifyReport, config: VerifyConfig) -> Path:
 
     Broken records and records without a first frame are omitted. ValueError if `model` has another VAE.
     """
-    assert config.model, config
+    assert config.model and config.sheet, config
     folder, data = locate_model(config.model, ("vae",)), open_data_set(report.location)
     if not same_fingerprint(fingerprint_part(locate_part(folder, "vae")), data.manifest.encoder.vae):
         raise ValueError(

@@ -188,6 +188,15 @@ def test_ctrl_c_says_how_to_go_on(command: str, remedy: str) -> None:
     assert done.stderr.strip().startswith("stopped; ") and done.stderr.strip().endswith(remedy)
 
 
+def test_ctrl_c_during_the_first_imports() -> None:
+    """Ended by the signal without a word, and not by a traceback of click or yaml; `nohup` still ignores it."""
+    code = "import sys, runpy, signal, os; sys.meta_path.insert(0, type('F', (), {'find_spec': staticmethod(lambda n, *_: n == 'click' and os.kill(os.getpid(), signal.SIGINT) or None)}))"  # noqa: E501
+    run = "; sys.argv = ['cli.py', '--version']; runpy.run_path('cli.py', run_name='__main__')"
+    for before, expected in (("", -signal.SIGINT), ("; signal.signal(signal.SIGINT, signal.SIG_IGN)", 0)):
+        done = subprocess.run([sys.executable, "-c", code + before + run], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (expected, "")
+
+
 def test_ctrl_c_ends_encode_in_a_process_of_its_own(model: Path, clips: Path, tmp_path: Path) -> None:
     """A real signal while clips are read: no traceback, and the same command completes the data set."""
     table = write_csv(tmp_path / "c.csv", [(clips / f"clip-{i % 6}.mp4", f"prompt {i}") for i in range(400)])
@@ -316,7 +325,8 @@ def test_mistakes_of_sample(run: Path, model: Path, tmp_path: Path) -> None:
     assert "no checkpoint" in mistake("--prompt", "a", *out, checkpoint=tmp_path)
     assert "prompt is empty" in mistake("--prompt", " ", *out)
     assert ".mp4" in mistake("--prompt", "a", "--out", tmp_path / "v.avi")
-    assert "gone.png" in mistake("--prompt", "a", "--image", tmp_path / "gone.png", *out)
+    gone = mistake("--prompt", "a", "--image", tmp_path / "gone.png", *out)
+    assert gone.endswith("gone.png: does not exist; name a picture or a video") and "line" not in gone
     (tmp_path / "text.png").write_text("no picture")
     assert "text.png" in mistake("--prompt", "a", "--image", tmp_path / "text.png", *out)
     assert "num_frames=10" in mistake("--prompt", "a", "--num-frames", 10, *out)

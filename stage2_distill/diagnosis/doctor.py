@@ -13,7 +13,7 @@ from common.device import pick_device
 from common.model_folder import fingerprint_part, locate_part
 from stage2_distill.config import COMPACT, STANDARD, DistillConfig
 from stage2_distill.diagnosis.data_checks import check_clock, check_data_set, check_disk, check_model
-from stage2_distill.diagnosis.finding import FAIL, OK, WARN, Finding, report_errors
+from stage2_distill.diagnosis.finding import FAIL, OK, SKIP, WARN, Finding, report_errors
 from stage2_distill.diagnosis.machine_checks import (
     available_host_bytes,
     check_attention,
@@ -44,6 +44,13 @@ def diagnose(config: DoctorConfig) -> Iterator[Finding]:
     for prefix in config.shards:
         yield from report_errors("shards", partial(check_shards, config, prefix))
     yield from report_errors("disk", partial(check_output, config)) if config.out is not None else check_clock(0)
+    unchecked = {
+        "the model (--model)": config.model,
+        "data sets (--shards)": config.shards,
+        "the disk (--out)": config.out,
+    }
+    if missing := [name for name, value in unchecked.items() if not value]:
+        yield Finding("others", SKIP, f"not checked, as they were not named: {', '.join(missing)}")
 
 
 def planned_run(config: DoctorConfig) -> tuple[DistillConfig, TransformerSize]:

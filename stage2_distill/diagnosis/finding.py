@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-OK, WARN, FAIL = "ok", "warn", "fail"
+OK, WARN, FAIL, SKIP = "ok", "warn", "fail", "skip"
 
 
 @dataclass(frozen=True)
@@ -11,9 +11,9 @@ class Finding:
     """One line of the report."""
 
     check: str
-    state: str  # OK, WARN or FAIL
+    state: str  # OK, WARN, FAIL or SKIP
     text: str
-    cure: str = ""  # what to do, unless the state is OK
+    cure: str = ""  # what to do, unless the state is OK or SKIP
 
     @property
     def is_failure(self) -> bool:

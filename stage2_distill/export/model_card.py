@@ -163,15 +163,15 @@ def diffusers_usage(card: CardFacts) -> list[str]:
     call = f"{size}, num_inference_steps={len(facts.ladder)}"
     fit = f"ImageOps.fit(Image.open('first.png').convert('RGB'), ({spec.width}, {spec.height}))"
     lines = [
-        "From a first frame, with diffusers:",
+        "From a first frame, with diffusers (before 0.40 write torch_dtype for dtype):",
         "```python\nimport torch; from diffusers import WanImageToVideoPipeline; from PIL import Image, ImageOps\n"
-        f"pipe = WanImageToVideoPipeline.from_pretrained({card.name!r}, torch_dtype=torch.bfloat16{trust}).to('cuda')\n"
+        f"pipe = WanImageToVideoPipeline.from_pretrained({card.name!r}, dtype=torch.bfloat16{trust}).to('cuda')\n"
         f"image = {fit}  # crops\n"
         "torch.manual_seed(0)  # the noise between the steps comes from torch's global generator\n"
         f"video = pipe(image, 'Describe the video.', {call}, guidance_scale=1.0).frames[0]\n```",
         "From the prompt alone:",
         "```python\nimport torch; from diffusers import WanPipeline\n"
-        f"pipe = WanPipeline.from_pretrained({card.name!r}, torch_dtype=torch.bfloat16{trust}).to('cuda')\n"
+        f"pipe = WanPipeline.from_pretrained({card.name!r}, dtype=torch.bfloat16{trust}).to('cuda')\n"
         "torch.manual_seed(0)\n"
         f"video = pipe('Describe the video.', {call}, guidance_scale=1.0).frames[0]\n```",
         "Both pipelines differ from this project's `sample`: they give the scheduler no generator, so the noise "

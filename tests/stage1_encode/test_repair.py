@@ -78,10 +78,10 @@ def test_nothing_is_deleted_where_the_command_cannot_run(complete_set: Path, cli
     flip(folder / "shard-000001.tar", 3000)
     report, before = verify_data_set(folder), hashes(folder)
     with pytest.raises(ValueError, match="no such folder"):
-        repair_data_set(report, VerifyConfig(model=str(tmp_path / "none"), device="cpu"))
+        repair_data_set(report, VerifyConfig(repair=True, model=str(tmp_path / "none"), device="cpu"))
     other = tiny_models.make_model(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"was begun with other settings: encoder\.vae"):
-        repair_data_set(report, VerifyConfig(model=str(other), device="cpu"))
+        repair_data_set(report, VerifyConfig(repair=True, model=str(other), device="cpu"))
     settings = (folder / "encode.yaml").read_text()
     table = tiny_models.write_csv(tmp_path / "rows.csv", [(clips / "clip-0.mp4", "another prompt")] * 6)
     (folder / "encode.yaml").write_text("\n".join([f"data: {table}", *settings.splitlines()[1:]]))
@@ -241,3 +241,5 @@ def test_another_vae_draws_nothing(complete_set: Path, tmp_path: Path) -> None:
 def test_a_sheet_without_a_model_is_refused() -> None:
     with pytest.raises(ValueError, match="^sheet=frames.png: .*; give --model too$"):
         VerifyConfig(sheet="frames.png")
+    with pytest.raises(ValueError, match="^model=M: verify alone needs none; give --sheet FILE.png or --repair too$"):
+        VerifyConfig(model="M")

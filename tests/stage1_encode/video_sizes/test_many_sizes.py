@@ -120,7 +120,7 @@ def test_a_finished_set_of_sizes_is_left_alone_and_repaired(
         (copy / name).write_bytes(b"x")
     report = verify_data_set(copy)
     assert {problem.file for problem in report.problems} == {"shard-000001.tar", "plan.json"}
-    repair_data_set(report, VerifyConfig(model=str(model), device="cpu"))
+    repair_data_set(report, VerifyConfig(repair=True, model=str(model), device="cpu"))
     assert hashes(copy) == expected and verify_data_set(copy).problems == ()
 
 

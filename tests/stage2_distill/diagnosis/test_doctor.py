@@ -43,6 +43,11 @@ def test_a_sound_machine(model: Path, shards: Path, tmp_path: Path) -> None:
         assert "none: everything runs on the CPU" in found["gpu"][1]
 
 
+def test_what_was_not_named_is_said() -> None:
+    state, text = states(device="cpu")["others"]
+    assert state == "skip" and text.endswith("named: the model (--model), data sets (--shards), the disk (--out)")
+
+
 def test_broken_models(model: Path, tmp_path: Path) -> None:
     assert states(model=str(tmp_path / "none"))["model"][0] == "fail"
     assert states(model="Wan-AI/Wan2.2-TI2V-5B-Diffusers")["model"][0] == "warn"
