@@ -84,6 +84,15 @@ def read_file(path: Path) -> bytes:
         return file.readall()
 
 
+@contextmanager
+def report_write_errors(folder: Path) -> Iterator[None]:
+    """Turn an OSError while writing, for example of a full disk, into a ValueError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"out={folder}: {error.strerror}; fix this and rerun the same command") from error
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power failure; fsync of a file covers its data only."""
     handle = os.open(folder, os.O_RDONLY)

@@ -9,12 +9,20 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from common.files import FolderLock, open_file, parse_json, read_file, read_json, refuse_foreign_files, write_file
+from common.files import (
+    FolderLock,
+    open_file,
+    parse_json,
+    read_file,
+    read_json,
+    refuse_foreign_files,
+    report_write_errors,
+    write_file,
+)
 from common.model_folder import fingerprint_part, locate_part
 from common.options import write_config
 from common.video import FrameSize, VideoSpec
@@ -111,15 +119,6 @@ def make_encoding_plan(config: EncodeConfig, model: Path) -> EncodingPlan:
 def check_data_set_folder(folder: Path) -> None:
     """Raise ValueError if the folder is a file or holds anything but a data set."""
     refuse_foreign_files(folder, lambda name: DATA_SET_FILES.fullmatch(name) is not None)
-
-
-@contextmanager
-def report_write_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError while writing, for example of a full disk, into a ValueError of one line."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"out={folder}: {error.strerror}; fix this and rerun the same command") from error
 
 
 def check_plan(folder: Path, plan: EncodingPlan) -> EncodingPlan:
@@ -221,7 +220,7 @@ class DataSetFolder:
         shards = group_rows(sized, self.config.shard_size)
         if not self.config.frame_sizes:
             return self.survey_shards(shards, assigned=assigned, broken_files=broken_files)
-        with self.lock.hold_briefly(PLAN_SLOT), report_write_errors(self.path):  # one process reads the files' shapes
+        with self.lock.hold_briefly(PLAN_SLOT):  # one process reads the shapes of the files
             return self.survey_shards(shards, assigned=assigned, broken_files=broken_files)
 
     def survey_shards(

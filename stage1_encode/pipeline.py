@@ -17,14 +17,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.device import copy_async, pick_device, record_event
-from common.files import write_file
+from common.files import report_write_errors, write_file
 from common.model_folder import locate_model
 from common.progress import ProgressBar
 from shards.manifest import NEGATIVE_FILE
 from shards.record import Record, RecordSource
 from shards.writer import RowFailure, ShardIndex, shard_file_name, write_shard
 from stage1_encode.config import EncodeConfig
-from stage1_encode.dataset_folder import report_write_errors
 from stage1_encode.media.color import ColorRules, is_changed
 from stage1_encode.media.first_frame import FirstFrame, UnreadableError
 from stage1_encode.media.reader_pool import ReaderPool, default_worker_count, read_frames_ahead

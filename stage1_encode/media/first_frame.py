@@ -235,6 +235,9 @@ def _read_picture_shape(file: BinaryIO) -> tuple[int, int] | None:
             if names_wide_color(image):
                 return None
             is_turned = image.getexif().get(ORIENTATION_TAG, 1) in TURNED_ORIENTATIONS
+            if is_turned and image.format == "TIFF":  # whether its size is that as stored depends on Pillow's version
+                upright = ImageOps.exif_transpose(image)
+                return upright.height, upright.width
             return (image.width, image.height) if is_turned else (image.height, image.width)
     except Image.UnidentifiedImageError:
         return None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from common.files import write_file
+from common.files import report_write_errors, write_file
 from stage1_encode.config import EncodeConfig
 from stage1_encode.media.reader_pool import ReaderPool, default_worker_count
 from stage1_encode.media.rows import Row, TooManyFailuresError, count_reasons, locate_file
@@ -55,9 +55,9 @@ def read_survey(path: Path, *, is_complete: bool = True) -> Iterator[SurveyedFil
             if next(lines, None) != COLUMNS:
                 raise ValueError("another header")
             for row, name, height, width, problem in lines:
-                if problem == height:  # both are empty
-                    raise ValueError("neither a size nor a problem")
                 shape = (int(height), int(width)) if height else None
+                if not (problem or (shape and min(shape) > 0)):
+                    raise ValueError("neither a size nor a problem")
                 yield SurveyedFile(int(row), name, shape, problem)
         except (ValueError, csv.Error) as error:
             if is_complete:
@@ -145,12 +145,13 @@ class HeaderSurvey:
         limit = self.config.stop_after_failures
         if limit and len(self.added) == limit and all(one.problem for one in self.added):
             self._refuse(limit, limit)
-        if self.file is None:
-            path = self.folder / PROGRESS_FILE
-            write_file(path, format_survey(self.progress.values()))  # without the torn line of a run that was killed
-            self.file = path.open("a", encoding="utf-8", newline="")
-        csv.writer(self.file, lineterminator="\n").writerow(item.cells)
-        self.file.flush()
+        with report_write_errors(self.folder):
+            if self.file is None:
+                path = self.folder / PROGRESS_FILE
+                write_file(path, format_survey(self.progress.values()))  # without the torn line of a killed run
+                self.file = path.open("a", encoding="utf-8", newline="")
+            csv.writer(self.file, lineterminator="\n").writerow(item.cells)
+            self.file.flush()
         if time.monotonic() - self.last_line_time >= SECONDS_PER_LINE:
             self.last_line_time = time.monotonic()
             log.info("survey: %d files read", len(self.added))
@@ -162,7 +163,8 @@ class HeaderSurvey:
             if failures > self.config.max_failure_rate * self.count:
                 self._refuse(failures, self.count)
             known = {item.row: item for item in (*read_survey(self.folder / SURVEY_FILE), *self.added)}
-            write_file(self.folder / SURVEY_FILE, format_survey(known[row] for row in sorted(known)))
+            with report_write_errors(self.folder):
+                write_file(self.folder / SURVEY_FILE, format_survey(known[row] for row in sorted(known)))
         (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
 
     def _refuse(self, failures: int, count: int) -> None:

@@ -68,6 +68,16 @@ def test_a_file_is_displayed_upright_in_its_shape(mixed: tuple[Path, list[tuple[
         assert numpy.abs(pixel.astype(int) - colour).max() < 24, (y, x, pixel)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_shape_of_a_picture_is_that_of_its_first_frame(tmp_path: Path, suffix: str, orientation: int) -> None:
+    exif, path = Image.Exif(), tmp_path / f"a.{suffix}"
+    exif[0x0112] = orientation
+    Image.new("RGB", (60, 40)).save(path, exif=exif)
+    assert read_displayed_shape(str(path)) == read_first_frame(str(path), height=32, width=32).shape
+    assert read_displayed_shape(str(path)) == ((40, 60) if orientation < 5 else (60, 40))
+
+
 def test_a_mixed_corpus_goes_in_by_one_command(
     mixed: tuple[Path, list[tuple[str, Shape]]], model: Path, tmp_path: Path
 ) -> None:
@@ -191,9 +201,10 @@ def test_other_sizes_need_another_folder(few: Path, few_set: Path, model: Path, 
         encode(configure_sizes(few, model, copy, max_upscale=3.0))
     with pytest.raises(ValueError, match="begun with other settings: schema: 2, expected 1; sizes: "):
         encode(configure(few, model, copy, shard_size=2))
-    (copy / "survey.csv").write_text("row,path,height,width,problem\n0,0.mp4,,,\n")
-    with pytest.raises(ValueError, match="survey.csv: line 2 is damaged .neither a size nor a problem.; delete"):
-        encode(configure_sizes(few, model, copy))
+    for line in ("0,0.mp4,,,", "0,0.mp4,0,9,", "0,0.mp4,9,-9,"):
+        (copy / "survey.csv").write_text(f"row,path,height,width,problem\n{line}\n")
+        with pytest.raises(ValueError, match="survey.csv: line 2 is damaged .neither a size nor a problem.; delete"):
+            encode(configure_sizes(few, model, copy))
     (copy / "survey.csv").unlink()
     encode(configure_sizes(few, model, copy))
     assert hashes(copy) == hashes(few_set)
