@@ -119,6 +119,19 @@ def test_kills_change_no_byte(few: Path, few_set: Path, model: Path, tmp_path: P
     assert read_manifest(tmp_path / "out").schema == 2 and len(open_data_set(tmp_path / "out").size_groups) == 3
 
 
+def test_ranks_and_jobs_share_the_survey(
+    few: Path, few_set: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    first = encode(configure_sizes(few, model, out, shard_range="1:3"))
+    assert (first.shards, first.is_complete) == (2, False) and (out / "survey.csv").is_file()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        report = encode(configure_sizes(few, model, out))
+    assert report.is_complete and hashes(out) == hashes(few_set)
+
+
 def test_a_finished_set_of_sizes_is_left_alone_and_repaired(
     few: Path, few_set: Path, model: Path, tmp_path: Path
 ) -> None:
