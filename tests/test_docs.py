@@ -11,7 +11,7 @@ import pytest
 from cli import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = (*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md")))
 TRANSLATIONS = [(path, path.with_suffix("").with_suffix(".md")) for path in sorted((ROOT / "docs").glob("*.zh.md"))]
 
 
