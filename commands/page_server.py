@@ -68,6 +68,8 @@ class PageServer(uvicorn.Server):
 def serve_page(config: PageConfig) -> None:
     """Load the models and serve the page until the program is stopped; ValueError for a port or folder in use."""
     out = Path(config.out)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each rank would open the port
+        raise ValueError("ui: runs in one process; start it without torchrun")
     refuse_foreign_files(out, lambda name: OWN_FILES.fullmatch(name) is not None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, so that uploads are deleted
     with open_listener(config) as listener, FolderLock(out) as lock, TemporaryDirectory() as uploads:

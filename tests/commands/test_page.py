@@ -167,5 +167,7 @@ def test_refusals(options: list[str], tmp_path: Path, monkeypatch: pytest.Monkey
     assert "holds other files (letter.txt)" in refusal(*options, "--out", out)
     (out / "letter.txt").rename(out / "video-0001.mp4")  # the page's own
     assert "no checkpoint" in refusal(*options, "--checkpoint", tmp_path, "--out", out, "--port", port)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert refusal(*options) == "ui: runs in one process; start it without torchrun"
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     assert refusal(*options) == "ui: gradio is not installed; pip install 'ti2v-distill[ui]'"
