@@ -16,17 +16,6 @@ from common.flow import add_noise, per_sample
 DenoiserPair = Callable[[Tensor, Tensor, Condition], tuple[Tensor, Tensor]]  # -> x0 with guidance, x0 without
 
 
-def dmd_gradient(
-    x0: Tensor, condition: Condition, *, teacher: Denoiser, critic: Denoiser, sigma: Tensor, eps: Tensor
-) -> Tensor:
-    """Direction (B C T H W) from the teacher's distribution to the student's, normalised per sample, 0 in given frames.
-
-    (fake - real) / mean|x0 - real| at x_t = add_noise(x0, eps, sigma) (DMD, eq. 7 and 8), without gradient.
-    """
-    scores = compare_scores(x0, condition, teacher=teacher, critic=critic, sigma=sigma, eps=eps)
-    return normalized_direction(x0, condition, scores.fake, scores.real)
-
-
 @dataclass(frozen=True)
 class Scores:
     """Denoised predictions at the same noised samples, which stand for the scores of two distributions."""
@@ -46,7 +35,10 @@ def compare_scores(
 
 @torch.no_grad()
 def normalized_direction(x0: Tensor, condition: Condition, start: Tensor, end: Tensor) -> Tensor:
-    """(start - end) / mean|x0 - end| (B C T H W), the mean per sample over the free frames, and 0 in given frames."""
+    """(start - end) / mean|x0 - end| (B C T H W), the mean per sample over the free frames, and 0 in given frames.
+
+    From fake to real it is the gradient of DMD, eq. 7 and 8: the way back from the teacher's distribution.
+    """
     direction = (start - end) / per_sample(free_mean((x0 - end).abs(), condition))
     return torch.where(rearrange(free_frames(x0, condition), "b t -> b 1 t 1 1"), direction, 0)
 
@@ -66,13 +58,13 @@ def guidance_gradient(x0: Tensor, condition: Condition, *, teacher: DenoiserPair
 def dmd_loss(
     x0: Tensor, condition: Condition, *, teacher: Denoiser, critic: Denoiser, sigma: Tensor, eps: Tensor
 ) -> Tensor:
-    """Scalar whose derivative by the free elements of x0 is `dmd_gradient` / their number (DMD2, section 3).
+    """Scalar whose derivative by the free elements of x0 is the gradient of DMD / their number (DMD2, section 3).
 
-    Every sample has the same weight, whether its first frame is given or free.
+    Training takes the same three steps (`student_objective.py`). Every sample has the same weight, whether its first
+    frame is given or free.
     """
-    return surrogate_loss(
-        x0, condition, dmd_gradient(x0, condition, teacher=teacher, critic=critic, sigma=sigma, eps=eps)
-    )
+    scores = compare_scores(x0, condition, teacher=teacher, critic=critic, sigma=sigma, eps=eps)
+    return surrogate_loss(x0, condition, normalized_direction(x0, condition, scores.fake, scores.real))
 
 
 def surrogate_loss(x0: Tensor, condition: Condition, gradient: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from common.condition import Condition
 from common.flow import add_noise, timestep_sigmas
 from stage2_distill.config import DistillConfig
+from stage2_distill.dmd.losses import dmd_loss
 from stage2_distill.dmd.regression import FirstStepAnchor, TeacherRegression
 from stage2_distill.dmd.rollout import Simulated
 from stage2_distill.dmd.schedule import MicroBatch
@@ -54,6 +55,17 @@ def samples(exit_index: int) -> tuple[Simulated, MicroBatch]:
 def gradient(loss: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
     (found,) = torch.autograd.grad(loss, x0)
     return found
+
+
+def test_without_options_it_is_the_loss_of_dmd() -> None:
+    """Which the golden numbers hold."""
+    simulated, part = samples(1)
+    sigma, eps = objective().score_noise.draw(part, simulated)
+    networks = {"teacher": TEACHER.denoise, "critic": STUDENT.denoise}
+    expected = dmd_loss(simulated.x0, TEXT_ONLY, **networks, sigma=sigma, eps=eps)
+    total, reported = objective().matching_loss(simulated, part)
+    assert torch.equal(total, expected) and torch.equal(reported, expected)
+    assert torch.equal(gradient(total, simulated.x0), gradient(expected, simulated.x0))
 
 
 @pytest.mark.parametrize("exit_index", range(4))
