@@ -5,7 +5,8 @@
 
 A mean iteration is the time of --count whole iterations divided by their number, from an iteration from which the exits
 have their mean. --folder opens a model folder; without it the weights are made on the device. --lora is the rank of
-adapters (0: all weights). --only takes iteration, reuse, passes, waits, pause, updates and exposed.
+adapters (0: all weights). --set changes other options of distill: --set "critic_ema_decay=0.99 anchor_weight=0.05".
+--only takes iteration, reuse, passes, waits, pause, updates and exposed.
 """
 
 import argparse
@@ -210,7 +211,7 @@ def main() -> None:
     """Measure, print and append to the results."""
     options = parse_arguments(
         __doc__, tiny=False, memory="compact", keep="selective", offload="average", attention="auto", replicate=1,
-        lora=0, eager=False, folder=Path, only="iteration,reuse,passes,waits,pause", count=20,
+        lora=0, eager=False, folder=Path, only="iteration,reuse,passes,waits,pause", count=20, set="",
     )  # fmt: skip
     case = make_case(options.tiny, half=options.memory == "compact" or options.lora > 0)
     ranks = start_process_group(case.device.type, replicate=options.replicate)

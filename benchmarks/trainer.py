@@ -5,14 +5,16 @@ import resource
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from statistics import mean
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
 from benchmarks.device import Case, meta_network, randomize_weights
 from common.condition import Condition
+from common.options import convert_value
 from common.video import VideoSpec
-from stage2_distill.build import build_trainer
+from stage2_distill.build import CRITIC_AVERAGE, build_trainer
 from stage2_distill.config import OLD_ACTIVATION_CHECKPOINTING, STANDARD, DistillConfig, parse_lengths
 from stage2_distill.distributed.dtensor import local_tensor
 from stage2_distill.distributed.fsdp import apply_fsdp
@@ -25,6 +27,7 @@ from stage2_distill.model.lora import AdapterView, add_adapters, lora_settings
 from stage2_distill.model.transformer import WanTransformer
 from stage2_distill.model.wan import make_denoiser, materialize_transformer
 from stage2_distill.monitoring.metrics_log import UpdateResult
+from stage2_distill.optim.ema import CriticAverage
 from stage2_distill.optim.optimizers import OptimizerSettings
 from stage2_distill.trainer import Roles, TrainedRole, Trainer, update_critic, update_student
 
@@ -53,7 +56,16 @@ def config_changes(options: argparse.Namespace) -> dict[str, object]:
         "offload": options.offload,
         "attention": options.attention,
         "lora_rank": options.lora,
+        **parse_options(options.set),
     }
+
+
+def parse_options(text: str) -> dict[str, object]:
+    """Return options of distill given as KEY=VALUE, separated by spaces."""
+    hints = get_type_hints(DistillConfig)
+    pairs = (item.split("=") for item in text.split())
+    switches = {"true": True, "false": False}
+    return {name: switches.get(value, convert_value(value, hints[name])) for name, value in pairs}
 
 
 def random_role(case: Case, ranks: RankContext, net: WanTransformer, *, casts: bool = False) -> WanTransformer:
@@ -65,17 +77,18 @@ def random_role(case: Case, ranks: RankContext, net: WanTransformer, *, casts: b
 
 
 def random_roles(case: Case, ranks: RankContext, config: DistillConfig) -> Roles:
-    """Return three roles of the same random weights, with optimizers and EMA, in the memory form of `config`."""
+    """Return the roles of the same random weights, with optimizers and averages, in the memory form of `config`."""
+    averages = (CRITIC_AVERAGE,) if config.critic_ema_decay else ()
     plan = ExecutionPlan(config.attention, config.activation_checkpointing, config.compile)
     lora = lora_settings(vars(config))
     if lora is not None:
         net = meta_network(case, plan, case.dtype)
-        layers = add_adapters(net, (STUDENT, CRITIC), lora)
+        layers = add_adapters(net, (STUDENT, CRITIC, *averages), lora)
         random_role(case, ranks, net, casts=True)
-        nets = [AdapterView(net, layers, adapter) for adapter in (STUDENT, None, CRITIC)]
+        nets = [AdapterView(net, layers, adapter) for adapter in (STUDENT, None, CRITIC, *averages)]
     else:
         dtype = torch.float32 if config.optimizer_form == STANDARD else case.dtype
-        dtypes = (dtype, case.dtype, dtype)
+        dtypes = (dtype, case.dtype, dtype, *(dtype for _ in averages))
         nets = [random_role(case, ranks, meta_network(case, plan, kind)) for kind in dtypes]
         nets[1].requires_grad_(False)
     settings = OptimizerSettings.of(config, ranks, config.optimizer_form)
@@ -84,7 +97,11 @@ def random_roles(case: Case, ranks: RankContext, config: DistillConfig) -> Roles
         for name, net in ((STUDENT, nets[0]), (CRITIC, nets[2]))
     )
     ema = settings.build_ema(student.optimizer, ranks)
-    return Roles(settings.form, student, critic, nets[1], make_denoiser(nets[1], case.dtype), ema)
+    critic_averages = [
+        CriticAverage(net, make_denoiser(net, case.dtype), critic.optimizer.master_weights, config.critic_ema_decay)
+        for net in nets[3:]
+    ]
+    return Roles(settings.form, student, critic, nets[1], make_denoiser(nets[1], case.dtype), ema, *critic_averages)
 
 
 def make_trainer(case: Case, ranks: RankContext, config: DistillConfig, roles: Roles) -> Trainer:
