@@ -25,13 +25,13 @@ CARDS = (
     ),
     (
         "8 GPUs of 80 GB",
-        f"--gpus 8 --gpu h100 --records 100000 --price 3.5 --recipe {FULL} --set compile=true",
-        f"{EIGHT} cli.py distill --config {FULL} --compile",
+        f"--gpus 8 --gpu h100 --records 100000 --price 3.5 --recipe {FULL}",
+        f"{EIGHT} cli.py distill --config {FULL}",
     ),
     (
         "64 GPUs of 80 GB",
-        f"--gpus 64 --gpu h100 --records 100000 --price 3.5 --recipe {FULL} --set compile=true --set replicate=8",
-        f"{NODES} \\\n    cli.py distill --config {FULL} --compile --replicate 8",
+        f"--gpus 64 --gpu h100 --records 100000 --price 3.5 --recipe {FULL} --set replicate=8",
+        f"{NODES} \\\n    cli.py distill --config {FULL} --replicate 8",
     ),
 )
 

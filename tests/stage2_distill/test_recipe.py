@@ -1,5 +1,6 @@
 """Every knob of the recipe does what it says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,9 @@ def test_bad_knobs_are_named(change: dict[str, object], words: str) -> None:
 def test_recipes_are_valid(path: Path) -> None:
     required = {"shards": ("d",), "model": "m", "out": "o"}
     recipe = resolve_config(DistillConfig, required | {"config": str(path)})
-    assert (recipe == config()) == (path.stem == "wan22-ti2v-5b"), "the defaults are the published recipe"
+    assert (replace(recipe, compile=False) == config()) == (path.stem == "wan22-ti2v-5b"), (
+        "the defaults are the published recipe"
+    )
     if path.stem in ("wan22-ti2v-5b-lora-24gb", "wan22-ti2v-5b-80gb"):  # "what is not named here is as in ..."
         full = resolve_config(DistillConfig, required | {"config": str(RECIPES / "wan22-ti2v-5b.yaml")})
         named = read_yaml(str(path))
