@@ -12,6 +12,9 @@ from stage1_encode.video_sizes.size_list import format_frame_sizes, list_frame_s
 DTYPES = ("float32", "bfloat16")
 VAE_DTYPES = ("float32", "tf32", "float16", "bfloat16")  # tf32: float32 weights, convolutions in TF32
 ENGINES = ("local", "ray")
+# PyTorch compiles no more graphs of a network (torch._dynamo.config.recompile_limit); which sizes would go without
+# depends on their order, and they would have other bytes after a kill.
+MAX_COMPILED_SIZES = 8
 HDR_RULES, UNTAGGED_HD_RULES = ("tonemap", "refuse"), ("bt601", "bt709")
 NEGATIVE_PROMPT = (  # the official one of Wan2.2; do not translate it
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -107,6 +110,8 @@ class EncodeConfig:
         _ = self.spec, self.shard_bounds, self.frame_sizes  # all raise ValueError for bad values
         if not self.frame_sizes and self.max_upscale != type(self).max_upscale:  # the class attribute is the default
             raise ValueError(f"max_upscale={self.max_upscale:g}: applies to several sizes; give --sizes too")
+        if self.compile and len(self.frame_sizes) > MAX_COMPILED_SIZES:
+            raise ValueError(f"sizes={self.sizes}: at most {MAX_COMPILED_SIZES} sizes with --compile; leave it out")
 
     @property
     def shard_bounds(self) -> tuple[int, int | None]:

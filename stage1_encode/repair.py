@@ -120,7 +120,7 @@ def draw_contact_sheet(report: VerifyReport, config: VerifyConfig) -> Path:
 
 def evenly_spaced_records(data: DataSet) -> Iterator[Record]:
     """Up to `MAX_PICTURES` records with a first frame, as many of each size, evenly spread; broken ones are skipped."""
-    count = MAX_PICTURES // len(data.size_groups)
+    count = max(1, MAX_PICTURES // len(data.size_groups))
     for group in data.size_groups:
         for index in numpy.unique(numpy.linspace(0, group.num_records - 1, count).round().astype(int)).tolist():
             with suppress(ValueError, OSError):  # verify has reported it

@@ -1,8 +1,9 @@
 """The option `sizes`."""
 
 import pytest
+import torch._dynamo
 
-from stage1_encode.config import EncodeConfig
+from stage1_encode.config import MAX_COMPILED_SIZES, EncodeConfig
 from stage1_encode.video_sizes.size_list import format_frame_sizes, list_frame_sizes
 
 
@@ -39,6 +40,14 @@ def test_automatic_sizes_keep_the_area(area: int) -> None:
 def test_wrong_sizes_are_refused(text: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         EncodeConfig("a.csv", "model", "out", sizes=text)
+
+
+def test_no_more_sizes_are_compiled_than_pytorch_keeps() -> None:
+    text = ",".join(f"{32 * side}x64" for side in range(1, 10))
+    assert len(EncodeConfig("a.csv", "model", "out", sizes=text).frame_sizes) == MAX_COMPILED_SIZES + 1
+    with pytest.raises(ValueError, match="at most 8 sizes with --compile; leave it out"):
+        EncodeConfig("a.csv", "model", "out", sizes=text, compile=True)
+    assert torch._dynamo.config.recompile_limit >= MAX_COMPILED_SIZES
 
 
 def test_a_limit_of_enlargement_needs_sizes() -> None:
