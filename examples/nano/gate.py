@@ -14,7 +14,8 @@ from examples.nano.render import render, to_network, to_pixels
 from examples.nano.sample import LADDER, euler, euler_grid, network, renoise
 from examples.nano.vae import decode, encode
 from examples.nano.world import draw_scenes
-from stage2_distill.evaluation.latent_metrics import frechet_distance, latent_features
+from stage2_distill.evaluation.feature_maps import latent_features
+from stage2_distill.evaluation.latent_metrics import frechet_distance
 
 CONDITIONS_SEED = 4242
 KINDS = ("teacher 50", "teacher 50 again", "teacher 4", "undistilled 4")

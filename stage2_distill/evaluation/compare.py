@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -32,7 +32,13 @@ from stage2_distill.checkpointing import format as checkpoints
 from stage2_distill.distributed.process_group import rank_and_world, wait_for_ranks
 from stage2_distill.dmd.rollout import sample_euler, sample_student
 from stage2_distill.evaluation.config import EvaluateConfig
-from stage2_distill.evaluation.latent_metrics import reference_seeds, score_candidates, seed_statistics
+from stage2_distill.evaluation.latent_metrics import (
+    rank_candidates,
+    reference_seeds,
+    score_candidates,
+    seed_statistics,
+    teacher_errors,
+)
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.wan import guided, make_denoiser
 from stage2_distill.sampling.student_sampler import load_student
@@ -50,7 +56,8 @@ class EvaluationSetup:
 
     config: EvaluateConfig
     facts: checkpoints.StudentFacts  # of the first checkpoint
-    records: tuple[Record, ...]  # N, the conditions
+    records: tuple[Record, ...]  # N, the conditions of the final table
+    selection: tuple[Record, ...]  # other conditions, by which --select ranks; none without it
     negative_text: Tensor  # (L D)
     records_digest: str
     guidance_scale: float
@@ -112,11 +119,27 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     if count < 2:
         raise ValueError(f"shards={config.shards}: holds {count} records; a distance between sets needs 2 or more")
     data_digest = hashlib.sha256(repr((data.manifest.shards, data.manifest.negative_sha256)).encode()).hexdigest()
-    records = tuple(data.read_record(index) for index in range(count))
+    count, selected = split_records(data.num_records, count) if config.select else (count, 0)
+    records = tuple(data.read_record(index) for index in range(count + selected))
     negative_text, store = pad_text(data.negative, config.max_text_tokens), Path(config.out) / LATENTS_STORE
     scale = teacher_guidance(first, config.guidance_scale)
     digest, ranks = f"{count} of {data_digest}", rank_and_world()
-    return EvaluationSetup(config, first, records, negative_text, digest, scale, store, *ranks)
+    parts = records[:count], records[count:]
+    return EvaluationSetup(config, first, *parts, negative_text, digest, scale, store, *ranks)
+
+
+def split_records(total: int, count: int) -> tuple[int, int]:
+    """Number of records of the final table, the first ones, and of --select, those after them.
+
+    A checkpoint that is chosen on the table's own conditions would look better there than it is. ValueError if there
+    are too few records for both.
+    """
+    selected = min(count, max(total - count, total // 4))
+    if selected < 2:
+        raise ValueError(f"select: the data set has {total} records; --select needs 8 or more, as it uses others")
+    count = min(count, total - selected)
+    logging.info("--select ranks by %d other records; the table is made on the first %d", selected, count)
+    return count, selected
 
 
 def teacher_samplers(setting: EvaluationSetup) -> list[CandidateSampler]:
@@ -245,23 +268,32 @@ def sample_rows(
 
 
 def select_best(setting: EvaluationSetup) -> None:
-    """Score every checkpoint of the first run by its distance to the teacher; write the best's name to RUN/best."""
+    """Rank every checkpoint of the first run on the conditions kept for it; write the best's name to RUN/best."""
     run = Path(setting.config.checkpoint[0])
     if checkpoints.newest_checkpoint(run) == run:
         raise ValueError(f"checkpoint={run}: is one checkpoint; --select chooses among those of a run")
     folders = checkpoints.list_checkpoints(run)
-    samplers = student_samplers(setting, [find_student(str(folder), setting.config.model) for folder in folders])
-    comparison = sample_sets(setting, [teacher_samplers(setting)[0], *samplers])
+    digest = f"{setting.records_digest}, the {len(setting.selection)} after them"
+    other = replace(setting, records=setting.selection, records_digest=digest)
+    students = student_samplers(other, [find_student(str(folder), setting.config.model) for folder in folders])
+    samplers = [replace(one, sets=f"select-{one.sets}") for one in (teacher_samplers(other)[0], *students)]
+    comparison = sample_sets(other, samplers)
     if setting.rank == 0:
-        write_selection(setting, run, folders, comparison)
+        write_selection(other, run, folders, comparison)
     wait_for_ranks()  # all ranks read the name of the best
 
 
 def write_selection(setting: EvaluationSetup, run: Path, folders: Sequence[Path], comparison: Comparison) -> None:
-    """Score the checkpoints of a run, the candidates after the teacher, and write the scores and the best's name."""
-    scores = score_candidates(setting.store, comparison)
-    distances = [seed_statistics(scores[candidate.name].frechet) for candidate in comparison.contestants[1:]]
-    rows = [{"checkpoint": one.name, **vars(distance)} for one, distance in zip(folders, distances, strict=True)]
+    """Rank the checkpoints of a run, the candidates after the teacher, and write the ranks and the best's name."""
+    scores = score_candidates(setting.store, comparison, device=setting.config.device)
+    diversity = scores[comparison.teacher.name].diversity
+    ranks = rank_candidates({one.name: scores[one.name] for one in comparison.contestants[1:]}, diversity)
+    rows, order = [], []
+    for (name, rank), folder in zip(ranks.items(), folders, strict=True):
+        distance = seed_statistics(scores[name].frechet)
+        errors = teacher_errors(scores[name], diversity)
+        rows.append({"checkpoint": folder.name, **vars(distance), "rank": rank, "errors": errors})
+        order.append((rank, distance.mean, folder))
     write_file(Path(setting.config.out) / SELECTION_FILE, (json.dumps(rows, indent=1) + "\n").encode())
-    distance, best = min((distance.mean, folder) for distance, folder in zip(distances, folders, strict=True))
-    checkpoints.write_best(run, best.name, distance=distance, iteration=checkpoints.iteration_of(best))
+    _, distance_mean, best = min(order)
+    checkpoints.write_best(run, best.name, distance=distance_mean, iteration=checkpoints.iteration_of(best))

@@ -32,8 +32,11 @@ class EvaluateConfig:
     )
     weights: str = option("ema", "Weights of the checkpoints.", choices=WEIGHT_SETS, group="model", advanced=True)
     select: bool = option(
-        False, "First score every checkpoint of the run and write the name of the best to RUN/best.", group="metrics"
+        False,
+        "First rank every checkpoint of the run on other records and write the name of the best to RUN/best.",
+        group="metrics",
     )
+    controls: bool = option(False, "Also sample the teacher without guidance.", group="metrics", advanced=True)
     videos: int = option(
         256, "Videos per set that are decoded and measured; 0 = latents only.", minimum=0, group="metrics"
     )

@@ -1,41 +1,30 @@
-"""Distances between sets of latents, by a fixed random feature map that needs no download.
+"""Measures between sets of latents: distances in several feature maps, ratios of energies, a two-sample test.
 
-Shapes: N videos, B of them at once, C channels, T latent frames, H W latent size, D = 64 features.
+Shapes: N videos, B of them at once, C channels, T latent frames, H W latent size, D features.
 """
 
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from common.progress import ProgressBar
 from shards import latent_store
 from shards.comparison import Comparison, latent_set_name
+from stage2_distill.evaluation.feature_maps import latent_energies, latent_features, spectral_features, tanh_features
+from stage2_distill.evaluation.two_sample import two_sample_accuracy
 
-RANDOM_FEATURE_SEED, HIDDEN_WIDTH, FEATURE_WIDTH = 20261123, 128, 64  # changing one changes every distance
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 % points, 1..10 degrees
 BATCH_BYTES = 2**28  # bytes of latents in memory
-
-
-def random_weight(out_channels: int, shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
-    """A Gaussian convolution weight (out, *shape) that keeps the variance of unit inputs."""
-    return torch.randn((out_channels, *shape), generator=generator) / math.sqrt(math.prod(shape))
-
-
-def latent_features(latents: Tensor) -> Tensor:
-    """Features (N D) float32 of latents (N C T H W): two random convolutions of the free frames, averaged."""
-    # Drawn on the CPU from a fixed seed, so that the map is the same on every machine.
-    generator = torch.Generator().manual_seed(RANDOM_FEATURE_SEED)
-    first = random_weight(HIDDEN_WIDTH, (latents.shape[1], 1, 2, 2), generator).to(latents.device)
-    second = random_weight(FEATURE_WIDTH, (HIDDEN_WIDTH, 2, 1, 1), generator).to(latents.device)
-    hidden = functional.relu(functional.conv3d(latents[:, :, 1:].float(), first))
-    return functional.relu(functional.conv3d(hidden, second)).mean(dim=(2, 3, 4))
+FEATURE_MAPS = (latent_features, tanh_features, spectral_features)  # the first is the distance of earlier versions
+MIN_TESTED = 32  # conditions; a classifier trained on fewer finds nothing
+WINDOW_ROWS = 16  # videos read at once
+MAX_WINDOW = (8, 16, 16)  # T H W of a video that the classifier sees, so that its time does not depend on the size
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -89,15 +78,49 @@ class CandidateScores:
     to_teacher: tuple[float, ...]  # mean distance over the videos, from the same noise
     diversity: float | None  # mean over the videos; None = one seed
     seconds: float  # per video
+    tanh_frechet: tuple[float, ...]  # as frechet, in the map of `tanh_features`
+    spectral_frechet: tuple[float, ...]  # in the map of `spectral_features`
+    sharpness: tuple[float, ...]  # ratios to the teacher's videos of the same conditions and seed
+    temporal_variance: tuple[float, ...]
+    latent_contrast: tuple[float, ...]
+    accuracy: tuple[float, ...] | None  # of the two-sample test, as frechet; None = too few conditions
 
 
 @dataclass
 class ScoreSums:
     """What one pass over the store collects, by the name of a set or of a candidate."""
 
-    features: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    features: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=lambda: defaultdict(list))  # per map
+    energies: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     to_teacher: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     diversity: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+def rank_candidates(scores: Mapping[str, CandidateScores], diversity: float | None) -> dict[str, float]:
+    """Mean rank of each candidate over all measures, 1 = nearest to the teacher in every one; `diversity`: its own.
+
+    Distance to the teacher from the same noise is left out: it prefers blur.
+    """
+    errors = {name: teacher_errors(one, diversity) for name, one in scores.items()}
+    ranks = dict.fromkeys(errors, 0.0)
+    columns = list(zip(*errors.values(), strict=True))
+    for name, values in errors.items():
+        for column, value in zip(columns, values, strict=True):
+            # equal values share the mean of their ranks
+            ranks[name] += sum(other < value for other in column) + (1 + column.count(value)) / 2
+    return {name: total / len(columns) for name, total in ranks.items()}
+
+
+def teacher_errors(scores: CandidateScores, diversity: float | None) -> list[float]:
+    """How far a candidate is from the teacher by each measure, 0 = not at all; `diversity` is the teacher's."""
+    mean = statistics.fmean
+    errors = [mean(scores.frechet), mean(scores.tanh_frechet), mean(scores.spectral_frechet)]
+    errors += [abs(mean(one) - 1) for one in (scores.sharpness, scores.temporal_variance, scores.latent_contrast)]
+    if scores.accuracy is not None:
+        errors.append(abs(mean(scores.accuracy) - 0.5))
+    if scores.diversity is not None and diversity:
+        errors.append(abs(scores.diversity / diversity - 1))
+    return errors
 
 
 def reference_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
@@ -106,22 +129,61 @@ def reference_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     return (*seeds[1:], seeds[0] if len(seeds) > 2 else max(seeds) + 1)
 
 
-def score_candidates(store: Path, comparison: Comparison) -> dict[str, CandidateScores]:
-    """Scores by the names of the candidates, from all N videos."""
+def score_candidates(store: Path, comparison: Comparison, *, device: str = "cpu") -> dict[str, CandidateScores]:
+    """Scores by the names of the candidates, from all N videos; the classifier runs on `device`."""
     sums = collect_sums(store, comparison)
-    sets = {name: torch.cat(parts) for name, parts in sums.features.items()}
-    references = [sets[latent_set_name(comparison.teacher, seed)] for seed in comparison.references]
+    sets = {name: tuple(map(torch.cat, zip(*parts, strict=True))) for name, parts in sums.features.items()}
+    energies = {name: torch.cat(parts).mean(dim=0) for name, parts in sums.energies.items()}
+    references = [latent_set_name(comparison.teacher, seed) for seed in comparison.references]
+    teachers = [latent_set_name(comparison.teacher, seed) for seed in comparison.seeds]
     scores = {}
     for candidate in comparison.contestants:
         names = [latent_set_name(candidate, seed) for seed in comparison.seeds]
         seconds = [latent_store.read_group_facts(store, name).seconds for name in names]
+        pairs = list(zip(names, references, strict=True))
+        frechet, tanh, spectral = (
+            tuple(frechet_distance(sets[name][index], sets[other][index]) for name, other in pairs)
+            for index in range(len(FEATURE_MAPS))
+        )
+        ratios = torch.stack([energies[own] / energies[other] for own, other in zip(names, teachers, strict=True)])
+        sharpness, temporal, contrast = (tuple(column.tolist()) for column in ratios.T)
         scores[candidate.name] = CandidateScores(
-            tuple(frechet_distance(sets[name], other) for name, other in zip(names, references, strict=True)),
+            frechet,
             tuple(sums.to_teacher[name] / comparison.count for name in names),
             sums.diversity[candidate.name] / comparison.count if len(names) > 1 else None,
             sum(seconds) / len(seconds),
+            tanh,
+            spectral,
+            sharpness,
+            temporal,
+            contrast,
+            tell_apart(store, comparison, pairs, device),
         )
     return scores
+
+
+def tell_apart(
+    store: Path, comparison: Comparison, pairs: Sequence[tuple[str, str]], device: str
+) -> tuple[float, ...] | None:
+    """Accuracy of the two-sample test between each set and its reference; None if there are too few conditions."""
+    if comparison.count < MIN_TESTED:
+        return None
+    accuracies = []
+    for (own, other), seed in zip(pairs, comparison.seeds, strict=True):
+        one, reference = (read_windows(store, name, comparison.count) for name in (own, other))
+        accuracies.append(two_sample_accuracy(one, reference, seeds=(seed,), device=device).mean)
+    return tuple(accuracies)
+
+
+def read_windows(store: Path, name: str, count: int) -> Tensor:
+    """The first frames and the centre (N C T H W) of a set's videos, as much as the classifier sees."""
+    parts = []
+    for start in range(0, count, WINDOW_ROWS):
+        videos = latent_store.read_latent_rows(store, name, start, min(start + WINDOW_ROWS, count))
+        frames, height, width = (min(size, limit) for size, limit in zip(videos.shape[2:], MAX_WINDOW, strict=True))
+        top, left = (videos.shape[3] - height) // 2, (videos.shape[4] - width) // 2
+        parts.append(videos[:, :, :frames, top : top + height, left : left + width].clone())
+    return torch.cat(parts)
 
 
 def collect_sums(store: Path, comparison: Comparison) -> ScoreSums:
@@ -143,7 +205,9 @@ def collect_sums(store: Path, comparison: Comparison) -> ScoreSums:
 def add_rows(sums: ScoreSums, comparison: Comparison, rows: dict[str, Tensor]) -> None:
     """Add some rows (B C T H W) of every set."""
     for name, videos in rows.items():
-        sums.features[name].append(latent_features(videos))  # small, unlike the latents, which are dropped again
+        # small, unlike the latents, which are dropped again
+        sums.features[name].append(tuple(feature_map(videos) for feature_map in FEATURE_MAPS))
+        sums.energies[name].append(latent_energies(videos))
     for candidate in comparison.contestants:
         sets = [rows[latent_set_name(candidate, seed)] for seed in comparison.seeds]
         for videos, seed in zip(sets, comparison.seeds, strict=True):

@@ -32,6 +32,25 @@ LATENT_METRICS = ("frechet", "times_floor", "to_teacher", "diversity", "evaluati
 LATENT_TITLES = (
     "distance ↓", "times the floor ↓", "to teacher, same noise ↓", "diversity ≈", "evaluations ↓", "s per video ↓",
 )  # fmt: skip
+# Columns of the table of measures that see what the distance does not, and their titles.
+MEASURES = (
+    "times_floor", "times_floor_tanh", "times_floor_spectral", "accuracy", "sharpness", "temporal_variance",
+    "latent_contrast", "diversity_of_teacher",
+)  # fmt: skip
+MEASURE_TITLES = (
+    "floors, convolutions ↓", "floors, tanh ↓", "floors, spectra ↓", "told apart ↓", "sharpness ≈",
+    "temporal variance ≈", "contrast ≈", "diversity ≈",
+)  # fmt: skip
+MEASURE_NOTE = (
+    "No single measure decides. Three distances in different maps, each over the teacher's own; the share of held-out "
+    "latents that a small classifier tells from the teacher's of another seed, 0.5 = it cannot; the others are "
+    "ratios to the teacher's on the same conditions, of latents. `to teacher, same noise` above is no order: the mean "
+    "of all answers is nearest to every one, so it prefers blurred students."
+)
+SELECTION_NOTE = (
+    "The rank is the mean of the ranks by each of these measures (1 = nearest to the teacher in all), on other "
+    "conditions than those of the tables above."
+)
 ABSOLUTE_METRICS, RATIO_METRICS = ("psnr", "clip"), ("motion", "saturation", "contrast")  # ratios to the teacher's
 DIRECTIONS = {"fvd": "↓", "psnr": "↑", "clip": "↑"}  # of the others closest to the teacher is best
 LEGEND = "↓ lower is better, ↑ higher is better, ≈ best where it is closest to the teacher's (a ratio: to 1)."
@@ -79,7 +98,7 @@ def write_report(config: EvaluateConfig) -> Path:
     out, comparison = Path(config.out), read_comparison(Path(config.out))
     pixels = read_results(out / PIXELS_FILE) if config.videos else {"videos": 0, "shown": 0}
     selection = read_results(out / SELECTION_FILE) if config.select else None
-    report = build_report(out, comparison, pixels, selection, report_subject(config))
+    report = build_report(out, comparison, pixels, selection, report_subject(config), config.device)
     # The JSON encoder calls `vars` for the records that it does not know: EvaluationReport and SeedStatistics.
     text = json.dumps(report, indent=1, ensure_ascii=False, default=vars)
     page = render_page(report, video_section(out, comparison, pixels["shown"]))
@@ -93,11 +112,15 @@ def write_report(config: EvaluateConfig) -> Path:
 def summary_lines(out: Path) -> list[str]:
     """The candidates of OUT/report.json as a table in text: distance, valid videos if there is a judge, seconds."""
     report = read_results(out / REPORT_FILE)
-    lines = [f"{'':34}{'distance / floor':>18}{'valid videos':>14}{'s per video':>13}"]
+    lines = [
+        f"{'':34}{'told apart':>12}{'sharpness':>11}{'distance / floor':>18}{'valid videos':>14}{'s per video':>13}"
+    ]
     for one in report["contestants"].values():
         valid = one.get("answers", {}).get("valid")
         share = "-" if valid is None else f"{valid['mean']:.3f}"
-        lines.append(f"{one['label']:34}{one['times_floor']:18.2f}{share:>14}{one['seconds']:13.3g}")
+        accuracy = "-" if one["accuracy"] is None else f"{one['accuracy']['mean']:.3f}"
+        row = f"{one['label']:34}{accuracy:>12}{one['sharpness']['mean']:11.3f}{one['times_floor']:18.2f}"
+        lines.append(f"{row}{share:>14}{one['seconds']:13.3g}")
     return lines
 
 
@@ -128,9 +151,10 @@ def build_report(
     pixels: Mapping[str, Any],
     selection: list[dict[str, Any]] | None,
     subject: dict[str, list[str]],
+    device: str = "cpu",
 ) -> EvaluationReport:
     """Collect the results from the store of latents and from the contents of pixels.json and selection.json."""
-    scores = latent_metrics.score_candidates(out / LATENTS_STORE, comparison)
+    scores = latent_metrics.score_candidates(out / LATENTS_STORE, comparison, device=device)
     teacher_scores = scores[comparison.teacher.name]
     teacher_sets = [latent_set_name(comparison.teacher, seed) for seed in comparison.seeds]
     references = [latent_set_name(comparison.teacher, seed) for seed in comparison.references]
@@ -152,14 +176,26 @@ def build_report(
     return EvaluationReport(subject, *settings, pixels["videos"], floor, contestants, selection)
 
 
+def mean_ratio(own: Sequence[float], floor: Sequence[float]) -> float:
+    """Mean of one list over that of the other."""
+    return sum(own) / len(own) / max(sum(floor) / len(floor), SMALLEST_DIVISOR)
+
+
 def latent_summary(own: CandidateScores, teacher: CandidateScores) -> dict[str, Metric]:
     """Metrics of one candidate's latents."""
-    floor = seed_statistics(teacher.frechet).mean
     ratio = None if own.diversity is None else own.diversity / max(teacher.diversity or 0.0, SMALLEST_DIVISOR)
     return {
         "seconds": own.seconds,
         "frechet": seed_statistics(own.frechet),
-        "times_floor": sum(own.frechet) / len(own.frechet) / max(floor, SMALLEST_DIVISOR),
+        "times_floor": mean_ratio(own.frechet, teacher.frechet),
+        "times_floor_tanh": mean_ratio(own.tanh_frechet, teacher.tanh_frechet),
+        "times_floor_spectral": mean_ratio(own.spectral_frechet, teacher.spectral_frechet),
+        "tanh_frechet": seed_statistics(own.tanh_frechet),
+        "spectral_frechet": seed_statistics(own.spectral_frechet),
+        "accuracy": None if own.accuracy is None else seed_statistics(own.accuracy),
+        "sharpness": seed_statistics(own.sharpness),
+        "temporal_variance": seed_statistics(own.temporal_variance),
+        "latent_contrast": seed_statistics(own.latent_contrast),
         "to_teacher": seed_statistics(own.to_teacher),
         "diversity": own.diversity,
         "diversity_of_teacher": ratio,
@@ -209,14 +245,26 @@ def render_page(report: EvaluationReport, videos: str) -> str:
     candidates = list(report.contestants.values())
     rows = [(one["label"], *(format_metric(one[key]) for key in LATENT_METRICS)) for one in candidates]
     sections = {"Distance to the teacher": summary + html_table(("", *LATENT_TITLES), rows)}
+    rows = [(one["label"], *(format_metric(one[key]) for key in MEASURES)) for one in candidates]
+    note = f'<p class="soft">{html.escape(MEASURE_NOTE)}</p>'
+    sections["Measures beside the distance"] = note + html_table(("", *MEASURE_TITLES), rows)
     if report.videos:
         note = f"{report.videos} videos per set. psnr compares frame 0 with the given one as the VAE decodes it."
         sections |= {"Videos": videos, "Pixel metrics": f'<p class="soft">{note}</p>' + pixel_table(candidates)}
     if report.selection:
-        rows = [(one["checkpoint"], format_metric(seed_statistics(one["values"]))) for one in report.selection]
-        sections["Checkpoints"] = html_table(("checkpoint", "distance ↓"), rows)
+        sections["Checkpoints"] = selection_table(report.selection)
     body = "".join(f"<section><h2>{heading}</h2>{content}</section>" for heading, content in sections.items())
     return f"{PAGE_START}{body}{SCRIPT}</body></html>\n"
+
+
+def selection_table(selection: Sequence[Mapping[str, Any]]) -> str:
+    """The checkpoints by their mean rank over all measures."""
+    rows = [
+        (one["checkpoint"], format_metric(one["rank"]), format_metric(seed_statistics(one["values"])))
+        for one in selection
+    ]
+    note = f'<p class="soft">{html.escape(SELECTION_NOTE)}</p>'
+    return note + html_table(("checkpoint", "rank ↓", "distance ↓"), rows)
 
 
 def pixel_table(candidates: Sequence[Mapping[str, Any]]) -> str:

@@ -15,16 +15,19 @@ from shards.comparison import Comparison, latent_set_name
 from shards.manifest import read_manifest, write_manifest
 from stage2_distill.checkpointing.format import list_checkpoints, prune_checkpoints, resolve_checkpoint, write_best
 from stage2_distill.dmd.rollout import rollout, sample_euler
-from stage2_distill.evaluation.compare import open_evaluation
+from stage2_distill.evaluation.compare import open_evaluation, split_records
 from stage2_distill.evaluation.compare import sample_comparison as sample_opened
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import (
+    CandidateScores,
     frechet_distance,
+    rank_candidates,
     reference_seeds,
     rms_distance,
     score_candidates,
     seed_diversity,
     seed_statistics,
+    teacher_errors,
 )
 from tests.stage2_distill import training_helpers
 
@@ -157,7 +160,10 @@ def test_select_writes_the_best_checkpoint_for_sampling(
     try:
         comparison = sample_comparison(make_evaluation(workspace, model, tmp_path, select=True))
         table = json.loads((tmp_path / "selection.json").read_text())
-        best = min(table, key=lambda row: row["mean"])["checkpoint"]
+        best = min(table, key=lambda row: (row["rank"], row["mean"]))["checkpoint"]
+        assert sum(row["rank"] for row in table) == pytest.approx(3), "ranks 1 and 2, or ties"
+        names = {path.name for path in (tmp_path / "latents.zarr").iterdir() if path.is_dir()}
+        assert {"select-teacher-seed-0", "teacher-seed-0"} <= names
         assert [row["checkpoint"] for row in table] == ["step-000003", "step-000006"]
         assert json.loads((run / "best").read_text())["checkpoint"] == best
         assert best in next(one for one in comparison.contestants if one.name == "student").sets
@@ -171,6 +177,22 @@ def test_select_writes_the_best_checkpoint_for_sampling(
     finally:
         (run / "best").unlink(missing_ok=True)
     assert resolve_checkpoint(run).name == "step-000006"
+
+
+def test_selection_never_uses_the_records_of_the_table() -> None:
+    assert split_records(20000, 8192) == (8192, 8192)
+    assert split_records(10000, 8192) == (7500, 2500)  # a quarter at least
+    assert split_records(8, 8) == (6, 2)
+    with pytest.raises(ValueError, match="select: the data set has 7 records"):
+        split_records(7, 7)
+
+
+def test_ranks_count_every_measure_once() -> None:
+    near = CandidateScores((1.0,), (9.0,), 1.0, 0.0, (1.0,), (1.0,), (1.01,), (1.0,), (1.0,), (0.5,))
+    far = replace(near, frechet=(0.5,), tanh_frechet=(3.0,), sharpness=(0.9,), accuracy=(0.8,), to_teacher=(0.0,))
+    assert teacher_errors(near, 2.0) == pytest.approx([1, 1, 1, 0.01, 0, 0, 0, 0.5])
+    # far is better by one distance, worse by three measures, equal by four; the same-noise distance does not count
+    assert rank_candidates({"near": near, "far": far}, 2.0) == {"near": (3 + 2 + 4 * 1.5) / 8, "far": (6 + 1 + 6) / 8}
 
 
 def test_pruning_keeps_the_best(tmp_path: Path) -> None:

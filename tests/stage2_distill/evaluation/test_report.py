@@ -66,6 +66,10 @@ def test_report_holds_the_metrics(out: Path) -> None:
     assert rows["student"]["answers"]["right"]["mean"] == 0.5
     assert rows["student"]["answers"]["even"]["mean"] == pytest.approx(2 / 3)  # prompts 0, 1, 2
     assert rows["student"]["seconds"] > 0
+    assert rows["teacher"]["sharpness"]["values"] == [1, 1]
+    assert rows["student"]["sharpness"]["mean"] != 1
+    assert (rows["teacher"]["times_floor_tanh"], rows["teacher"]["times_floor_spectral"]) == (1, 1)
+    assert rows["student"]["accuracy"] is None, "too few conditions for a classifier"
     expected = rows["student"]["frechet"]["mean"] / report["floor"]["mean"]
     assert rows["student"]["times_floor"] == pytest.approx(expected)
 
@@ -106,6 +110,9 @@ def test_page_names_its_subject_and_the_directions(out: Path, model: Path) -> No
     for title in ("distance ↓", "diversity ≈", "s per video ↓"):
         assert f"<th>{title}</th>" in page
         assert f'<td data-title="{title}">' in page, "beside the cell on narrow screens"
+    assert "it prefers blurred students" in page
+    for title in ("floors, tanh ↓", "told apart ↓", "sharpness ≈"):
+        assert f"<th>{title}</th>" in page
     for title in ("psnr ↑", "motion / teacher&#x27;s ≈", "right ↑"):
         assert f'<td data-title="">{title}</td><td data-title="teacher, 4 guided steps">' in page
 
