@@ -22,13 +22,15 @@ class MetricBounds:
 METRIC_BOUNDS = (
     MetricBounds(
         "latent_saturation", 0.4, 1.8,
-        "the student's videos lose their contrast; lower the learning rates or go back to an earlier checkpoint",
-        "the student's videos over-saturate; stop soon, and choose an earlier checkpoint with evaluate --select",
+        "the student's videos lose their contrast; lower student_lr and critic_lr or go back to an earlier checkpoint",
+        "the student's videos over-saturate; raise guidance_rescale or lower guidance_scale and student_lr, and "
+        "choose an earlier checkpoint with evaluate --select",
     ),
     MetricBounds(
         "latent_temporal_variance", 0.003, 4.0,
-        "the student's videos stand still; lower guidance_scale or add clips with motion",
-        "the student's videos flicker; lower the learning rates",
+        "the student's videos stand still; lower guidance_scale, raise temporal_variance_weight or add clips with "
+        "motion",
+        "the student's videos flicker; lower student_lr and critic_lr",
     ),
     MetricBounds(
         "latent_first_frame_distance", 0.0, 1.5, "",  # a distance is never too low
