@@ -30,7 +30,7 @@ def test_objects_stay_inside_and_apart(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_analyser_reads_every_size(size: tuple[int, int]) -> None:
-    scenes = draw_scenes(5, torch.arange(24), held=True, size=size)
+    scenes = draw_scenes(5, torch.arange(6), held=True, size=size)
     shares = score(render(scenes), [parse(prompt) for prompt in captions(scenes)])
     assert all(share > 0.95 for share in shares.values()), shares
 

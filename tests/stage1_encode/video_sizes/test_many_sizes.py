@@ -110,7 +110,7 @@ def test_a_mixed_corpus_goes_in_by_one_command(
 
 def test_kills_change_no_byte(few: Path, few_set: Path, model: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tests/stage1_encode/kill_worker.py"), str(model), str(few)]
-    command += [str(tmp_path / "out"), "5", "1", SIZES]
+    command += [str(tmp_path / "out"), "3", "1", SIZES]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert completed.returncode == 0, completed.stderr[-2000:]
