@@ -112,6 +112,7 @@ def plan_command(**options: object) -> None:
     if config.calibrate:
         from commands.calibrate import calibrate
 
+        _ = run.accumulation_steps(config.gpus)  # a plan that is impossible is refused before anything runs
         calibration = calibrate(shapes[0].config, size, config.card)
     plan = make_plan(shapes, size, config.card, gpus=config.gpus, records=config.records, price=config.price,
                      calibration=calibration)  # fmt: skip

@@ -96,6 +96,12 @@ def test_iterations_on_a_cpu(model: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_impossible_plan_runs_nothing(model: Path) -> None:
+    options = ["plan", "--gpus", "7", "--model", str(model), "--calibrate", "--set", "device=cpu"]
+    done = CliRunner().invoke(cli, options)
+    assert "global_batch=64: not a multiple" in str(done.exception) and "calibrate: " not in done.stderr
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_iterations_on_a_gpu() -> None:
     """The nano model, whose heads the kernels for bf16 support."""
