@@ -19,6 +19,7 @@ from common.device import pick_device
 from common.files import write_file
 from common.model_folder import locate_model
 from common.progress import ProgressBar
+from common.video import FrameSize
 from shards import latent_store
 from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
 from shards.dataset import DataSet, open_data_set
@@ -101,8 +102,9 @@ def measure_videos(
     """
     comparison, store = read_comparison(out), out / LATENTS_STORE
     count = min(max_videos, comparison.count)
-    first_frames = decode_first_frames(tools, count, batch_size)  # once, as every set starts from them
     report_names = [latent_set_name(candidate, comparison.seeds[0]) for candidate in comparison.contestants]
+    size = latent_store.describe_group(store, report_names[0]).spec.frame_size
+    first_frames = decode_first_frames(tools, size, count, batch_size)  # once, as every set starts from them
     results = {name: SetResults() for name in sets_to_measure(comparison, references=tools.i3d is not None)}
     with ProgressBar(count * len(results), label="measure videos") as progress:
         for name, result in results.items():
@@ -138,9 +140,10 @@ def decode_latents(model: vae.WanVae, latents: Tensor) -> Tensor:
     return vae.decode_video(model, latents[0])[None].to(model.device)  # streamed, so that a large video fits
 
 
-def decode_first_frames(tools: EvaluationTools, count: int, batch_size: int) -> list[Tensor | None]:
+def decode_first_frames(tools: EvaluationTools, size: FrameSize, count: int, batch_size: int) -> list[Tensor | None]:
     """Return the given first frames (X Y 3) uint8 as the VAE decodes them; None for records without one."""
-    latents = [tools.data.read_record(row).first_frame for row in range(count)]
+    (group,) = (one for one in tools.data.size_groups if one.spec.frame_size == size)
+    latents = [tools.data.read_record(group.record_index(row)).first_frame for row in range(count)]
     present = [frame for frame in latents if frame is not None]
     batches = [present[start : start + batch_size] for start in range(0, len(present), batch_size)]
     pictures = (picture for batch in batches for picture in decode_latents(tools.vae, torch.stack(batch))[:, 0])

@@ -23,10 +23,11 @@ from common.files import write_file
 from common.model_folder import digest_files
 from common.progress import ProgressBar
 from common.seed import draw_normal, make_generator
+from common.video import FrameSize, VideoSpec
 from shards import latent_store
 from shards.comparison import LATENTS_STORE, Candidate, Comparison, latent_set_name, write_comparison
-from shards.dataset import open_data_set
-from shards.manifest import check_manifest
+from shards.dataset import DataSet, SizeGroup, open_data_set
+from shards.manifest import check_settings
 from shards.record import Record, collate_records, group_by_first_frame, pad_text
 from stage2_distill.checkpointing import format as checkpoints
 from stage2_distill.distributed.process_group import rank_and_world, wait_for_ranks
@@ -105,25 +106,28 @@ def sample_comparison(setting: EvaluationSetup) -> Comparison:
 def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     """Read the conditions; ValueError if they, the model and the checkpoints do not belong together."""
     data = open_data_set(config.shards)
-    spec = data.manifest.spec
-    first, *others = (find_student(name, config.model, spec=spec, best=False).facts for name in config.checkpoint)
+    group = choose_size(config, data)
+    first, *others = (find_student(name, config.model, spec=group.spec, best=False).facts for name in config.checkpoint)
+    first = facts_of_size(config, first, group.spec)
     if first.spec.latent_shape[1] < MIN_LATENT_FRAMES:
         frames = first.spec.num_frames
         raise ValueError(f"checkpoint={config.checkpoint[0]}: {frames} frames; a distance needs 9 or more")
     check_model(config.model, first, ("vae", "transformer"))
     for facts in others:
         check_model(config.model, facts, ("transformer",))
-    encoders: dict[str, object] = {"vae": first.vae, "text_encoder": first.text_encoder}
-    check_manifest(Path(config.shards), data.manifest, spec=first.spec, encoder=encoders)
-    count = min(config.num_records, data.num_records)
+    expected = {"vae": first.vae, "text_encoder": first.text_encoder, "fps": first.spec.fps}
+    check_settings(config.shards, data.manifest, expected)
+    count = min(config.num_records, group.num_records)
     if count < 2:
         raise ValueError(f"shards={config.shards}: holds {count} records; a distance between sets needs 2 or more")
     data_digest = hashlib.sha256(repr((data.manifest.shards, data.manifest.negative_sha256)).encode()).hexdigest()
-    count, selected = split_records(data.num_records, count) if config.select else (count, 0)
-    records = tuple(data.read_record(index) for index in range(count + selected))
+    count, selected = split_records(group.num_records, count) if config.select else (count, 0)
+    records = tuple(data.read_record(group.record_index(index)) for index in range(count + selected))
     negative_text, store = pad_text(data.negative, config.max_text_tokens), Path(config.out) / LATENTS_STORE
     scale = teacher_guidance(first, config.guidance_scale)
     digest, ranks = f"{count} of {data_digest}", rank_and_world()
+    if len(data.size_groups) > 1 or config.num_frames is not None:  # else stays as it was, and so do stored sets
+        digest += f" {first.spec}"
     parts = records[:count], records[count:]
     return EvaluationSetup(config, first, *parts, negative_text, digest, scale, store, *ranks)
 
@@ -142,6 +146,45 @@ def split_records(total: int, count: int) -> tuple[int, int]:
     return count, selected
 
 
+def list_record_sizes(config: EvaluateConfig) -> tuple[FrameSize, ...]:
+    """The sizes that are compared, each apart: that of the options, or all of the data set."""
+    if config.frame_size is not None:
+        return (config.frame_size,)
+    return tuple(group.spec.frame_size for group in open_data_set(config.shards).size_groups)
+
+
+def choose_size(config: EvaluateConfig, data: DataSet) -> SizeGroup:
+    """The records that are compared, which have one size; ValueError if none has it."""
+    groups = {group.spec.frame_size: group for group in data.size_groups}
+    size = config.frame_size or next(iter(groups))
+    if size not in groups or (config.frame_size is None and len(groups) > 1):
+        listed = ", ".join(map(str, groups))
+        raise ValueError(f"size={config.size}: the records of {config.shards} have {listed}; give one of them")
+    return groups[size]
+
+
+def facts_of_size(config: EvaluateConfig, facts: checkpoints.StudentFacts, spec: VideoSpec) -> checkpoints.StudentFacts:
+    """A student's facts with the size of the records, and the length of the options, as its own.
+
+    ValueError if it was not trained on them.
+    """
+    wanted = replace(spec, num_frames=config.num_frames or facts.spec.num_frames)
+    if not makes_videos(facts, wanted):
+        sizes, lengths = ", ".join(map(str, facts.frame_sizes)), facts.lengths or (facts.spec.num_frames,)
+        raise ValueError(
+            f"checkpoint={config.checkpoint[0]}: was trained on {', '.join(map(str, lengths))} frames of {sizes} at "
+            f"{facts.spec.fps} per second, and the records are {wanted.num_frames} frames of {wanted.frame_size} at "
+            f"{wanted.fps}; give others with --shards, --size or --num-frames"
+        )
+    return replace(facts, spec=wanted)
+
+
+def makes_videos(facts: checkpoints.StudentFacts, spec: VideoSpec) -> bool:
+    """Whether a student was trained on videos of this shape."""
+    lengths = facts.lengths or (facts.spec.num_frames,)
+    return spec.frame_size in facts.frame_sizes and spec.num_frames in lengths and spec.fps == facts.spec.fps
+
+
 def teacher_samplers(setting: EvaluationSetup) -> list[CandidateSampler]:
     """The teacher at its many steps and at the student's, and the student as it was before distillation."""
     facts, scale, steps = setting.facts, setting.guidance_scale, setting.config.teacher_steps
@@ -158,7 +201,7 @@ def student_samplers(setting: EvaluationSetup, sources: Sequence[StudentSource])
     samplers: list[CandidateSampler] = []
     for source in sources:
         facts, path = source.facts, source.own_path
-        if facts.spec != setting.facts.spec:
+        if not makes_videos(facts, setting.facts.spec):
             raise ValueError(
                 f"checkpoint={path}: makes videos of {facts.spec}, the first of {setting.facts.spec}; compare apart"
             )

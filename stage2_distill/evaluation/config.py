@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from common.options import check_fields, device_option, json_option, max_text_tokens_option, option
+from common.video import FrameSize, parse_frame_size
 from stage2_distill.sampling.config import DTYPES, WEIGHT_SETS
 
 
@@ -24,6 +25,13 @@ class EvaluateConfig:
     )
     num_records: int = option(
         2048, "Number of records compared, from the first; at most all.", minimum=2, group="data", old_name="count"
+    )
+    size: str | None = option(
+        None, "Size of the records that are compared, HEIGHTxWIDTH; by default every size, each apart.", group="data",
+        advanced=True,
+    )  # fmt: skip
+    num_frames: int | None = option(
+        None, "Frames of the videos, one of the lengths of training; default: the longest.", group="data", advanced=True
     )
     seeds: tuple[int, ...] = option((0, 1, 2), "Seeds of the noise.", group="data", advanced=True)
     teacher_steps: int = option(50, "Steps of the teacher.", minimum=1, group="recipe", advanced=True)
@@ -74,7 +82,16 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _ = self.frame_size
         if not self.checkpoint:
             raise ValueError("checkpoint: name at least one run")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={','.join(map(str, self.seeds))}: must be distinct numbers")
+
+    @property
+    def frame_size(self) -> FrameSize | None:
+        """The size of the records that are compared; None = every size. ValueError for a text that is no size."""
+        try:
+            return None if self.size is None else parse_frame_size(self.size)
+        except ValueError as error:
+            raise ValueError(f"size={self.size}: {error}") from error
