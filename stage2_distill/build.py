@@ -158,7 +158,6 @@ def build_trainer(
             score_noise=score_noise,
             regression=config.select(TeacherRegression),
             anchor=config.select(FirstStepAnchor),
-            sigmas=config.sigmas,
         ),
         score_noise,
         schedule,

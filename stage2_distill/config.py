@@ -114,7 +114,7 @@ class DistillConfig:
         5, "Iterations from one student update to the next.", minimum=1, group="recipe", old_name="student_every"
     )
     teacher_warmup: int = advanced(
-        0, "First iterations, which update the student only: its samples regress to the guided teacher's x0.",
+        0, "First iterations, which update the student only: it regresses to the end of the teacher's path.",
         minimum=0, group="recipe",
     )  # fmt: skip
     critic_warmup: int = advanced(0, "Iterations after those, which update the critic only.", minimum=0, group="recipe")

@@ -90,17 +90,6 @@ def temporal_variance_loss(x0: Tensor, real: Tensor, *, cutoff: float) -> Tensor
     return torch.where(lacks_motion, -(variance + 1e-6).log(), 0).mean()
 
 
-def regression_loss(x0: Tensor, condition: Condition, *, teacher: Denoiser, x_t: Tensor, sigma: Tensor) -> Tensor:
-    """Mean squared distance of the student's x0 from the teacher's at the same x_t and sigma (B), a scalar.
-
-    E |x0 - teacher(x_t, sigma)|^2 over the free frames: a start near the teacher, but as blurred as the mean of all
-    videos that fit x_t (warm-up of the port of TDM, arXiv 2503.06674, in hao-ai-lab/FastVideo).
-    """
-    with torch.no_grad():
-        target = teacher(x_t, sigma, condition)
-    return free_mean((x0 - target) ** 2, condition).mean()
-
-
 def critic_weight(sigma: Tensor, kind: str) -> Tensor:
     """Weight (B) of the squared x0 error: 1 (`x0`), 1/sigma^2 (`flow`), ((1-sigma)/sigma)^2 (`noise`)."""
     if kind == "flow":

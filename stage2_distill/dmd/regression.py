@@ -33,11 +33,11 @@ class TeacherRegression:
         start, count = self.timesteps[exit_index] / 1000, self.regression_steps
         return tuple(shift(start * (1 - step / count), self.shift) for step in range(count))
 
-    def loss(self, samples: Simulated, teacher: Denoiser) -> Tensor:
-        """Weighted mean of (x0 - end of the teacher's path)^2 over the free frames, a scalar; the target is fixed."""
-        assert samples.x_t is not None
+    def distance(self, samples: Simulated, teacher: Denoiser) -> Tensor:
+        """Mean of (x0 - end of the teacher's path)^2 over the free frames, a scalar; the target carries no gradient."""
+        assert samples.x_t is not None, "the student's rollouts are never reused ones"
         target = sample_euler(teacher, samples.x_t, samples.condition, sigmas=self.path(samples.exit_index))
-        return self.regression_weight * free_mean((samples.x0 - target) ** 2, samples.condition).mean()
+        return free_mean((samples.x0 - target) ** 2, samples.condition).mean()
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Schedule:
         return self.teacher_warmup + self.critic_warmup
 
     def is_teacher_warmup(self, iteration: int) -> bool:
-        """Whether only the student is updated, by regression to the teacher (`losses.regression_loss`)."""
+        """Whether only the student is updated, by regression to the teacher (regression.py)."""
         return iteration < self.teacher_warmup
 
     def updated_roles(self, iteration: int) -> tuple[str, ...]:

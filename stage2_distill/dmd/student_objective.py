@@ -13,7 +13,6 @@ from stage2_distill.dmd.losses import (
     compare_scores,
     guidance_gradient,
     normalized_direction,
-    regression_loss,
     surrogate_loss,
     temporal_variance_loss,
 )
@@ -36,7 +35,6 @@ class StudentObjective:
     score_noise: ScoreNoise
     regression: TeacherRegression
     anchor: FirstStepAnchor
-    sigmas: tuple[float, ...]  # of the timesteps
     exit_weights: tuple[float, ...] | None
     temporal_variance_weight: float
     temporal_variance_cutoff: float
@@ -61,14 +59,12 @@ class StudentObjective:
             motion = temporal_variance_loss(x0, scores.real, cutoff=self.temporal_variance_cutoff)
             total = total + self.temporal_variance_weight * motion
         if self.regression.regression_weight:
-            total = total + self.regression.loss(samples, self.teacher)
+            total = total + self.regression.regression_weight * self.regression.distance(samples, self.teacher)
         if self.anchor.anchor_weight:
             total = total + self.anchor.loss(samples, self.teacher)
         return total, matching
 
     def warmup_loss(self, samples: Simulated, _: MicroBatch) -> LossPair:
-        """The loss of an iteration of `teacher_warmup`."""
-        assert samples.x_t is not None, "the student's rollouts are never reused ones"
-        sigma = samples.x_t.new_full(samples.x_t.shape[:1], self.sigmas[samples.exit_index])
-        loss = regression_loss(samples.x0, samples.condition, teacher=self.teacher, x_t=samples.x_t, sigma=sigma)
+        """The loss of an iteration of `teacher_warmup`: the regression alone."""
+        loss = self.regression.distance(samples, self.teacher)
         return loss, loss

@@ -144,7 +144,7 @@ def clip_seconds(config: DistillConfig, one: PassSeconds, done: RolloutPasses) -
     anchor = teacher * config.anchor_steps / len(config.timesteps) if config.anchor_weight else 0  # in one of the exits
     scores += anchor + config.decoupled_guidance  # the teacher without guidance, at the noise of matching
     matching = critic + (rollout + scores * one.forward) * done.student_updates
-    warmup = rollout + teacher * one.forward
+    warmup = rollout + teacher * config.regression_steps * one.forward
     share = min(1.0, config.teacher_warmup / config.iterations)
     return (1 - share) * matching + share * warmup
 

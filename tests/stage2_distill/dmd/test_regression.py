@@ -32,14 +32,22 @@ def test_the_target_of_a_gaussian_teacher_is_its_flow_and_carries_the_whole_grad
     """The flow of N(m, S) maps x at sigma to m + S^1/2 ((1 - sigma)^2 S + sigma^2)^-1/2 (x - (1 - sigma) m)."""
     x_t = torch.randn(64, 2, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     x0 = torch.zeros_like(x_t, requires_grad=True)
-    regression = TeacherRegression(3.0, 400, TIMESTEPS, 5.0)
-    loss = regression.loss(Simulated(x0, TEXT_ONLY, 2, x_t), TEACHER.denoise)
+    regression = TeacherRegression(1.0, 400, TIMESTEPS, 5.0)
+    loss = 3 * regression.distance(Simulated(x0, TEXT_ONLY, 2, x_t), TEACHER.denoise)
     loss.backward()
     sigma, (values, vectors) = shift(0.5, 5.0), torch.linalg.eigh(TEACHER.covariance)
     gain = vectors @ torch.diag((values / ((1 - sigma) ** 2 * values + sigma**2)).sqrt()) @ vectors.T
     end = TEACHER.mean + (x_t[:, :, 0, 0, 0] - (1 - sigma) * TEACHER.mean) @ gain
     torch.testing.assert_close(-x0.grad[:, :, 0, 0, 0] * x0.numel() / 6, end, rtol=0.02, atol=0.02)
     assert loss.item() == pytest.approx(3 * end.square().mean().item(), rel=0.03)
+
+
+def test_a_path_of_one_step_ends_at_the_teachers_mean() -> None:
+    x_t = torch.randn(8, 2, 1, 1, 1, generator=torch.Generator().manual_seed(4))
+    mean = TEACHER.denoise(x_t, x_t.new_full((8,), shift(0.75, 5.0)), TEXT_ONLY)
+    samples = Simulated(mean + 0.5, TEXT_ONLY, 1, x_t)
+    distance = TeacherRegression(1.0, 1, TIMESTEPS, 5.0).distance(samples, TEACHER.denoise)
+    assert distance.item() == pytest.approx(0.25, rel=1e-5)
 
 
 def test_a_given_first_frame_counts_nowhere() -> None:
@@ -49,7 +57,7 @@ def test_a_given_first_frame_counts_nowhere() -> None:
     x0[:, :, 0] = 1e6
     x0.requires_grad_()
     samples = Simulated(x0, Condition(frame, torch.zeros(2, 1, 1)), 1, x_t)
-    TeacherRegression(1.0, 2, TIMESTEPS, 5.0).loss(samples, lambda x, s, c: 0.5 * x).backward()
+    TeacherRegression(1.0, 2, TIMESTEPS, 5.0).distance(samples, lambda x, s, c: 0.5 * x).backward()
     assert x0.grad[:, :, 0].abs().max() == 0
     assert x0.grad[:, :, 1:].abs().min() > 0
 

@@ -34,7 +34,6 @@ def objective(**changes: object) -> StudentObjective:
         score_noise=config.select(ScoreNoise),
         regression=config.select(TeacherRegression),
         anchor=config.select(FirstStepAnchor),
-        sigmas=timestep_sigmas(config.timesteps, s=config.shift),
     )
 
 
@@ -103,7 +102,8 @@ def test_decoupled_guidance_is_a_difference_of_scores_at_its_own_noise(exit_inde
     (simulated, part), followed = samples(exit_index), objective(decoupled_guidance=True)
     sigma, eps = followed.score_noise.draw_guidance(part, simulated)
     assert not torch.equal(sigma, followed.score_noise.draw(part, simulated)[0])
-    assert sigma.min() >= min(0.98, followed.sigmas[exit_index] - 1e-6) and sigma.max() <= 0.98
+    exit_sigma = timestep_sigmas((1000, 750, 500, 250), s=5.0)[exit_index]
+    assert sigma.min() >= min(0.98, exit_sigma - 1e-6) and sigma.max() <= 0.98
     x_t = points(add_noise(simulated.x0, eps, sigma)).detach().requires_grad_()
     log_ratio = TEACHER.noisy(sigma).log_prob(x_t) - UNCONDITIONAL.noisy(sigma).log_prob(x_t)
     (score_difference,) = torch.autograd.grad(log_ratio.sum(), x_t)
