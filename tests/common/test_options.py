@@ -290,7 +290,7 @@ def test_every_option_that_names_a_file_or_folder_says_so() -> None:
         for item in fields(config)
         if "str" in str(item.type) and not option_spec(item).choices and not option_spec(item).path
     }
-    assert texts == {"prompt", "negative_prompt", "shard_range", "num_frames"}
+    assert texts == {"prompt", "negative_prompt", "shard_range", "num_frames", "size", "sizes"}
 
 
 @pytest.mark.parametrize(("command", "name"), PATHS)
@@ -306,6 +306,8 @@ def test_home_and_variables_in_paths(command: str, name: str, tmp_path: Path, mo
     valid = {key: value for key, value in ({"model": "m"} | valid).items() if key != name}
     if (command, name) == ("sample", "data"):
         valid = {"checkpoint": "c", "model": "m", "out": "o"}
+    if command == "verify" and name != "sheet":
+        valid["sheet"] = "s.png"  # without one a model is refused
     is_tuple = holds_tuple(config, name)
 
     def resolve(text: str, *, from_yaml: bool) -> str:

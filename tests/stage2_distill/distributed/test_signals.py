@@ -97,6 +97,8 @@ def test_signal_saves_and_the_same_command_resumes(
     caplog: pytest.LogCaptureFixture,
     number: int,
 ) -> None:
+    if signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip("started with nohup, which is respected")
     caplog.set_level(logging.INFO)
     config = make_config(shards, model, tmp_path / "run", **OPTIONS)
     before_iteration({4: lambda: os.kill(os.getpid(), number)})
