@@ -302,12 +302,10 @@ def test_home_and_variables_in_paths(command: str, name: str, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     config, valid = COMMANDS[command]
     end = ".png" if name == "sheet" else ".mp4" if (command, name) == ("sample", "out") else ""
-    # a sheet needs the model that draws it
-    valid = {key: value for key, value in ({"model": "m"} | valid).items() if key != name}
+    needed = {"model": "m"} | ({"sheet": "s.png"} if command == "verify" else {})  # either is refused without the other
+    valid = {key: value for key, value in (needed | valid).items() if key != name}
     if (command, name) == ("sample", "data"):
         valid = {"checkpoint": "c", "model": "m", "out": "o"}
-    if command == "verify" and name != "sheet":
-        valid["sheet"] = "s.png"  # without one a model is refused
     is_tuple = holds_tuple(config, name)
 
     def resolve(text: str, *, from_yaml: bool) -> str:
