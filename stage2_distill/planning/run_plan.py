@@ -91,8 +91,7 @@ def make_plan(
     speed = partial(iteration_seconds, size=size, card=card, world=gpus, form=form, kernel=kernel)
     seconds = mean_over_shapes(shapes, speed)
     pause = PAUSE_SECONDS if config.async_checkpoint else memory.checkpoint / DISK_RATE
-    checkpoints = -(-config.iterations // config.checkpoint_every)  # rounded up: the last iteration has one
-    hours = (START_SECONDS + config.iterations * seconds + checkpoints * pause) / 3600
+    hours = run_hours(config, seconds, pause)
     modes, fits = tuple(compare_modes(config, size, gpus=gpus, total=total)), memory.fits(total)
     return RunPlan(
         gpus=gpus,
@@ -119,6 +118,12 @@ def make_plan(
         epochs=updates(config) * config.global_batch / records,
         calibration=calibration,
     )
+
+
+def run_hours(config: DistillConfig, seconds: float, pause: float) -> float:
+    """Hours of a run, from the seconds of an iteration and of the pause for a checkpoint."""
+    checkpoints = -(-config.iterations // config.checkpoint_every)  # rounded up: the last iteration has one
+    return (START_SECONDS + config.iterations * seconds + checkpoints * pause) / 3600
 
 
 def kept_checkpoints(config: DistillConfig) -> int:

@@ -140,19 +140,18 @@ def load_student(
     """
     base = locate_model(model, ("transformer",))
     if not (path / checkpoints.STUDENT_FILE).is_file():
-        net = wan.materialize_transformer(wan.build_meta_transformer(base, dtype, plan), device).requires_grad_(False)
+        net = empty_student(base, dtype, plan, device)
         read_weights(path, dict(net.named_parameters()), loras=loras)
         return net
     facts = checkpoints.read_facts(path)
     check_base(model, facts)
     if facts.sampler != checkpoints.SAMPLER_KIND:
-        raise ValueError(
-            f"{path}: needs the sampler {facts.sampler}, which this version does not have; use a newer one"
-        )
+        problem = f"needs the sampler {facts.sampler}, which this version does not have"
+        raise ValueError(f"{path}: {problem}; use a newer one")
     checkpoints.refuse_damaged(path, weights)
     adapter_settings = lora_settings(facts.config)
     if adapter_settings is None and not loras:
-        net = wan.materialize_transformer(wan.build_meta_transformer(base, dtype, plan), device).requires_grad_(False)
+        net = empty_student(base, dtype, plan, device)
         load_stored(net, path, weights)
         return net
     # Adapters and files are added to float32 weights, so that the sum is rounded once.
@@ -164,6 +163,12 @@ def load_student(
         load_merged(net, path, weights, adapter_settings)
     add_loras(net, loras)
     return wan.cast_parameters(net, dtype).to(device)
+
+
+def empty_student(base: Path, dtype: torch.dtype, plan: ExecutionPlan, device: torch.device) -> WanTransformer:
+    """A network of a located model on a device, whose weights are not filled yet and require no gradient."""
+    net = wan.build_meta_transformer(base, dtype, plan)
+    return wan.materialize_transformer(net, device).requires_grad_(False)
 
 
 def load_stored(net: WanTransformer, checkpoint: Path, weights: str) -> None:

@@ -55,15 +55,8 @@ def make_shards(
         size = sizes[n % len(sizes)]
         index = write_shard(folder, shard_file_name(n), batch, failures=[], rows_sha256="", video_size=size)
         shards.append(index.shard)
-    encoder = EncoderInfo(
-        vae=fingerprint_folder(model / "vae"),
-        text_encoder=fingerprint_folder(model / "text_encoder"),
-        tokenizer=fingerprint_folder(model / "tokenizer"),
-        vae_dtype="float32",
-        text_dtype="float32",
-        text_dim=TEXT_DIM,
-        negative_prompt="bad",
-    )
+    prints = (fingerprint_folder(model / part) for part in ("vae", "text_encoder", "tokenizer"))
+    encoder = EncoderInfo(*prints, "float32", "float32", TEXT_DIM, "bad")
     negative = torch.randn((3, TEXT_DIM), generator=draws).bfloat16()
     write_manifest(folder, make_manifest(SPEC, encoder, tuple(shards), 0), negative)
     return folder
