@@ -146,8 +146,9 @@ def load_student(
     facts = checkpoints.read_facts(path)
     check_base(model, facts)
     if facts.sampler != checkpoints.SAMPLER_KIND:
-        problem = f"needs the sampler {facts.sampler}, which this version does not have"
-        raise ValueError(f"{path}: {problem}; use a newer one")
+        raise ValueError(
+            f"{path}: needs the sampler {facts.sampler}, which this version does not have; use a newer one"
+        )
     checkpoints.refuse_damaged(path, weights)
     adapter_settings = lora_settings(facts.config)
     if adapter_settings is None and not loras:
