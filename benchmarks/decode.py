@@ -61,7 +61,7 @@ def decode_video(decoder: VideoDecoder, z: Tensor) -> Tensor:
 
 def whole_rows(model: AutoencoderKLWan, z: Tensor) -> Iterator[Row]:
     """Decode a few frames, which compiles, then a video, then the same video with its convolutions timed."""
-    decoder = unscaled_vae(model, z.device).decoder
+    decoder = unscaled_vae(model, z.device).full_decoder.network
     (ready,) = call_times(lambda: decode_video(decoder, z[:, :FEW_FRAMES]), 1)
     (seconds,) = call_times(lambda: decode_video(decoder, z), 1)
     yield "ours", f"{seconds:.3f} s (ready after {ready:.1f} s)"
@@ -75,7 +75,7 @@ def whole_rows(model: AutoencoderKLWan, z: Tensor) -> Iterator[Row]:
 
 def stock_rows(model: AutoencoderKLWan, z: Tensor) -> Iterator[Row]:
     """Time diffusers' decode, and compare both decodes with each other and with float32 on a few frames."""
-    decoder, few = unscaled_vae(model, z.device).decoder, z[:, :FEW_FRAMES]
+    decoder, few = unscaled_vae(model, z.device).full_decoder.network, z[:, :FEW_FRAMES]
     for run in ("first", "second"):
         began = sync()
         video = decode_with_diffusers(model, z)

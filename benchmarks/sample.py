@@ -58,7 +58,7 @@ class SampleBenchmark:
     @cached_property
     def part_timer(self) -> PartTimer:
         """Records where the parts of videos begin and end."""
-        return PartTimer(self.student.net, self.models.vae.decoder)
+        return PartTimer(self.student.net, self.models.vae.decoder.network)
 
     def compile_nothing(self) -> None:
         """Do as `sample` does without --compile."""
@@ -136,7 +136,7 @@ class SampleBenchmark:
         figure = f"{stock.whole:.2f} s, x{stock.whole / ours:.2f} of ours; a step {stock.step:.2f} s"
         yield "diffusers, 4 steps", figure
         yield "diffusers, 50 guided steps, projected", f"{guided:.0f} s, x{guided / ours:.1f} of ours"
-        decoder, max_frames = self.models.vae.decoder, vae.CHUNK_FRAMES
+        decoder, max_frames = self.models.vae.full_decoder.network, vae.CHUNK_FRAMES
         pixels = torch.cat(list(vae_decoder.stream_frames(decoder, stock.latents[0], max_frames=max_frames)))
         wanted = ((stock.video[0].float().clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
         psnr = -10 * float(((pixels.float() - wanted).square().mean() / 255**2).log10())

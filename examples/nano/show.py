@@ -50,7 +50,7 @@ def compared_clips(report: Path, count: int) -> Tensor:
     compared = read_comparison(report)
     model = vae.load_vae(MODEL, dtype=torch.float32, device=torch.device("cpu"))
     names = [latent_set_name(candidate, compared.seeds[0]) for candidate in compared.contestants[:SHOWN]]
-    sets = [vae.decode_video_batch(model, read_latent_rows(report / LATENTS_STORE, name, 0, count)) for name in names]
+    sets = [model.decoder.decode_batch(read_latent_rows(report / LATENTS_STORE, name, 0, count)) for name in names]
     return rearrange(sets, "k n t h w c -> (n k) t h w c")
 
 
@@ -91,7 +91,7 @@ def moving_clips(report: Path, count: int) -> tuple[Tensor, list[str]]:
     rows, store = clearest_conditions(report, count), report / LATENTS_STORE
     names = [latent_set_name(items[name], compared.seeds[0]) for name in MOVING]
     latents = [torch.cat([read_latent_rows(store, name, row, row + 1) for row in rows]) for name in names]
-    clips = torch.stack([vae.decode_video_batch(model, part) for part in latents], dim=1)
+    clips = torch.stack([model.decoder.decode_batch(part) for part in latents], dim=1)
     return clips, [items[name].label for name in MOVING]
 
 

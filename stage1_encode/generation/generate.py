@@ -36,7 +36,6 @@ from stage1_encode.generation.condition_encoder import (
 from stage1_encode.generation.decode import CONTACT_SHEET, MAX_SHEET_ROWS, make_thumbnails, write_contact_sheet
 from stage1_encode.media.rows import Row, read_shard_rows
 from stage1_encode.media.video_writer import VideoWriter
-from stage1_encode.models import vae
 
 CPU = torch.device("cpu")
 GROUP_NAME, SHEET_COLUMNS = "sample", 6  # group in the latent store; frames per video on the contact sheet
@@ -259,7 +258,7 @@ class VideoGenerator:
 
         `skip_first` leaves out the first frame, which repeats the last one of the previous segment.
         """
-        for frames in vae.decode_stream(self.encoder.vae, video):
+        for frames in self.encoder.vae.decoder.decode_stream(video):
             job.add_frames(frames[1:] if skip_first else frames)
             skip_first = False
         if self.offload:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -35,6 +36,62 @@ CHUNK_FRAMES = 2  # latent frames decoded at once; more take more memory and are
 TF32 = "tf32"  # float32 whose convolutions round their inputs to 10 mantissa bits on a GPU
 
 
+class LatentDecoder(Protocol):
+    """What turns the denoiser's latents into pixels: the VAE's own decoder, or another in its place."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The module that decodes; it is called once per chunk of a streamed video."""
+        ...
+
+    def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield pixels (F X Y 3) uint8 on the decoder's device while one video's latents (C T H W) are decoded."""
+        ...
+
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        """Return pixels (B F X Y 3) uint8 on the decoder's device of several small videos (B C T H W)."""
+        ...
+
+    def free_memory(self) -> None:
+        """Release what is kept from one chunk to the next, until the next video."""
+        ...
+
+
+@dataclass(frozen=True)
+class FullDecoder:
+    """The VAE's own decoder."""
+
+    model: AutoencoderKLWan
+    mean: Tensor  # (1 C 1 1 1)
+    std: Tensor  # (1 C 1 1 1)
+
+    @cached_property
+    def network(self) -> VideoDecoder:
+        """The streaming decoder, a rearranged copy of the model's, built on first use."""
+        return VideoDecoder(self.model)
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """(B C T H W) as the denoiser makes them -> (B C T H W) as the model reads them."""
+        return (latents.to(self.mean.device).float() * self.std + self.mean).to(self.model.dtype)
+
+    @torch.inference_mode()
+    def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the pixels of one video, see `LatentDecoder`."""
+        yield from stream_frames(self.network, self.denormalize(latents[None])[0], max_frames=CHUNK_FRAMES)
+
+    @torch.inference_mode()
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        """Return the pixels of several small videos, decoded at once by diffusers' own decoder."""
+        denormalized = self.denormalize(latents).contiguous(memory_format=MEMORY_FORMAT)
+        video = self.model.decode(denormalized, return_dict=False)[0]
+        pixels = (video.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        return rearrange(pixels, "b c f x y -> b f x y c")
+
+    def free_memory(self) -> None:
+        """Release cache and workspace until the next video."""
+        self.network.free_memory()
+
+
 @dataclass(frozen=True)
 class WanVae:
     """The autoencoder and the normalization of its latents."""
@@ -42,6 +99,7 @@ class WanVae:
     model: AutoencoderKLWan
     mean: Tensor  # (1 C 1 1 1)
     std: Tensor  # (1 C 1 1 1)
+    other_decoder: LatentDecoder | None = None  # decodes in place of the model's own
 
     @property
     def device(self) -> torch.device:
@@ -49,13 +107,18 @@ class WanVae:
         return self.mean.device
 
     @cached_property
-    def decoder(self) -> VideoDecoder:
-        """Return the streaming decoder, built on first use."""
-        return VideoDecoder(self.model)
+    def full_decoder(self) -> FullDecoder:
+        """The model's own decoder."""
+        return FullDecoder(self.model, self.mean, self.std)
+
+    @property
+    def decoder(self) -> LatentDecoder:
+        """What decodes the latents."""
+        return self.other_decoder or self.full_decoder
 
     def release_diffusers_decoder(self) -> None:
-        """Free diffusers' own decoder; `decoder` holds a rearranged copy of its weights."""
-        assert self.decoder is not None  # builds the copy
+        """Free diffusers' own decoder; `decoder` holds a rearranged copy of its weights, or replaces it."""
+        assert self.decoder.network is not None  # builds the copy
         self.model.decoder = None
 
 
@@ -211,21 +274,6 @@ def encode_frames(encoder: FrameEncoder, pixels: Tensor) -> Tensor:
     return (latents - encoder.mean) / encoder.std
 
 
-@torch.inference_mode()
-def decode_stream(vae: WanVae, latents: Tensor) -> Iterator[Tensor]:
-    """Yield pixels (F X Y 3) uint8 on the VAE's device while one video's latents (C T H W) are decoded."""
-    denormalized = rearrange(latents.to(vae.device).float(), "c t h w -> 1 c t h w") * vae.std + vae.mean
-    yield from stream_frames(vae.decoder, denormalized[0].to(vae.model.dtype), max_frames=CHUNK_FRAMES)
-
-
-@torch.inference_mode()
-def decode_video_batch(vae: WanVae, latents: Tensor) -> Tensor:
-    """Return pixels (B F X Y 3) uint8 on the VAE's device of several small videos (B C T H W), decoded at once."""
-    denormalized = (latents.to(vae.device).float() * vae.std + vae.mean).to(vae.model.dtype)
-    video = vae.model.decode(denormalized.contiguous(memory_format=MEMORY_FORMAT), return_dict=False)[0]
-    return rearrange((video.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8), "b c f x y -> b f x y c")
-
-
 def decode_video(vae: WanVae, latents: Tensor) -> Tensor:
     """Return pixels (F X Y 3) uint8 on the CPU of one video's latents (C T H W)."""
-    return torch.cat([frames.cpu() for frames in decode_stream(vae, latents)])
+    return torch.cat([frames.cpu() for frames in vae.decoder.decode_stream(latents)])

@@ -136,7 +136,7 @@ def sets_to_measure(comparison: Comparison, *, references: bool) -> list[str]:
 def decode_latents(model: vae.WanVae, latents: Tensor) -> Tensor:
     """Return pixels (B F X Y 3) uint8 on the VAE's device of latents (B C T H W)."""
     if len(latents) > 1:
-        return vae.decode_video_batch(model, latents)
+        return model.decoder.decode_batch(latents)
     return vae.decode_video(model, latents[0])[None].to(model.device)  # streamed, so that a large video fits
 
 

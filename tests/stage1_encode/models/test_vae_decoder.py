@@ -109,9 +109,9 @@ def test_normalization_is_that_of_diffusers() -> None:
 
 def test_pixels_are_streamed(model: Path) -> None:
     own = vae.load_vae(model, dtype=torch.float32, device=CPU)
-    pieces = vae.decode_stream(own, draw_normal(48, 5, 2, 4))
+    pieces = own.decoder.decode_stream(draw_normal(48, 5, 2, 4))
     assert [piece.shape[0] for piece in pieces] == [1, 8, 4, 4]
-    stream = stream_frames(own.decoder, draw_normal(48, 5, 2, 4), max_frames=1)
+    stream = stream_frames(own.full_decoder.network, draw_normal(48, 5, 2, 4), max_frames=1)
     assert next(stream).dtype == torch.uint8
 
 
