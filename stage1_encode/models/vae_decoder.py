@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stage1_encode.models.column_decoder import ColumnDecoder, Reach
 from stage1_encode.models.vae_ops import NORM_EPS, ConvSpec, convolve, fold_weight, norm_silu
 
 DiffusersModule: TypeAlias = Any  # diffusers annotates none of the parts that are read here
@@ -121,8 +122,10 @@ class UpsampleBlock(nn.Module):
         self.blocks = nn.Sequential(*(ResidualBlock(resnet, workspace) for resnet in block.resnets))
         self.time: FoldedConv | None = None
         self.space: FoldedConv | None = None
+        self.reach = Reach(before=2 * len(self.blocks))
         if block.upsampler is None:
             return
+        self.reach = Reach(before=2 * len(self.blocks), scale=2, after=1)
         conv, doubles_time = block.upsampler.resample[1], block.upsampler.mode == "upsample3d"
         channels = conv.in_channels
         if doubles_time:
@@ -141,6 +144,26 @@ class UpsampleBlock(nn.Module):
             self.time.input_buffer(y).copy_(y)  # no normalization here, so a plain copy
             y = self.time()
         return self.space.convolve(y, x)
+
+
+class PixelHead(nn.Module):
+    """The last convolution, and the pixels of its cells."""
+
+    def __init__(self, model: DiffusersModule, workspace: Workspace) -> None:
+        super().__init__()
+        conv = model.decoder.conv_out
+        self.patch, self.out_channels = model.config.patch_size or 1, conv.out_channels
+        self.reach = Reach(before=1, scale=self.patch)
+        self.norm_scale = norm_scale(model.decoder.norm_out)
+        # tensor cores need a multiple of 8 channels; the surplus ones are cut off again
+        outputs = math.ceil(self.out_channels / 16) * 16
+        self.conv = FoldedConv(conv, workspace, ConvSpec(conv.in_channels, outputs))
+
+    def forward(self, x: Tensor, *, first: bool) -> Tensor:  # all stages are called alike
+        """(F X Y C) -> pixels (F X*p Y*p 3)."""
+        norm_silu(x, self.norm_scale, self.conv.input_buffer(x))
+        cells = self.conv()[..., : self.out_channels]  # a cell holds the patch x patch pixels of one place
+        return rearrange(cells, "f x y (c q p) -> f (x p) (y q) c", p=self.patch, q=self.patch)
 
 
 def norm_scale(norm: DiffusersModule) -> nn.Parameter:
@@ -162,8 +185,7 @@ class VideoDecoder(nn.Module):
 
     def __init__(self, model: DiffusersModule) -> None:
         super().__init__()
-        decoder, middle, conv_out = model.decoder, model.decoder.mid_block, model.decoder.conv_out
-        self.patch, self.workspace, self.out_channels = model.config.patch_size or 1, Workspace(), conv_out.out_channels
+        decoder, middle, self.workspace = model.decoder, model.decoder.mid_block, Workspace()
         self.enter = pointwise_linear(model.post_quant_conv)
         self.conv_in = FoldedConv(decoder.conv_in, self.workspace)
         self.middle = nn.Sequential(
@@ -171,11 +193,8 @@ class VideoDecoder(nn.Module):
             FrameAttention(middle.attentions[0]),
             ResidualBlock(middle.resnets[1], self.workspace),
         )
-        self.ups = nn.ModuleList(UpsampleBlock(block, self.workspace) for block in decoder.up_blocks)
-        self.scale = norm_scale(decoder.norm_out)
-        # tensor cores need a multiple of 8 channels; the surplus ones are cut off again
-        outputs = math.ceil(self.out_channels / 16) * 16
-        self.conv_out = FoldedConv(conv_out, self.workspace, ConvSpec(conv_out.in_channels, outputs))
+        ups = (UpsampleBlock(block, self.workspace) for block in decoder.up_blocks)
+        self.stages = nn.ModuleList([*ups, PixelHead(model, self.workspace)])
 
     def reset_cache(self) -> None:
         """Forget the previous frames, at the start of a video."""
@@ -188,15 +207,17 @@ class VideoDecoder(nn.Module):
         self.reset_cache()
         self.workspace.memory = torch.empty(0)
 
+    def begin(self, z: Tensor) -> Tensor:
+        """(T H W C) -> (T H W N): what needs complete frames, for attention is over a frame."""
+        self.conv_in.input_buffer(z).copy_(self.enter(z))
+        return self.middle(self.conv_in())
+
     def forward(self, z: Tensor, *, first: bool) -> Tensor:
         """Decode latent frames (T H W C) that follow those of the previous call; returns (F X Y 3), not clamped."""
-        self.conv_in.input_buffer(z).copy_(self.enter(z))
-        x = self.middle(self.conv_in())
-        for up in self.ups:
-            x = up(x, first=first)
-        norm_silu(x, self.scale, self.conv_out.input_buffer(x))
-        cells = self.conv_out()[..., : self.out_channels]  # a cell holds the patch x patch pixels of one place
-        return rearrange(cells, "f x y (c q p) -> f (x p) (y q) c", p=self.patch, q=self.patch)
+        x = self.begin(z)
+        for stage in self.stages:
+            x = stage(x, first=first)
+        return x
 
 
 def split_latent_frames(frames: int, max_frames: int) -> list[range]:
@@ -213,7 +234,7 @@ def split_latent_frames(frames: int, max_frames: int) -> list[range]:
 
 
 @torch.inference_mode()
-def stream_frames(decoder: VideoDecoder, z: Tensor, *, max_frames: int) -> Iterator[Tensor]:
+def stream_frames(decoder: VideoDecoder | ColumnDecoder, z: Tensor, *, max_frames: int) -> Iterator[Tensor]:
     """Yield pixels (F X Y 3) uint8 of denormalized latents (C T H W), `max_frames` latent frames at a time."""
     decoder.reset_cache()
     cells = rearrange(z, "c t h w -> t h w c")

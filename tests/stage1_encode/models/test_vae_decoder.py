@@ -18,12 +18,12 @@ CPU = torch.device("cpu")
 NANO = Path(__file__).parents[3] / "examples" / "nano" / "model" / "vae"
 
 
-def make_vae() -> AutoencoderKLWan:
-    """Random weights, with two residual blocks per level as in the real model."""
+def make_vae(blocks: int = 2) -> AutoencoderKLWan:
+    """Random weights, with two residual blocks per level as in the real model, or fewer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoencoderKLWan(
-            base_dim=8, decoder_base_dim=8, z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=2, is_residual=True,
+            base_dim=8, decoder_base_dim=8, z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=blocks, is_residual=True,
             temperal_downsample=[False, True, True], in_channels=12, out_channels=12, patch_size=2,
             scale_factor_temporal=4, scale_factor_spatial=16, latents_mean=[0.0] * 48, latents_std=[1.0] * 48,
         )  # fmt: skip
