@@ -25,11 +25,11 @@ demo: .venv/ready
 	$(BIN)/python cli.py demo --out $(DEMO)
 
 test: .venv/ready .venv/page/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(PAGE)/python -m pytest tests/commands/test_page.py
 
 coverage: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-report=xml
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-report=xml
 
 lint: .venv/ready
 	$(BIN)/ruff check .

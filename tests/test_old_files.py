@@ -9,7 +9,7 @@ import json
 import runpy
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from unittest import mock
@@ -38,14 +38,11 @@ MEASURED = ("seconds", "memory_gib")  # metrics that differ from run to run
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the old files as the working directory: their options name everything relative to it; one thread."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the old files as the working directory: their options name everything relative to it."""
     copied = shutil.copytree(OLD, tmp_path / "old")
     monkeypatch.chdir(copied)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield copied
-    torch.set_num_threads(threads)
+    return copied
 
 
 def run(*words: object) -> None:

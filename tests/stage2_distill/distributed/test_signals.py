@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from common.options import write_config
 from stage2_distill import train, trainer
@@ -38,15 +37,6 @@ OPTIONS = {
     "timesteps": (1000.0, 500.0),
     "activation_checkpointing": "off",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Like the processes that these tests start: more threads may sum in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
