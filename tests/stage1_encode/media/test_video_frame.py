@@ -1,7 +1,6 @@
 """First displayed frames: complete and of the right track, or refused; what a reader does not know does no harm."""
 
 import random
-import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -19,8 +18,7 @@ from tests.stage1_encode.media import field_coded
 HEIGHT, WIDTH, FRAMES = 64, 96, 14
 HINTS = {  # codec -> pixel format, options
     "libx264": ("yuv420p", {"threads": "1", "crf": "10"}),
-    # its threads decide in which order it returns packets, which the muxer then refuses
-    "libx265": ("yuv420p", {"x265-params": "log-level=none:crf=10:keyint=6:pools=1:frame-threads=1"}),
+    "libx265": ("yuv420p", {"x265-params": "log-level=none:crf=10:keyint=6"}),
     "libvpx-vp9": ("yuv420p", {"crf": "10", "b": "0"}),
     "libvpx": ("yuv420p", {"b": "4M"}),
     "libsvtav1": ("yuv420p", {"crf": "10"}),
@@ -239,10 +237,10 @@ def test_an_interlaced_frame_is_complete(codec: str, suffix: str, options: dict[
 @pytest.mark.parametrize("second", [False, True])
 def test_a_track_of_an_unknown_codec(second: bool, tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
+    layout, options = HINTS["libx264"]
     with av.open(str(path), "w") as file:
-        for codec in ("libx264", "libx265")[: 1 + second]:
-            layout, options = HINTS[codec]
-            stream = file.add_stream(codec, rate=24, options=options)
+        for _ in range(1 + second):
+            stream = file.add_stream("libx264", rate=24, options=options)
             stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, layout
         for number in range(2):
             for stream in file.streams.video:
@@ -251,8 +249,8 @@ def test_a_track_of_an_unknown_codec(second: bool, tmp_path: Path) -> None:
                 file.mux(stream.encode(frame))
         for stream in file.streams.video:
             file.mux(stream.encode())
-    unknown = b"hev1|hvc1" if second else b"avc1"
-    path.write_bytes(re.sub(unknown, b"zzz1", path.read_bytes()))
+    before, _, after = path.read_bytes().rpartition(b"avc1")  # the codec of the last track
+    path.write_bytes(before + b"zzz1" + after)
     if second:
         assert frame_number(read(path)) == 0
         return
