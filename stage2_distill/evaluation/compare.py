@@ -4,7 +4,6 @@ Shapes: N records, B batch, C channels, T latent frames, H W latent size, L text
 """
 
 import hashlib
-import json
 import logging
 import math
 import time
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from common.condition import Denoiser
 from common.device import pick_device
-from common.files import write_file
 from common.model_folder import digest_files
 from common.progress import ProgressBar
 from common.seed import draw_normal, make_generator
@@ -33,22 +31,16 @@ from stage2_distill.checkpointing import format as checkpoints
 from stage2_distill.distributed.process_group import rank_and_world, wait_for_ranks
 from stage2_distill.dmd.rollout import sample_euler, sample_student
 from stage2_distill.evaluation.config import EvaluateConfig
-from stage2_distill.evaluation.latent_metrics import (
-    rank_candidates,
-    reference_seeds,
-    score_candidates,
-    seed_statistics,
-    teacher_errors,
-)
+from stage2_distill.evaluation.latent_metrics import reference_seeds
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.wan import guided, make_denoiser
 from stage2_distill.sampling.student_sampler import load_student
 from stage2_distill.sampling.student_source import StudentSource, check_model, find_student
 from stage2_distill.sampling.teacher_sampler import load_teacher, teacher_guidance, teacher_sigmas
 
-SELECTION_FILE = "selection.json"
 CHUNK_BYTES = 4 << 20  # bytes of latents that share a chunk of the store
 MIN_LATENT_FRAMES = 3  # the feature map spans two free frames
+MIN_RECORDS, MIN_SELECT_RECORDS = 2, 8  # of a size; --select uses others than the table
 
 
 @dataclass(frozen=True)
@@ -92,10 +84,7 @@ def sample_comparison(setting: EvaluationSetup) -> Comparison:
 
     Complete sets from the same weights and settings are kept. All ranks call this together, and share each set.
     """
-    config = setting.config
-    if config.select:
-        select_best(setting)
-    spec = setting.facts.spec
+    config, spec = setting.config, setting.facts.spec
     students = student_samplers(setting, [find_student(name, config.model, spec=spec) for name in config.checkpoint])
     comparison = sample_sets(setting, [*teacher_samplers(setting), *students])
     if setting.rank == 0:
@@ -106,7 +95,7 @@ def sample_comparison(setting: EvaluationSetup) -> Comparison:
 def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     """Read the conditions; ValueError if they, the model and the checkpoints do not belong together."""
     data = open_data_set(config.shards)
-    group = choose_size(config, data)
+    (group,) = find_size_groups(config, data)  # the caller names one of several
     first, *others = (find_student(name, config.model, spec=group.spec, best=False).facts for name in config.checkpoint)
     first = facts_of_size(config, first, group.spec)
     if first.spec.latent_shape[1] < MIN_LATENT_FRAMES:
@@ -118,7 +107,7 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     expected = {"vae": first.vae, "text_encoder": first.text_encoder, "fps": first.spec.fps}
     check_settings(config.shards, data.manifest, expected)
     count = min(config.num_records, group.num_records)
-    if count < 2:
+    if count < MIN_RECORDS:
         raise ValueError(f"shards={config.shards}: holds {count} records; a distance between sets needs 2 or more")
     data_digest = hashlib.sha256(repr((data.manifest.shards, data.manifest.negative_sha256)).encode()).hexdigest()
     count, selected = split_records(group.num_records, count) if config.select else (count, 0)
@@ -139,28 +128,36 @@ def split_records(total: int, count: int) -> tuple[int, int]:
     are too few records for both.
     """
     selected = min(count, max(total - count, total // 4))
-    if selected < 2:
-        raise ValueError(f"select: the data set has {total} records; --select needs 8 or more, as it uses others")
+    if total < MIN_SELECT_RECORDS:
+        raise ValueError(
+            f"select: the data set has {total} records; --select needs {MIN_SELECT_RECORDS} or more, as it uses others"
+        )
     count = min(count, total - selected)
     logging.info("--select ranks by %d other records; the table is made on the first %d", selected, count)
     return count, selected
 
 
 def list_record_sizes(config: EvaluateConfig) -> tuple[FrameSize, ...]:
-    """The sizes that are compared, each apart: that of the options, or all of the data set."""
-    if config.frame_size is not None:
-        return (config.frame_size,)
-    return tuple(group.spec.frame_size for group in open_data_set(config.shards).size_groups)
+    """The sizes that are compared, each apart: that of the options, or all of the data set with enough records."""
+    data = open_data_set(config.shards)
+    chosen = find_size_groups(config, data)
+    for group in () if config.size else data.size_groups:
+        if group not in chosen:
+            size, count = group.spec.frame_size, group.num_records
+            logging.warning("evaluate: %s is left out, as it has too few records: %d", size, count)
+    return tuple(group.spec.frame_size for group in chosen)
 
 
-def choose_size(config: EvaluateConfig, data: DataSet) -> SizeGroup:
-    """The records that are compared, which have one size; ValueError if none has it."""
-    groups = {group.spec.frame_size: group for group in data.size_groups}
-    size = config.frame_size or next(iter(groups))
-    if size not in groups or (config.frame_size is None and len(groups) > 1):
-        listed = ", ".join(map(str, groups))
+def find_size_groups(config: EvaluateConfig, data: DataSet) -> tuple[SizeGroup, ...]:
+    """The records of the size of the options, or of all sizes that have enough; ValueError if none has the size."""
+    if config.frame_size is None:
+        needed = MIN_SELECT_RECORDS if config.select else MIN_RECORDS
+        return tuple(group for group in data.size_groups if group.num_records >= needed) or data.size_groups[:1]
+    chosen = tuple(group for group in data.size_groups if group.spec.frame_size == config.frame_size)
+    if not chosen:
+        listed = ", ".join(str(group.spec.frame_size) for group in data.size_groups)
         raise ValueError(f"size={config.size}: the records of {config.shards} have {listed}; give one of them")
-    return groups[size]
+    return chosen
 
 
 def facts_of_size(config: EvaluateConfig, facts: checkpoints.StudentFacts, spec: VideoSpec) -> checkpoints.StudentFacts:
@@ -170,9 +167,9 @@ def facts_of_size(config: EvaluateConfig, facts: checkpoints.StudentFacts, spec:
     """
     wanted = replace(spec, num_frames=config.num_frames or facts.spec.num_frames)
     if not makes_videos(facts, wanted):
-        sizes, lengths = ", ".join(map(str, facts.frame_sizes)), facts.lengths or (facts.spec.num_frames,)
+        sizes, lengths = ", ".join(map(str, facts.frame_sizes)), ", ".join(map(str, facts.frame_counts))
         raise ValueError(
-            f"checkpoint={config.checkpoint[0]}: was trained on {', '.join(map(str, lengths))} frames of {sizes} at "
+            f"checkpoint={config.checkpoint[0]}: was trained on {lengths} frames of {sizes} at "
             f"{facts.spec.fps} per second, and the records are {wanted.num_frames} frames of {wanted.frame_size} at "
             f"{wanted.fps}; give others with --shards, --size or --num-frames"
         )
@@ -181,8 +178,8 @@ def facts_of_size(config: EvaluateConfig, facts: checkpoints.StudentFacts, spec:
 
 def makes_videos(facts: checkpoints.StudentFacts, spec: VideoSpec) -> bool:
     """Whether a student was trained on videos of this shape."""
-    lengths = facts.lengths or (facts.spec.num_frames,)
-    return spec.frame_size in facts.frame_sizes and spec.num_frames in lengths and spec.fps == facts.spec.fps
+    is_known = spec.frame_size in facts.frame_sizes and spec.num_frames in facts.frame_counts
+    return is_known and spec.fps == facts.spec.fps
 
 
 def teacher_samplers(setting: EvaluationSetup) -> list[CandidateSampler]:
@@ -308,35 +305,3 @@ def sample_rows(
         return sample_student(guided_denoiser, condition, sigmas=sigmas, latent_shape=shape, keys=keys, purpose=purpose)
     noise = draw_normal(shape, [make_generator(*key, purpose, device) for key in keys])
     return sample_euler(guided_denoiser, noise, condition, sigmas=sigmas)
-
-
-def select_best(setting: EvaluationSetup) -> None:
-    """Rank every checkpoint of the first run on the conditions kept for it; write the best's name to RUN/best."""
-    run = Path(setting.config.checkpoint[0])
-    if checkpoints.newest_checkpoint(run) == run:
-        raise ValueError(f"checkpoint={run}: is one checkpoint; --select chooses among those of a run")
-    folders = checkpoints.list_checkpoints(run)
-    digest = f"{setting.records_digest}, the {len(setting.selection)} after them"
-    other = replace(setting, records=setting.selection, records_digest=digest)
-    students = student_samplers(other, [find_student(str(folder), setting.config.model) for folder in folders])
-    samplers = [replace(one, sets=f"select-{one.sets}") for one in (teacher_samplers(other)[0], *students)]
-    comparison = sample_sets(other, samplers)
-    if setting.rank == 0:
-        write_selection(other, run, folders, comparison)
-    wait_for_ranks()  # all ranks read the name of the best
-
-
-def write_selection(setting: EvaluationSetup, run: Path, folders: Sequence[Path], comparison: Comparison) -> None:
-    """Rank the checkpoints of a run, the candidates after the teacher, and write the ranks and the best's name."""
-    scores = score_candidates(setting.store, comparison, device=setting.config.device)
-    diversity = scores[comparison.teacher.name].diversity
-    ranks = rank_candidates({one.name: scores[one.name] for one in comparison.contestants[1:]}, diversity)
-    rows, order = [], []
-    for (name, rank), folder in zip(ranks.items(), folders, strict=True):
-        distance = seed_statistics(scores[name].frechet)
-        errors = teacher_errors(scores[name], diversity)
-        rows.append({"checkpoint": folder.name, **vars(distance), "rank": rank, "errors": errors})
-        order.append((rank, distance.mean, folder))
-    write_file(Path(setting.config.out) / SELECTION_FILE, (json.dumps(rows, indent=1) + "\n").encode())
-    _, distance_mean, best = min(order)
-    checkpoints.write_best(run, best.name, distance=distance_mean, iteration=checkpoints.iteration_of(best))

@@ -20,9 +20,9 @@ from shards import latent_store
 from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
 from stage2_distill.checkpointing.format import resolve_checkpoint
 from stage2_distill.evaluation import latent_metrics
-from stage2_distill.evaluation.compare import SELECTION_FILE
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import CandidateScores, SeedStatistics, seed_statistics
+from stage2_distill.evaluation.selection import SELECTION_FILE
 
 REPORT_FILE, PAGE_FILE, VIDEOS_FOLDER = "report.json", "report.html", "videos"
 EVALUATION_CONFIG_FILE = "evaluate.yaml"

@@ -2,8 +2,10 @@
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from common.files import staged_output, write_file
 from common.options import write_config
@@ -20,6 +22,22 @@ from stage2_distill.evaluation.report import (
 
 FIGURES = {"times_floor": "times the floor \u2193", "diversity_of_teacher": "diversity / teacher's \u2248"}
 
+SELECTION_NOTE = (
+    "A checkpoint's rank is the mean of its ranks on each size, which count the same, however many records they have. "
+    "The one with the smallest is compared; of equal ones that with the smaller mean distance. How a size ranks them "
+    "is on its own page."
+)
+
+
+def checkpoint_section(selections: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The ranks of a run's checkpoints on each size, {size: content of its selection.json}, and their mean."""
+    rows = []
+    for ranks in zip(*selections.values(), strict=True):
+        values = [one["rank"] for one in ranks]
+        rows.append((ranks[0]["checkpoint"], *(f"{value:.4g}" for value in (fmean(values), *values))))
+    table = html_table(("checkpoint", "rank \u2193", *selections), rows)
+    return f'<section><h2>Checkpoints</h2><p class="soft">{SELECTION_NOTE}</p>{table}</section>'
+
 
 def write_size_report(config: EvaluateConfig, pages: Mapping[FrameSize, Path]) -> None:
     """Write OUT/report.json, OUT/report.html and OUT/evaluate.yaml from the reports of each size; `pages` name them."""
@@ -29,6 +47,8 @@ def write_size_report(config: EvaluateConfig, pages: Mapping[FrameSize, Path]) -
     body = (
         f"<p>Conditions of each size (height x width): {html.escape(', '.join(counts))}. Pages: {', '.join(links)}.</p>"
     )
+    if config.select:
+        body += checkpoint_section({size: report["selection"] for size, report in reports.items()})
     names = list(next(iter(reports.values()))["contestants"])
     for key, title in FIGURES.items():
         rows = []

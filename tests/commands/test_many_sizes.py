@@ -2,7 +2,9 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import av
 import pytest
@@ -10,19 +12,26 @@ from PIL import Image
 
 from commands.evaluate import evaluate_students
 from commands.sample import sample_videos
+from common.video import FrameSize, VideoSpec
+from shards.dataset import DataSet, open_data_set
 from shards.latent_store import describe_group
+from stage2_distill.checkpointing.format import StudentFacts
+from stage2_distill.evaluation.compare import list_record_sizes
 from stage2_distill.evaluation.config import EvaluateConfig
+from stage2_distill.export.model_card import report_lines
 from stage2_distill.sampling.config import SampleConfig
+from stage2_distill.sampling.student_sampler import choose_sizes
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here
 from tests.tiny_models import picture, write_csv
 
 
 @pytest.fixture(scope="module")
 def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of square and portrait records, and pictures of both shapes."""
+    """A run of square and portrait records with two checkpoints, and pictures of both shapes."""
     folder = tmp_path_factory.mktemp("sizes")
     shards = make_shards(folder / "data", model, records=16, sizes=((64, 64), (96, 64)))
-    run_here(make_config(shards, model, folder / "run", iterations=1, global_batch=2, num_frames="9,13"))
+    options = {"iterations": 2, "checkpoint_every": 1, "global_batch": 2, "num_frames": "9,13"}
+    run_here(make_config(shards, model, folder / "run", **options))
     for name, size in {"tall": (160, 100), "square": (90, 100)}.items():
         Image.fromarray(picture(*size, seed=3)).save(folder / f"{name}.png")
     return folder
@@ -49,7 +58,7 @@ def test_a_picture_gets_the_nearest_size_in_one_line(
     assert describe_group(tmp_path / "tall.zarr", "sample").spec.height == 96
     line = "sample: 96x64 (height x width), nearest to the picture's 160x100; the student also knows 64x64"
     assert caplog.messages.count(line) == 1
-    (video,) = sample(run, model, out=str(tmp_path / "given.mp4"), height=64, width=64, **options)
+    (video,) = sample(run, model, out=str(tmp_path / "given.mp4"), height=64, num_frames=9, **options)
     assert frame_size(video) == (64, 64)
     (video,) = sample(run, model, out=str(tmp_path / "text.mp4"), prompt="a")
     assert frame_size(video) == (64, 64)  # that of the run's options
@@ -83,11 +92,19 @@ def evaluate(run: Path, model: Path, out: Path, **changes: object) -> dict:
     return json.loads((out / "report.json").read_text())
 
 
-def test_every_size_has_its_figures(run: Path, model: Path, tmp_path: Path) -> None:
-    sizes = evaluate(run, model, tmp_path / "all", num_frames=9)["sizes"]
-    assert list(sizes) == ["64x64", "96x64"] and [report["count"] for report in sizes.values()] == [4, 4]
+def test_every_size_has_its_figures_and_one_checkpoint_is_chosen_on_all(run: Path, model: Path, tmp_path: Path) -> None:
+    report = evaluate(run, model, tmp_path / "all", num_frames=9, select=True)
+    sizes = report["sizes"]
+    assert list(sizes) == ["64x64", "96x64"] and [one["count"] for one in sizes.values()] == [4, 4]
     page = (tmp_path / "all" / "report.html").read_text()
     assert 'href="96x64/report.html"' in page and 'data-title="64x64"' in page
+    rows = list(zip(*(one["selection"] for one in sizes.values()), strict=True))
+    assert [[one["checkpoint"] for one in row] for row in rows] == [["step-000001"] * 2, ["step-000002"] * 2]
+    means = [(fmean(one["rank"] for one in row), fmean(one["mean"] for one in row), row[0]) for row in rows]
+    rank, distance, first = min(means, key=lambda mean: mean[:2])
+    best = json.loads((run / "run" / "best").read_text())
+    assert best["checkpoint"] == first["checkpoint"] and best["distance"] == pytest.approx(distance)
+    assert "<h2>Checkpoints</h2>" in page and f'data-title="rank \u2193">{rank:.4g}<' in page
     alone = evaluate(run, model, tmp_path / "one", num_frames=9, size="96x64")
     for name, figures in alone["contestants"].items():
         other = sizes["96x64"]["contestants"][name]
@@ -96,12 +113,42 @@ def test_every_size_has_its_figures(run: Path, model: Path, tmp_path: Path) -> N
         }
     assert describe_group(tmp_path / "one" / "latents.zarr", "teacher-seed-0").spec.num_frames == 9
     assert (tmp_path / "one" / "videos").is_dir()
+    card = "\n".join(report_lines(tmp_path / "all"))
+    assert "4 conditions of 64x64, seeds 0." in card and "4 conditions of 96x64, seeds 0." in card
+
+
+def test_a_size_with_too_few_records_is_left_out(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EvaluateConfig((str(run / "run"),), str(run / "data"), "model", "out")
+    assert list(map(str, list_record_sizes(config))) == ["64x64", "96x64"] and not caplog.messages
+    groups = open_data_set(run / "data").size_groups
+    few = replace(groups[1], ranges=(range(8, 9),))
+    monkeypatch.setattr(DataSet, "size_groups", (groups[0], few))
+    assert list(map(str, list_record_sizes(config))) == ["64x64"]
+    assert caplog.messages == ["evaluate: 96x64 is left out, as it has too few records: 1"]
+
+
+def test_height_alone_chooses_among_the_trained_sizes(caplog: pytest.LogCaptureFixture) -> None:
+    wide, tall, square = FrameSize(704, 1280), FrameSize(1280, 704), FrameSize(960, 960)
+    facts = StudentFacts(
+        1, (1000.0,), 5.0, "renoise", VideoSpec(), "", "", "", "", {}, sizes=(wide, square, tall), lengths=(81, 121)
+    )  # fmt: skip
+
+    def choose(**options: int) -> tuple[str, int, list[str]]:
+        spec, sizes = choose_sizes(SampleConfig("run", "model", "out.mp4", prompt="a", **options), facts)
+        return str(spec.frame_size), spec.num_frames, list(map(str, sizes))
+
+    assert choose() == ("704x1280", 121, ["704x1280", "960x960", "1280x704"])
+    assert choose(height=1280) == choose(width=704) == ("1280x704", 121, [])
+    assert choose(height=960, num_frames=81) == ("960x960", 81, []) and not caplog.messages
+    assert choose(height=640) == ("640x1280", 121, [])
+    assert "640x1280 is none of the sizes that the student was trained on: 704x1280, 960x960" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"select": True}, r"select=True: the records have several sizes \(64x64, 96x64\); choose by one"),
         ({"size": "64x96"}, "size=64x96: the records of .* have 64x64, 96x64; give one of them"),
         ({"size": "64"}, "size=64: must be HEIGHTxWIDTH"),
         (

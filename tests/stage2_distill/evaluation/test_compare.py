@@ -29,6 +29,7 @@ from stage2_distill.evaluation.latent_metrics import (
     seed_statistics,
     teacher_errors,
 )
+from stage2_distill.evaluation.selection import check_run, rank_checkpoints, write_best_checkpoint
 from tests.stage2_distill import training_helpers
 
 
@@ -42,7 +43,11 @@ def workspace(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sample_comparison(evaluation: EvaluateConfig) -> Comparison:
-    return sample_opened(open_evaluation(evaluation))
+    setting = open_evaluation(evaluation)
+    if evaluation.select:
+        run = check_run(evaluation.checkpoint[0])
+        write_best_checkpoint(run, [rank_checkpoints(setting)], rank=0)
+    return sample_opened(setting)
 
 
 def make_evaluation(workspace: Path, model: Path, out: Path, **changes: object) -> EvaluateConfig:
