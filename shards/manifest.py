@@ -219,14 +219,6 @@ def list_differences(expected: Mapping[str, object], actual: Mapping[str, object
     return [f"{name}: {actual.get(name)!r}, expected {expected[name]!r}" for name in differing]
 
 
-def check_manifest(folder: Path | str, manifest: Manifest, *, spec: VideoSpec, encoder: dict[str, object]) -> None:
-    """Raise ValueError if shards have another size than `spec` or another encoder than the fields of `encoder`."""
-    if len(manifest.sizes) > 1:
-        sizes = ", ".join(f"{one.height}x{one.width}" for one in manifest.sizes)
-        raise ValueError(f"shards={folder}: holds records of several sizes ({sizes}); give a data set of one size")
-    check_settings(folder, manifest, vars(spec) | encoder)
-
-
 def check_settings(folder: Path | str, manifest: Manifest, expected: Mapping[str, object]) -> None:
     """Raise ValueError if shards were encoded with another value of a setting than is expected."""
     differences = list_differences(expected, manifest.encoding)

@@ -103,6 +103,17 @@ class StudentFacts:
         return self.sizes or (self.spec.frame_size,)
 
     @property
+    def frame_counts(self) -> tuple[int, ...]:
+        """All numbers of frames that it was trained on."""
+        return self.lengths or (self.spec.num_frames,)
+
+    @property
+    def video_text(self) -> str:
+        """The videos that it makes in words, such as `81 or 121 frames of 704x1280, 1280x704 (height x width)`."""
+        counts, sizes = " or ".join(map(str, self.frame_counts)), ", ".join(map(str, self.frame_sizes))
+        return f"{counts} frames of {sizes} (height x width)"
+
+    @property
     def sigmas(self) -> tuple[float, ...]:
         """Noise levels of the timesteps after the shift."""
         return timestep_sigmas(self.ladder, s=self.shift)

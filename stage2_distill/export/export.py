@@ -15,8 +15,11 @@ import torch
 from common.device import pick_device
 from common.model_folder import locate_model, locate_part
 from common.progress import track_progress
+from common.video import VideoSpec
 from shards.dataset import open_data_set
-from shards.manifest import check_manifest
+from shards.manifest import check_settings
+from shards.record import Record
+from stage2_distill.checkpointing.format import StudentFacts
 from stage2_distill.export.config import DIFFUSERS, LORA, ExportConfig
 from stage2_distill.export.diffusers_folder import COPIED_PARTS, write_diffusers_folder, write_scheduler
 from stage2_distill.export.lora_file import write_adapter, write_low_rank
@@ -92,12 +95,10 @@ def read_heads(model: str) -> int:
 def measure_latents(path: Path, card: CardFacts) -> float:
     """Norm of the difference of latents sampled with a file on the base and with the student, relative to the latter.
 
-    Both sample the first records of a data set from the same noise, in float32.
+    Both sample the same records of a data set from the same noise, in float32.
     """
     config, facts = card.config, card.facts
-    data, device = open_data_set(str(config.shards)), pick_device(config.device)
-    check_manifest(str(config.shards), data.manifest, spec=facts.spec, encoder={})
-    records = [data.read_record(index) for index in range(min(config.num_records, data.num_records))]
+    records, device = read_records(config, facts), pick_device(config.device)
     base = locate_part(locate_model(config.model, ("transformer",)), "transformer")
     sampled = []
     for source, loras in ((card.checkpoint, ()), (base, (LoraFile(path),))):
@@ -105,12 +106,34 @@ def measure_latents(path: Path, card: CardFacts) -> float:
             source, ExecutionPlan(), model=config.model, weights=STORED_PREFIX[config.weights], dtype=torch.float32,
             device=device, loras=loras,
         )  # fmt: skip
-        sampler = StudentSampler(net, facts.spec, facts.sigmas, torch.float32)
         label = "sample with the file" if loras else "sample the student"
         seeded = track_progress(enumerate(records), total=len(records), label=label)
-        sampled.append(torch.cat([sampler([one], [seed]).cpu() for seed, one in seeded]))
+        latents = []
+        for seed, (spec, record) in seeded:
+            latents.append(StudentSampler(net, spec, facts.sigmas, torch.float32)([record], [seed]).cpu().flatten())
+        sampled.append(torch.cat(latents))
     student, approximation = sampled
     return float((approximation - student).norm() / student.norm())
+
+
+def read_records(config: ExportConfig, facts: StudentFacts) -> list[tuple[VideoSpec, Record]]:
+    """The first records of each size that the student knows, in turn, with the shape of their videos.
+
+    ValueError if there are none, or if their frame rate is another.
+    """
+    data = open_data_set(str(config.shards))
+    check_settings(str(config.shards), data.manifest, {"fps": facts.spec.fps})
+    groups = [group for group in data.size_groups if group.spec.frame_size in facts.frame_sizes]
+    if not groups:
+        found = ", ".join(str(group.spec.frame_size) for group in data.size_groups)
+        known = ", ".join(map(str, facts.frame_sizes))
+        raise ValueError(f"shards={config.shards}: has records of {found}, and the student was trained on {known}")
+    turns = [(group, index) for index in range(config.num_records) for group in groups if index < group.num_records]
+    frames = facts.spec.num_frames
+    return [
+        (replace(group.spec, num_frames=frames), data.read_record(group.record_index(index)))
+        for group, index in turns[: config.num_records]
+    ]
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def render_card(card: CardFacts) -> str:
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {card.name}",
         describe_student(card),
         *(describe_errors(card, card.errors) if card.errors else ()),
-        "## How to run it\n\n" + "\n\n".join(USAGE[card.config.format](card)),
+        "## How to run it\n\n" + "\n\n".join([*USAGE[card.config.format](card), *size_usage(card)]),
         "## Which programs were tried\n\n| program | reads it by | evidence |\n|---|---|---|\n"
         + "\n".join(f"| {' | '.join(row)} |" for row in EVIDENCE[card.config.format]),
         *figures(card),
@@ -118,6 +118,9 @@ def render_card(card: CardFacts) -> str:
 def describe_student(card: CardFacts) -> str:
     """Origin and sampling settings."""
     facts, spec = card.facts, card.facts.spec
+    videos = f"{spec.num_frames} frames of {spec.height} x {spec.width}, {spec.fps} per second"
+    if facts.sizes or facts.lengths:
+        videos = f"{facts.video_text}, {spec.fps} per second"
     rows = [
         ("base", f"{card.base} (licence: {licence_text(card.licence)})"),
         ("distilled by", "distribution matching distillation (DMD2, arXiv 2405.14867)"),
@@ -125,7 +128,7 @@ def describe_student(card: CardFacts) -> str:
         ("timesteps", ", ".join(f"{one:g}" for one in facts.ladder) + f", before the shift of {facts.shift:g}"),
         ("sigmas", ", ".join(f"{one:.6g}" for one in facts.sigmas) + "; x0, then fresh noise at the next sigma"),
         ("guidance scale", "1 (none)"),
-        ("videos", f"{spec.num_frames} frames of {spec.height} x {spec.width}, {spec.fps} per second"),
+        ("videos", videos),
         ("data sets", "; ".join(data_fingerprints(facts)) or "unknown"),
         ("base's transformer", f"fingerprint {facts.transformer}"),
     ]
@@ -243,6 +246,26 @@ def lora_usage(card: CardFacts) -> list[str]:
     return lines + own_usage(card)
 
 
+def size_usage(card: CardFacts) -> list[str]:
+    """How to choose among several sizes and lengths."""
+    facts, spec = card.facts, card.facts.spec
+    if not (facts.sizes or facts.lengths):
+        return []
+    others = {
+        DIFFUSERS: "another is given as `height`, `width` and `num_frames`; crop the picture to the same size",
+        WAN: "another is set in their node Wan22ImageToVideoLatent",
+        LORA: "another is set in their node Wan22ImageToVideoLatent",
+    }[card.config.format]
+    choice = (
+        "Take the size whose width / height is nearest to the picture's, so that least is cropped; "
+        "`python cli.py sample` does so by itself. "
+    )
+    return [
+        f"The student was trained on {facts.video_text}, and other shapes give worse videos. "
+        f"{choice if facts.sizes else ''}Above are {spec.num_frames} frames of {spec.frame_size}; {others}."
+    ]
+
+
 USAGE = {DIFFUSERS: diffusers_usage, WAN: wan_usage, LORA: lora_usage}
 
 
@@ -250,21 +273,29 @@ def figures(card: CardFacts) -> list[str]:
     """Figures of `evaluate`: of the report that was named, and of the run's choice of its best checkpoint."""
     lines = []
     if card.config.report is not None:
-        path = Path(card.config.report) / "report.json"
-        if not path.is_file():
-            raise ValueError(f"report={card.config.report}: holds no report.json; name the folder of evaluate")
-        report = json.loads(path.read_bytes())
-        lines += [f"{report['count']} conditions, seeds {', '.join(map(str, report['seeds']))}.", ""]
-        lines += ["| candidate | distance to the teacher | times the floor |", "|---|---|---|"]
-        lines += [
-            f"| {one['label']} | {one['frechet']['mean']:.5g} | {one['times_floor']:.3g} |"
-            for one in report["contestants"].values()
-        ]
+        lines += report_lines(Path(card.config.report))
     best = card.checkpoint.parent / BEST_FILE
     if best.is_file() and read_json(best, BestCheckpoint).checkpoint == card.checkpoint.name:
         distance = read_json(best, BestCheckpoint).distance
-        lines += ["", f"Chosen by `evaluate --select` among the run's checkpoints: distance {distance:.5g}."]
+        lines += [f"Chosen by `evaluate --select` among the run's checkpoints: distance {distance:.5g}."]
     return ["## Figures\n\n" + "\n".join(lines).strip()] if lines else []
+
+
+def report_lines(folder: Path) -> list[str]:
+    """The candidates of a report of `evaluate`, a table for each size; ValueError if there is no report."""
+    path, lines = folder / "report.json", list[str]()
+    if not path.is_file():
+        raise ValueError(f"report={folder}: holds no report.json; name the folder of evaluate")
+    report = json.loads(path.read_bytes())
+    for size, one in report.get("sizes", {"": report}).items():
+        of_size = f" of {size}" if size else ""
+        lines += [f"{one['count']} conditions{of_size}, seeds {', '.join(map(str, one['seeds']))}.", ""]
+        lines += ["| candidate | distance to the teacher | times the floor |", "|---|---|---|"]
+        for candidate in one["contestants"].values():
+            distance, floors = candidate["frechet"]["mean"], candidate["times_floor"]
+            lines.append(f"| {candidate['label']} | {distance:.5g} | {floors:.3g} |")
+        lines.append("")
+    return lines
 
 
 def recipe(facts: StudentFacts) -> str:

@@ -37,6 +37,8 @@ def write_workflows(folder: Path, name: str, facts: StudentFacts, *, is_lora: bo
 def sampling_metadata(facts: StudentFacts, base: str, licence: str, heads: int) -> dict[str, str]:
     """What a program must know to sample from a file, as text; `sampling.student_source` reads it back."""
     spec = facts.spec
+    # only of a student of several, so that the files of all others stay as they are
+    several = {"sizes": ", ".join(map(str, facts.sizes)), "lengths": ", ".join(map(str, facts.lengths))}
     return {
         "timesteps": ", ".join(f"{timestep:.10g}" for timestep in facts.ladder),  # before the shift
         "sigmas": ", ".join(f"{sigma:.10g}" for sigma in facts.sigmas),
@@ -48,4 +50,5 @@ def sampling_metadata(facts: StudentFacts, base: str, licence: str, heads: int) 
         HEADS_KEY: f"{heads}",  # which the shapes do not say
         "base_model": base,
         "license": licence,
+        **{name: value for name, value in several.items() if value},
     }

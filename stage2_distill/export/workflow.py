@@ -39,6 +39,8 @@ def build_workflow(facts: StudentFacts, name: str, *, with_image: bool, is_lora:
         "21": node("CreateVideo", images=["20", 0], fps=float(spec.fps)),
         "22": node("SaveVideo", video=["21", 0], filename_prefix=f"video/{name}", format="auto", codec="auto"),
     }
+    if facts.sizes or facts.lengths:  # a node's title is the only text that the format has
+        graph["7"]["_meta"] = {"title": f"Size and length, trained on {facts.video_text}"}
     if with_image:
         graph["8"] = node("LoadImage", image="first_frame.png")
     if is_lora:

@@ -1,5 +1,6 @@
 """Samples latents from a checkpoint. Shapes: B batch, C channels, T latent frames, H W latent size."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -93,7 +94,7 @@ def open_student(config: SampleConfig) -> StudentSampler:
     source, dtype = find_student(config.checkpoint, config.model), getattr(torch, config.dtype)
     facts = source.facts
     check_model(config.model, facts, ("vae", "text_encoder"))
-    spec = config.video_spec(facts.spec)
+    spec, sizes = choose_sizes(config, facts)
     # A single video is shared by all ranks of torchrun; of many videos each rank samples its own.
     is_shared = config.data is None and int(os.environ.get("WORLD_SIZE", "1")) > 1
     ranks = start_process_group(config.device).world if is_shared else 1
@@ -103,12 +104,29 @@ def open_student(config: SampleConfig) -> StudentSampler:
         source.path, plan, model=config.model, weights=config.weights, dtype=dtype, device=device, loras=loras
     )
     sigmas = timestep_sigmas(config.timesteps, s=facts.shift) if config.timesteps else facts.sigmas
-    own = spec.frame_size
-    sizes = (own, *(size for size in facts.sizes if size != own)) if config.height is config.width is None else ()
-    student = StudentSampler(net, spec, sigmas, dtype, config.max_text_tokens, sizes=sizes if facts.sizes else ())
-    if not student.sizes:
-        student.check_size(own)
+    student = StudentSampler(net, spec, sigmas, dtype, config.max_text_tokens, sizes=sizes)
+    if not sizes:
+        student.check_size(spec.frame_size)
     return replace(student, denoising_seconds=predict_seconds(student, compiled=config.compile, ranks=ranks))
+
+
+def choose_sizes(config: SampleConfig, facts: checkpoints.StudentFacts) -> tuple[VideoSpec, tuple[FrameSize, ...]]:
+    """The shape of the videos, and the sizes of which each picture takes the nearest; none if there is no choice.
+
+    Of a student of several sizes those with the given height or width are left; if it knows none such, it is warned.
+    """
+    spec = config.video_spec(facts.spec)
+    known = [
+        size for size in facts.sizes if config.height in (None, size.height) and config.width in (None, size.width)
+    ]
+    if facts.sizes and not known:
+        listed = ", ".join(map(str, facts.sizes))
+        logging.warning("sample: %s is none of the sizes that the student was trained on: %s", spec.frame_size, listed)
+    if not known:
+        return spec, ()
+    own = spec.frame_size if spec.frame_size in known else known[0]
+    spec = replace(spec, height=own.height, width=own.width)
+    return spec, (own, *(size for size in known if size != own)) if len(known) > 1 else ()
 
 
 def predict_seconds(student: StudentSampler, *, compiled: bool, ranks: int) -> float | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.model_folder import fingerprint_part, locate_model, locate_part, same_fingerprint
-from common.video import VideoSpec
+from common.video import FrameSize, VideoSpec, parse_frame_size
 from stage2_distill.checkpointing.format import (
     BEST_FILE,
     SAMPLER_KIND,
@@ -73,11 +73,14 @@ def holds_weights(path: Path) -> bool:
 def foreign_facts(name: str, model: str, metadata: Mapping[str, str], spec: VideoSpec | None) -> StudentFacts:
     """Facts about weights of another program: those in the metadata of our exports, else the reference's."""
     timesteps, shift, size = DistillConfig.timesteps, DistillConfig.shift, spec or VideoSpec()
+    sizes, lengths = list[FrameSize](), list[int]()  # if the student knows several
     if metadata.get("sampler") == SAMPLER_KIND:
         timesteps = tuple(float(part) for part in metadata["timesteps"].split(","))
         shift = float(metadata["shift"])
         frames, height, width = (int(part) for part in metadata["size"].split("x"))
         size = VideoSpec(frames, height, width, int(metadata["fps"]))
+        sizes = [parse_frame_size(part) for part in split_list(metadata, "sizes")]
+        lengths = [int(part) for part in split_list(metadata, "lengths")]
     else:
         shown = ",".join(f"{timestep:g}" for timestep in timesteps)
         logging.info("%s: does not name its timesteps; using %s and shift %g, the reference's", name, shown, shift)
@@ -85,7 +88,15 @@ def foreign_facts(name: str, model: str, metadata: Mapping[str, str], spec: Vide
     paths = [locate_part(folder, part) for part in BASE_PARTS]
     transformer, vae, text = (fingerprint_part(path) if path.exists() else "" for path in paths)
     options: dict[str, object] = {"guidance_scale": DistillConfig.guidance_scale}
-    return StudentFacts(0, timesteps, shift, SAMPLER_KIND, size, model, transformer, vae, text, options)
+    return StudentFacts(
+        0, timesteps, shift, SAMPLER_KIND, size, model, transformer, vae, text, options,
+        sizes=tuple(sizes), lengths=tuple(lengths),
+    )  # fmt: skip
+
+
+def split_list(metadata: Mapping[str, str], name: str) -> list[str]:
+    """The parts of a value with commas; none if it is missing."""
+    return metadata[name].split(",") if metadata.get(name) else []
 
 
 def trained_loras(facts: StudentFacts) -> tuple[LoraFile, ...]:

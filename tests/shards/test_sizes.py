@@ -6,7 +6,7 @@ import pytest
 
 from common.video import VideoSpec
 from shards.dataset import SizeGroup, open_data_set
-from shards.manifest import MANIFEST_FILE, Manifest, ShardInfo, check_manifest, make_manifest, read_manifest
+from shards.manifest import MANIFEST_FILE, Manifest, ShardInfo, make_manifest, read_manifest
 from shards.mixture import DataSetMixture, open_data_sets
 from shards.verification.verify import verify_data_set
 from tests.shards.data_sets import ENCODER, SPEC, make_data_set, make_many_size_set, make_record
@@ -110,8 +110,3 @@ def test_mixtures_allow_other_sizes_only_where_they_are_meant(tmp_path, folder):
     other = make_data_set(tmp_path / "other", [3], encoder=replace(ENCODER, vae="another"))
     with pytest.raises(ValueError, match="cannot be mixed with .*: vae: 'another'"):
         DataSetMixture([open_data_set(plain), open_data_set(other)], [1, 1], many_sizes=True)
-
-
-def test_a_reader_of_one_size_refuses_several(folder):
-    with pytest.raises(ValueError, match=r"holds records of several sizes \(32x64, 64x32\); give a data set of one"):
-        check_manifest(folder, read_manifest(folder), spec=VideoSpec(), encoder={})

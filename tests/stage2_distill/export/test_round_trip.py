@@ -1,5 +1,7 @@
 """What was exported comes back: for training, sampling and evaluation, and through diffusers' own LoRA loader."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -8,7 +10,8 @@ import torch
 from diffusers import FlowMatchLCMScheduler, WanPipeline
 from safetensors.torch import load_file
 
-from stage2_distill.checkpointing.format import load_checkpoint
+from common.video import FrameSize
+from stage2_distill.checkpointing.format import STUDENT_FILE, load_checkpoint, read_facts, write_json
 from stage2_distill.evaluation.compare import open_evaluation, sample_comparison
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.export.config import ExportConfig
@@ -17,11 +20,12 @@ from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import LoraSettings
 from stage2_distill.model.wan import load_transformer
 from stage2_distill.sampling.student_sampler import load_student
+from stage2_distill.sampling.student_source import find_student
 from stage2_distill.weight_files.lora_files import LoraFile
 from stage2_distill.weight_files.stored_weights import WEIGHTS_FILE, read_weight_table
 from tests.stage2_distill.export.students import make_student
 from tests.stage2_distill.export.test_pipelines import piped, sampled
-from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
+from tests.stage2_distill.training_helpers import SPEC, make_config, make_shards, run_here, tensors
 
 CPU = torch.device("cpu")
 
@@ -167,3 +171,26 @@ def test_svd_at_full_rank_is_the_student(model: Path, student: Path, shards: Pat
     assert errors[2] < 1e-5
     assert latents[0] > latents[1] > 100 * latents[2]
     assert latents[2] < 1e-5
+
+
+def test_every_format_names_all_sizes_and_lengths(model: Path, tmp_path: Path) -> None:
+    """The card says how to choose; files carry them, and a low rank is measured on records of each size."""
+    run = make_student(tmp_path / "step-000500", model)
+    sizes = (FrameSize(32, 96), FrameSize(64, 64))
+    write_json(run / STUDENT_FILE, replace(read_facts(run), sizes=sizes, lengths=(5, 9)).stored_fields)
+    shards = make_shards(tmp_path / "data", model, sizes=((32, 96), (64, 64), (96, 32)))
+    options = {"rank": 4, "shards": str(shards), "num_records": 3, "device": "cpu"}
+    for form, own in (("wan", {}), ("lora", options), ("diffusers", {})):
+        out = export(run, model, tmp_path / form, form, dtype="float32", **own)
+        card = (out / "README.md").read_text()
+        assert "| videos | 5 or 9 frames of 32x96, 64x64 (height x width), 8 per second |" in card
+        assert "nearest to the picture's" in card and "Above are 9 frames of 64x64; another is " in card
+        assert ("not measured" not in card) and ("error of sampled latents" in card) == (form == "lora")
+        if form != "diffusers":
+            facts = find_student(str(out / f"{form}.safetensors"), str(model)).facts
+            assert (facts.sizes, facts.lengths, facts.spec) == (sizes, (5, 9), SPEC)
+            node = json.loads((out / "workflow_image_to_video.json").read_text())["7"]
+            assert node["inputs"]["width"] == 64 and node["_meta"]["title"].endswith("32x96, 64x64 (height x width)")
+    tall = make_shards(tmp_path / "tall", model, records=8, sizes=((96, 32),))
+    with pytest.raises(ValueError, match="has records of 96x32, and the student was trained on 32x96, 64x64"):
+        export(run, model, tmp_path / "refused", "lora", **options | {"shards": str(tall)})
