@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from common.video import VideoSpec
 from shards.dataset import SizeGroup, open_data_set
 from shards.manifest import MANIFEST_FILE, Manifest, ShardInfo, make_manifest, read_manifest
 from shards.mixture import DataSetMixture, open_data_sets

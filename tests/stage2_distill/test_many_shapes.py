@@ -114,7 +114,7 @@ def test_the_start_says_how_many_shapes(
 def test_every_shape_is_compiled_once_and_its_graphs_are_used_again(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their number is not held back by the limit of torch, which is lowered here: more shapes would only take longer."""
+    """The limit of torch does not count; it is lowered here, as more shapes would only take longer."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the graphs without their kernels
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
     graphs = torch._dynamo.utils.counters["stats"]
