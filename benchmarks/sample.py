@@ -3,7 +3,7 @@
     python -m benchmarks.sample [--tiny] [--repeats 5] [--rows 20] [--eager] [--only PART,PART]
 
 121 x 704 x 1280 in bfloat16 with compiled blocks; --tiny is a random small model on the CPU, --eager compiles nothing.
-The parts are whole, text, equality, small, rows and stock. Compilation is reported separately.
+The parts are whole, text, equality, small, rows, stock and streamed. Compilation is reported separately.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import csv
 import statistics
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import vae, vae_decoder
 from stage2_distill.dmd.rollout import rollout
 from stage2_distill.model.layers import ExecutionPlan
+from stage2_distill.offload.streamed_blocks import StreamedModule
 
 
 class SampleBenchmark:
@@ -73,9 +75,9 @@ class SampleBenchmark:
         (self.folder / f"{count}").mkdir(exist_ok=True)
         return GenerationRequest(table, out, self.folder / f"{count}.zarr", self.spec, 0)
 
-    def generate(self, count: int, *, offload: bool = False) -> None:
-        """Generate videos, with idle models in host memory if `offload`."""
-        generate_videos(self.request(count), self.models, self.sampler, offload=offload)
+    def generate(self, count: int, *, vram: str = "full") -> None:
+        """Generate videos in a memory mode."""
+        generate_videos(self.request(count), self.models, self.sampler, vram=vram)
 
     def records(self) -> list[Record]:
         """Return the records of one row."""
@@ -150,13 +152,34 @@ class SampleBenchmark:
         # `sample` drops diffusers' decoder, but the part stock needs it again
         self.diffusers_decoder = self.models.vae.model.decoder.to("cpu")
         self.models.vae.release_diffusers_decoder()
-        self.generate(1, offload=True)  # the first move to host memory, which copies, is not part of a video
+        yield self.memory_row("16gb", full)
+        self.student.move_to(self.device)
+
+    def memory_row(self, vram: str, full: Tensor) -> Row:
+        """Time a memory mode, and compare its latents with those of the mode full."""
+        self.generate(1, vram=vram)  # the first move to host memory, which copies, is not part of a video
         self.models.vae.decoder.free_memory()
         peak_gib()
-        seconds = statistics.median(call_times(lambda: self.generate(1, offload=True), self.repeats))
+        seconds = statistics.median(call_times(lambda: self.generate(1, vram=vram), self.repeats))
         same = f"same latents {torch.equal(self.latents(), full)}"
-        yield "--vram 16gb", f"{seconds:.2f} s, peak {peak_gib():.1f} GiB, {same}"
-        self.student.move_to(self.device)
+        return f"--vram {vram}", f"{seconds:.2f} s, peak {peak_gib():.1f} GiB, {same}"
+
+    def streamed_rows(self) -> Iterator[Row]:
+        """Time the mode of the smallest cards; the last part, because the blocks stay in host memory from then on."""
+        if not self.request(1).store.exists():
+            self.generate(1)
+        full, cpu = self.latents(), torch.device("cpu")
+        if self.diffusers_decoder is not None:
+            self.models.vae.model.decoder = self.diffusers_decoder.to(self.device)
+        own_vae = replace(self.models.vae, chunk_frames=1)
+        own_vae.release_diffusers_decoder()
+        self.student.move_to(cpu)
+        self.models.text_tensors.move_to(cpu)
+        net, text = self.student.net, self.models.text.model
+        self.sampler = replace(self.student, streamed_net=StreamedModule(net, net.blocks, self.device))
+        streamed_text = StreamedModule(text, text.encoder.block, self.device)
+        self.models = replace(self.models, vae=own_vae, streamed_text=streamed_text)
+        yield self.memory_row("12gb", full)
 
     def many_rows(self) -> Iterator[Row]:
         """Time many rows of a CSV."""
@@ -171,6 +194,7 @@ class SampleBenchmark:
 PARTS = {
     "whole": SampleBenchmark.whole_rows, "text": SampleBenchmark.text_rows, "equality": SampleBenchmark.equality_rows,
     "small": SampleBenchmark.small_card_rows, "rows": SampleBenchmark.many_rows, "stock": SampleBenchmark.stock_rows,
+    "streamed": SampleBenchmark.streamed_rows,
 }  # fmt: skip
 
 

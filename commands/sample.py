@@ -15,12 +15,14 @@ from common.options import write_config
 from common.video import VideoSpec
 from stage1_encode.generation.condition_encoder import ConditionEncoder, load_condition_encoder
 from stage1_encode.generation.decode import VIDEO_FOLDER_FILES
-from stage1_encode.generation.generate import GenerationRequest, LatentSampler, generate_videos, needs_offload
+from stage1_encode.generation.generate import GenerationRequest, LatentSampler, choose_vram, generate_videos
 from stage1_encode.generation.picture_sizes import group_rows_by_size
 from stage1_encode.media.first_frame import read_first_frame
 from stage1_encode.media.rows import locate_file
 from stage1_encode.media.video_frame import UnreadableError
+from stage1_encode.models.vae import CHUNK_FRAMES
 from stage2_distill.distributed.process_group import join_ranks, own_folder, wait_for_ranks
+from stage2_distill.offload.streamed_blocks import StreamedModule
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.sampling.multi_gpu import LeaderSampler, run_sampling_worker
 from stage2_distill.sampling.student_sampler import StudentSampler, open_student
@@ -35,28 +37,30 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     if config.image is not None:
         check_image(config.image)
     is_single = config.prompt is not None
-    offload = needs_offload(config.vram, pick_device(config.device))
+    vram = choose_vram(config.vram, pick_device(config.device))
     rank, world = join_ranks(config.device)
-    student = open_student(config)
+    student = open_student(config, streams=vram == "12gb")
     shared_video = is_single and world > 1
     if shared_video and rank:
         run_sampling_worker(student)
         return []
-    encoder = open_encoder(config, student.device, offload=offload)
+    encoder = open_encoder(config, student.device, vram)
     if shared_video:
         rank, world = 0, 1  # the leader alone writes the file
     with LeaderSampler(student) if shared_video else nullcontext(student) as sampler:
-        return write_videos(
-            config, student.spec, sampler, encoder, offload=offload, ranks=(rank, world), student=student
-        )
+        return write_videos(config, student.spec, sampler, encoder, vram=vram, ranks=(rank, world), student=student)
 
 
-def open_encoder(config: SampleConfig, device: torch.device, *, offload: bool) -> ConditionEncoder:
-    """Load the VAE and the text encoder, which waits in host memory if `offload`."""
-    return load_condition_encoder(
-        config.model, precision=config.vae_dtype, device=device, keep_text_on_device=not offload,
-        condition_dtype=config.dtype,
+def open_encoder(config: SampleConfig, device: torch.device, vram: str) -> ConditionEncoder:
+    """Load the VAE and the text encoder, which waits in host memory if not all models stay on the GPU."""
+    encoder = load_condition_encoder(
+        config.model, precision=config.vae_dtype, device=device, keep_text_on_device=vram == "full",
+        condition_dtype=config.dtype, chunk_frames=1 if vram == "12gb" else CHUNK_FRAMES,
     )  # fmt: skip
+    if vram != "12gb":
+        return encoder
+    text = encoder.text.model
+    return replace(encoder, streamed_text=StreamedModule(text, text.encoder.block, device))
 
 
 def write_videos(
@@ -65,7 +69,7 @@ def write_videos(
     sampler: LatentSampler,
     encoder: ConditionEncoder,
     *,
-    offload: bool,
+    vram: str,
     ranks: tuple[int, int] = (0, 1),
     student: StudentSampler | None = None,
 ) -> list[Path]:
@@ -84,7 +88,7 @@ def write_videos(
             Path(config.out), student.denoising_seconds if student else None,
         )  # fmt: skip
         requests = [request] if student is None or not student.sizes else list(split_by_size(request, student))
-        files = [file for one in requests for file in generate_videos(one, encoder, sampler, offload=offload)]
+        files = [file for one in requests for file in generate_videos(one, encoder, sampler, vram=vram)]
     return [(Path(config.out).parent if is_single else Path(config.out)) / path.name for path in files]
 
 

@@ -20,8 +20,9 @@ from common.files import UNFINISHED_FOLDER
 from common.video import TEXT_LENGTH, VideoSpec
 from shards.record import Record, pad_text
 from stage1_encode.generation.condition_encoder import encode_prompt
-from stage1_encode.generation.generate import needs_offload
+from stage1_encode.generation.generate import choose_vram
 from stage1_encode.media.first_frame import UnreadableError, read_first_frame
+from stage2_distill.offload.streamed_blocks import StreamedModule
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.sampling.student_sampler import StudentSampler, open_student
 from stage2_distill.sampling.student_source import check_model, find_student
@@ -72,11 +73,11 @@ class VideoStudio:
     def __init__(self, config: PageConfig) -> None:
         self.config, self.out, self.lock = config, Path(config.out), Lock()
         sampling = config.sample_config(VideoRequest("any"), self.out / "any.mp4")
-        self.offload = needs_offload(config.vram, pick_device(config.device))
+        self.vram = choose_vram(config.vram, pick_device(config.device))
         self.facts = find_student(config.checkpoint, config.model).facts
-        self.student = open_student(sampling)
+        self.student = open_student(sampling, streams=self.vram == "12gb")
         self.device = self.student.device
-        self.encoder = open_encoder(sampling, self.device, offload=self.offload)
+        self.encoder = open_encoder(sampling, self.device, self.vram)
         self.teacher: TeacherSampler | None = None  # loaded when it is first asked for
 
     @property
@@ -111,21 +112,23 @@ class VideoStudio:
     def _write_video(self, config: SampleConfig, sampler: WatchedSampler) -> StudioVideo:
         path = Path(config.out)
         try:
-            write_videos(config, sampler.spec, sampler, self.encoder, offload=self.offload)
+            write_videos(config, sampler.spec, sampler, self.encoder, vram=self.vram)
         finally:  # after an error or a stop it holds an incomplete video
             shutil.rmtree(path.with_name(f"{path.name}.{UNFINISHED_FOLDER}"), ignore_errors=True)
         return StudioVideo(path, config, sampler.spec)
 
     def _open_teacher(self) -> TeacherSampler:
-        config, student, stays = self.config, self.student, not self.offload
+        config, student, streams = self.config, self.student, self.vram == "12gb"
         logging.info("loading the teacher: %s", config.model)
         check_model(config.model, self.facts, ("transformer",))
-        text = encode_prompt(self.encoder, config.negative_prompt, keep_text_on_device=stays)
-        net = load_teacher(config.model, self.facts, dtype=student.dtype, device=self.device)
+        text = encode_prompt(self.encoder, config.negative_prompt, keep_text_on_device=self.vram == "full")
+        home = CPU if streams else self.device
+        net = load_teacher(config.model, self.facts, dtype=student.dtype, device=home)
+        streamed = StreamedModule(net, net.blocks, self.device) if streams else None
         scale = teacher_guidance(self.facts, config.guidance_scale)
         sigmas = teacher_sigmas(self.facts, config.teacher_steps)
         rows = min(TEXT_LENGTH, max(config.max_text_tokens, len(text) + 1))  # the negative prompt is a long one
-        return TeacherSampler(net, student.spec, sigmas, scale, pad_text(text, rows), student.dtype)
+        return TeacherSampler(net, student.spec, sigmas, scale, pad_text(text, rows), student.dtype, streamed)
 
     def _next_path(self) -> Path:
         names = [path.name for path in self.out.glob("video-*") if OWN_FILES.fullmatch(path.name)]

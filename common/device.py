@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +48,13 @@ def record_event(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event(blocking=True)  # waiting for it sleeps instead of occupying a core
     event.record(torch.cuda.current_stream(device))
     return event
+
+
+class MovableTensors(Protocol):
+    """Tensors of a model that leave the GPU while it is idle."""
+
+    def move_to(self, device: torch.device) -> None:
+        """Move the tensors to a device, in place."""
 
 
 class OffloadedTensors:

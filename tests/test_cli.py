@@ -119,7 +119,7 @@ def test_an_image_may_be_a_web_address(image: str, found: str, tmp_path: Path) -
 def test_memory_24gb_of_the_last_release_is_16gb_now() -> None:
     required = {"checkpoint": "c", "model": "m", "out": "o.mp4", "prompt": "p"}
     assert resolve_config(SampleConfig, required | {"memory": "24gb"}).vram == "16gb"
-    with pytest.raises(ValueError, match="vram=24gb: choose one of auto, full, 16gb"):
+    with pytest.raises(ValueError, match="vram=24gb: choose one of auto, full, 16gb, 12gb"):
         resolve_config(SampleConfig, required | {"vram": "24gb"})
 
 

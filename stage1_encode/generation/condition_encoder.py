@@ -5,14 +5,14 @@ Shapes: C channels, H W latent size, X Y pixels.
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common.device import OffloadedTensors, record_event
+from common.device import MovableTensors, OffloadedTensors, record_event
 from common.model_folder import locate_model
 from common.video import VideoSpec
 from shards.record import Record, RecordSource
@@ -36,6 +36,7 @@ class ConditionEncoder:
     frames: FrameEncoder
     device: torch.device
     dtype: torch.dtype = torch.bfloat16  # of the text encoder and of the conditions
+    streamed_text: MovableTensors | None = None  # the text encoder, if its blocks pass through the GPU one by one
 
     @cached_property
     def rows(self) -> RowEncoder:
@@ -43,9 +44,9 @@ class ConditionEncoder:
         return RowEncoder(self.frames, self.text, self.dtype)
 
     @cached_property
-    def text_tensors(self) -> OffloadedTensors:
+    def text_tensors(self) -> MovableTensors:
         """Return the text encoder's tensors, which may be moved to host memory and back."""
-        return OffloadedTensors([*self.text.model.parameters(), *self.text.model.buffers()])
+        return self.streamed_text or OffloadedTensors([*self.text.model.parameters(), *self.text.model.buffers()])
 
 
 def load_condition_encoder(
@@ -55,14 +56,17 @@ def load_condition_encoder(
     device: torch.device,
     keep_text_on_device: bool = True,
     condition_dtype: str = "bfloat16",
+    chunk_frames: int = vae.CHUNK_FRAMES,
 ) -> ConditionEncoder:
     """Load the VAE onto the device, and the text encoder, in `condition_dtype`, onto the device or into host memory.
 
     `precision` of the VAE: a dtype, or auto, which is bfloat16 on a GPU and float32 on the CPU.
+    chunk_frames: latent frames that are decoded at once.
     """
     folder = locate_model(model, ENCODER_PARTS)
     dtype_name = ("bfloat16" if device.type == "cuda" else "float32") if precision == "auto" else precision
     autoencoder = vae.load_vae(folder, dtype=getattr(torch, dtype_name), device=device)
+    autoencoder = replace(autoencoder, chunk_frames=chunk_frames)
     autoencoder.release_diffusers_decoder()  # the larger half of the VAE, which would lie unused
     text_device = device if keep_text_on_device else torch.device("cpu")
     dtype = getattr(torch, condition_dtype)

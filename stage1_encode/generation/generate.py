@@ -42,7 +42,7 @@ GROUP_NAME, SHEET_COLUMNS = "sample", 6  # group in the latent store; frames per
 SINGLE = 4  # bytes of a float32
 ROWS_PER_CHUNK = 64  # rows whose conditions are encoded together
 # GiB that each mode needs at 121 x 704 x 1280, with the driver's context (benchmarks/results/sample-*)
-REQUIRED_GIB = {"full": 33, "16gb": 15}
+REQUIRED_GIB = {"full": 33, "16gb": 15, "12gb": 11}  # of 12gb by arithmetic: docs/sampling.md
 
 
 class LatentSampler(Protocol):
@@ -81,29 +81,31 @@ class GenerationRequest:
         return self.seed if source.seed is None else source.seed
 
 
-def needs_offload(vram: str, device: torch.device) -> bool:
-    """Return whether idle models must wait in host memory: in mode 16gb, and in mode auto if the card requires it.
+def choose_vram(vram: str, device: torch.device) -> str:
+    """Return the mode: `vram` itself, or for auto the first of `REQUIRED_GIB` that the card has memory for.
 
-    ValueError if the card is too small for the mode.
+    full keeps all models on the GPU, 16gb the one that computes, 12gb three blocks of it. A CPU needs no more than
+    full. ValueError if the card is too small for the mode.
     """
     if device.type == "cpu":
-        return False
+        return "full" if vram == "auto" else vram
     card_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
-    offload = vram == "16gb" or (vram == "auto" and card_gib < REQUIRED_GIB["full"])
-    required_gib = REQUIRED_GIB["16gb" if offload else "full"]
-    if card_gib < required_gib:
-        fits = card_gib >= REQUIRED_GIB["16gb"]
-        remedy = "give --vram 16gb" if fits else "nothing fits: take a larger card, or give --device cpu"
-        raise ValueError(f"vram={vram}: needs {required_gib} GiB and the card has {card_gib:.0f}; {remedy}")
-    return offload
+    fitting = [mode for mode, required_gib in REQUIRED_GIB.items() if card_gib >= required_gib]
+    smallest = min(REQUIRED_GIB, key=lambda mode: REQUIRED_GIB[mode])
+    mode = next(iter(fitting), smallest) if vram == "auto" else vram
+    if mode not in fitting:
+        remedy = f"give --vram {fitting[0]}" if fitting else "nothing fits: take a larger card, or give --device cpu"
+        raise ValueError(f"vram={vram}: needs {REQUIRED_GIB[mode]} GiB and the card has {card_gib:.0f}; {remedy}")
+    return mode
 
 
 def generate_videos(
-    request: GenerationRequest, encoder: ConditionEncoder, sampler: LatentSampler, *, offload: bool = False
+    request: GenerationRequest, encoder: ConditionEncoder, sampler: LatentSampler, *, vram: str = "full"
 ) -> list[Path]:
     """Generate the videos of this rank, and a contact sheet if there may be several; returns the files.
 
-    `offload` moves each large model to host memory while it is idle. ValueError if the GPU's memory is too small.
+    vram: a mode of `REQUIRED_GIB`; in all but full, large models move to host memory while they are idle. ValueError if
+    the GPU's memory is too small.
     """
     (all_rows,) = read_shard_rows(request.csv_path, shard_size=sys.maxsize, text_only=True)
     if request.row_numbers is not None:
@@ -114,18 +116,19 @@ def generate_videos(
     if len(rows) > ROWS_PER_CHUNK:  # a mistake in a late row shows before hours of work
         check_conditions(rows, request.csv_path, request.spec, request.base_folder)
     latent_store.create_group(request.store, build_latent_group(request, rows))
-    began = log_start(request, encoder, len(all_rows), offload=offload)
+    began = log_start(request, encoder, len(all_rows), vram)
     try:
         with ExitStack() as stack, ProgressBar(len(rows) * request.segments, label="sample") as progress:
             store_thread = stack.enter_context(ThreadPoolExecutor(1))
             positions = {row.key: index for index, row in enumerate(rows)}
-            generator = VideoGenerator(request, encoder, sampler, offload, stack, store_thread, progress, positions)
+            generator = VideoGenerator(request, encoder, sampler, vram, stack, store_thread, progress, positions)
             for start in range(0, len(rows), ROWS_PER_CHUNK):
                 generator.generate_rows(rows[start : start + ROWS_PER_CHUNK])
             files = generator.finish_files()
     except torch.OutOfMemoryError as error:
         size = f"{request.spec.num_frames} x {request.spec.height} x {request.spec.width}"
-        remedy = "a smaller --batch-size, --height or --width" if offload else "--vram 16gb"
+        smaller = list(REQUIRED_GIB)[list(REQUIRED_GIB).index(vram) + 1 :]
+        remedy = f"--vram {smaller[0]}" if smaller else "a smaller --batch-size, --height or --width"
         problem = f"videos of {size} do not fit into the GPU's memory"
         raise ValueError(f"batch_size={request.batch_size}: {problem}; give {remedy}") from error
     latent_store.finish_group(request.store, GROUP_NAME)
@@ -137,14 +140,14 @@ def generate_videos(
     return files
 
 
-def log_start(request: GenerationRequest, encoder: ConditionEncoder, videos: int, *, offload: bool) -> float:
+def log_start(request: GenerationRequest, encoder: ConditionEncoder, videos: int, vram: str) -> float:
     """Say on the first rank what is generated, on what, what it takes, and how to stop; returns the time."""
     if request.rank == 0:
         spec, device, out = request.spec, encoder.device, request.destination or request.out
         size = f"{spec.num_frames} x {spec.height} x {spec.width}"
         segments = f", each of {request.segments} segments" if request.segments > 1 else ""
         logging.info("sample: %d videos of %s%s", videos, size, segments)
-        memory = f"; needs about {REQUIRED_GIB['16gb' if offload else 'full']} GiB at 121 x 704 x 1280"
+        memory = f"; needs about {REQUIRED_GIB[vram]} GiB at 121 x 704 x 1280 (--vram {vram})"
         logging.info("on %d x %s%s", request.world, describe_device(device), "" if device.type == "cpu" else memory)
         logging.info("%s", describe_time(request, videos, find_card(describe_device(device))))
         latents = videos * request.segments * SINGLE * prod(spec.latent_shape)
@@ -203,13 +206,18 @@ class VideoGenerator:
     request: GenerationRequest
     encoder: ConditionEncoder
     sampler: LatentSampler
-    offload: bool
+    vram: str  # a mode of `REQUIRED_GIB`
     stack: ExitStack  # closes the files, also after an error
     store_thread: ThreadPoolExecutor
     progress: ProgressBar
     positions: Mapping[str, int]  # of each key's row among those of this rank
     jobs: list[VideoJob] = field(default_factory=list)
     pending_store: Future[None] | None = None
+
+    @property
+    def offload(self) -> bool:
+        """Return whether large models leave the GPU while they are idle."""
+        return self.vram != "full"
 
     def generate_rows(self, rows: Sequence[Row]) -> None:
         """Generate the videos of some rows; those of the last batch may still be being written."""

@@ -64,6 +64,7 @@ class FullDecoder:
     model: AutoencoderKLWan
     mean: Tensor  # (1 C 1 1 1)
     std: Tensor  # (1 C 1 1 1)
+    chunk_frames: int = CHUNK_FRAMES
 
     @cached_property
     def network(self) -> VideoDecoder:
@@ -77,7 +78,7 @@ class FullDecoder:
     @torch.inference_mode()
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the pixels of one video, see `LatentDecoder`."""
-        yield from stream_frames(self.network, self.denormalize(latents[None])[0], max_frames=CHUNK_FRAMES)
+        yield from stream_frames(self.network, self.denormalize(latents[None])[0], max_frames=self.chunk_frames)
 
     @torch.inference_mode()
     def decode_batch(self, latents: Tensor) -> Tensor:
@@ -100,6 +101,7 @@ class WanVae:
     mean: Tensor  # (1 C 1 1 1)
     std: Tensor  # (1 C 1 1 1)
     other_decoder: LatentDecoder | None = None  # decodes in place of the model's own
+    chunk_frames: int = CHUNK_FRAMES  # latent frames that the model's own decoder decodes at once
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +111,7 @@ class WanVae:
     @cached_property
     def full_decoder(self) -> FullDecoder:
         """The model's own decoder."""
-        return FullDecoder(self.model, self.mean, self.std)
+        return FullDecoder(self.model, self.mean, self.std, self.chunk_frames)
 
     @property
     def decoder(self) -> LatentDecoder:

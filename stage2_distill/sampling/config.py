@@ -9,7 +9,7 @@ from common.video import VideoSpec
 DTYPES = ("float32", "bfloat16")  # of the network
 WEIGHT_SETS = ("ema", "student")  # prefixes of the tensors of a checkpoint
 VAE_DTYPES = ("auto", "float32", "bfloat16")
-VRAM_CHOICES = ("auto", "full", "16gb")
+VRAM_CHOICES = ("auto", "full", "16gb", "12gb")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SampleConfig:
     width: int | None = option(None, "Width in pixels, a multiple of 32; default: as the height's.", group="size")
     vram: str = option(
         "auto",
-        "What stays on the GPU: full needs 40 GB; auto chooses by the GPU's memory.",
+        "What stays on the GPU: full all models (40 GB), 16gb the one that computes, 12gb three blocks of it.",
         choices=VRAM_CHOICES,
         group="memory",
         old_name="memory",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.condition import Condition
-from common.device import OffloadedTensors, pick_device
+from common.device import MovableTensors, OffloadedTensors, pick_device
 from common.flow import timestep_sigmas
 from common.model_folder import locate_model
 from common.planning.cards import find_card, planned_kernel
@@ -27,6 +27,7 @@ from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters, lora_settings
 from stage2_distill.model.transformer import WanTransformer
 from stage2_distill.model.weight_loading import read_weights
+from stage2_distill.offload.streamed_blocks import StreamedModule
 from stage2_distill.planning.duration import denoising_seconds, forward_seconds
 from stage2_distill.planning.network_size import TransformerSize
 from stage2_distill.sampling.config import SampleConfig
@@ -46,6 +47,7 @@ class StudentSampler:
     max_text_tokens: int = TEXT_LENGTH  # rows of padded text: fewer are faster
     denoising_seconds: float | None = None  # of a video, predicted; None for devices of unknown speed
     sizes: tuple[FrameSize, ...] = ()  # of which each picture takes the nearest, that of `spec` first; empty = `spec`
+    streamed_net: MovableTensors | None = None  # the network, if its blocks pass through the GPU one by one
 
     @property
     def device(self) -> torch.device:
@@ -53,9 +55,9 @@ class StudentSampler:
         return next(self.net.parameters()).device
 
     @cached_property
-    def tensors(self) -> OffloadedTensors:
+    def tensors(self) -> MovableTensors:
         """The network's parameters and buffers."""
-        return OffloadedTensors([*self.net.parameters(), *self.net.buffers()])
+        return self.streamed_net or OffloadedTensors([*self.net.parameters(), *self.net.buffers()])
 
     def move_to(self, device: torch.device) -> None:
         """Move the network to a device."""
@@ -89,8 +91,11 @@ class StudentSampler:
         return spec
 
 
-def open_student(config: SampleConfig) -> StudentSampler:
-    """Load a student onto its device; ValueError if it was distilled from another model."""
+def open_student(config: SampleConfig, *, streams: bool = False) -> StudentSampler:
+    """Load a student onto its device; ValueError if it was distilled from another model.
+
+    streams: its blocks stay in host memory, and pass through the GPU.
+    """
     source, dtype = find_student(config.checkpoint, config.model), getattr(torch, config.dtype)
     facts = source.facts
     check_model(config.model, facts, ("vae", "text_encoder"))
@@ -100,11 +105,15 @@ def open_student(config: SampleConfig) -> StudentSampler:
     ranks = start_process_group(config.device).world if is_shared else 1
     plan, device = ExecutionPlan(compiled=config.compile, ranks=ranks), pick_device(config.device)
     loras = (*source.loras, *parse_loras(config.base_lora or ()))
+    home = torch.device("cpu") if streams else device
     net = load_student(
-        source.path, plan, model=config.model, weights=config.weights, dtype=dtype, device=device, loras=loras
+        source.path, plan, model=config.model, weights=config.weights, dtype=dtype, device=home, loras=loras
     )
+    streamed = StreamedModule(net, net.blocks, device) if streams else None
+    if streamed:
+        streamed.move_to(device)
     sigmas = timestep_sigmas(config.timesteps, s=facts.shift) if config.timesteps else facts.sigmas
-    student = StudentSampler(net, spec, sigmas, dtype, config.max_text_tokens, sizes=sizes)
+    student = StudentSampler(net, spec, sigmas, dtype, config.max_text_tokens, sizes=sizes, streamed_net=streamed)
     if not sizes:
         student.check_size(spec.frame_size)
     return replace(student, denoising_seconds=predict_seconds(student, compiled=config.compile, ranks=ranks))

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from common.device import OffloadedTensors
+from common.device import MovableTensors, OffloadedTensors
 from common.flow import shift
 from common.model_folder import locate_model
 from common.seed import draw_normal, make_generator
@@ -34,11 +34,12 @@ class TeacherSampler:
     guidance_scale: float
     negative_text: Tensor  # (L D), padded like the records' text
     dtype: torch.dtype  # in which the network computes
+    streamed_net: MovableTensors | None = None  # the network, if its blocks pass through the GPU one by one
 
     @cached_property
-    def tensors(self) -> OffloadedTensors:
+    def tensors(self) -> MovableTensors:
         """The network's parameters and buffers."""
-        return OffloadedTensors([*self.net.parameters(), *self.net.buffers()])
+        return self.streamed_net or OffloadedTensors([*self.net.parameters(), *self.net.buffers()])
 
     def move_to(self, device: torch.device) -> None:
         """Move the network to a device."""

@@ -156,7 +156,7 @@ def test_a_wrong_request_is_one_line(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("vram", ["full", "16gb"])
+@pytest.mark.parametrize("vram", ["full", "16gb", "12gb"])
 def test_one_network_at_a_time_is_on_the_gpu(vram: str, studio: VideoStudio, tmp_path: Path) -> None:
     own = VideoStudio(replace(studio.config, out=str(tmp_path / "videos"), device="cuda", vram=vram))
     first = own.make_student_video(VideoRequest("a red circle", seed=2), ignore_steps)

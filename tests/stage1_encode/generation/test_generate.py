@@ -28,7 +28,7 @@ from stage1_encode.generation.condition_encoder import (
     load_condition_encoder,
     read_row_picture,
 )
-from stage1_encode.generation.generate import GenerationRequest, describe_time, generate_videos, needs_offload
+from stage1_encode.generation.generate import GenerationRequest, choose_vram, describe_time, generate_videos
 from stage1_encode.media.rows import Row, read_shard_rows
 from stage1_encode.models import vae
 from tests import tiny_models
@@ -211,36 +211,42 @@ def test_only_what_the_contact_sheet_shows_is_kept(
 
 def test_offload_gives_the_same_files(video_request: GenerationRequest, models: ConditionEncoder) -> None:
     files, moves = [], []
-    for offload in (False, True):
+    for vram in ("full", "16gb", "12gb"):
         sampler = NoiseSampler()
-        paths = generate_videos(video_request, models, sampler, offload=offload)
+        paths = generate_videos(video_request, models, sampler, vram=vram)
         files.append([path.read_bytes() for path in paths])
         moves.append(sampler.moves)
-    assert files[0] == files[1]
+    assert files[0] == files[1] == files[2]
     # with offload: away while texts are embedded, then there and away for each of two batches
-    assert moves == [["cpu"] * 2, ["cpu"] * 5]
+    assert moves == [["cpu"] * 2, ["cpu"] * 5, ["cpu"] * 5]
 
 
 @pytest.mark.parametrize(
-    ("gib", "vram", "offload"),
-    [(79, "auto", False), (23.6, "auto", True), (15.7, "auto", True), (79, "16gb", True), (79, "full", False)],
+    ("gib", "vram", "mode"),
+    [
+        *((79, "auto", "full"), (23.6, "auto", "16gb"), (15.7, "auto", "16gb"), (11.6, "auto", "12gb")),
+        *((79, "16gb", "16gb"), (79, "12gb", "12gb"), (79, "full", "full")),
+    ],
 )
-def test_the_card_decides_on_offload(monkeypatch: pytest.MonkeyPatch, gib: float, vram: str, offload: bool) -> None:
+def test_the_card_decides_on_the_mode(monkeypatch: pytest.MonkeyPatch, gib: float, vram: str, mode: str) -> None:
     card = SimpleNamespace(total_memory=int(gib * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    assert needs_offload(vram, torch.device("cuda", 0)) is offload
-    assert not needs_offload(vram, CPU)
+    assert choose_vram(vram, torch.device("cuda", 0)) == mode
+    assert choose_vram(vram, CPU) == ("full" if vram == "auto" else vram)
 
 
 def test_a_card_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(total_memory=int(23.6 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     with pytest.raises(ValueError, match=r"vram=full: needs 33 GiB and the card has 24; give --vram 16gb"):
-        needs_offload("full", torch.device("cuda", 0))
+        choose_vram("full", torch.device("cuda", 0))
+    card.total_memory = 12 * 2**30
+    with pytest.raises(ValueError, match=r"vram=16gb: needs 15 GiB and the card has 12; give --vram 12gb"):
+        choose_vram("16gb", torch.device("cuda", 0))
     card.total_memory = 8 * 2**30
-    for vram, required in (("auto", 15), ("full", 33), ("16gb", 15)):
+    for vram, required in (("auto", 11), ("full", 33), ("16gb", 15), ("12gb", 11)):
         with pytest.raises(ValueError, match=f"vram={vram}: needs {required} GiB and the card has 8; nothing fits"):
-            needs_offload(vram, torch.device("cuda", 0))
+            choose_vram(vram, torch.device("cuda", 0))
 
 
 def test_latents_that_are_not_finite_leave_no_video(video_request: GenerationRequest, models: ConditionEncoder) -> None:
@@ -273,7 +279,8 @@ def test_too_little_memory_says_what_would_fit(video_request: GenerationRequest,
         def __call__(self, records: list[Record], seeds: list[int], segment: int) -> Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    for offload, remedy in ((False, "--vram 16gb"), (True, "a smaller --batch-size, --height or --width")):
+    smaller_video = "a smaller --batch-size, --height or --width"
+    for vram, remedy in (("full", "--vram 16gb"), ("16gb", "--vram 12gb"), ("12gb", smaller_video)):
         with pytest.raises(ValueError, match=f"batch_size=1: videos of 9 x 64 x 96 do not fit .*; give {remedy}"):
-            generate_videos(video_request, models, LargeSampler(), offload=offload)
+            generate_videos(video_request, models, LargeSampler(), vram=vram)
     assert not list(video_request.out.glob("*.mp4*"))
