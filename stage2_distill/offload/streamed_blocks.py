@@ -79,4 +79,4 @@ def copy_to_host(group: TensorGroup, pool: PinnedPool, device: torch.device) -> 
     try:
         return {name: pool.copy_into_slab(value.data) for name, value in group.items()}
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"vram=12gb: {error} or a larger card and --vram 16gb") from error
+        raise ValueError(f"vram=12gb: {error}, or a larger card and --vram 16gb") from error
