@@ -1,9 +1,11 @@
 """Where the decoder's time goes, by convolution, and how diffusers' decode compares.
 
     python -m benchmarks.decode [--tiny] [--part whole,stock]
+    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.decode [--tiny] --part split [--repeats 5]
 
 Random weights at 121 x 704 x 1280 in bfloat16. `whole` decodes a video twice, the second time with each convolution
-timed; `stock` runs diffusers' decode and compares both with float32 on a few frames.
+timed; `stock` runs diffusers' decode and compares both with float32 on a few frames; `split` decodes a video by each
+GPU alone and then by all together.
 """
 
 import argparse
@@ -16,10 +18,13 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from benchmarks.random_models import Size, autoencoder, unscaled_vae
-from benchmarks.runner import GPU, Row, call_times, parse_arguments, run_benchmark, sync
+from benchmarks.runner import Row, call_times, parse_arguments, peak_gib, run_benchmark, sync, time_call
 from benchmarks.watch import Mark, record_mark, seconds_between
+from common.planning.codec_cost import decode_share
+from stage1_encode.decoders.split_decoder import share_decoder
 from stage1_encode.models import vae
 from stage1_encode.models.vae_decoder import FoldedConv, VideoDecoder, stream_frames
+from stage2_distill.distributed.process_group import RankContext, start_process_group
 
 FEW_FRAMES = 5  # latent frames of the comparison with float32
 
@@ -95,27 +100,52 @@ def decode_with_diffusers(model: AutoencoderKLWan, z: Tensor) -> Tensor:
     return ((video + 1) * 127.5).round().permute(1, 2, 3, 0)
 
 
+def split_rows(model: AutoencoderKLWan, z: Tensor, ranks: RankContext, repeats: int) -> Iterator[Row]:
+    """Time the decode of one video by each GPU alone and by all together, and compare their pixels."""
+    whole = unscaled_vae(model, z.device)
+    seconds, videos = [], []
+    for name, own in ("one GPU", whole), (f"{ranks.world} GPUs", share_decoder(whole, ranks.rank, ranks.world)):
+        decode = partial(decode_frames, own.decoder, z)
+        (first,) = call_times(decode, 1)
+        peak_gib()
+        seconds.append(time_call(decode, warm=0, repeats=repeats))
+        yield name, f"{seconds[-1]:.3f} s, the first time {first:.2f} s, peak {peak_gib():.1f} GiB"
+        videos.append(decode())
+    yield "against one", f"x{seconds[0] / seconds[1]:.2f}, predicted x{1 / decode_share(ranks.world):.2f}"
+    if ranks.rank == 0:  # the others have their own columns
+        different = float((videos[0] != videos[1]).float().mean())
+        yield "PSNR between them", f"{psnr(videos[1], videos[0]):.1f} dB, {100 * different:.2f} % of the bytes differ"
+
+
+def decode_frames(decoder: vae.LatentDecoder, latents: Tensor) -> Tensor:
+    """Return pixels (F X Y 3) uint8 of one video's latents (C T H W)."""
+    return torch.cat(list(decoder.decode_stream(latents)))
+
+
 def psnr(pixels: Tensor, other: Tensor) -> float:
     """Return the PSNR of two videos in dB; 99 if they are equal."""
     error = sum(float((a.float() - b.float()).square().mean()) for a, b in zip(pixels, other, strict=True))
     return 99.0 if not error else float(-10 * torch.tensor(error / len(pixels) / 255**2).log10())
 
 
-def measure(options: argparse.Namespace) -> Iterator[Row]:
+def measure(options: argparse.Namespace, ranks: RankContext) -> Iterator[Row]:
     """Measure the parts of the command line."""
-    device, dtype = torch.device("cuda" if GPU else "cpu"), torch.float32 if options.tiny else torch.bfloat16
+    device, dtype = ranks.device, torch.float32 if options.tiny else torch.bfloat16
     torch.manual_seed(0)
     model = autoencoder(Size(base=8), device, decoder=8 if options.tiny else 256).to(dtype)
     z = torch.randn((48, 3, 4, 6) if options.tiny else (48, 31, 44, 80), dtype=dtype, device=device)
-    parts = {"whole": whole_rows, "stock": stock_rows}
+    split = partial(split_rows, ranks=ranks, repeats=options.repeats)
+    parts = {"whole": whole_rows, "stock": stock_rows, "split": split}
     for part in options.part.split(","):
         yield from parts[part](model, z)
 
 
 def main() -> None:
     """Measure, print and append to the results."""
-    options = parse_arguments(__doc__, tiny=False, part="whole,stock")
-    run_benchmark("decode", measure(options), keep=not options.tiny, model="random weights")
+    options = parse_arguments(__doc__, tiny=False, part="whole,stock", repeats=5)
+    ranks = start_process_group("cpu" if options.tiny else "auto")
+    rows = measure(options, ranks)
+    run_benchmark("decode", rows, keep=not options.tiny, rank=ranks.rank, model="random weights")
 
 
 if __name__ == "__main__":

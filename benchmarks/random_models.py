@@ -112,11 +112,17 @@ def random_text_encoder(size: Size, device: torch.device) -> text_encoder.TextEn
     return text_encoder.TextEncoder(text_encoder.fuse_layers(umt5(size, device)), word_tokenizer())
 
 
+def sampling_autoencoder(small: bool, device: torch.device) -> AutoencoderKLWan:
+    """Return the VAE of sampling, the same on every rank."""
+    torch.manual_seed(0)
+    size, dtype = (SMALL, torch.float32) if small else (TRUE, torch.bfloat16)
+    return autoencoder(size, device, decoder=8 if small else 256).to(dtype)
+
+
 def sampling_models(small: bool, device: torch.device) -> ConditionEncoder:
     """Return the encoders and the decoder of sampling."""
-    size, dtype = (SMALL, torch.float32) if small else (TRUE, torch.bfloat16)
-    text_model = umt5(size, device).to(dtype)
-    model = autoencoder(size, device, decoder=8 if small else 256).to(dtype)
+    model = sampling_autoencoder(small, device)
+    text_model = umt5(SMALL if small else TRUE, device).to(model.dtype)
     encoder = text_encoder.TextEncoder(text_model, letter_tokenizer())
     frame_encoder = vae.make_frame_encoder(unscaled_vae(share_weights(model), device))
     return ConditionEncoder(encoder, unscaled_vae(model, device), frame_encoder, device)

@@ -2,22 +2,26 @@
 
     NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.together [--tiny] [--repeats 3]
 
-As in `sample --prompt`, all ranks denoise and the first does the rest. Random weights at 121 x 704 x 1280 in bfloat16
-with compiled blocks; --tiny is a small model on the CPU.
+As in `sample --prompt`, all ranks denoise and decode, and the first does the rest. Random weights at 121 x 704 x 1280
+in bfloat16 with compiled blocks; --tiny is a small model on the CPU.
 """
 
 import argparse
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.random_models import random_student
+from benchmarks.random_models import random_student, sampling_autoencoder, unscaled_vae
 from benchmarks.runner import Row, parse_arguments, run_benchmark
 from benchmarks.sample import SampleBenchmark
+from benchmarks.watch import PartTimer
 from common.video import VideoSpec
+from stage1_encode.decoders.split_decoder import decode_own_parts, share_decoder
+from stage1_encode.models.vae import WanVae
 from stage2_distill.distributed.process_group import RankContext, start_process_group
 from stage2_distill.model.layers import ExecutionPlan
-from stage2_distill.sampling.multi_gpu import LeaderSampler, run_sampling_worker
+from stage2_distill.sampling.multi_gpu import LeaderSampler, follow_requests
 from stage2_distill.sampling.student_sampler import StudentSampler
 
 
@@ -28,20 +32,32 @@ def share_video(student: StudentSampler, ranks: int, *, compiled: bool) -> None:
 
 
 def run_worker(options: argparse.Namespace, ranks: RankContext) -> None:
-    """Denoise with the first rank until it is done."""
+    """Denoise and decode with the first rank until it is done."""
     student = random_student(VideoSpec(9, 64, 96) if options.tiny else VideoSpec(), options.tiny, ranks.device)
     share_video(student, ranks.world, compiled=not options.tiny)
-    run_sampling_worker(student)
+    model = sampling_autoencoder(options.tiny, ranks.device)
+    autoencoder = share_decoder(unscaled_vae(model, ranks.device), ranks.rank, ranks.world)
+    for x0 in follow_requests(student):
+        decode_own_parts(autoencoder, x0)
+
+
+def change_decoder(bench: SampleBenchmark, autoencoder: WanVae) -> None:
+    """Decode with another decoder, and time it."""
+    bench.models = replace(bench.models, vae=autoencoder)
+    bench.part_timer = PartTimer(bench.student.net, autoencoder.decoder.network)
 
 
 def measure(options: argparse.Namespace, ranks: RankContext, folder: Path) -> Iterator[Row]:
     """Measure both ways on the first rank; the others end after the first way."""
     bench = SampleBenchmark(folder, options.tiny, options.repeats, 1)
     share_video(bench.student, ranks.world, compiled=not options.tiny)
+    whole = bench.models.vae
+    change_decoder(bench, share_decoder(whole, ranks.rank, ranks.world))
     with LeaderSampler(bench.student) as bench.sampler:
         yield from bench.whole_rows(f"{ranks.world} GPUs, ")
         shared, x0 = bench.single, bench.latents()
     bench.sampler = bench.student
+    change_decoder(bench, whole)
     share_video(bench.student, 1, compiled=not options.tiny)
     yield from bench.whole_rows("one GPU, ")
     alone, wanted = bench.single, bench.latents()

@@ -11,9 +11,11 @@ import torch
 
 from common.device import pick_device
 from common.files import LOCK_FILE, UNFINISHED_FOLDER, FolderLock, refuse_foreign_files, staged_output
+from common.model_folder import locate_model
 from common.options import write_config
 from common.video import VideoSpec
-from stage1_encode.generation.condition_encoder import ConditionEncoder, load_condition_encoder
+from stage1_encode.decoders.split_decoder import decode_own_parts, share_decoder
+from stage1_encode.generation.condition_encoder import ConditionEncoder, load_autoencoder, load_condition_encoder
 from stage1_encode.generation.decode import VIDEO_FOLDER_FILES
 from stage1_encode.generation.generate import GenerationRequest, LatentSampler, choose_vram, generate_videos
 from stage1_encode.generation.picture_sizes import group_rows_by_size
@@ -21,10 +23,10 @@ from stage1_encode.media.first_frame import read_first_frame
 from stage1_encode.media.rows import locate_file
 from stage1_encode.media.video_frame import UnreadableError
 from stage1_encode.models.vae import CHUNK_FRAMES
-from stage2_distill.distributed.process_group import join_ranks, own_folder, wait_for_ranks
+from stage2_distill.distributed.process_group import join_ranks, on_any_rank, own_folder, wait_for_ranks
 from stage2_distill.offload.streamed_blocks import StreamedModule
 from stage2_distill.sampling.config import SampleConfig
-from stage2_distill.sampling.multi_gpu import LeaderSampler, run_sampling_worker
+from stage2_distill.sampling.multi_gpu import LeaderSampler, follow_requests
 from stage2_distill.sampling.student_sampler import StudentSampler, open_student
 
 
@@ -32,30 +34,57 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     """Encode the conditions and decode the frames (stage one), denoise in between (stage two); returns the files.
 
     The latents are also stored, in X.zarr beside the videos. Under torchrun the processes share the rows of a CSV, or
-    denoise the one video together.
+    denoise and decode the one video together.
     """
     if config.image is not None:
         check_image(config.image)
     is_single = config.prompt is not None
     vram = choose_vram(config.vram, pick_device(config.device))
     rank, world = join_ranks(config.device)
-    student = open_student(config, streams=vram == "12gb")
     shared_video = is_single and world > 1
+    if shared_video and on_any_rank(vram == "12gb"):  # on a smaller card; all ranks decode the same frames at once
+        vram = "12gb"
+    student = open_student(config, streams=vram == "12gb")
     if shared_video and rank:
-        run_sampling_worker(student)
+        follow_leader(config, student, rank, world, vram)
         return []
     encoder = open_encoder(config, student.device, vram)
     if shared_video:
+        encoder = replace(encoder, vae=share_decoder(encoder.vae, rank, world))
         rank, world = 0, 1  # the leader alone writes the file
     with LeaderSampler(student) if shared_video else nullcontext(student) as sampler:
         return write_videos(config, student.spec, sampler, encoder, vram=vram, ranks=(rank, world), student=student)
+
+
+def follow_leader(config: SampleConfig, student: StudentSampler, rank: int, world: int, vram: str) -> None:
+    """Denoise the first rank's videos with it and decode this rank's part of them, until it ends.
+
+    Neither the text encoder nor the encoder half of the VAE is kept.
+    """
+    device, folder = student.device, locate_model(config.model, ("vae",))
+    autoencoder = load_autoencoder(folder, precision=config.vae_dtype, device=device, chunk_frames=decoded_frames(vram))
+    autoencoder = share_decoder(autoencoder, rank, world)
+    autoencoder.model.encoder = None
+    for x0 in follow_requests(student):
+        if vram == "full":
+            decode_own_parts(autoencoder, x0)
+            continue
+        student.move_to(torch.device("cpu"))
+        decode_own_parts(autoencoder, x0)
+        autoencoder.decoder.free_memory()
+        student.move_to(device)
+
+
+def decoded_frames(vram: str) -> int:
+    """Return the latent frames that are decoded at once."""
+    return 1 if vram == "12gb" else CHUNK_FRAMES
 
 
 def open_encoder(config: SampleConfig, device: torch.device, vram: str) -> ConditionEncoder:
     """Load the VAE and the text encoder, which waits in host memory if not all models stay on the GPU."""
     encoder = load_condition_encoder(
         config.model, precision=config.vae_dtype, device=device, keep_text_on_device=vram == "full",
-        condition_dtype=config.dtype, chunk_frames=1 if vram == "12gb" else CHUNK_FRAMES,
+        condition_dtype=config.dtype, chunk_frames=decoded_frames(vram),
     )  # fmt: skip
     if vram != "12gb":
         return encoder
@@ -86,6 +115,7 @@ def write_videos(
         request = GenerationRequest(
             table, target, store, spec, config.seed, config.segments, config.batch_size, *ranks, config.base_folder,
             Path(config.out), student.denoising_seconds if student else None,
+            gpus_per_video=student.ranks if student else 1,
         )  # fmt: skip
         requests = [request] if student is None or not student.sizes else list(split_by_size(request, student))
         files = [file for one in requests for file in generate_videos(one, encoder, sampler, vram=vram)]

@@ -8,6 +8,7 @@ from common.video import LATENT_CHANNELS, VideoSpec
 
 TEXT_WIDTH = 4096  # of an embedding
 PROMPT_TOKENS = 118  # of a record's text, on average
+HALO_SHARE = 0.042  # operations for a halo, of those for a frame of 704 x 1280
 ENCODERS_GIB = 11.4  # text encoder in bf16 and the VAE's encoder
 FRAME_GIB = {"float32": 0.7, "tf32": 0.7, "float16": 0.36, "bfloat16": 0.36}  # of a first frame of 704 x 1280
 
@@ -33,6 +34,12 @@ def record_bytes(spec: VideoSpec, text_width: int = TEXT_WIDTH) -> float:
     return 2 * (LATENT_CHANNELS * height * width + PROMPT_TOKENS * text_width)
 
 
-def decode_seconds(spec: VideoSpec, card: Card) -> float:
-    """Seconds from a video's latents to its mp4 file, its picture and prompt included."""
-    return DECODE_SECONDS * frame_share(spec) * spec.num_frames / 121 / card.scale + OTHER_SECONDS
+def decode_seconds(spec: VideoSpec, card: Card, *, gpus: int = 1) -> float:
+    """Seconds from a video's latents to its mp4 file by GPUs that share it, its picture and prompt included."""
+    decode = DECODE_SECONDS * frame_share(spec) * spec.num_frames / 121 / card.scale
+    return decode * decode_share(gpus) + OTHER_SECONDS
+
+
+def decode_share(gpus: int) -> float:
+    """Part of a decode's operations that the busiest of several GPUs makes: its own columns and a halo or two."""
+    return min(1.0, 1 / gpus + HALO_SHARE * min(gpus - 1, 2))

@@ -64,14 +64,22 @@ def load_condition_encoder(
     chunk_frames: latent frames that are decoded at once.
     """
     folder = locate_model(model, ENCODER_PARTS)
-    dtype_name = ("bfloat16" if device.type == "cuda" else "float32") if precision == "auto" else precision
-    autoencoder = vae.load_vae(folder, dtype=getattr(torch, dtype_name), device=device)
-    autoencoder = replace(autoencoder, chunk_frames=chunk_frames)
-    autoencoder.release_diffusers_decoder()  # the larger half of the VAE, which would lie unused
+    autoencoder = load_autoencoder(folder, precision=precision, device=device, chunk_frames=chunk_frames)
     text_device = device if keep_text_on_device else torch.device("cpu")
     dtype = getattr(torch, condition_dtype)
     text = text_encoder.load_text_encoder(folder, dtype=dtype, device=text_device)
     return ConditionEncoder(text, autoencoder, vae.make_frame_encoder(autoencoder), device, dtype)
+
+
+def load_autoencoder(
+    folder: Path, *, precision: str, device: torch.device, chunk_frames: int = vae.CHUNK_FRAMES
+) -> WanVae:
+    """Load the VAE of a model folder onto the device; the options are those of `load_condition_encoder`."""
+    dtype_name = ("bfloat16" if device.type == "cuda" else "float32") if precision == "auto" else precision
+    autoencoder = vae.load_vae(folder, dtype=getattr(torch, dtype_name), device=device)
+    autoencoder = replace(autoencoder, chunk_frames=chunk_frames)
+    autoencoder.release_diffusers_decoder()  # the larger half of the VAE, which would lie unused
+    return autoencoder
 
 
 def encode_conditions(

@@ -75,6 +75,7 @@ class GenerationRequest:
     denoising_seconds: float | None = None  # of a segment, predicted; None for devices of unknown speed
     row_numbers: frozenset[int] | None = None  # of the CSV's rows those that are generated; None = all
     sheet_suffix: str = ""  # of the contact sheet's name
+    gpus_per_video: int = 1  # that denoise and decode a video together
 
     def seed_of(self, source: Row | RecordSource) -> int:
         """Return the seed of a row."""
@@ -147,8 +148,9 @@ def log_start(request: GenerationRequest, encoder: ConditionEncoder, videos: int
         size = f"{spec.num_frames} x {spec.height} x {spec.width}"
         segments = f", each of {request.segments} segments" if request.segments > 1 else ""
         logging.info("sample: %d videos of %s%s", videos, size, segments)
+        devices = request.world * request.gpus_per_video
         memory = f"; needs about {REQUIRED_GIB[vram]} GiB at 121 x 704 x 1280 (--vram {vram})"
-        logging.info("on %d x %s%s", request.world, describe_device(device), "" if device.type == "cpu" else memory)
+        logging.info("on %d x %s%s", devices, describe_device(device), "" if device.type == "cpu" else memory)
         logging.info("%s", describe_time(request, videos, find_card(describe_device(device))))
         latents = videos * request.segments * SINGLE * prod(spec.latent_shape)
         free = format_bytes(free_bytes(out))
@@ -161,7 +163,8 @@ def describe_time(request: GenerationRequest, videos: int, card: Card | None) ->
     """Predicted time of all ranks' videos, as `plan` predicts it."""
     if card is None or request.denoising_seconds is None:
         return "this device is not in the table of speeds, so watch the progress"
-    each = request.segments * (request.denoising_seconds + decode_seconds(request.spec, card))
+    decoding = decode_seconds(request.spec, card, gpus=request.gpus_per_video)
+    each = request.segments * (request.denoising_seconds + decoding)
     accuracy = "" if card.measured else f" ({card.source})"
     hours = each * -(-videos // request.world) / 3600  # rounded up
     return f"about {each:.1f} s per video once the models are loaded, {format_hours(hours)} in all{accuracy}"

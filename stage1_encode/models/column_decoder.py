@@ -16,6 +16,7 @@ from math import prod
 from operator import mul
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -34,20 +35,11 @@ class Reach:
         return range(max(0, start), min(size, stop))
 
 
-class Stage(Protocol):
-    """A part of a decoder without attention."""
-
-    reach: Reach
-
-    def __call__(self, x: Tensor, *, first: bool) -> Tensor:
-        """(F X Y C) -> (F' X' Y' C'); `first` says that the first frame of a video is among them, alone."""
-        ...
-
-
 class StagedDecoder(Protocol):
     """A decoder in stages, which remembers the frames that came before."""
 
-    stages: Sequence[Stage]
+    stages: nn.ModuleList  # without attention; each maps (F X Y C), and whether a video's first frame is in it, alone
+    reaches: list[Reach]  # of the stages
 
     def begin(self, z: Tensor) -> Tensor:
         """(T H W C) -> (T H W C'), the input of the first stage."""
@@ -82,6 +74,19 @@ def own_columns(size: int, part: int, parts: int) -> range:
     return range(start, start + width)
 
 
+def join_parts(parts: Sequence[Tensor], height: int, width: int) -> Tensor:
+    """Return whole frames (F X Y 3) from all parts (F x y 3), of latents of this height and width."""
+    axis = split_axis(height, width)
+    size = (height, width)[axis - 1]
+    kept, end = [], 0  # latent columns before `end` are joined already: neighbours may overlap
+    for number, part in enumerate(parts):
+        own = own_columns(size, number, len(parts))
+        scale = part.shape[axis] // len(own)
+        kept.append(part.narrow(axis, scale * (end - own.start), scale * (own.stop - end)))
+        end = own.stop
+    return torch.cat(kept, dim=axis)
+
+
 def split_axis(height: int, width: int) -> int:
     """Return the axis of (F X Y C) along which a frame is split: the longer one, for its halos are less of it."""
     return 1 if height > width else 2
@@ -104,7 +109,7 @@ class ColumnDecoder(nn.Module):
 
     def forward(self, z: Tensor, *, first: bool) -> Tensor:
         """Decode latent frames (T H W C) that follow those of the previous call; returns this part's (F x y 3)."""
-        axis, reaches = split_axis(*z.shape[1:3]), [stage.reach for stage in self.decoder.stages]
+        axis, reaches = split_axis(*z.shape[1:3]), self.decoder.reaches
         own = own_columns(z.shape[axis], self.part, self.parts)
         columns = plan_columns(own, z.shape[axis], reaches)
         x, start = self.decoder.begin(z), 0  # x begins at this column of its stage

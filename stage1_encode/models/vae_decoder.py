@@ -194,7 +194,8 @@ class VideoDecoder(nn.Module):
             ResidualBlock(middle.resnets[1], self.workspace),
         )
         ups = (UpsampleBlock(block, self.workspace) for block in decoder.up_blocks)
-        self.stages = nn.ModuleList([*ups, PixelHead(model, self.workspace)])
+        stages: list[UpsampleBlock | PixelHead] = [*ups, PixelHead(model, self.workspace)]
+        self.stages, self.reaches = nn.ModuleList(stages), [stage.reach for stage in stages]
 
     def reset_cache(self) -> None:
         """Forget the previous frames, at the start of a video."""

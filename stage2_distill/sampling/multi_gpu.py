@@ -1,9 +1,9 @@
 """Several ranks sample one video: the first rank is called like a single process, the others follow its requests.
 
-Only the first rank needs the text encoder and the VAE. Shapes: B batch, C channels, T latent frames, H W latent size.
+Only the first rank needs the text encoder. Shapes: B batch, C channels, T latent frames, H W latent size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,17 +21,16 @@ class LeaderSampler:
     """The first rank's sampler; leaving its context ends the other ranks."""
 
     def __init__(self, student: StudentSampler) -> None:
-        self.student, self.in_call = student, False
+        self.student, self.has_sampled = student, False
+        self.device = student.device  # where the other ranks wait, also while this rank's network is in host memory
 
     def __call__(self, records: Sequence[Record], seeds: Sequence[int], segment: int = 0) -> Tensor:
         """Latents (B C T H W) as from `StudentSampler`, computed by all ranks."""
         condition = self.student.build_condition(records)
         assert condition.given is None, "a batch of one kind"
-        self.in_call = True  # stays set after an error: torchrun then ends the ranks that wait inside the call
+        self.has_sampled = True
         broadcast_request(condition, seeds, segment)
-        x0 = self.student.sample_latents(condition, seeds, segment)
-        self.in_call = False
-        return x0
+        return self.student.sample_latents(condition, seeds, segment)
 
     def move_to(self, device: torch.device) -> None:
         """Move this rank's network to a device."""
@@ -40,11 +39,11 @@ class LeaderSampler:
     def __enter__(self) -> "LeaderSampler":
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        if not self.in_call:
-            dist.broadcast(
-                torch.zeros(HEADER_SIZE, dtype=torch.int64, device=self.student.device), 0
-            )  # no seeds: the end
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        # after an error the others may be in the middle of a call, or decode; torchrun ends them with this process
+        if kind is None or not self.has_sampled:
+            end = torch.zeros(HEADER_SIZE, dtype=torch.int64, device=self.device)  # no seeds
+            dist.broadcast(end, 0)
             dist.destroy_process_group()
 
 
@@ -79,8 +78,8 @@ def receive_request(student: StudentSampler) -> tuple[Condition, list[int], int]
     return Condition(frame, text), seeds.tolist(), segment
 
 
-def run_sampling_worker(student: StudentSampler) -> None:
-    """Compute the requests of the first rank until it ends."""
+def follow_requests(student: StudentSampler) -> Iterator[Tensor]:
+    """Yield the latents (B C T H W) of each of the first rank's requests, computed with it, until it ends."""
     while (request := receive_request(student)) is not None:
-        student.sample_latents(*request)
+        yield student.sample_latents(*request)
     dist.destroy_process_group()

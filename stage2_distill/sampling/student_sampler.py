@@ -54,6 +54,11 @@ class StudentSampler:
         """The network's current device."""
         return next(self.net.parameters()).device
 
+    @property
+    def ranks(self) -> int:
+        """The number of processes that share a video."""
+        return self.net.blocks[0].plan.ranks
+
     @cached_property
     def tensors(self) -> MovableTensors:
         """The network's parameters and buffers."""
@@ -86,8 +91,7 @@ class StudentSampler:
     def check_size(self, size: FrameSize) -> VideoSpec:
         """The student's videos at another size; ValueError if the ranks that share one cannot divide it."""
         spec = replace(self.spec, height=size.height, width=size.width)
-        ranks = self.net.blocks[0].plan.ranks
-        check_context_parallel(ranks, tokens=spec.num_tokens, heads=self.net.config.num_attention_heads)
+        check_context_parallel(self.ranks, tokens=spec.num_tokens, heads=self.net.config.num_attention_heads)
         return spec
 
 

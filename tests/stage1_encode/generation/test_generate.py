@@ -76,6 +76,7 @@ def test_predicted_time(video_request: GenerationRequest) -> None:
     request = replace(video_request, spec=VideoSpec(), denoising_seconds=3.44)
     text = describe_time(request, 10, find_card("NVIDIA H200, 139.8 GiB"))
     assert text == "about 6.9 s per video once the models are loaded, 1 min in all"
+    assert describe_time(replace(request, gpus_per_video=2), 1, find_card("h200")).startswith("about 5.4 s")
     assert "not measured" in describe_time(replace(request, segments=2, world=2), 10, find_card("a100"))
     assert "watch the progress" in describe_time(request, 10, None)
 
