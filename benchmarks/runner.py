@@ -50,16 +50,28 @@ def run_benchmark(
         append_results(name, measured, model=model)
 
 
-def append_results(name: str, rows: Iterable[Row], *, model: str) -> None:
+def append_results(
+    name: str,
+    rows: Iterable[Sequence[str]],
+    *,
+    model: str,
+    columns: Sequence[str] = ("what", "figure"),
+    folder: Path = RESULTS,
+) -> None:
     """Print a table of the rows and append it to the file of this benchmark, hardware and day."""
-    path = RESULTS / f"{name}-{hardware_name()}-{time.strftime('%Y-%m-%d')}.md"
-    path.parent.mkdir(exist_ok=True)
+    path = results_path(name, "md", folder)
     command = shlex.join(["python", *sys.orig_argv[1:]])
     lines = [f"`{command}`, model: {model}, torch {torch.__version__}, {time.strftime('%H:%M')}", ""]
-    lines += ["| what | figure |", "|---|---|", *(f"| {what} | {figure} |" for what, figure in rows), "", ""]
+    lines += [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
     with path.open("a", encoding="utf-8") as file:
-        file.write("\n".join(lines))
+        file.write("\n".join([*lines, "", ""]))
     print("\n".join(lines))
+
+
+def results_path(name: str, suffix: str, folder: Path = RESULTS) -> Path:
+    """Return the file of this benchmark, hardware and day."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}-{hardware_name()}-{time.strftime('%Y-%m-%d')}.{suffix}"
 
 
 def hardware_name() -> str:
