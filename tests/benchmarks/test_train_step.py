@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.device import covered_time, merge_spans
+from benchmarks.knob_costs import AVERAGE, KNOBS
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -66,3 +67,10 @@ def test_network(tmp_path: Path) -> None:
 
 def test_loading() -> None:
     assert "three roles opened: " in run_benchmark("-m", "benchmarks.loading", "--tiny")
+
+
+def test_costs_of_knobs() -> None:
+    lines = run_benchmark("-m", "benchmarks.knob_costs", "--tiny").splitlines()
+    assert [line.split("  ")[0] for line in lines] == [*KNOBS, AVERAGE]
+    assert lines[0].split("  ")[4] == "1.000"
+    assert lines[list(KNOBS).index("teacher_warmup, while it lasts")].split("  ")[2] == "0.00"  # no critic
