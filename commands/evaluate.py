@@ -47,7 +47,8 @@ def evaluate_students(config: EvaluateConfig) -> Path:
 def open_tools(config: EvaluateConfig) -> EvaluationTools:
     """Load what decodes and measures videos."""
     return load_tools(config.model, config.shards, config.device,
-                      judge=config.judge, i3d_model=config.i3d_model, clip_model=config.clip_model)  # fmt: skip
+                      judge=config.judge, i3d_model=config.i3d_model, clip_model=config.clip_model,
+                      decoder=config.decoder)  # fmt: skip
 
 
 def rank_size(config: EvaluateConfig) -> dict[str, RankedCheckpoint]:

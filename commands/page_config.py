@@ -9,8 +9,8 @@ from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.sampling.config import SampleConfig
 
 MODEL_OPTIONS = (  # of `sample`, which `ui` passes on as they are
-    *("checkpoint", "model", "timesteps", "weights", "base_lora", "max_text_tokens", "dtype", "vae_dtype", "compile"),
-    *("vram", "device"),
+    *("checkpoint", "model", "timesteps", "weights", "base_lora", "max_text_tokens", "dtype", "vae_dtype", "decoder"),
+    *("compile", "vram", "device"),
 )
 
 
@@ -57,6 +57,7 @@ class PageConfig:
     max_text_tokens: int = option_of(SampleConfig, "max_text_tokens")
     dtype: str = option_of(SampleConfig, "dtype")
     vae_dtype: str = option_of(SampleConfig, "vae_dtype")
+    decoder: str = option_of(SampleConfig, "decoder")
     compile: bool = option_of(SampleConfig, "compile")
     vram: str = option_of(SampleConfig, "vram")
     device: str = option_of(SampleConfig, "device")

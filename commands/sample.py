@@ -14,6 +14,7 @@ from common.files import LOCK_FILE, UNFINISHED_FOLDER, FolderLock, refuse_foreig
 from common.model_folder import locate_model
 from common.options import write_config
 from common.video import VideoSpec
+from stage1_encode.decoders.load_decoder import check_decoder
 from stage1_encode.decoders.split_decoder import decode_own_parts, share_decoder
 from stage1_encode.generation.condition_encoder import ConditionEncoder, load_autoencoder, load_condition_encoder
 from stage1_encode.generation.decode import VIDEO_FOLDER_FILES
@@ -38,6 +39,7 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     """
     if config.image is not None:
         check_image(config.image)
+    check_decoder(config.decoder)
     is_single = config.prompt is not None
     vram = choose_vram(config.vram, pick_device(config.device))
     rank, world = join_ranks(config.device)
@@ -62,7 +64,9 @@ def follow_leader(config: SampleConfig, student: StudentSampler, rank: int, worl
     Neither the text encoder nor the encoder half of the VAE is kept.
     """
     device, folder = student.device, locate_model(config.model, ("vae",))
-    autoencoder = load_autoencoder(folder, precision=config.vae_dtype, device=device, chunk_frames=decoded_frames(vram))
+    autoencoder = load_autoencoder(
+        folder, precision=config.vae_dtype, device=device, chunk_frames=decoded_frames(vram), decoder=config.decoder
+    )
     autoencoder = share_decoder(autoencoder, rank, world)
     autoencoder.model.encoder = None
     for x0 in follow_requests(student):
@@ -85,6 +89,7 @@ def open_encoder(config: SampleConfig, device: torch.device, vram: str) -> Condi
     encoder = load_condition_encoder(
         config.model, precision=config.vae_dtype, device=device, keep_text_on_device=vram == "full",
         condition_dtype=config.dtype, chunk_frames=decoded_frames(vram),
+        decoder=config.decoder,
     )  # fmt: skip
     if vram != "12gb":
         return encoder

@@ -22,6 +22,7 @@ from common.video import TEXT_LENGTH, VideoSpec
 
 Config = TypeVar("Config")
 MODEL_HELP = "Model folder in the layout of Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a hub name."
+FULL_DECODER = "full"  # of `decoder`: the VAE's own
 SIZE_OPTIONS = {
     "num_frames": (VideoSpec.num_frames, "Frames of a video, 4k+1."),
     "height": (VideoSpec.height, "Height in pixels, a multiple of 32."),
@@ -98,6 +99,12 @@ def device_option(*, advanced: bool = False) -> Any:  # noqa: ANN401
     """The option `device`, which `common.device.pick_device` understands."""
     text = "cpu, cuda, or auto: cuda if available."
     return option("auto", text, choices=("auto", "cpu", "cuda"), group="devices", advanced=advanced)
+
+
+def decoder_option() -> Any:  # noqa: ANN401
+    """The option `decoder` of the commands that make pixels."""
+    text = "full (exact), or the file of a tiny or pruned decoder of this VAE: faster, an approximation."
+    return option(FULL_DECODER, text, path="input", group="speed", advanced=True)
 
 
 def json_option() -> Any:  # noqa: ANN401

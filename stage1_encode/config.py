@@ -4,7 +4,16 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.options import MODEL_HELP, base_folder_option, check_fields, device_option, json_option, option, size_option
+from common.options import (
+    MODEL_HELP,
+    base_folder_option,
+    check_fields,
+    decoder_option,
+    device_option,
+    json_option,
+    option,
+    size_option,
+)
 from common.video import FrameSize, VideoSpec
 from stage1_encode.media.rows import rows_folder
 from stage1_encode.video_sizes.size_list import format_frame_sizes, list_frame_sizes
@@ -189,6 +198,7 @@ class DecodeConfig:
     watch: bool = option(False, "Decode the previews of a training run as they appear, until it ends.", group="data")
     columns: int = option(6, "Frames per video on the contact sheet.", minimum=1, group="output", advanced=True)
     vae_dtype: str = option("float32", "Precision of the VAE.", choices=DTYPES, group="precision", advanced=True)
+    decoder: str = decoder_option()
     device: str = device_option()
 
     def __post_init__(self) -> None:

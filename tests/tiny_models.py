@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from stage1_encode.decoders.tiny_network import TinyLayout
 
 TEXT_DIM = 16  # D
 PROMPTS = (
@@ -169,3 +172,37 @@ def make_clips(folder: Path, *, count: int = 6, height: int = 64, width: int = 9
         make_clip(folder / name, seed=index, height=height, width=width)
     write_csv(folder / "clips.csv", [(name, PROMPTS[i % len(PROMPTS)]) for i, name in enumerate(names)])
     return folder
+
+
+def random_tiny_decoder(layout: TinyLayout, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random tensors of a decoder of the TAEHV family, under the names that its published files have."""
+    first, second, third, last = layout.widths
+    sizes = [first, second, third]
+    shapes: dict[str, tuple[int, ...]] = {"22.weight": (layout.outputs, last, 3, 3), "22.bias": (layout.outputs,)}
+    shapes |= {"0.weight" if layout.is_wide else "1.weight": (first, layout.latent_channels, 1, 1)}
+    for start, width, after, growth in zip((1, 8, 15), sizes, layout.widths[1:], (1, 2, 2), strict=True):
+        if layout.is_wide:
+            shapes |= {f"{start + 3}.weight": (4 * after, width, 3, 3), f"{start + 3}.bias": (4 * after,)}
+            shapes |= {f"{start + 6}.conv.weight": (growth * after, after, 1, 1)}
+            for n in range(start, start + 3):
+                shapes |= {
+                    f"{n}.conv.0.weight": (2 * width, 1, 7, 7),
+                    f"{n}.conv.1.weight": (4 * width, 2 * width, 1, 1),
+                }
+                shapes |= {f"{n}.conv.1.bias": (4 * width,), f"{n}.conv.3.weight": (width, 4 * width, 1, 1)}
+    for start, width, after, growth in zip((3, 9, 15), sizes, layout.widths[1:], (1, 2, 2), strict=True):
+        if not layout.is_wide:
+            shapes |= {"1.weight": (first, layout.latent_channels, 3, 3), "1.bias": (first,)}
+            shapes |= {f"{start + 4}.conv.weight": (growth * width, width, 1, 1)}
+            shapes |= {f"{start + 5}.weight": (after, width, 3, 3)}
+            for n in range(start, start + 3):
+                shapes |= {f"{n}.conv.0.weight": (width, 2 * width, 3, 3), f"{n}.conv.2.weight": (width, width, 3, 3)}
+                shapes |= {f"{n}.conv.4.weight": (width, width, 3, 3)}
+                shapes |= {f"{n}.conv.{k}.bias": (width,) for k in (0, 2, 4)}
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"decoder.{name}": 0.1 + torch.rand(shape, generator=generator) - 0.5
+        if len(shape) == 1
+        else torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
+        for name, shape in shapes.items()
+    }

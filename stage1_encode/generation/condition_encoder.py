@@ -14,8 +14,10 @@ from torch import Tensor
 
 from common.device import MovableTensors, OffloadedTensors, record_event
 from common.model_folder import locate_model
+from common.options import FULL_DECODER
 from common.video import VideoSpec
 from shards.record import Record, RecordSource
+from stage1_encode.decoders.load_decoder import use_decoder
 from stage1_encode.media.first_frame import UnreadableError, read_first_frame
 from stage1_encode.media.rows import Row, locate_file
 from stage1_encode.models import text_encoder, vae
@@ -57,14 +59,17 @@ def load_condition_encoder(
     keep_text_on_device: bool = True,
     condition_dtype: str = "bfloat16",
     chunk_frames: int = vae.CHUNK_FRAMES,
+    decoder: str = FULL_DECODER,
 ) -> ConditionEncoder:
     """Load the VAE onto the device, and the text encoder, in `condition_dtype`, onto the device or into host memory.
 
     `precision` of the VAE: a dtype, or auto, which is bfloat16 on a GPU and float32 on the CPU.
-    chunk_frames: latent frames that are decoded at once.
+    chunk_frames: latent frames that are decoded at once. decoder: see `use_decoder`.
     """
     folder = locate_model(model, ENCODER_PARTS)
-    autoencoder = load_autoencoder(folder, precision=precision, device=device, chunk_frames=chunk_frames)
+    autoencoder = load_autoencoder(
+        folder, precision=precision, device=device, chunk_frames=chunk_frames, decoder=decoder
+    )
     text_device = device if keep_text_on_device else torch.device("cpu")
     dtype = getattr(torch, condition_dtype)
     text = text_encoder.load_text_encoder(folder, dtype=dtype, device=text_device)
@@ -72,12 +77,17 @@ def load_condition_encoder(
 
 
 def load_autoencoder(
-    folder: Path, *, precision: str, device: torch.device, chunk_frames: int = vae.CHUNK_FRAMES
+    folder: Path,
+    *,
+    precision: str,
+    device: torch.device,
+    chunk_frames: int = vae.CHUNK_FRAMES,
+    decoder: str = FULL_DECODER,
 ) -> WanVae:
     """Load the VAE of a model folder onto the device; the options are those of `load_condition_encoder`."""
     dtype_name = ("bfloat16" if device.type == "cuda" else "float32") if precision == "auto" else precision
     autoencoder = vae.load_vae(folder, dtype=getattr(torch, dtype_name), device=device)
-    autoencoder = replace(autoencoder, chunk_frames=chunk_frames)
+    autoencoder = use_decoder(replace(autoencoder, chunk_frames=chunk_frames), decoder)
     autoencoder.release_diffusers_decoder()  # the larger half of the VAE, which would lie unused
     return autoencoder
 

@@ -18,6 +18,7 @@ from common.options import write_config
 from common.progress import track_progress
 from shards import latent_store
 from stage1_encode.config import DecodeConfig
+from stage1_encode.decoders.load_decoder import check_decoder, use_decoder
 from stage1_encode.media.video_writer import write_video
 from stage1_encode.models import vae
 
@@ -73,8 +74,10 @@ def finished_steps(store: Path) -> list[str]:
 def prepare_decoding(config: DecodeConfig, steps: Sequence[str]) -> vae.WanVae:
     """Check the output folder and load the VAE."""
     check_video_folder(Path(config.out), steps)
+    check_decoder(config.decoder)
     folder = locate_model(config.model, ("vae",))
-    return vae.load_vae(folder, dtype=getattr(torch, config.vae_dtype), device=pick_device(config.device))
+    model = vae.load_vae(folder, dtype=getattr(torch, config.vae_dtype), device=pick_device(config.device))
+    return use_decoder(model, config.decoder)
 
 
 def check_video_folder(folder: Path, steps: Sequence[str]) -> None:

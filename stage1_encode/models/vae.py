@@ -101,7 +101,7 @@ class WanVae:
     mean: Tensor  # (1 C 1 1 1)
     std: Tensor  # (1 C 1 1 1)
     other_decoder: LatentDecoder | None = None  # decodes in place of the model's own
-    chunk_frames: int = CHUNK_FRAMES  # latent frames that the model's own decoder decodes at once
+    chunk_frames: int = CHUNK_FRAMES  # latent frames decoded at once
 
     @property
     def device(self) -> torch.device:
@@ -249,6 +249,14 @@ def load_original_vae(path: Path, dtype: torch.dtype) -> AutoencoderKLWan:
     check_names(path, tensors, model.state_dict())
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     return model
+
+
+def decoder_model(base: AutoencoderKLWan, *, width: int, blocks: int) -> AutoencoderKLWan:
+    """Return the decoder half of a model like `base` with another width and number of blocks, on the meta device."""
+    with torch.device("meta"):
+        model = AutoencoderKLWan(**{**base.config, "decoder_base_dim": width, "num_res_blocks": blocks})
+    model.encoder = model.quant_conv = None
+    return model.eval()
 
 
 def make_frame_encoder(vae: WanVae, *, compiled_batch: int = 0, tf32: bool = False) -> FrameEncoder:

@@ -18,11 +18,13 @@ from torch import Tensor
 from common.device import pick_device
 from common.files import write_file
 from common.model_folder import locate_model
+from common.options import FULL_DECODER
 from common.progress import ProgressBar
 from common.video import FrameSize
 from shards import latent_store
 from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
 from shards.dataset import DataSet, open_data_set
+from stage1_encode.decoders.load_decoder import use_decoder
 from stage1_encode.generation.decode import read_finite_latents
 from stage1_encode.media.video_writer import write_video
 from stage1_encode.models import vae
@@ -80,12 +82,19 @@ class SetResults:
 
 
 def load_tools(
-    model: str, shards: str, device: str, *, judge: str | None, i3d_model: str | None, clip_model: str | None
+    model: str,
+    shards: str,
+    device: str,
+    *,
+    judge: str | None,
+    i3d_model: str | None,
+    clip_model: str | None,
+    decoder: str = FULL_DECODER,
 ) -> EvaluationTools:
     """Load the VAE, the data set and what else is asked for; ValueError for any that cannot be used."""
     folder, torch_device = locate_model(model, ("vae",)), pick_device(device)
     return EvaluationTools(
-        vae.load_vae(folder, dtype=torch.float32, device=torch_device),
+        use_decoder(vae.load_vae(folder, dtype=torch.float32, device=torch_device), decoder),
         open_data_set(shards),
         custom_judge.load_judge(judge) if judge else None,
         i3d_features.load_i3d(i3d_model, torch_device) if i3d_model else None,

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
-from common.options import check_fields, device_option, json_option, max_text_tokens_option, option
+from common.options import (
+    check_fields,
+    decoder_option,
+    device_option,
+    json_option,
+    max_text_tokens_option,
+    option,
+)
 from common.video import FrameSize, parse_frame_size
 from stage2_distill.sampling.config import DTYPES, WEIGHT_SETS
 
@@ -74,6 +81,7 @@ class EvaluateConfig:
         advanced=True,
         old_name="clip",
     )
+    decoder: str = decoder_option()
     batch_size: int = option(1, "Videos sampled, and decoded, at once.", minimum=1, group="memory")
     max_text_tokens: int = max_text_tokens_option(advanced=True, old_name="text_rows")
     dtype: str = option("bfloat16", "Precision of the networks.", choices=DTYPES, group="model", advanced=True)

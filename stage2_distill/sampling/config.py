@@ -3,7 +3,14 @@
 from dataclasses import dataclass, replace
 
 from common.flow import timestep_sigmas
-from common.options import base_folder_option, check_fields, device_option, max_text_tokens_option, option
+from common.options import (
+    base_folder_option,
+    check_fields,
+    decoder_option,
+    device_option,
+    max_text_tokens_option,
+    option,
+)
 from common.video import VideoSpec
 
 DTYPES = ("float32", "bfloat16")  # of the network
@@ -46,6 +53,7 @@ class SampleConfig:
     vae_dtype: str = option(
         "auto", "VAE precision; auto: bfloat16 on GPUs, else float32.", choices=VAE_DTYPES, group="model", advanced=True
     )
+    decoder: str = decoder_option()
     compile: bool = option(
         False, "Compile first (under a minute, then cached); for many videos.", group="speed", advanced=True
     )
