@@ -3,13 +3,15 @@
     python -m benchmarks.sample [--tiny] [--repeats 5] [--rows 20] [--eager] [--only PART,PART]
 
 121 x 704 x 1280 in bfloat16 with compiled blocks; --tiny is a random small model on the CPU, --eager compiles nothing.
-The parts are whole, text, equality, small, rows, stock and streamed. Compilation is reported separately.
+The parts are whole, text, equality, small, rows, stock and streamed. Compilation is reported separately. Under torchrun
+the GPUs share the rows of the part rows; in the others each works for itself.
 """
 
 import argparse
 import csv
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -21,9 +23,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.random_models import diffusers_denoise, random_student, sampling_models
-from benchmarks.runner import GPU, Row, call_times, parse_arguments, peak_gib, run_benchmark
+from benchmarks.runner import Row, call_times, parse_arguments, peak_gib, run_benchmark, sync
 from benchmarks.stock import PROMPT, run_stock
 from benchmarks.watch import PartTimer, median_parts
+from common.device import pick_device
 from common.seed import draw_normal, make_generator
 from common.video import VideoSpec
 from shards.latent_store import read_latents
@@ -37,6 +40,7 @@ from stage1_encode.generation.generate import (
 )
 from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import vae, vae_decoder
+from stage2_distill.distributed.process_group import join_ranks, rank_and_world, wait_for_ranks
 from stage2_distill.dmd.rollout import rollout
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.offload.streamed_blocks import StreamedModule
@@ -48,7 +52,8 @@ class SampleBenchmark:
     def __init__(self, folder: Path, small: bool, repeats: int, count: int) -> None:
         self.folder, self.repeats, self.count = folder, repeats, count
         self.single = float("nan")  # seconds of one video
-        self.device = torch.device("cuda" if GPU and not small else "cpu")
+        self.device = pick_device("cpu" if small else "auto")
+        self.ranks = rank_and_world()
         self.spec = VideoSpec(9, 64, 96) if small else VideoSpec()
         self.student = random_student(self.spec, small, self.device)
         self.sampler: LatentSampler = self.student
@@ -73,7 +78,8 @@ class SampleBenchmark:
         with table.open("w", newline="") as file:
             csv.writer(file).writerows([("prompt", "image", "seed"), *[(PROMPT, "first.png", n) for n in range(count)]])
         (self.folder / f"{count}").mkdir(exist_ok=True)
-        return GenerationRequest(table, out, self.folder / f"{count}.zarr", self.spec, 0)
+        ranks = self.ranks if count > 1 else (0, 1)
+        return GenerationRequest(table, out, self.folder / f"{count}.zarr", self.spec, 0, 1, 1, *ranks)
 
     def generate(self, count: int, *, vram: str = "full") -> None:
         """Generate videos in a memory mode."""
@@ -183,12 +189,15 @@ class SampleBenchmark:
 
     def many_rows(self) -> Iterator[Row]:
         """Time many rows of a CSV."""
-        videos = self.part_timer.time_videos(lambda: self.generate(self.count))
-        seconds, parts = sum(video.whole for video in videos) / self.count, median_parts(videos[1:])
-        rate = f"{3600 / seconds:.0f} videos an hour, x{self.single / seconds:.2f} of one at a time"
-        yield f"{self.count} rows", rate
-        later = f"denoising {parts.denoising:.3f} s, decode {parts.decode:.3f} s, between videos {parts.before:.3f} s"
-        yield "of them a later one", f"{later}; {videos[0].before:.2f} s before the first"
+        peak_gib()
+        wait_for_ranks()
+        began = sync()
+        self.generate(self.count)
+        sync()
+        wait_for_ranks()
+        seconds = (time.perf_counter() - began) / self.count
+        rate = f"{3600 / seconds:.0f} videos an hour, x{self.single / seconds:.2f} of one at a time on one GPU"
+        yield f"{self.count} rows on {self.ranks[1]} x {self.device.type}", f"{rate}; peak {peak_gib():.1f} GiB"
 
 
 PARTS = {
@@ -211,8 +220,10 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
 def main() -> None:
     """Measure, print and append to the results."""
     options = parse_arguments(__doc__, tiny=False, repeats=5, rows=20, only=",".join(PARTS), eager=False)
+    rank, _ = join_ranks("cpu" if options.tiny else "auto")
     with tempfile.TemporaryDirectory() as folder:
-        run_benchmark("sample", measure(options, Path(folder)), keep=not options.tiny, model="random weights")
+        rows = measure(options, Path(folder))
+        run_benchmark("sample", rows, keep=not options.tiny, rank=rank, model="random weights")
 
 
 if __name__ == "__main__":

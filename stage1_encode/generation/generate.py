@@ -1,6 +1,7 @@
 """Generate mp4 files from prompts and pictures in one process; the denoiser is passed in as a `LatentSampler`.
 
-The GPU does one thing at a time; the reading of pictures, H.264 and the latent store run beside it in threads.
+A batch is decoded in a thread while the next one is denoised, on a GPU in a stream of its own; the reading of pictures,
+H.264 and the latent store have threads too. Where models leave the GPU while idle, it does one thing at a time.
 Shapes: B videos, C channels, T latent frames, H W latent size, F frames, X Y pixels.
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -42,7 +44,7 @@ GROUP_NAME, SHEET_COLUMNS = "sample", 6  # group in the latent store; frames per
 SINGLE = 4  # bytes of a float32
 ROWS_PER_CHUNK = 64  # rows whose conditions are encoded together
 # GiB that each mode needs at 121 x 704 x 1280, with the driver's context (benchmarks/results/sample-*)
-REQUIRED_GIB = {"full": 33, "16gb": 15, "12gb": 11}  # of 12gb by arithmetic: docs/sampling.md
+REQUIRED_GIB = {"full": 36, "16gb": 15, "12gb": 11}  # of 12gb and full by arithmetic: docs/sampling.md
 
 
 class LatentSampler(Protocol):
@@ -120,9 +122,11 @@ def generate_videos(
     began = log_start(request, encoder, len(all_rows), vram)
     try:
         with ExitStack() as stack, ProgressBar(len(rows) * request.segments, label="sample") as progress:
-            store_thread = stack.enter_context(ThreadPoolExecutor(1))
+            store_thread, decode_thread = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
             positions = {row.key: index for index, row in enumerate(rows)}
-            generator = VideoGenerator(request, encoder, sampler, vram, stack, store_thread, progress, positions)
+            generator = VideoGenerator(
+                request, encoder, sampler, vram, stack, store_thread, decode_thread, progress, positions
+            )
             for start in range(0, len(rows), ROWS_PER_CHUNK):
                 generator.generate_rows(rows[start : start + ROWS_PER_CHUNK])
             files = generator.finish_files()
@@ -202,6 +206,12 @@ class VideoJob:
         self.frame_count += len(frames)
 
 
+@cache
+def decode_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Return the stream of all decoding beside denoising, one per GPU: torch keeps freed memory for its stream."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
 @dataclass
 class VideoGenerator:
     """Generates batches of videos."""
@@ -212,10 +222,12 @@ class VideoGenerator:
     vram: str  # a mode of `REQUIRED_GIB`
     stack: ExitStack  # closes the files, also after an error
     store_thread: ThreadPoolExecutor
+    decode_thread: ThreadPoolExecutor
     progress: ProgressBar
     positions: Mapping[str, int]  # of each key's row among those of this rank
     jobs: list[VideoJob] = field(default_factory=list)
     pending_store: Future[None] | None = None
+    pending_decode: Future[list[Tensor]] | None = None
 
     @property
     def offload(self) -> bool:
@@ -248,11 +260,9 @@ class VideoGenerator:
             if self.offload:
                 self.sampler.move_to(CPU)
             self.store_latents(records, x0, segment)
-            pairs = zip(jobs, x0, strict=True)
-            last_frames = [self.decode_segment(job, video, skip_first=segment > 0) for job, video in pairs]
-            self.progress.advance(count=len(records))
+            self.start_decoding(jobs, x0, segment)
             if segment + 1 < self.request.segments:
-                first_frames = [encode_picture(self.encoder, frame) for frame in last_frames]
+                first_frames = [encode_picture(self.encoder, frame) for frame in self.finish_decoding()]
                 records = [replace(old, first_frame=new) for old, new in zip(records, first_frames, strict=True)]
         self.jobs += jobs
 
@@ -263,6 +273,41 @@ class VideoGenerator:
         job = VideoJob(path, self.request, on_sheet=self.positions[record.key] < MAX_SHEET_ROWS)
         self.stack.push(job.writer)
         return job
+
+    def start_decoding(self, jobs: Sequence[VideoJob], x0: Tensor, segment: int) -> None:
+        """Decode latents (B C T H W) in the thread; returns when the previous ones are decoded, to bound the memory."""
+        self.finish_decoding()
+        on_gpu = x0.device.type == "cuda"
+        own = torch.cuda.current_stream(x0.device) if on_gpu and self.offload else decode_stream(x0.device)
+        self.pending_decode = self.decode_thread.submit(self._decode, jobs, x0, segment, own, record_event(x0.device))
+        if self.offload:
+            self.pending_decode.result()  # the memory does not suffice for two things at a time
+
+    def finish_decoding(self) -> list[Tensor]:
+        """Wait for the videos that are being decoded; returns the last frame (X Y 3) uint8 of each."""
+        if self.pending_decode is None:
+            return []
+        last_frames, self.pending_decode = self.pending_decode.result(), None
+        self.progress.advance(count=len(last_frames))
+        return last_frames
+
+    def _decode(
+        self,
+        jobs: Sequence[VideoJob],
+        x0: Tensor,
+        segment: int,
+        stream: torch.cuda.Stream | None,
+        event: torch.cuda.Event | None,
+    ) -> list[Tensor]:
+        with torch.cuda.stream(stream):  # of None: nothing
+            if stream and event:
+                stream.wait_event(event)  # the latents may still be being computed
+            pairs = zip(jobs, x0, strict=True)
+            last_frames = [self.decode_segment(job, video, skip_first=segment > 0) for job, video in pairs]
+            # the other stream may use the memory of x0, and read the last frames, only after this one
+            if done := record_event(x0.device):
+                done.synchronize()
+        return last_frames
 
     def decode_segment(self, job: VideoJob, video: Tensor, *, skip_first: bool) -> Tensor:
         """Decode latents (C T H W) into the file and return the last frame (X Y 3) uint8.
@@ -294,6 +339,7 @@ class VideoGenerator:
 
     def finish_files(self) -> list[Path]:
         """Wait for everything that is still being written; returns the files."""
+        self.finish_decoding()
         if self.pending_store:
             self.pending_store.result()
         jobs = sorted(self.jobs, key=lambda job: job.writer.path)
