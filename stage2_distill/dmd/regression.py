@@ -52,8 +52,8 @@ class FirstStepAnchor:
         """Sigmas of the teacher's first steps from pure noise, uniform in time before the shift, and where they end."""
         return tuple(shift(1 - step / ANCHOR_STEPS, self.shift) for step in range(self.anchor_steps + 1))
 
-    def loss(self, samples: Simulated, teacher: Denoiser) -> Tensor:
-        """Weighted mean over the free frames of (v - (eps - x_k) / (1 - sigma_k))^2, a scalar; 0 after other exits.
+    def distance(self, samples: Simulated, teacher: Denoiser) -> Tensor:
+        """Mean over the free frames of (v - (eps - x_k) / (1 - sigma_k))^2, a scalar; 0 after other exits.
 
         v = eps - x0 is the student's velocity in its first step, from the noise eps, and x_k the teacher's latent after
         k guided steps from the same noise: that step sets layout and motion, and follows one seed's path rather than
@@ -66,4 +66,4 @@ class FirstStepAnchor:
         latent = follow_path(teacher, noise, samples.condition, sigmas=path)
         target = (noise - latent) / (1 - path[-1])
         error = (noise - samples.x0 - target) ** 2
-        return self.anchor_weight * free_mean(error, samples.condition).mean()
+        return free_mean(error, samples.condition).mean()

@@ -61,7 +61,7 @@ class StudentObjective:
         if self.regression.regression_weight:
             total = total + self.regression.regression_weight * self.regression.distance(samples, self.teacher)
         if self.anchor.anchor_weight:
-            total = total + self.anchor.loss(samples, self.teacher)
+            total = total + self.anchor.anchor_weight * self.anchor.distance(samples, self.teacher)
         return total, matching
 
     def warmup_loss(self, samples: Simulated, _: MicroBatch) -> LossPair:

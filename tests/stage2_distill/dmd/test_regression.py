@@ -68,12 +68,12 @@ def test_the_anchors_target_is_the_chord_of_the_teachers_path(steps: int) -> Non
     noise, video = (torch.randn(4, 2, 1, 1, 1, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     x0 = torch.zeros_like(noise, requires_grad=True)
     anchor = FirstStepAnchor(0.5, steps, 5.0)
-    loss = anchor.loss(Simulated(x0, TEXT_ONLY, 0, noise), lambda x_t, sigma, condition: video)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.5 * video.square().mean().item(), rel=1e-3)
-    torch.testing.assert_close(x0.grad, -video / x0.numel(), rtol=1e-3, atol=1e-4)
+    distance = anchor.distance(Simulated(x0, TEXT_ONLY, 0, noise), lambda x_t, sigma, condition: video)
+    distance.backward()
+    assert distance.item() == pytest.approx(video.square().mean().item(), rel=1e-3)
+    torch.testing.assert_close(x0.grad, -2 * video / x0.numel(), rtol=1e-3, atol=1e-4)
     assert anchor.path()[0] == 1 and anchor.path()[-1] == pytest.approx(shift(1 - steps / 24, 5.0))
-    other = anchor.loss(Simulated(x0, TEXT_ONLY, 1, noise), lambda x_t, sigma, condition: video)
+    other = anchor.distance(Simulated(x0, TEXT_ONLY, 1, noise), lambda x_t, sigma, condition: video)
     assert other.item() == 0
 
 

@@ -122,8 +122,10 @@ def test_no_guidance_cannot_be_decoupled() -> None:
 
 def test_the_anchor_acts_on_the_first_step_alone() -> None:
     for exit_index in range(4):
-        total, reported = objective(anchor_weight=0.5).matching_loss(*samples(exit_index))
+        terms = objective(anchor_weight=0.5)
+        total, reported = terms.matching_loss(*samples(exit_index))
         assert bool(total > reported) is (exit_index == 0)
+        torch.testing.assert_close(total - reported, 0.5 * terms.anchor.distance(samples(exit_index)[0], terms.teacher))
 
 
 def test_the_regression_is_not_reported() -> None:
