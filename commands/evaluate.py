@@ -1,13 +1,24 @@
 """The `evaluate` command: latents and report of stage two, measurements of videos of stage one."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from common.device import pick_device
 from common.files import staged_output
+from common.model_folder import locate_model
+from shards.comparison import Comparison, write_comparison
+from stage1_encode.models.vae import load_vae
 from stage1_encode.video_metrics.evaluate_videos import EvaluationTools, load_tools, measure_videos
+from stage1_encode.video_metrics.true_clips import TRUE_CLIPS, encode_true_clips
 from stage2_distill.distributed.process_group import join_ranks, own_folder, wait_for_ranks
-from stage2_distill.evaluation.compare import list_record_sizes, open_evaluation, sample_comparison
+from stage2_distill.evaluation.compare import EvaluationSetup, list_record_sizes, open_evaluation, sample_comparison
 from stage2_distill.evaluation.config import EvaluateConfig
+from stage2_distill.evaluation.latent_metrics import MIN_TESTED
 from stage2_distill.evaluation.report import PAGE_FILE, write_report
 from stage2_distill.evaluation.selection import (
     RankedCheckpoint,
@@ -16,6 +27,7 @@ from stage2_distill.evaluation.selection import (
     write_best_checkpoint,
 )
 from stage2_distill.evaluation.size_report import write_size_report
+from stage2_distill.evaluation.two_sample import tell_pixels_apart
 
 
 def evaluate_students(config: EvaluateConfig) -> Path:
@@ -64,9 +76,31 @@ def evaluate_size(config: EvaluateConfig, rank: int, *, select: bool) -> Path:
     with own_folder(out):
         if select:
             write_best_checkpoint(Path(config.checkpoint[0]), [rank_checkpoints(setting)], rank)
-        sample_comparison(setting)
+        comparison = sample_comparison(setting)
+        if config.true_clips and rank == 0:
+            add_true_clips(setting, comparison)
         if config.videos and rank == 0:
             with staged_output(out) as staging:
                 measure_videos(out, staging, open_tools(config), max_videos=config.videos,
-                               report_videos=config.report_videos, batch_size=config.batch_size)  # fmt: skip
+                               report_videos=config.report_videos, batch_size=config.batch_size,
+                               tell_apart=pixel_test_of(config, len(setting.records)))  # fmt: skip
         return write_report(config) if rank == 0 else out / PAGE_FILE
+
+
+def add_true_clips(setting: EvaluationSetup, comparison: Comparison) -> None:
+    """Encode the whole clips of the conditions (stage one), and add them to the comparison as its last row."""
+    config = setting.config
+    model = load_vae(locate_model(config.model, ("vae",)), dtype=torch.float32, device=pick_device(config.device))
+    encode_true_clips(model, setting.store, Path(str(config.true_clips)), setting.records, setting.facts.spec,
+                      seeds=comparison.seeds, batch_size=config.batch_size)  # fmt: skip
+    contestants = (*comparison.contestants, TRUE_CLIPS)
+    write_comparison(Path(config.out), replace(comparison, contestants=contestants))
+
+
+def pixel_test_of(
+    config: EvaluateConfig, count: int
+) -> Callable[[Tensor, Tensor, int], tuple[float, float, float]] | None:
+    """The two-sample test of decoded videos, of stage two; None if there are too few videos."""
+    if min(config.videos, count) < MIN_TESTED:
+        return None
+    return partial(tell_pixels_apart, device=str(pick_device(config.device)))

@@ -36,6 +36,7 @@ DOORS = {  # library -> the only files that may import it
         "stage1_encode/media/first_frame.py",
         "stage1_encode/media/video_frame.py",
         "stage1_encode/media/video_writer.py",
+        "stage1_encode/media/whole_clip.py",
     },
     "zarr": {"shards/latent_store.py"},
     "msgspec": {"common/files.py", "shards/latent_store.py"},

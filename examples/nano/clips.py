@@ -2,7 +2,8 @@
 
 Writes `clips/*.mp4` with `clips.csv` (video, prompt) for training, and `images/*.png` with `prompts.csv`
 (prompt, image, seed) of held-out scenes for sampling; every fifth of those has no image: the prompt alone decides.
-With `--conditions 8192 --out WORK` it writes the many first frames that distilling and evaluating on a GPU need.
+With `--conditions 8192 --out WORK` it writes the many first frames that distilling and evaluating on a GPU need, with
+`--held-clips 8192 --out WORK` the whole held-out clips that `cli.py evaluate --true-clips WORK/clips.csv` compares.
 """
 
 import argparse
@@ -29,12 +30,14 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[obje
         csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
 
-def write_clips(out: Path, count: int, sizes: Sequence[FrameSize] = LANDSCAPE) -> None:
-    """Write `count` training clips and their CSV; batches of them take turns with the sizes."""
+def write_clips(
+    out: Path, count: int, sizes: Sequence[FrameSize] = LANDSCAPE, *, seed: int = CLIPS_SEED, held: bool = False
+) -> None:
+    """Write `count` clips, of training or held out, and their CSV; batches of them take turns with the sizes."""
     (out / "clips").mkdir(parents=True, exist_ok=True)
     rows = []
     for first, index, size in batches(count, sizes):
-        scenes = draw_scenes(CLIPS_SEED, index, held=False, size=size)
+        scenes = draw_scenes(seed, index, held=held, size=size)
         for index, (video, prompt) in enumerate(zip(render(scenes), captions(scenes), strict=True)):
             name = f"clips/{first + index:06d}.mp4"
             write_video(out / name, video.numpy(), fps=FPS)
@@ -78,6 +81,7 @@ def main() -> None:
     parser.add_argument(
         "--held-out", type=int, default=128, help="held-out first frames; with --conditions, in OUT/held"
     )
+    parser.add_argument("--held-clips", type=int, default=0, help="write this many held-out whole clips instead")
     parser.add_argument(
         "--sizes",
         type=parse_frame_size,
@@ -88,6 +92,9 @@ def main() -> None:
     args = parser.parse_args()
     sizes = tuple(args.sizes)
     held = {"seed": PROMPTS_SEED, "held": True, "sizes": sizes}
+    if args.held_clips:
+        write_clips(args.out, args.held_clips, **held)
+        return
     if args.conditions:
         train = args.out / "train"
         write_conditions(train, "train.csv", seed=CLIPS_SEED, count=args.conditions, held=False, sizes=sizes)

@@ -251,6 +251,11 @@ def _read_video(path: str, rules: ColorRules) -> SourceImage:
     source = _decode_video(path)
     if isinstance(source, SourceImage):
         return source
+    return show_frame(source, rules)
+
+
+def show_frame(source: DecodedFrame, rules: ColorRules) -> SourceImage:
+    """A decoded frame as it is displayed; `UnreadableError` if nothing can show it."""
     frame, aspect = source.frame, source.aspect
     if is_bare_dolby_vision(source.codec_tag, frame):
         raise UnreadableError("is Dolby Vision that nothing else can show (profile 5); convert it to HDR10 or SDR")

@@ -5,6 +5,7 @@ OUT/i3d.safetensors. Shapes: B videos, F frames, X Y pixels, D features.
 """
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -28,7 +29,7 @@ from stage1_encode.decoders.load_decoder import use_decoder
 from stage1_encode.generation.decode import read_finite_latents
 from stage1_encode.media.video_writer import write_video
 from stage1_encode.models import vae
-from stage1_encode.video_metrics import clip_score, custom_judge, frame_metrics, i3d_features
+from stage1_encode.video_metrics import clip_score, custom_judge, frame_metrics, i3d_features, pixel_test
 
 PIXELS_FILE, FEATURES_FILE, VIDEOS_FOLDER = "pixels.json", "i3d.safetensors", "videos"
 MAX_REPORT_WIDTH = 480  # pixels of a video in the report
@@ -103,42 +104,75 @@ def load_tools(
 
 
 def measure_videos(
-    out: Path, target: Path, tools: EvaluationTools, *, max_videos: int, report_videos: int, batch_size: int
+    out: Path,
+    target: Path,
+    tools: EvaluationTools,
+    *,
+    max_videos: int,
+    report_videos: int,
+    batch_size: int,
+    tell_apart: pixel_test.TellApart | None,
 ) -> None:
     """Measure the first videos of every set of the comparison in `out`, and write the results into `target`.
 
-    The videos of the first `report_videos` conditions and of the first seed are written for the report.
+    The videos of the first `report_videos` conditions and of the first seed are written for the report. `tell_apart`
+    is the two-sample test of pixels; None = none.
     """
     comparison, store = read_comparison(out), out / LATENTS_STORE
     count = min(max_videos, comparison.count)
     report_names = [latent_set_name(candidate, comparison.seeds[0]) for candidate in comparison.contestants]
     size = latent_store.describe_group(store, report_names[0]).spec.frame_size
     first_frames = decode_first_frames(tools, size, count, batch_size)  # once, as every set starts from them
-    results = {name: SetResults() for name in sets_to_measure(comparison, references=tools.i3d is not None)}
+    test = pixel_test.open_pixel_test(comparison, tell_apart) if tell_apart else None
+    names = sets_to_measure(comparison, references=tools.i3d is not None or test is not None)
+    results = {name: SetResults() for name in names}
     with ProgressBar(count * len(results), label="measure videos") as progress:
         for name, result in results.items():
-            group = latent_store.describe_group(store, name)
-            for start in range(0, count, batch_size):
-                rows = range(start, min(start + batch_size, count))
-                videos = decode_latents(tools.vae, read_finite_latents(store, group, rows))
-                result.add(tools, videos, first_frames[start : rows.stop], list(group.prompts[start : rows.stop]))
+            windows, fps = [], latent_store.describe_group(store, name).spec.fps
+            for start, videos, prompts in decode_set(tools.vae, store, name, count, batch_size):
+                result.add(tools, videos, first_frames[start : start + len(videos)], prompts)
+                if test:
+                    windows.append(pixel_test.cut_window(videos))
                 if name in report_names:
-                    for row, video in zip(rows[: max(0, report_videos - start)], videos, strict=False):
-                        write_report_video(target / VIDEOS_FOLDER / name / f"{row:03d}.mp4", video, fps=group.spec.fps)
-                progress.advance(count=len(rows))
-    if tools.i3d:
-        features = {name: torch.stack(result.features) for name, result in results.items()}
-        write_file(target / FEATURES_FILE, save(features))  # the distance between sets is the report's work
+                    for row, video in enumerate(videos[: max(0, report_videos - start)], start=start):
+                        write_report_video(target / VIDEOS_FOLDER / name / f"{row:03d}.mp4", video, fps=fps)
+                progress.advance(count=len(videos))
+            if test:
+                test.add(name, windows)
     facts = {"videos": count, "shown": min(report_videos, count), "i3d": tools.i3d is not None}
+    write_results(target, results, facts | {"told_apart": test.answers if test else {}})
+
+
+def write_results(target: Path, results: Mapping[str, SetResults], facts: Mapping[str, object]) -> None:
+    """Write the results of all sets, and the features of an I3D network: the distance between sets is the report's."""
+    if facts["i3d"]:
+        features = {name: torch.stack(result.features) for name, result in results.items()}
+        write_file(target / FEATURES_FILE, save(features))
     sets = {name: result.summarize() for name, result in results.items()}
-    write_file(target / PIXELS_FILE, (json.dumps(facts | {"sets": sets}, indent=1) + "\n").encode())
+    write_file(target / PIXELS_FILE, (json.dumps({**facts, "sets": sets}, indent=1) + "\n").encode())
+
+
+def decode_set(
+    model: vae.WanVae, store: Path, name: str, count: int, batch_size: int
+) -> Iterator[tuple[int, Tensor, list[str]]]:
+    """Yield the first row, the videos (B F X Y 3) uint8 and the prompts of each batch of a set's first rows."""
+    group = latent_store.describe_group(store, name)
+    for start in range(0, count, batch_size):
+        rows = range(start, min(start + batch_size, count))
+        yield (
+            start,
+            decode_latents(model, read_finite_latents(store, group, rows)),
+            list(group.prompts[start : rows.stop]),
+        )
 
 
 def sets_to_measure(comparison: Comparison, *, references: bool) -> list[str]:
-    """Return the names of the sets, with the teacher's further seeds only if a distance needs these `references`."""
-    names = [latent_set_name(candidate, seed) for candidate in comparison.contestants for seed in comparison.seeds]
-    if references:
-        names += [latent_set_name(comparison.teacher, seed) for seed in comparison.references]
+    """Return the names of the sets, with the teacher's further seeds only if a distance needs these `references`.
+
+    They come first, so that every other set can be compared as soon as it is decoded.
+    """
+    names = [latent_set_name(comparison.teacher, seed) for seed in comparison.references] if references else []
+    names += [latent_set_name(candidate, seed) for candidate in comparison.contestants for seed in comparison.seeds]
     return list(dict.fromkeys(names))  # a reference may be one of the teacher's own seeds
 
 

@@ -183,13 +183,19 @@ def makes_videos(facts: checkpoints.StudentFacts, spec: VideoSpec) -> bool:
 
 
 def teacher_samplers(setting: EvaluationSetup) -> list[CandidateSampler]:
-    """The teacher at its many steps and at the student's, and the student as it was before distillation."""
+    """The teacher at its many steps and at the student's, and the student as it was before distillation.
+
+    With `controls` also the teacher without guidance, if it has one.
+    """
     facts, scale, steps = setting.facts, setting.guidance_scale, setting.config.teacher_steps
     sigmas = teacher_sigmas(facts, steps)
+    unguided = CandidateSampler("teacher-unguided", "teacher, no guidance", "teacher-unguided", sigmas, renoise=False)
+    controls = [unguided] if setting.config.controls and scale != 1 else []
     return [
         CandidateSampler("teacher", "teacher", "teacher", sigmas, scale, renoise=False),
         CandidateSampler("teacher-few", "teacher", "teacher-few", facts.sigmas, scale, renoise=False),
         CandidateSampler("undistilled", "undistilled student", "undistilled", facts.sigmas),
+        *controls,
     ]
 
 

@@ -52,6 +52,13 @@ class EvaluateConfig:
         group="metrics",
     )
     controls: bool = option(False, "Also sample the teacher without guidance.", group="metrics", advanced=True)
+    true_clips: str | None = option(
+        None,
+        "CSV that the shards were encoded from: also measure its whole clips, through the VAE.",
+        path="input",
+        group="metrics",
+        advanced=True,
+    )
     videos: int = option(
         256, "Videos per set that are decoded and measured; 0 = latents only.", minimum=0, group="metrics"
     )

@@ -7,17 +7,18 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from common.device import pick_device
 from common.progress import ProgressBar
 from shards import latent_store
 from shards.comparison import Comparison, latent_set_name
 from stage2_distill.evaluation.feature_maps import latent_energies, latent_features, spectral_features, tanh_features
-from stage2_distill.evaluation.two_sample import two_sample_accuracy
+from stage2_distill.evaluation.two_sample import NORMAL_95, default_settings, two_sample_accuracy
 
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 % points, 1..10 degrees
 BATCH_BYTES = 2**28  # bytes of latents in memory
@@ -59,6 +60,18 @@ def seed_statistics(values: Sequence[float]) -> SeedStatistics:
     return SeedStatistics(mean, deviation, mean - half, mean + half, tuple(values))
 
 
+def accuracy_statistics(answers: Sequence[tuple[float, float, float]]) -> SeedStatistics:
+    """Summarise one accuracy and its interval (mean, low, high) per seed of the noise.
+
+    All seeds share the conditions, so the mean of their intervals' widths stays; what the seeds differ by is added.
+    """
+    found = seed_statistics([mean for mean, _, _ in answers])
+    # bounds are cut at 0 and 1, so the wider side is the half width
+    halves = [max(mean - low, high - mean) for mean, low, high in answers]
+    half = math.hypot(statistics.fmean(halves), NORMAL_95 * (found.deviation or 0.0) / math.sqrt(len(answers)))
+    return replace(found, low=max(0.0, found.mean - half), high=min(1.0, found.mean + half))
+
+
 def rms_distance(a: Tensor, b: Tensor) -> Tensor:
     """Root mean squared difference (B) of the free frames 1..T-1 of latents a and b (B C T H W)."""
     return (a[:, :, 1:].float() - b[:, :, 1:].float()).square().mean(dim=(1, 2, 3, 4)).sqrt()
@@ -83,7 +96,8 @@ class CandidateScores:
     sharpness: tuple[float, ...]  # ratios to the teacher's videos of the same conditions and seed
     temporal_variance: tuple[float, ...]
     latent_contrast: tuple[float, ...]
-    accuracy: tuple[float, ...] | None  # of the two-sample test, as frechet; None = too few conditions
+    accuracy: SeedStatistics | None  # of the two-sample test, as frechet; None = too few conditions
+    accuracy_plain: SeedStatistics | None = None  # of that without whitening; None = not asked for too
 
 
 @dataclass
@@ -117,7 +131,7 @@ def teacher_errors(scores: CandidateScores, diversity: float | None) -> list[flo
     errors = [mean(scores.frechet), mean(scores.tanh_frechet), mean(scores.spectral_frechet)]
     errors += [abs(mean(one) - 1) for one in (scores.sharpness, scores.temporal_variance, scores.latent_contrast)]
     if scores.accuracy is not None:
-        errors.append(abs(mean(scores.accuracy) - 0.5))
+        errors.append(abs(scores.accuracy.mean - 0.5))
     if scores.diversity is not None and diversity:
         errors.append(abs(scores.diversity / diversity - 1))
     return errors
@@ -129,8 +143,13 @@ def reference_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     return (*seeds[1:], seeds[0] if len(seeds) > 2 else max(seeds) + 1)
 
 
-def score_candidates(store: Path, comparison: Comparison, *, device: str = "cpu") -> dict[str, CandidateScores]:
-    """Scores by the names of the candidates, from all N videos; the classifier runs on `device`."""
+def score_candidates(
+    store: Path, comparison: Comparison, *, device: str = "cpu", plain: bool = False
+) -> dict[str, CandidateScores]:
+    """Scores by the names of the candidates, from all N videos; the classifier runs on `device`, which may be `auto`.
+
+    `plain`: the two-sample test without whitening too.
+    """
     sums = collect_sums(store, comparison)
     sets = {name: tuple(map(torch.cat, zip(*parts, strict=True))) for name, parts in sums.features.items()}
     energies = {name: torch.cat(parts).mean(dim=0) for name, parts in sums.energies.items()}
@@ -157,22 +176,29 @@ def score_candidates(store: Path, comparison: Comparison, *, device: str = "cpu"
             sharpness,
             temporal,
             contrast,
-            tell_apart(store, comparison, pairs, device),
+            *tell_apart(store, comparison, pairs, pick_device(device), plain),
         )
     return scores
 
 
 def tell_apart(
-    store: Path, comparison: Comparison, pairs: Sequence[tuple[str, str]], device: str
-) -> tuple[float, ...] | None:
-    """Accuracy of the two-sample test between each set and its reference; None if there are too few conditions."""
+    store: Path, comparison: Comparison, pairs: Sequence[tuple[str, str]], device: torch.device, plain: bool
+) -> tuple[SeedStatistics | None, SeedStatistics | None]:
+    """Accuracies of the two-sample test between each set and its reference, whitened and, if asked for, plain.
+
+    None if there are too few conditions.
+    """
     if comparison.count < MIN_TESTED:
-        return None
-    accuracies = []
+        return None, None
+    kinds: tuple[bool, ...] = (True, False) if plain else (True,)
+    answers: dict[bool, list[tuple[float, float, float]]] = {kind: [] for kind in kinds}
     for (own, other), seed in zip(pairs, comparison.seeds, strict=True):
         one, reference = (read_windows(store, name, comparison.count) for name in (own, other))
-        accuracies.append(two_sample_accuracy(one, reference, seeds=(seed,), device=device).mean)
-    return tuple(accuracies)
+        for kind in kinds:
+            settings = replace(default_settings(device), whiten=kind)
+            found = two_sample_accuracy(one, reference, seeds=(seed,), device=device, settings=settings)
+            answers[kind].append((found.mean, found.low, found.high))
+    return accuracy_statistics(answers[True]), accuracy_statistics(answers[False]) if plain else None
 
 
 def read_windows(store: Path, name: str, count: int) -> Tensor:

@@ -20,6 +20,7 @@ from shards import latent_store
 from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
 from stage2_distill.checkpointing.format import resolve_checkpoint
 from stage2_distill.evaluation import latent_metrics
+from stage2_distill.evaluation.checkpoint_curve import MAP_NAMES, draw_curve, rise_sentence
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import CandidateScores, SeedStatistics, seed_statistics
 from stage2_distill.evaluation.selection import SELECTION_FILE
@@ -32,20 +33,28 @@ LATENT_METRICS = ("frechet", "times_floor", "to_teacher", "diversity", "evaluati
 LATENT_TITLES = (
     "distance ↓", "times the floor ↓", "to teacher, same noise ↓", "diversity ≈", "evaluations ↓", "s per video ↓",
 )  # fmt: skip
-# Columns of the table of measures that see what the distance does not, and their titles.
-MEASURES = (
-    "times_floor", "times_floor_tanh", "times_floor_spectral", "accuracy", "sharpness", "temporal_variance",
-    "latent_contrast", "diversity_of_teacher",
-)  # fmt: skip
-MEASURE_TITLES = (
-    "floors, convolutions ↓", "floors, tanh ↓", "floors, spectra ↓", "told apart ↓", "sharpness ≈",
-    "temporal variance ≈", "contrast ≈", "diversity ≈",
-)  # fmt: skip
+# Columns of the tables of measures that see what the distance does not, and their titles.
+MEASURES = {
+    "floors": "floors, convolutions ↓",
+    "floors_tanh": "floors, tanh ↓",
+    "floors_spectral": "floors, spectra ↓",
+    "accuracy": "told apart, whitened latents ↓",
+    "accuracy_plain": "told apart, latents ↓",
+    "accuracy_pixels": "told apart, pixels ↓",
+}
+RATIOS = {
+    "sharpness": "sharpness ≈",
+    "temporal_variance": "temporal variance ≈",
+    "latent_contrast": "contrast ≈",
+    "diversity_of_teacher": "diversity ≈",
+}
 MEASURE_NOTE = (
     "No single measure decides. Three distances in different maps, each over the teacher's own; the share of held-out "
-    "latents that a small classifier tells from the teacher's of another seed, 0.5 = it cannot; the others are "
-    "ratios to the teacher's on the same conditions, of latents. `to teacher, same noise` above is no order: the mean "
-    "of all answers is nearest to every one, so it prefers blurred students."
+    "videos that a small classifier tells from the teacher's of another seed, 0.5 = it cannot: of latents, whitened, "
+    "where any error of one step shows however small it is, and as they are; of decoded pixels, whitened. The others "
+    "are ratios to the teacher's on the same conditions, of latents. In brackets the 95 % interval over the seeds, of "
+    "accuracies over the conditions too. `to teacher, same noise` above is no order: the mean of all answers is "
+    "nearest to every one, so it prefers blurred students."
 )
 SELECTION_NOTE = (
     "The rank is the mean of the ranks by each of these measures (1 = nearest to the teacher in all), on other "
@@ -109,18 +118,28 @@ def write_report(config: EvaluateConfig) -> Path:
     return out / PAGE_FILE
 
 
+# Columns of the summary in text: title, key of the candidate.
+SUMMARY = {
+    "whitened": "accuracy", "latents": "accuracy_plain", "pixels": "accuracy_pixels", "sharpness": "sharpness",
+    "tanh": "floors_tanh", "spectra": "floors_spectral", "convolutions": "floors",
+}  # fmt: skip
+
+
 def summary_lines(out: Path) -> list[str]:
-    """The candidates of OUT/report.json as a table in text: distance, valid videos if there is a judge, seconds."""
+    """The candidates of OUT/report.json as a table in text: told apart, sharpness, floors, valid videos, seconds."""
     report = read_results(out / REPORT_FILE)
-    lines = [
-        f"{'':34}{'told apart':>12}{'sharpness':>11}{'distance / floor':>18}{'valid videos':>14}{'s per video':>13}"
-    ]
+    lines = [f"{'':34}{'told apart':>31}{'':11}{'distance / floor':>31}{'valid':>8}{'s per':>9}"]
+    lines += [f"{'':34}{''.join(f'{title:>{max(9, len(title) + 2)}}' for title in SUMMARY)}{'videos':>8}{'video':>9}"]
     for one in report["contestants"].values():
+        figures = ""
+        for title, key in SUMMARY.items():
+            text = "-" if one[key] is None else f"{one[key]['mean']:.3f}"
+            figures += f"{text:>{max(9, len(title) + 2)}}"
         valid = one.get("answers", {}).get("valid")
         share = "-" if valid is None else f"{valid['mean']:.3f}"
-        accuracy = "-" if one["accuracy"] is None else f"{one['accuracy']['mean']:.3f}"
-        row = f"{one['label']:34}{accuracy:>12}{one['sharpness']['mean']:11.3f}{one['times_floor']:18.2f}"
-        lines.append(f"{row}{share:>14}{one['seconds']:13.3g}")
+        lines.append(f"{one['label']:34}{figures}{share:>8}{one['seconds']:9.3g}")
+    if report.get("selection"):
+        lines.append(rise_sentence(report["selection"]))
     return lines
 
 
@@ -154,7 +173,7 @@ def build_report(
     device: str = "cpu",
 ) -> EvaluationReport:
     """Collect the results from the store of latents and from the contents of pixels.json and selection.json."""
-    scores = latent_metrics.score_candidates(out / LATENTS_STORE, comparison, device=device)
+    scores = latent_metrics.score_candidates(out / LATENTS_STORE, comparison, device=device, plain=True)
     teacher_scores = scores[comparison.teacher.name]
     teacher_sets = [latent_set_name(comparison.teacher, seed) for seed in comparison.seeds]
     references = [latent_set_name(comparison.teacher, seed) for seed in comparison.references]
@@ -167,6 +186,8 @@ def build_report(
         if features:  # the Frechet video distance, to the teacher's set of another seed
             pairs = [(features[own], features[other]) for own, other in zip(sets, references, strict=True)]
             results["fvd"] = seed_statistics([latent_metrics.frechet_distance(*pair) for pair in pairs])
+        told_apart = [pixels["told_apart"][name] for name in sets] if pixels.get("told_apart") else None
+        results["accuracy_pixels"] = latent_metrics.accuracy_statistics(told_apart) if told_apart else None
         if pixels["videos"]:
             own, others = ([pixels["sets"][name] for name in names] for names in (sets, teacher_sets))
             results |= pixel_summary(own, others)
@@ -176,23 +197,32 @@ def build_report(
     return EvaluationReport(subject, *settings, pixels["videos"], floor, contestants, selection)
 
 
-def mean_ratio(own: Sequence[float], floor: Sequence[float]) -> float:
-    """Mean of one list over that of the other."""
-    return sum(own) / len(own) / max(sum(floor) / len(floor), SMALLEST_DIVISOR)
+def in_floors(own: Sequence[float], floor: Sequence[float]) -> SeedStatistics:
+    """Distances of one candidate, one per seed, over the mean of the teacher's own."""
+    divisor = max(sum(floor) / len(floor), SMALLEST_DIVISOR)
+    return seed_statistics([distance / divisor for distance in own])
 
 
 def latent_summary(own: CandidateScores, teacher: CandidateScores) -> dict[str, Metric]:
     """Metrics of one candidate's latents."""
     ratio = None if own.diversity is None else own.diversity / max(teacher.diversity or 0.0, SMALLEST_DIVISOR)
+    floors = in_floors(own.frechet, teacher.frechet)
+    floors_tanh = in_floors(own.tanh_frechet, teacher.tanh_frechet)
+    floors_spectral = in_floors(own.spectral_frechet, teacher.spectral_frechet)
     return {
         "seconds": own.seconds,
         "frechet": seed_statistics(own.frechet),
-        "times_floor": mean_ratio(own.frechet, teacher.frechet),
-        "times_floor_tanh": mean_ratio(own.tanh_frechet, teacher.tanh_frechet),
-        "times_floor_spectral": mean_ratio(own.spectral_frechet, teacher.spectral_frechet),
+        # the means of earlier versions, beside which the values of each seed and the intervals stand
+        "times_floor": floors.mean,
+        "times_floor_tanh": floors_tanh.mean,
+        "times_floor_spectral": floors_spectral.mean,
+        "floors": floors,
+        "floors_tanh": floors_tanh,
+        "floors_spectral": floors_spectral,
         "tanh_frechet": seed_statistics(own.tanh_frechet),
         "spectral_frechet": seed_statistics(own.spectral_frechet),
-        "accuracy": None if own.accuracy is None else seed_statistics(own.accuracy),
+        "accuracy": own.accuracy,
+        "accuracy_plain": own.accuracy_plain,
         "sharpness": seed_statistics(own.sharpness),
         "temporal_variance": seed_statistics(own.temporal_variance),
         "latent_contrast": seed_statistics(own.latent_contrast),
@@ -226,6 +256,13 @@ def format_metric(value: Metric) -> str:
     return f"{value.mean:.4g}" + ("" if value.deviation is None else f" ± {value.deviation:.2g}")
 
 
+def format_interval(value: Metric) -> str:
+    """A number, or a mean with its interval, to a few digits; `-` for None."""
+    if not isinstance(value, SeedStatistics) or value.low is None:
+        return format_metric(value)
+    return f"{value.mean:.4g} [{value.low:.3g}, {value.high:.3g}]"
+
+
 def render_page(report: EvaluationReport, videos: str) -> str:
     """The HTML page; `videos` is the content of its section of videos."""
     deviation = " ± standard deviation" if len(report.seeds) > 1 else ""
@@ -245,9 +282,8 @@ def render_page(report: EvaluationReport, videos: str) -> str:
     candidates = list(report.contestants.values())
     rows = [(one["label"], *(format_metric(one[key]) for key in LATENT_METRICS)) for one in candidates]
     sections = {"Distance to the teacher": summary + html_table(("", *LATENT_TITLES), rows)}
-    rows = [(one["label"], *(format_metric(one[key]) for key in MEASURES)) for one in candidates]
-    note = f'<p class="soft">{html.escape(MEASURE_NOTE)}</p>'
-    sections["Measures beside the distance"] = note + html_table(("", *MEASURE_TITLES), rows)
+    tables = (measure_table(candidates, columns) for columns in (MEASURES, RATIOS))
+    sections["Measures beside the distance"] = f'<p class="soft">{html.escape(MEASURE_NOTE)}</p>' + "".join(tables)
     if report.videos:
         note = f"{report.videos} videos per set. psnr compares frame 0 with the given one as the VAE decodes it."
         sections |= {"Videos": videos, "Pixel metrics": f'<p class="soft">{note}</p>' + pixel_table(candidates)}
@@ -257,14 +293,27 @@ def render_page(report: EvaluationReport, videos: str) -> str:
     return f"{PAGE_START}{body}{SCRIPT}</body></html>\n"
 
 
+def measure_table(candidates: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """A table of figures with their intervals; `columns` are the titles by key."""
+    rows = [(one["label"], *(format_interval(one[key]) for key in columns)) for one in candidates]
+    return html_table(("", *columns.values()), rows)
+
+
 def selection_table(selection: Sequence[Mapping[str, Any]]) -> str:
     """The checkpoints by their mean rank over all measures."""
     rows = [
-        (one["checkpoint"], format_metric(one["rank"]), format_metric(seed_statistics(one["values"])))
+        (
+            one["checkpoint"],
+            format_metric(one["rank"]),
+            format_interval(seed_statistics(one["values"])),
+            *(format_metric(error) for error in one["errors"][1 : len(MAP_NAMES)]),
+        )
         for one in selection
     ]
     note = f'<p class="soft">{html.escape(SELECTION_NOTE)}</p>'
-    return note + html_table(("checkpoint", "rank ↓", "distance ↓"), rows)
+    rises = f"<p>{html.escape(rise_sentence(selection))}</p>"
+    head = ("checkpoint", "rank ↓", "distance, convolutions ↓", "tanh ↓", "spectra ↓")
+    return note + rises + draw_curve(selection) + html_table(head, rows)
 
 
 def pixel_table(candidates: Sequence[Mapping[str, Any]]) -> str:

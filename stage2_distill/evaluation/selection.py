@@ -1,15 +1,18 @@
 """Chooses the best checkpoint of a run, on conditions that the tables of a report do not use."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from common.files import write_file
 from shards.comparison import Comparison
 from stage2_distill.checkpointing import format as checkpoints
 from stage2_distill.distributed.process_group import wait_for_ranks
+from stage2_distill.evaluation.checkpoint_curve import rise_sentence
 from stage2_distill.evaluation.compare import EvaluationSetup, sample_sets, student_samplers, teacher_samplers
 from stage2_distill.evaluation.latent_metrics import (
     rank_candidates,
@@ -59,13 +62,14 @@ def write_ranks(
     scores = score_candidates(setting.store, comparison, device=setting.config.device)
     diversity = scores[comparison.teacher.name].diversity
     ranks = rank_candidates({one.name: scores[one.name] for one in comparison.contestants[1:]}, diversity)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     ranked: dict[str, RankedCheckpoint] = {}
     for (name, rank), folder in zip(ranks.items(), folders, strict=True):
         distance = seed_statistics(scores[name].frechet)
         errors = teacher_errors(scores[name], diversity)
         rows.append({"checkpoint": folder.name, **vars(distance), "rank": rank, "errors": errors})
         ranked[folder.name] = RankedCheckpoint(rank, distance.mean)
+    logging.info(rise_sentence(rows))
     write_file(Path(setting.config.out) / SELECTION_FILE, (json.dumps(rows, indent=1) + "\n").encode())
     return ranked
 

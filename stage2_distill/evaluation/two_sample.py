@@ -40,6 +40,7 @@ class ClassifierSettings:
 
 SMALL_CLASSIFIER = ClassifierSettings(width=32, batch_size=64)  # for hundreds of videos on a CPU
 PIXEL_PATCH = 8
+SMALL_PIXELS = ClassifierSettings(width=16, batch_size=32, patch=PIXEL_PATCH)  # pixels on a CPU: a tenth of the time
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,7 @@ def two_sample_accuracy(
         raise ValueError(f"one, other: shapes {shapes}; give two equal ones (N C T H W), N at least 8, T at least 2")
     if not (torch.isfinite(one).all() and torch.isfinite(other).all()):
         raise ValueError("one, other: hold values that are not finite; leave such videos out")
-    device = torch.device(device)
-    settings = settings or (SMALL_CLASSIFIER if device.type == "cpu" else ClassifierSettings())
+    device, settings = torch.device(device), settings or default_settings(device)
     first, second = torch.arange(len(one)).tensor_split(2)
     folds, right = ((second, first), (first, second)), []
     # What is deterministic costs little here, and a test that gives two answers is none.
@@ -171,6 +171,18 @@ def summarize_accuracy(right: Tensor) -> Accuracy:
         variance += statistics.variance(values) / len(values)
     mean, half = statistics.fmean(values), NORMAL_95 * math.sqrt(variance)
     return Accuracy(mean, max(0.0, mean - half), min(1.0, mean + half), tuple(values), count)
+
+
+def default_settings(device: torch.device | str) -> ClassifierSettings:
+    """The settings for latents that suit a device."""
+    return SMALL_CLASSIFIER if torch.device(device).type == "cpu" else ClassifierSettings()
+
+
+def tell_pixels_apart(one: Tensor, other: Tensor, seed: int, *, device: str) -> tuple[float, float, float]:
+    """Accuracy of the test between decoded videos (N 3 F X Y) uint8, and the bounds of its interval."""
+    settings = SMALL_PIXELS if torch.device(device).type == "cpu" else ClassifierSettings(patch=PIXEL_PATCH)
+    found = two_sample_accuracy(one, other, seeds=(seed,), device=device, settings=settings)
+    return found.mean, found.low, found.high
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from stage2_distill.evaluation.compare import sample_comparison as sample_opened
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import (
     CandidateScores,
+    accuracy_statistics,
     frechet_distance,
     rank_candidates,
     reference_seeds,
@@ -30,6 +33,7 @@ from stage2_distill.evaluation.latent_metrics import (
     teacher_errors,
 )
 from stage2_distill.evaluation.selection import check_run, rank_checkpoints, write_best_checkpoint
+from stage2_distill.evaluation.two_sample import Accuracy, ClassifierSettings
 from tests.stage2_distill import training_helpers
 
 
@@ -88,6 +92,14 @@ def test_interval_is_students_t() -> None:
     assert seed_statistics((5.0,)).deviation is None
 
 
+def test_interval_of_an_accuracy_counts_conditions_and_seeds() -> None:
+    one = accuracy_statistics([(0.6, 0.5, 0.7)])
+    assert (one.mean, one.low, one.high, one.deviation) == (0.6, pytest.approx(0.5), pytest.approx(0.7), None)
+    two = accuracy_statistics([(0.9, 0.6, 1.0), (0.7, 0.4, 1.0)])  # cut at 1
+    half = math.hypot(0.3, 1.96 * 0.02**0.5 / 2**0.5)
+    assert (two.mean, two.low, two.high) == (pytest.approx(0.8), pytest.approx(0.8 - half), 1.0)
+
+
 def test_euler_follows_the_flow_of_a_gaussian() -> None:
     """For N(0, s^2) data x0 = s^2 (1-t) x / ((1-t)^2 s^2 + t^2), and the flow takes noise n to s n."""
     s = 0.5
@@ -106,10 +118,28 @@ def test_euler_follows_the_flow_of_a_gaussian() -> None:
     assert errors[1] < errors[0] / 6  # first order
 
 
-def test_candidates_share_noise_and_get_scores(workspace: Path, model: Path, tmp_path: Path) -> None:
+def settings_as_accuracy(
+    one: torch.Tensor, other: torch.Tensor, *, seeds: Sequence[int], device: torch.device, settings: ClassifierSettings
+) -> Accuracy:
+    """Stands for the two-sample test, whose training takes its time."""
+    assert one.shape == other.shape and device.type in ("cpu", "cuda")
+    mean = 0.6 + 0.1 * settings.whiten + 0.1 * seeds[0]
+    return Accuracy(mean, mean - 0.1, mean + 0.1, (mean,), len(one))
+
+
+def test_candidates_share_noise_and_get_scores(
+    workspace: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     comparison = sample_comparison(make_evaluation(workspace, model, tmp_path))
     assert [one.evaluations for one in comparison.contestants] == [12, 8, 4, 4]
-    scores = score_candidates(tmp_path / "latents.zarr", comparison)
+    monkeypatch.setattr("stage2_distill.evaluation.latent_metrics.MIN_TESTED", 8)
+    monkeypatch.setattr("stage2_distill.evaluation.latent_metrics.two_sample_accuracy", settings_as_accuracy)
+    scores = score_candidates(tmp_path / "latents.zarr", comparison, device="auto", plain=True)
+    student = scores["student"]
+    assert [len(one.values) for one in (student.accuracy, student.accuracy_plain)] == [2, 2], (
+        "one per seed of the noise"
+    )
+    assert 0 <= student.accuracy.low <= student.accuracy.mean <= student.accuracy.high <= 1
     assert scores["teacher"].to_teacher == (0, 0)
     assert scores["teacher-few"].to_teacher[0] < scores["undistilled"].to_teacher[0]  # both use Euler steps
     assert scores["student"].frechet != scores["undistilled"].frechet
@@ -193,8 +223,9 @@ def test_selection_never_uses_the_records_of_the_table() -> None:
 
 
 def test_ranks_count_every_measure_once() -> None:
-    near = CandidateScores((1.0,), (9.0,), 1.0, 0.0, (1.0,), (1.0,), (1.01,), (1.0,), (1.0,), (0.5,))
-    far = replace(near, frechet=(0.5,), tanh_frechet=(3.0,), sharpness=(0.9,), accuracy=(0.8,), to_teacher=(0.0,))
+    half, found = (seed_statistics([value]) for value in (0.5, 0.8))
+    near = CandidateScores((1.0,), (9.0,), 1.0, 0.0, (1.0,), (1.0,), (1.01,), (1.0,), (1.0,), half)
+    far = replace(near, frechet=(0.5,), tanh_frechet=(3.0,), sharpness=(0.9,), accuracy=found, to_teacher=(0.0,))
     assert teacher_errors(near, 2.0) == pytest.approx([1, 1, 1, 0.01, 0, 0, 0, 0.5])
     # far is better by one distance, worse by three measures, equal by four; the same-noise distance does not count
     assert rank_candidates({"near": near, "far": far}, 2.0) == {"near": (3 + 2 + 4 * 1.5) / 8, "far": (6 + 1 + 6) / 8}

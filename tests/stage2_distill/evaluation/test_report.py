@@ -6,9 +6,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
+from torch import Tensor
 
 from commands.evaluate import evaluate_students
+from stage1_encode.media.video_writer import write_video
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.report import html_table, summary_lines, write_report
 from tests.stage2_distill import training_helpers
@@ -26,6 +30,13 @@ v=>[v.videoWidth,v.videoHeight,v.currentTime>0,v.error===null])})},1500)</script
 JUDGE = "def judge(video, prompt):\n    return {'right': [True, False], 'even': prompt[-1] in '02468'}\n"
 
 
+def tell_pixels_apart(one: Tensor, other: Tensor, seed: int) -> tuple[float, float, float]:
+    """Stands for the two-sample test: the share of values that differ, with an interval."""
+    assert one.shape == other.shape == (3, 3, 9, 64, 64) and one.dtype == torch.uint8
+    share = float((one != other).float().mean())
+    return share, share - 0.25, share + 0.25
+
+
 @pytest.fixture(scope="module")
 def out(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an evaluation."""
@@ -33,23 +44,17 @@ def out(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     training_helpers.make_shards(folder / "data", model)
     training_helpers.run_here(training_helpers.make_config(folder / "data", model, folder / "run", iterations=3))
     (folder / "judge.py").write_text(JUDGE)
-    page = evaluate_students(
-        EvaluateConfig(
-            (str(folder / "run"),),
-            str(folder / "data"),
-            str(model),
-            str(folder / "out"),
-            num_records=6,
-            seeds=(0, 1),
-            teacher_steps=4,
-            videos=3,
-            report_videos=2,
-            judge=str(folder / "judge.py"),
-            batch_size=2,
-            dtype="float32",
-            device="cpu",
-        )  # fmt: skip
-    )
+    config = EvaluateConfig(
+        (str(folder / "run"),), str(folder / "data"), str(model), str(folder / "out"), num_records=6, seeds=(0, 1),
+        teacher_steps=4, videos=3, report_videos=2, judge=str(folder / "judge.py"), batch_size=2, dtype="float32",
+        device="cpu", controls=True, true_clips=str(folder / "clips.csv"),
+    )  # fmt: skip
+    for number in range(6):
+        frames = numpy.full((9, 64, 64, 3), 30 * number, dtype=numpy.uint8)
+        write_video(folder / f"{number}.mp4", frames, fps=training_helpers.SPEC.fps)
+    with pytest.MonkeyPatch.context() as patch:  # so few videos have no test
+        patch.setattr("commands.evaluate.pixel_test_of", lambda *_: tell_pixels_apart)
+        page = evaluate_students(config)
     assert page == folder / "out" / "report.html"
     return folder / "out"
 
@@ -58,7 +63,9 @@ def test_report_holds_the_metrics(out: Path) -> None:
     report = json.loads((out / "report.json").read_text())
     assert (report["count"], report["seeds"], report["videos"]) == (6, [0, 1], 3)
     rows = report["contestants"]
-    assert set(rows) == {"teacher", "teacher-few", "undistilled", "student"}
+    assert set(rows) == {"teacher", "teacher-few", "undistilled", "teacher-unguided", "student", "true"}
+    assert [rows[name]["evaluations"] for name in ("teacher", "teacher-unguided", "true")] == [8, 4, 0]
+    assert rows["true"]["motion"]["mean"] < 1 and rows["true"]["diversity"] == 0, "one clip per condition"
     assert rows["teacher"]["frechet"] == report["floor"]
     assert rows["teacher"]["motion"]["values"] == [1, 1]
     assert rows["student"]["motion"]["mean"] != 1
@@ -70,27 +77,35 @@ def test_report_holds_the_metrics(out: Path) -> None:
     assert rows["student"]["sharpness"]["mean"] != 1
     assert (rows["teacher"]["times_floor_tanh"], rows["teacher"]["times_floor_spectral"]) == (1, 1)
     assert rows["student"]["accuracy"] is None, "too few conditions for a classifier"
+    pixels = rows["student"]["accuracy_pixels"]
+    assert 0 < pixels["mean"] < 1 and len(pixels["values"]) == 2
+    assert pixels["low"] < pixels["mean"] - 0.2, "one pass of each seed has 0.25"
+    assert rows["student"]["floors"]["mean"] == pytest.approx(rows["student"]["times_floor"])
+    assert rows["student"]["floors_tanh"]["low"] < rows["student"]["times_floor_tanh"]
     expected = rows["student"]["frechet"]["mean"] / report["floor"]["mean"]
     assert rows["student"]["times_floor"] == pytest.approx(expected)
 
 
 def test_summary_has_a_line_per_candidate(out: Path, tmp_path: Path) -> None:
     rows = json.loads((out / "report.json").read_text())["contestants"]
-    head, *lines = summary_lines(out)
-    assert head.split("  ")[-1] == "s per video"
+    _, head, *lines = summary_lines(out)
+    assert head.split()[-3:] == ["convolutions", "videos", "video"]
     assert [line[:34].rstrip() for line in lines] == [one["label"] for one in rows.values()]
-    assert [line.split()[-2] for line in lines] == ["-"] * 4, "this judge has no question `valid`"
+    assert [line.split()[-2] for line in lines] == ["-"] * 6, "this judge has no question `valid`"
     rows["student"]["answers"]["valid"] = {"mean": 0.25}
     (tmp_path / "report.json").write_text(json.dumps({"contestants": rows}))
-    assert summary_lines(tmp_path)[-1].split()[-2] == "0.250"
-    assert float(lines[-1].split()[-3]) == pytest.approx(rows["student"]["times_floor"], abs=0.005)
+    assert summary_lines(tmp_path)[-2].split()[-2] == "0.250"
+    assert float(lines[-2].split()[-3]) == pytest.approx(rows["student"]["times_floor"], abs=0.0005)
+    selection = [{"checkpoint": "a", "errors": [4, 2, 1]}, {"checkpoint": "b", "errors": [5, 1, 1]}]
+    (tmp_path / "report.json").write_text(json.dumps({"contestants": rows, "selection": selection}))
+    assert summary_lines(tmp_path)[-1].endswith("to the next: convolutions 25%, tanh 0%, spectra 0%.")
 
 
 def test_page_is_self_contained(out: Path) -> None:
     page = (out / "report.html").read_text()
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
-    assert page.count("<video") == 2 * 4
+    assert page.count("<video") == 2 * 6
     assert "prefers-color-scheme:dark" in page
 
 
@@ -111,7 +126,7 @@ def test_page_names_its_subject_and_the_directions(out: Path, model: Path) -> No
         assert f"<th>{title}</th>" in page
         assert f'<td data-title="{title}">' in page, "beside the cell on narrow screens"
     assert "it prefers blurred students" in page
-    for title in ("floors, tanh ↓", "told apart ↓", "sharpness ≈"):
+    for title in ("floors, tanh ↓", "told apart, pixels ↓", "sharpness ≈"):
         assert f"<th>{title}</th>" in page
     for title in ("psnr ↑", "motion / teacher&#x27;s ≈", "right ↑"):
         assert f'<td data-title="">{title}</td><td data-title="teacher, 4 guided steps">' in page
@@ -147,4 +162,4 @@ def test_browser_plays_every_video(out: Path, tmp_path: Path, width: int) -> Non
     assert probe["bad"] == []
     assert not probe["wide"], "the page must not scroll sideways"
     assert probe["cut"] == [], "nothing is wider than its box"
-    assert probe["videos"] == [[64, 64, True, True]] * 8
+    assert probe["videos"] == [[64, 64, True, True]] * 12

@@ -15,6 +15,7 @@ from stage2_distill.evaluation.two_sample import (
     TokenWhitening,
     open_source,
     summarize_accuracy,
+    tell_pixels_apart,
     two_sample_accuracy,
 )
 
@@ -83,6 +84,8 @@ def test_pixels_are_tested_as_they_are() -> None:
     frames[1, :, :, 1:] //= 2
     settings = replace(TINY, patch=PIXEL_PATCH)
     assert two_sample_accuracy(frames[0], frames[1], seeds=(0,), device="cpu", settings=settings).low > 0.7
+    mean, low, high = tell_pixels_apart(frames[0], frames[1], 0, device="cpu")
+    assert 0.7 < low <= mean <= high <= 1
 
 
 def test_features_that_do_not_fit_are_computed_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,101 @@
+"""True clips as a row of an evaluation: the whole clips of the conditions, through the VAE, as sets of the store.
+
+A teacher that cannot be told from them is as good as the test can see; a student is not compared with them, but with
+the teacher. Shapes: B clips, C channels, T latent frames, H W latent size, F frames, X Y pixels.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from common.model_folder import digest_files
+from common.progress import ProgressBar
+from common.video import VideoSpec
+from shards import latent_store
+from shards.comparison import Candidate, latent_set_name
+from shards.record import Record
+from stage1_encode.media.rows import locate_file
+from stage1_encode.media.video_frame import UnreadableError
+from stage1_encode.media.whole_clip import read_clip
+from stage1_encode.models.vae import WanVae
+
+TRUE_CLIPS = Candidate("true", "true clips, through the VAE", 0, "true")
+
+
+def encode_true_clips(
+    model: WanVae,
+    store: Path,
+    table: Path,
+    records: Sequence[Record],
+    spec: VideoSpec,
+    *,
+    seeds: Sequence[int],
+    batch_size: int,
+) -> None:
+    """Write the sets of the true clips of the records, whose paths are those of the CSV `table`, into the store.
+
+    There is one clip per condition, so the sets of all seeds are equal; complete ones of the same files are kept.
+    ValueError for a record without a clip, or one that is too short.
+    """
+    paths = [clip_path(table, record) for record in records]
+    names = [latent_set_name(TRUE_CLIPS, seed) for seed in seeds]
+    digest = hashlib.sha256(repr((spec, paths, [digest_files(Path(path)) for path in paths])).encode()).hexdigest()
+    if all(is_kept(store, name, digest) for name in names):
+        return
+    keys, prompts = tuple(record.key for record in records), tuple(record.source.prompt for record in records)
+    for name, seed in zip(names, seeds, strict=True):
+        group = latent_store.LatentGroup(name, spec, keys, prompts, (seed,) * len(records))
+        latent_store.create_group(store, group)
+    with ProgressBar(len(records), label="encode true clips") as progress:
+        for start in range(0, len(records), batch_size):
+            rows = range(start, min(start + batch_size, len(records)))
+            clips = numpy.stack([read_true_clip(paths[row], spec) for row in rows])
+            latents = encode_clips(model, torch.from_numpy(clips))
+            for row, clip in zip(rows, latents, strict=True):
+                first_frame = records[row].first_frame
+                if first_frame is not None:  # as every other set has it, in its precision
+                    clip[:, :1] = first_frame.float()
+            for name in names:
+                latent_store.write_latents(store, name, rows, latents)
+            progress.advance(count=len(rows))
+    for name in names:
+        latent_store.finish_group(store, name, facts=latent_store.SetFacts(digest))
+
+
+def clip_path(table: Path, record: Record) -> str:
+    """The file of a record; ValueError if it has none, or if it is not there."""
+    path = locate_file(table, record.source.path) if record.source.path else ""
+    if not path or not Path(path).is_file():
+        where = f"{path}: no such file" if path else "has a prompt alone"
+        raise ValueError(
+            f"true_clips={table}: record {record.key}: {where}; name the CSV of whole clips of these shards"
+        )
+    return path
+
+
+def is_kept(store: Path, name: str, digest: str) -> bool:
+    """Whether a set is complete and of the same files."""
+    if not (store / name).is_dir() or latent_store.group_damage(store, name) is not None:
+        return False
+    return latent_store.read_group_facts(store, name).digest == digest
+
+
+def read_true_clip(path: str, spec: VideoSpec) -> numpy.ndarray:
+    """The frames (F X Y 3) uint8 of a clip; ValueError that names it."""
+    try:
+        return read_clip(path, spec)
+    except UnreadableError as error:
+        raise ValueError(f"true_clips: {path} {error}; leave --true-clips out, or take longer clips") from error
+
+
+@torch.inference_mode()
+def encode_clips(model: WanVae, pixels: Tensor) -> Tensor:
+    """Latents (B C T H W) float32 on the CPU, the normalized mode, of clips (B F X Y 3) uint8."""
+    video = rearrange(pixels.to(model.device), "b f x y c -> b c f x y").float() / 127.5 - 1
+    latents = model.model.encode(video.to(model.model.dtype)).latent_dist.mode().float()
+    return ((latents - model.mean) / model.std).cpu()
