@@ -93,7 +93,7 @@ def read_true_clip(path: str, spec: VideoSpec) -> numpy.ndarray:
         raise ValueError(f"true_clips: {path} {error}; leave --true-clips out, or take longer clips") from error
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_clips(model: WanVae, pixels: Tensor) -> Tensor:
     """Latents (B C T H W) float32 on the CPU, the normalized mode, of clips (B F X Y 3) uint8."""
     video = rearrange(pixels.to(model.device), "b f x y c -> b c f x y").float() / 127.5 - 1

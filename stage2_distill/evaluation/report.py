@@ -18,12 +18,12 @@ from common.files import read_file, staged_output, write_file
 from common.options import write_config
 from shards import latent_store
 from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
-from stage2_distill.checkpointing.format import resolve_checkpoint
 from stage2_distill.evaluation import latent_metrics
 from stage2_distill.evaluation.checkpoint_curve import MAP_NAMES, draw_curve, rise_sentence
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import CandidateScores, SeedStatistics, seed_statistics
 from stage2_distill.evaluation.selection import SELECTION_FILE
+from stage2_distill.sampling.student_source import find_student
 
 REPORT_FILE, PAGE_FILE, VIDEOS_FOLDER = "report.json", "report.html", "videos"
 EVALUATION_CONFIG_FILE = "evaluate.yaml"
@@ -154,7 +154,7 @@ def read_results(path: Path) -> Any:  # noqa: ANN401
 
 def report_subject(config: EvaluateConfig) -> dict[str, list[str]]:
     """What the report is about, for its head: checkpoints by run and step, weights, model and data set."""
-    folders = [resolve_checkpoint(Path(name)).resolve() for name in config.checkpoint]
+    folders = [find_student(name, config.model).own_path.resolve() for name in config.checkpoint]
     return {
         "run": list(dict.fromkeys(folder.parent.name for folder in folders)),
         "checkpoint": [str(folder) for folder in folders],

@@ -65,7 +65,7 @@ def test_report_holds_the_metrics(out: Path) -> None:
     rows = report["contestants"]
     assert set(rows) == {"teacher", "teacher-few", "undistilled", "teacher-unguided", "student", "true"}
     assert [rows[name]["evaluations"] for name in ("teacher", "teacher-unguided", "true")] == [8, 4, 0]
-    assert rows["true"]["motion"]["mean"] < 1 and rows["true"]["diversity"] == 0, "one clip per condition"
+    assert rows["true"]["diversity"] == 0, "one clip per condition"
     assert rows["teacher"]["frechet"] == report["floor"]
     assert rows["teacher"]["motion"]["values"] == [1, 1]
     assert rows["student"]["motion"]["mean"] != 1
