@@ -1,26 +1,35 @@
 """Where the decoder's time goes, by convolution, and how diffusers' decode compares.
 
     python -m benchmarks.decode [--tiny] [--part whole,stock]
+    python -m benchmarks.decode --part quality --model MODEL --decoder FILE --latents X.zarr
     NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.decode [--tiny] --part split [--repeats 5]
 
 Random weights at 121 x 704 x 1280 in bfloat16. `whole` decodes a video twice, the second time with each convolution
 timed; `stock` runs diffusers' decode and compares both with float32 on a few frames; `split` decodes a video by each
-GPU alone and then by all together.
+GPU alone and then by all together; `tiny` times both tiny decoders. `quality` compares a decoder with the VAE's own on
+the videos of a store.
 """
 
 import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from statistics import fmean
 
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
+from torch.nn import functional
 
-from benchmarks.random_models import Size, autoencoder, unscaled_vae
+from benchmarks.random_models import Size, autoencoder, tiny_vae, unscaled_vae
 from benchmarks.runner import Row, call_times, parse_arguments, peak_gib, run_benchmark, sync, time_call
 from benchmarks.watch import Mark, record_mark, seconds_between
+from common.model_folder import locate_model
 from common.planning.codec_cost import decode_share
+from shards.latent_store import complete_groups, describe_group, read_latents
+from stage1_encode.decoders.load_decoder import TinyDecoder, use_decoder
 from stage1_encode.decoders.split_decoder import share_decoder
 from stage1_encode.models import vae
 from stage1_encode.models.vae_decoder import FoldedConv, VideoDecoder, stream_frames
@@ -117,6 +126,59 @@ def split_rows(model: AutoencoderKLWan, z: Tensor, ranks: RankContext, repeats: 
         yield "PSNR between them", f"{psnr(videos[1], videos[0]):.1f} dB, {100 * different:.2f} % of the bytes differ"
 
 
+def tiny_rows(model: AutoencoderKLWan, z: Tensor, repeats: int) -> Iterator[Row]:
+    """Time the full decoder and the two tiny ones; random weights show nothing alike, so rounding alone is compared."""
+    whole = unscaled_vae(model, z.device)
+    variants = {"full": whole, "tiny": tiny_vae(whole), "tiny, wide": tiny_vae(whole, is_wide=True)}
+    full_seconds = float("nan")
+    for name, own in variants.items():
+        decode = partial(decode_frames, own.decoder, z)
+        (first,) = call_times(decode, 1)
+        peak_gib()
+        seconds = time_call(decode, warm=0, repeats=repeats)
+        full_seconds = seconds if name == "full" else full_seconds
+        speed = f"{seconds:.3f} s, x{full_seconds / seconds:.1f} of full, the first time {first:.2f} s"
+        yield name, f"{speed}, peak {peak_gib():.1f} GiB with all three decoders"
+        own.decoder.free_memory()
+    tiny, few = variants["tiny"].decoder, z[:, :FEW_FRAMES]
+    rounded = decode_frames(tiny, few)
+    assert isinstance(tiny, TinyDecoder)
+    exact = replace(tiny, network=tiny.network.float(), dtype=torch.float32)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield (
+            f"PSNR of tiny to itself in float32, {len(rounded)} frames",
+            f"{psnr(rounded, decode_frames(exact, few)):.1f} dB",
+        )
+
+
+def quality_rows(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Compare the pixels of a decoder with those of the VAE's own, on every video of a store's last group."""
+    folder, dtype = locate_model(options.model, ("vae",)), torch.float32
+    full = vae.load_vae(folder, dtype=dtype, device=device)
+    other = use_decoder(vae.load_vae(folder, dtype=dtype, device=device), options.decoder)
+    store = Path(options.latents)
+    group = describe_group(store, complete_groups(store)[-1])
+    figures = []
+    for row in range(len(group.keys)):
+        latents = read_latents(store, group.step, row)
+        pixels, expected = decode_frames(other.decoder, latents), decode_frames(full.decoder, latents)
+        figures.append((psnr(pixels, expected), ssim(pixels, expected)))
+    for name, unit, values in zip(("PSNR", "SSIM"), (" dB", ""), zip(*figures, strict=True), strict=True):
+        yield f"{name}, {len(values)} videos", f"{fmean(values):.3f}{unit}, {min(values):.3f} to {max(values):.3f}"
+
+
+def ssim(pixels: Tensor, other: Tensor) -> float:
+    """Return the mean structural similarity (Wang et al. 2004) of two videos (F X Y 3) uint8 over windows of 7 x 7."""
+    a, b = (video.movedim(-1, 1).double() for video in (pixels, other))
+    mean_a, mean_b, square_a, square_b, product = (
+        functional.avg_pool2d(x, 7, stride=1) for x in (a, b, a.square(), b.square(), a * b)
+    )
+    small, large = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    variances = square_a - mean_a.square() + square_b - mean_b.square()
+    numerator = (2 * mean_a * mean_b + small) * (2 * (product - mean_a * mean_b) + large)
+    return float((numerator / ((mean_a.square() + mean_b.square() + small) * (variances + large))).mean())
+
+
 def decode_frames(decoder: vae.LatentDecoder, latents: Tensor) -> Tensor:
     """Return pixels (F X Y 3) uint8 of one video's latents (C T H W)."""
     return torch.cat(list(decoder.decode_stream(latents)))
@@ -131,18 +193,22 @@ def psnr(pixels: Tensor, other: Tensor) -> float:
 def measure(options: argparse.Namespace, ranks: RankContext) -> Iterator[Row]:
     """Measure the parts of the command line."""
     device, dtype = ranks.device, torch.float32 if options.tiny else torch.bfloat16
+    if options.part == "quality":
+        yield from quality_rows(options, device)
+        return
     torch.manual_seed(0)
     model = autoencoder(Size(base=8), device, decoder=8 if options.tiny else 256).to(dtype)
     z = torch.randn((48, 3, 4, 6) if options.tiny else (48, 31, 44, 80), dtype=dtype, device=device)
     split = partial(split_rows, ranks=ranks, repeats=options.repeats)
     parts = {"whole": whole_rows, "stock": stock_rows, "split": split}
+    parts["tiny"] = partial(tiny_rows, repeats=options.repeats)
     for part in options.part.split(","):
         yield from parts[part](model, z)
 
 
 def main() -> None:
     """Measure, print and append to the results."""
-    options = parse_arguments(__doc__, tiny=False, part="whole,stock", repeats=5)
+    options = parse_arguments(__doc__, tiny=False, part="whole,stock", repeats=5, model="", decoder="", latents="")
     ranks = start_process_group("cpu" if options.tiny else "auto")
     rows = measure(options, ranks)
     run_benchmark("decode", rows, keep=not options.tiny, rank=ranks.rank, model="random weights")

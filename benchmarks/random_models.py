@@ -1,6 +1,6 @@
 """Encoders, decoder and student with random weights at their true sizes, or small ones, made on the device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -15,6 +15,8 @@ from benchmarks.device import Case, meta_network, randomize_weights
 from common.condition import Condition, pin
 from common.flow import timestep_sigmas, x0_from_velocity
 from common.video import LATENT_CHANNELS, VideoSpec, tokens_per_frame
+from stage1_encode.decoders.load_decoder import TinyDecoder
+from stage1_encode.decoders.tiny_network import TinyLayout, TinyNetwork
 from stage1_encode.generation.condition_encoder import ConditionEncoder
 from stage1_encode.models import text_encoder, vae
 from stage2_distill.model.layers import ExecutionPlan
@@ -62,6 +64,15 @@ def unscaled_vae(model: AutoencoderKLWan, device: torch.device) -> vae.WanVae:
     mean, std = (torch.full((LATENT_CHANNELS,), value, device=device) for value in (0.0, 1.0))
     mean, std = (rearrange(values, "c -> 1 c 1 1 1") for values in (mean, std))
     return vae.WanVae(model, mean, std)
+
+
+def tiny_vae(base: vae.WanVae, *, is_wide: bool = False) -> vae.WanVae:
+    """Return a VAE with a random decoder of the TAEHV family, at the widths of its published weights."""
+    widths = (512, 256, 128, 64) if is_wide else (256, 128, 64, 64)
+    with base.device:
+        network = TinyNetwork(TinyLayout(LATENT_CHANNELS, 12, widths, is_wide)).to(base.model.dtype).eval()
+    network.to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
+    return replace(base, other_decoder=TinyDecoder(network, base.mean, base.std, base.model.dtype, base.chunk_frames))
 
 
 def umt5(size: Size, device: torch.device) -> UMT5EncoderModel:

@@ -3,8 +3,8 @@
     python -m benchmarks.sample [--tiny] [--repeats 5] [--rows 20] [--eager] [--only PART,PART]
 
 121 x 704 x 1280 in bfloat16 with compiled blocks; --tiny is a random small model on the CPU, --eager compiles nothing.
-The parts are whole, text, equality, small, rows, stock and streamed. Compilation is reported separately. Under torchrun
-the GPUs share the rows of the part rows; in the others each works for itself.
+The parts are whole, text, equality, small, rows, stock, streamed and tiny (a tiny decoder). Compilation is reported
+separately. Under torchrun the GPUs share the rows of the part rows; in the others each works for itself.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.random_models import diffusers_denoise, random_student, sampling_models
+from benchmarks.random_models import diffusers_denoise, random_student, sampling_models, tiny_vae
 from benchmarks.runner import Row, call_times, parse_arguments, peak_gib, run_benchmark, sync
 from benchmarks.stock import PROMPT, run_stock
 from benchmarks.watch import PartTimer, median_parts
@@ -187,6 +187,14 @@ class SampleBenchmark:
         self.models = replace(self.models, vae=own_vae, streamed_text=streamed_text)
         yield self.memory_row("12gb", full)
 
+    def tiny_rows(self) -> Iterator[Row]:
+        """Time the same video with a tiny decoder in the place of the VAE's own."""
+        models, timer, single = self.models, self.part_timer, self.single
+        self.models = replace(models, vae=tiny_vae(models.vae))
+        self.part_timer = PartTimer(self.student.net, self.models.vae.decoder.network)
+        yield from self.whole_rows("tiny decoder, ")
+        self.models, self.part_timer, self.single = models, timer, single
+
     def many_rows(self) -> Iterator[Row]:
         """Time many rows of a CSV."""
         peak_gib()
@@ -203,7 +211,7 @@ class SampleBenchmark:
 PARTS = {
     "whole": SampleBenchmark.whole_rows, "text": SampleBenchmark.text_rows, "equality": SampleBenchmark.equality_rows,
     "small": SampleBenchmark.small_card_rows, "rows": SampleBenchmark.many_rows, "stock": SampleBenchmark.stock_rows,
-    "streamed": SampleBenchmark.streamed_rows,
+    "streamed": SampleBenchmark.streamed_rows, "tiny": SampleBenchmark.tiny_rows,
 }  # fmt: skip
 
 

@@ -24,4 +24,5 @@ def test_tiny_benchmark(tmp_path: Path) -> None:
     assert all(figures[f"--vram {mode}"].endswith("same latents True") for mode in ("16gb", "12gb"))
     assert "of one at a time" in figures["2 rows on 1 x cpu"]
     assert float(figures["diffusers, decode"].split()[-2]) > 50
+    assert figures["tiny decoder, decode"].endswith(" s")
     assert (tmp_path / "2" / "000000001.mp4").is_file()
