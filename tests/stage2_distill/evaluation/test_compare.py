@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 
 from common.condition import Condition
+from examples.nano.shapes import count_floors
 from shards import latent_store
 from shards.comparison import Comparison, latent_set_name
 from shards.manifest import read_manifest, write_manifest
@@ -144,6 +146,8 @@ def test_candidates_share_noise_and_get_scores(
     assert scores["teacher-few"].to_teacher[0] < scores["undistilled"].to_teacher[0]  # both use Euler steps
     assert scores["student"].frechet != scores["undistilled"].frechet
     assert min(scores["teacher"].frechet) > 0
+    floor, *others = (fmean(scores[one.name].frechet) for one in comparison.contestants)
+    assert count_floors(tmp_path / "latents.zarr", comparison) == pytest.approx([one / floor for one in others])
     first, second = read_set(tmp_path, comparison, "student", 0), read_set(tmp_path, comparison, "student", 1)
     assert not torch.equal(first[:, :, 1:], second[:, :, 1:])
     other_batches = sample_comparison(make_evaluation(workspace, model, tmp_path / "one", batch_size=3))
