@@ -152,7 +152,8 @@ def find_size_groups(config: EvaluateConfig, data: DataSet) -> tuple[SizeGroup, 
     """The records of the size of the options, or of all sizes that have enough; ValueError if none has the size."""
     if config.frame_size is None:
         needed = MIN_SELECT_RECORDS if config.select else MIN_RECORDS
-        return tuple(group for group in data.size_groups if group.num_records >= needed) or data.size_groups[:1]
+        enough = tuple(group for group in data.size_groups if group.num_records >= needed)
+        return enough or (max(data.size_groups, key=lambda group: group.num_records),)  # which is then refused
     chosen = tuple(group for group in data.size_groups if group.spec.frame_size == config.frame_size)
     if not chosen:
         listed = ", ".join(str(group.spec.frame_size) for group in data.size_groups)
