@@ -1,9 +1,9 @@
 """One video from prompt and picture to the mp4 file by several GPUs together, then by one of them alone; same latents.
 
-    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.together [--tiny] [--repeats 3]
+    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.together [--tiny] [--repeats 3] [--decoder full]
 
-As in `sample --prompt`, all ranks denoise and decode, and the first does the rest. Random weights at 121 x 704 x 1280
-in bfloat16 with compiled blocks; --tiny is a small model on the CPU.
+As in `sample --prompt`, all ranks denoise and decode, and the first does the rest; with --decoder tiny it decodes too.
+Random weights at 121 x 704 x 1280 in bfloat16 with compiled blocks; --tiny is a small model on the CPU.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.random_models import random_student, sampling_autoencoder, unscaled_vae
+from benchmarks.random_models import random_student, sampling_autoencoder, tiny_vae, unscaled_vae
 from benchmarks.runner import Row, parse_arguments, run_benchmark
 from benchmarks.sample import SampleBenchmark
 from benchmarks.watch import PartTimer
@@ -35,10 +35,15 @@ def run_worker(options: argparse.Namespace, ranks: RankContext) -> None:
     """Denoise and decode with the first rank until it is done."""
     student = random_student(VideoSpec(9, 64, 96) if options.tiny else VideoSpec(), options.tiny, ranks.device)
     share_video(student, ranks.world, compiled=not options.tiny)
-    model = sampling_autoencoder(options.tiny, ranks.device)
-    autoencoder = share_decoder(unscaled_vae(model, ranks.device), ranks.rank, ranks.world)
+    whole = choose_decoder(options, unscaled_vae(sampling_autoencoder(options.tiny, ranks.device), ranks.device))
+    autoencoder = share_decoder(whole, ranks.rank, ranks.world)
     for x0 in follow_requests(student):
         decode_own_parts(autoencoder, x0)
+
+
+def choose_decoder(options: argparse.Namespace, autoencoder: WanVae) -> WanVae:
+    """Return the VAE with the decoder of the command line."""
+    return {"full": autoencoder, "tiny": tiny_vae(autoencoder)}[options.decoder]
 
 
 def change_decoder(bench: SampleBenchmark, autoencoder: WanVae) -> None:
@@ -51,7 +56,7 @@ def measure(options: argparse.Namespace, ranks: RankContext, folder: Path) -> It
     """Measure both ways on the first rank; the others end after the first way."""
     bench = SampleBenchmark(folder, options.tiny, options.repeats, 1)
     share_video(bench.student, ranks.world, compiled=not options.tiny)
-    whole = bench.models.vae
+    whole = choose_decoder(options, bench.models.vae)
     change_decoder(bench, share_decoder(whole, ranks.rank, ranks.world))
     with LeaderSampler(bench.student) as bench.sampler:
         yield from bench.whole_rows(f"{ranks.world} GPUs, ")
@@ -61,13 +66,14 @@ def measure(options: argparse.Namespace, ranks: RankContext, folder: Path) -> It
     share_video(bench.student, 1, compiled=not options.tiny)
     yield from bench.whole_rows("one GPU, ")
     alone, wanted = bench.single, bench.latents()
+    yield "decoder", options.decoder
     yield f"a video by {ranks.world} GPUs, against one", f"x{alone / shared:.2f}"
     yield "latents, relative L2", f"{float((x0 - wanted).norm() / wanted.norm()):.1e}"
 
 
 def main() -> None:
     """Measure, print and append to the results."""
-    options = parse_arguments(__doc__, tiny=False, repeats=3)
+    options = parse_arguments(__doc__, tiny=False, repeats=3, decoder="full")
     ranks = start_process_group("cpu" if options.tiny else "auto")
     if ranks.rank:
         run_worker(options, ranks)

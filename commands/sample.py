@@ -18,7 +18,13 @@ from stage1_encode.decoders.load_decoder import check_decoder
 from stage1_encode.decoders.split_decoder import decode_own_parts, share_decoder
 from stage1_encode.generation.condition_encoder import ConditionEncoder, load_autoencoder, load_condition_encoder
 from stage1_encode.generation.decode import VIDEO_FOLDER_FILES
-from stage1_encode.generation.generate import GenerationRequest, LatentSampler, choose_vram, generate_videos
+from stage1_encode.generation.generate import (
+    GenerationRequest,
+    LatentSampler,
+    choose_vram,
+    generate_videos,
+    report_full_memory,
+)
 from stage1_encode.generation.picture_sizes import group_rows_by_size
 from stage1_encode.media.first_frame import read_first_frame
 from stage1_encode.media.rows import locate_file
@@ -69,14 +75,14 @@ def follow_leader(config: SampleConfig, student: StudentSampler, rank: int, worl
     )
     autoencoder = share_decoder(autoencoder, rank, world)
     autoencoder.model.encoder = None
-    for x0 in follow_requests(student):
-        if vram == "full":
+    with report_full_memory(student.spec, 1, vram):
+        for x0 in follow_requests(student):
+            if vram != "full":
+                student.move_to(torch.device("cpu"))
             decode_own_parts(autoencoder, x0)
-            continue
-        student.move_to(torch.device("cpu"))
-        decode_own_parts(autoencoder, x0)
-        autoencoder.decoder.free_memory()
-        student.move_to(device)
+            if vram != "full":
+                autoencoder.decoder.free_memory()
+                student.move_to(device)
 
 
 def decoded_frames(vram: str) -> int:

@@ -5,6 +5,7 @@ Shapes: B videos, C channels, T latent frames, H W latent size, F frames, X Y pi
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,8 +87,10 @@ def use_decoder(vae: WanVae, choice: str) -> WanVae:
     note = (
         f"{psnr:.1f} dB PSNR to the VAE's own on a test clip; --decoder full is exact, and times are predicted for it"
     )
-    logging.info("decoder: %s (%s), %s", choice, kind, note)
-    if psnr < LEAST_PSNR:
+    is_first = os.environ.get("RANK", "0") == "0"  # says it once for all processes
+    if is_first:
+        logging.info("decoder: %s (%s), %s", choice, kind, note)
+    if is_first and psnr < LEAST_PSNR:
         logging.warning(
             "decoder=%s: does not show what the VAE shows; it was trained for another VAE or not at all", choice
         )

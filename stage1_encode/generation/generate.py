@@ -8,9 +8,9 @@ Shapes: B videos, C channels, T latent frames, H W latent size, F frames, X Y pi
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
@@ -120,22 +120,19 @@ def generate_videos(
         check_conditions(rows, request.csv_path, request.spec, request.base_folder)
     latent_store.create_group(request.store, build_latent_group(request, rows))
     began = log_start(request, encoder, len(all_rows), vram)
-    try:
-        with ExitStack() as stack, ProgressBar(len(rows) * request.segments, label="sample") as progress:
-            store_thread, decode_thread = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
-            positions = {row.key: index for index, row in enumerate(rows)}
-            generator = VideoGenerator(
-                request, encoder, sampler, vram, stack, store_thread, decode_thread, progress, positions
-            )
-            for start in range(0, len(rows), ROWS_PER_CHUNK):
-                generator.generate_rows(rows[start : start + ROWS_PER_CHUNK])
-            files = generator.finish_files()
-    except torch.OutOfMemoryError as error:
-        size = f"{request.spec.num_frames} x {request.spec.height} x {request.spec.width}"
-        smaller = list(REQUIRED_GIB)[list(REQUIRED_GIB).index(vram) + 1 :]
-        remedy = f"--vram {smaller[0]}" if smaller else "a smaller --batch-size, --height or --width"
-        problem = f"videos of {size} do not fit into the GPU's memory"
-        raise ValueError(f"batch_size={request.batch_size}: {problem}; give {remedy}") from error
+    with (
+        report_full_memory(request.spec, request.batch_size, vram),
+        ExitStack() as stack,
+        ProgressBar(len(rows) * request.segments, label="sample") as progress,
+    ):
+        store_thread, decode_thread = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
+        positions = {row.key: index for index, row in enumerate(rows)}
+        generator = VideoGenerator(
+            request, encoder, sampler, vram, stack, store_thread, decode_thread, progress, positions
+        )
+        for start in range(0, len(rows), ROWS_PER_CHUNK):
+            generator.generate_rows(rows[start : start + ROWS_PER_CHUNK])
+        files = generator.finish_files()
     latent_store.finish_group(request.store, GROUP_NAME)
     if request.rank == 0:
         seconds = time.monotonic() - began
@@ -143,6 +140,19 @@ def generate_videos(
         peak = f", peak {torch.cuda.max_memory_allocated(encoder.device) / 2**30:.1f} GiB" if on_gpu else ""
         logging.info("%d videos in %.1f s, %.1f s each%s", len(rows), seconds, seconds / len(rows), peak)
     return files
+
+
+@contextmanager
+def report_full_memory(spec: VideoSpec, batch_size: int, vram: str) -> Iterator[None]:
+    """Turn the end of the GPU's memory into a ValueError that says what needs less; `vram` is a mode."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size = f"{spec.num_frames} x {spec.height} x {spec.width}"
+        smaller = list(REQUIRED_GIB)[list(REQUIRED_GIB).index(vram) + 1 :]
+        remedy = f"--vram {smaller[0]}" if smaller else "a smaller --batch-size, --height or --width"
+        problem = f"videos of {size} do not fit into the GPU's memory"
+        raise ValueError(f"batch_size={batch_size}: {problem}; give {remedy}") from error
 
 
 def log_start(request: GenerationRequest, encoder: ConditionEncoder, videos: int, vram: str) -> float:
