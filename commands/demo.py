@@ -35,8 +35,8 @@ def run_demo(folder: Path) -> list[str]:
         "",
         *summary_lines(report.parent),
         "",
-        "100 iterations of plain matching bring the student nearer to its teacher's 50 steps by the distance, and",
-        "leave a signature that a classifier sees; recipes/nano.yaml cures it on a GPU (docs/evaluation.md).",
+        "50 iterations bring the student as near to its teacher's 50 steps as 128 conditions can tell by distances;",
+        "whitened latents still show every error of one step, pixels what of it is seen (docs/evaluation.md).",
         f"open {report} to see it; shards are in {data}, checkpoints in {run}, videos in {videos}",
     ]
 
