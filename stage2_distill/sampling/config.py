@@ -55,7 +55,7 @@ class SampleConfig:
     )
     decoder: str = decoder_option()
     compile: bool = option(
-        False, "Compile first (under a minute, then cached); for many videos.", group="speed", advanced=True
+        False, "Compile first (under a minute, kept for later runs); for many videos.", group="speed", advanced=True
     )
     segments: int = option(
         1, "Consecutive videos; each starts at the last frame before it.", minimum=1, group="size", advanced=True

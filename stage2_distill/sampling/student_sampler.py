@@ -30,6 +30,7 @@ from stage2_distill.model.weight_loading import read_weights
 from stage2_distill.offload.streamed_blocks import StreamedModule
 from stage2_distill.planning.duration import denoising_seconds, forward_seconds
 from stage2_distill.planning.network_size import TransformerSize
+from stage2_distill.sampling.compile_cache import keep_compiled_code
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.sampling.student_source import check_base, check_model, find_student, trained_loras
 from stage2_distill.weight_files.lora_files import LoraFile, parse_loras, read_deltas
@@ -100,6 +101,8 @@ def open_student(config: SampleConfig, *, streams: bool = False) -> StudentSampl
 
     streams: its blocks stay in host memory, and pass through the GPU.
     """
+    if config.compile:
+        keep_compiled_code()
     source, dtype = find_student(config.checkpoint, config.model), getattr(torch, config.dtype)
     facts = source.facts
     check_model(config.model, facts, ("vae", "text_encoder"))
