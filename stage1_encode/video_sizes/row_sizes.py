@@ -65,7 +65,10 @@ def size_problem(row: Row, frame: FirstFrame, sizes: Sequence[FrameSize], max_up
     if nearest != row.video_size and not row.has_own_size:
         if row.shape:
             return f"is displayed at {height}x{width}, and the CSV says {row.shape[0]}x{row.shape[1]} (height x width)"
-        return f"belongs to size {nearest}, and could not be read when sizes were given; add it to the CSV's end again"
+        return (
+            f"belongs to size {nearest}, and could not be read, or had another shape, when sizes were given; add it to "
+            "the CSV's end again"
+        )
     if max_upscale and frame.enlargement > max_upscale:
         return f"is {frame.size[0]}x{frame.size[1]}, too small for {row.video_size} (height x width)"
     return ""

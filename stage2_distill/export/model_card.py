@@ -251,19 +251,17 @@ def size_usage(card: CardFacts) -> list[str]:
     facts, spec = card.facts, card.facts.spec
     if not (facts.sizes or facts.lengths):
         return []
-    others = {
-        DIFFUSERS: "another is given as `height`, `width` and `num_frames`; crop the picture to the same size",
-        WAN: "another is set in their node Wan22ImageToVideoLatent",
-        LORA: "another is set in their node Wan22ImageToVideoLatent",
-    }[card.config.format]
+    own = f"{spec.num_frames} frames of {spec.frame_size}"
+    if card.config.format == DIFFUSERS:
+        usage = f"The calls above make {own}; crop the picture to another size as to theirs."
+    else:
+        usage = f"The workflows make {own}; their node Wan22ImageToVideoLatent sets another."
     choice = (
         "Take the size whose width / height is nearest to the picture's, so that least is cropped; "
         "`python cli.py sample` does so by itself. "
     )
-    return [
-        f"The student was trained on {facts.video_text}, and other shapes give worse videos. "
-        f"{choice if facts.sizes else ''}Above are {spec.num_frames} frames of {spec.frame_size}; {others}."
-    ]
+    known = f"The student was trained on {facts.video_text}, and other shapes give worse videos."
+    return [f"{known} {choice if facts.sizes else ''}{usage}"]
 
 
 USAGE = {DIFFUSERS: diffusers_usage, WAN: wan_usage, LORA: lora_usage}

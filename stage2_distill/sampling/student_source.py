@@ -2,11 +2,11 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.model_folder import fingerprint_part, locate_model, locate_part, same_fingerprint
-from common.video import FrameSize, VideoSpec, parse_frame_size
+from common.video import VideoSpec, parse_frame_size
 from stage2_distill.checkpointing.format import (
     BEST_FILE,
     SAMPLER_KIND,
@@ -72,26 +72,33 @@ def holds_weights(path: Path) -> bool:
 
 def foreign_facts(name: str, model: str, metadata: Mapping[str, str], spec: VideoSpec | None) -> StudentFacts:
     """Facts about weights of another program: those in the metadata of our exports, else the reference's."""
-    timesteps, shift, size = DistillConfig.timesteps, DistillConfig.shift, spec or VideoSpec()
-    sizes, lengths = list[FrameSize](), list[int]()  # if the student knows several
-    if metadata.get("sampler") == SAMPLER_KIND:
-        timesteps = tuple(float(part) for part in metadata["timesteps"].split(","))
-        shift = float(metadata["shift"])
-        frames, height, width = (int(part) for part in metadata["size"].split("x"))
-        size = VideoSpec(frames, height, width, int(metadata["fps"]))
-        sizes = [parse_frame_size(part) for part in split_list(metadata, "sizes")]
-        lengths = [int(part) for part in split_list(metadata, "lengths")]
-    else:
-        shown = ",".join(f"{timestep:g}" for timestep in timesteps)
-        logging.info("%s: does not name its timesteps; using %s and shift %g, the reference's", name, shown, shift)
     folder = locate_model(model, ("transformer",))
     paths = [locate_part(folder, part) for part in BASE_PARTS]
     transformer, vae, text = (fingerprint_part(path) if path.exists() else "" for path in paths)
     options: dict[str, object] = {"guidance_scale": DistillConfig.guidance_scale}
-    return StudentFacts(
-        0, timesteps, shift, SAMPLER_KIND, size, model, transformer, vae, text, options,
-        sizes=tuple(sizes), lengths=tuple(lengths),
-    )  # fmt: skip
+    timesteps, shift, size = DistillConfig.timesteps, DistillConfig.shift, spec or VideoSpec()
+    facts = StudentFacts(0, timesteps, shift, SAMPLER_KIND, size, model, transformer, vae, text, options)
+    if metadata.get("sampler") == SAMPLER_KIND:
+        return stated_facts(name, facts, metadata)
+    shown = ",".join(f"{timestep:g}" for timestep in timesteps)
+    logging.info("%s: does not name its timesteps; using %s and shift %g, the reference's", name, shown, shift)
+    return facts
+
+
+def stated_facts(name: str, facts: StudentFacts, metadata: Mapping[str, str]) -> StudentFacts:
+    """Facts with what the metadata of an export state; ValueError if they cannot be read."""
+    try:
+        frames, height, width = (int(part) for part in metadata["size"].split("x"))
+        return replace(
+            facts,
+            ladder=tuple(float(part) for part in metadata["timesteps"].split(",")),
+            shift=float(metadata["shift"]),
+            spec=VideoSpec(frames, height, width, int(metadata["fps"])),
+            sizes=tuple(parse_frame_size(part) for part in split_list(metadata, "sizes")),
+            lengths=tuple(int(part) for part in split_list(metadata, "lengths")),
+        )
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"checkpoint={name}: its metadata cannot be read ({error}); export it again") from error
 
 
 def split_list(metadata: Mapping[str, str], name: str) -> list[str]:

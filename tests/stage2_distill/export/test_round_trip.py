@@ -20,7 +20,7 @@ from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import LoraSettings
 from stage2_distill.model.wan import load_transformer
 from stage2_distill.sampling.student_sampler import load_student
-from stage2_distill.sampling.student_source import find_student
+from stage2_distill.sampling.student_source import find_student, stated_facts
 from stage2_distill.weight_files.lora_files import LoraFile
 from stage2_distill.weight_files.stored_weights import WEIGHTS_FILE, read_weight_table
 from tests.stage2_distill.export.students import make_student
@@ -184,13 +184,15 @@ def test_every_format_names_all_sizes_and_lengths(model: Path, tmp_path: Path) -
         out = export(run, model, tmp_path / form, form, dtype="float32", **own)
         card = (out / "README.md").read_text()
         assert "| videos | 5 or 9 frames of 32x96, 64x64 (height x width), 8 per second |" in card
-        assert "nearest to the picture's" in card and "Above are 9 frames of 64x64; another is " in card
+        assert "nearest to the picture's" in card and "make 9 frames of 64x64;" in card
         assert ("not measured" not in card) and ("error of sampled latents" in card) == (form == "lora")
         if form != "diffusers":
             facts = find_student(str(out / f"{form}.safetensors"), str(model)).facts
             assert (facts.sizes, facts.lengths, facts.spec) == (sizes, (5, 9), SPEC)
             node = json.loads((out / "workflow_image_to_video.json").read_text())["7"]
             assert node["inputs"]["width"] == 64 and node["_meta"]["title"].endswith("32x96, 64x64 (height x width)")
+    with pytest.raises(ValueError, match=r"checkpoint=a: its metadata cannot be read \('shift'\); export it again"):
+        stated_facts("a", read_facts(run), {"size": "9x64x64", "timesteps": "1000"})
     tall = make_shards(tmp_path / "tall", model, records=8, sizes=((96, 32),))
     with pytest.raises(ValueError, match="has records of 96x32, and the student was trained on 32x96, 64x64"):
         export(run, model, tmp_path / "refused", "lora", **options | {"shards": str(tall)})
