@@ -10,6 +10,7 @@ number of forward passes, as many as fit into --minutes by the time that was mea
 names, --seeds a number of training seeds for all variants, --iterations those of the base instead of planned ones.
 --rounds iterations are timed for the plan; they should be a multiple of the exits, which take turns. Rates fall over
 the same share of a run as in its recipe. Float32, with TF32 for products on a GPU. `ablation_table` joins files.
+--thorough also tells decoded clips from the teacher's, and adds true clips to the controls, for a final table.
 """
 
 import argparse
@@ -176,6 +177,9 @@ def control_results(experiment: Experiment) -> Iterator[Result]:
             sets = {seed: reference.sets[seed] if many else judge.sample_teacher(scale, sigmas, seed) for seed in seeds}
             name = f"teacher, guidance {scale:g}, {steps} steps"
             yield experiment.write(Result(name, guidance_scale=scale, measures=reference.measure(sets), **facts))
+    if judge.settings.pixel_test:
+        measures = experiment.references[1.0].measure({seeds[0]: judge.true_latents()})
+        yield experiment.write(Result("true clips", guidance_scale=1.0, measures=measures, **facts))
     sets = {seed: judge.sample_student(judge.teacher, sigmas, seed) for seed in seeds}
     measures = experiment.references[1.0].measure(sets)
     yield experiment.write(Result("undistilled, 4 steps", guidance_scale=1.0, measures=measures, **facts))
@@ -250,6 +254,9 @@ def plan_runs(
     budget = (SAFETY * left - fixed) / (len(pairs) * speed.one_pass)
     if options.iterations:
         budget = options.iterations * forward_passes(list_variants()[0].config())
+    if budget <= 0:
+        short = f"{len(pairs)} runs take {fixed:.0f} s besides training, and {left:.0f} s are left"
+        raise SystemExit(f"minutes={options.minutes:g}: {short}; give fewer with --only or --seeds")
     planned = []
     for variant, seed in pairs:
         count = max(1, round(budget / forward_passes(variant.config())))
@@ -268,7 +275,11 @@ def open_experiment(options: argparse.Namespace, scales: Sequence[float]) -> Exp
     device = pick_device("auto")
     ranks = replace(start_process_group("cpu"), device=device)  # one process, which needs no NCCL
     settings = JudgeSettings(
-        (0, 1) if options.tiny else (0, 1, 2), options.teacher_steps, options.classifier_steps, options.clips
+        (0, 1) if options.tiny else (0, 1, 2),
+        options.teacher_steps,
+        options.classifier_steps,
+        options.clips,
+        options.thorough,
     )
     pool, _ = make_pool(MODEL, options.train, seed=TRAIN_SEED, held=False, device=device)
     held, asked = make_pool(MODEL, options.held, seed=JUDGE_SEED, held=True, device=device)
@@ -290,7 +301,7 @@ def main() -> None:
     """Plan, train, judge and write the table."""
     options = parse_arguments(
         __doc__, minutes=8.0, only="*", seeds=0, iterations=0, at_once=4, rounds=8, train=16384, held=8192, batch=0,
-        teacher_steps=50, classifier_steps=120, clips=1024, compile=False, tiny=False, out=RESULTS,
+        teacher_steps=50, classifier_steps=200, clips=1024, compile=False, thorough=False, tiny=False, out=RESULTS,
     )  # fmt: skip
     began = time.perf_counter()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

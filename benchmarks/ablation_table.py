@@ -19,9 +19,11 @@ from pathlib import Path
 from benchmarks.nano_judge import MEASURES, Measures
 from stage2_distill.evaluation.latent_metrics import STUDENT_T, seed_statistics
 
-PERFECT = {"accuracy": 0.5} | dict.fromkeys(("floors", "floors_tanh", "floors_spectral"), 0.0)  # the others: 1
+PERFECT = {"accuracy": 0.5, "pixel_accuracy": 0.5} | dict.fromkeys(
+    ("floors", "floors_tanh", "floors_spectral"), 0.0
+)  # the others: 1
 COLUMNS = ("variant", "seeds", "iterations", *(name.replace("_", " ") for name in MEASURES), "nearer", "farther")
-CURVE_COLUMNS = ("variant", "iteration", *COLUMNS[4:10])
+CURVE_COLUMNS = ("variant", "iteration", *COLUMNS[5:11])
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def curve_rows(results: Sequence[Result]) -> list[list[str]]:
         if one.variant in named:
             groups[one.variant, one.iteration].append(one)
     return [
-        [variant, str(iteration), *(describe(values_of(group, measure)) for measure in MEASURES[1:7])]
+        [variant, str(iteration), *(describe(values_of(group, measure)) for measure in MEASURES[2:8])]
         for (variant, iteration), group in sorted(groups.items())
     ]
 

@@ -23,17 +23,18 @@ from examples.nano.analyse import score
 from examples.nano.build import Texts
 from examples.nano.captions import NEGATIVE_PROMPT, Asked, captions, parse
 from examples.nano.gate import pixels
-from examples.nano.render import first_frames
+from examples.nano.render import first_frames, render, to_network
+from examples.nano.vae import encode
 from examples.nano.world import draw_scenes
 from stage1_encode.models.vae import encode_frames, load_vae, make_frame_encoder
 from stage2_distill.dmd.rollout import rollout, sample_euler
 from stage2_distill.evaluation.feature_maps import latent_energies
 from stage2_distill.evaluation.latent_metrics import FEATURE_MAPS, frechet_distance, reference_seeds, seed_diversity
-from stage2_distill.evaluation.two_sample import ClassifierSettings, two_sample_accuracy
+from stage2_distill.evaluation.two_sample import PIXEL_PATCH, ClassifierSettings, two_sample_accuracy
 from stage2_distill.model.wan import guided
 
 TRAIN_SEED, JUDGE_SEED = 77, 910_301  # the second is used for nothing else
-SCENES_AT_ONCE, DECODED_AT_ONCE = 1024, 64
+SCENES_AT_ONCE, ENCODED_AT_ONCE, DECODED_AT_ONCE = 1024, 256, 64
 SHIFT = 5.0
 
 
@@ -41,7 +42,8 @@ SHIFT = 5.0
 class Measures:
     """How a set compares with the teacher's at many steps, as means over noise seeds; None = not measured."""
 
-    accuracy: float | None  # of a classifier that tells them apart, 0.5 = it cannot
+    accuracy: float | None  # of a classifier that tells latents apart, 0.5 = it cannot
+    pixel_accuracy: float | None  # of one that reads whitened pixels
     floors: float  # Frechet distance over the teacher's own between two seeds, in the map of random convolutions
     floors_tanh: float
     floors_spectral: float
@@ -83,7 +85,8 @@ class JudgeSettings:
     seeds: tuple[int, ...] = (0, 1, 2)  # of the noise
     teacher_steps: int = 50
     classifier_steps: int = 200
-    judged_clips: int = 2048  # conditions whose pixels the analyser reads, of the first seed
+    judged_clips: int = 1024  # conditions whose pixels are read, of the first seed
+    pixel_test: bool = False  # also tell pixels apart, which takes longer than all else
     batch: int = 1024  # conditions sampled at once
 
 
@@ -139,10 +142,27 @@ class Judge:
             ]
         )
 
-    def answers(self, latents: Tensor) -> dict[str, float]:
-        """The analyser's shares of right colours, shapes and motions and of valid clips, in the first clips' pixels."""
-        count = self.settings.judged_clips
-        return score(pixels(self.vae, latents[:count], DECODED_AT_ONCE), self.asked[:count])
+    def decode(self, latents: Tensor) -> Tensor:
+        """The first clips' pixels (N T H W 3) uint8."""
+        return pixels(self.vae, latents[: self.settings.judged_clips], DECODED_AT_ONCE)
+
+    def answers(self, clips: Tensor) -> dict[str, float]:
+        """The analyser's shares of right colours, shapes and motions and of valid clips."""
+        return score(clips, self.asked[: len(clips)])
+
+    def tell_apart(self, one: Tensor, other: Tensor, *, seed: int, **changes: object) -> float:
+        """Accuracy of the two-sample test."""
+        size = {"width": 96, "batch_size": 256} if self.device.type == "cuda" else {"width": 32, "batch_size": 64}
+        classifier = ClassifierSettings(max_steps=self.settings.classifier_steps, **size, **changes)
+        return two_sample_accuracy(one, other, seeds=(seed,), device=self.device, settings=classifier).mean
+
+    def true_latents(self) -> Tensor:
+        """Latents (N C T H W) of the clips that the conditions come from."""
+        parts = []
+        for start in range(0, len(self.pool.text), ENCODED_AT_ONCE):
+            index = torch.arange(start, min(start + ENCODED_AT_ONCE, len(self.pool.text)), device=self.device)
+            parts.append(encode(self.vae, to_network(render(draw_scenes(JUDGE_SEED, index, held=True)))))
+        return torch.cat(parts)
 
     def features(self, latents: Tensor) -> list[Tensor]:
         """Features (N D) in each map, and mean energies (3) at the end."""
@@ -166,7 +186,8 @@ class Reference:
             for index in range(len(FEATURE_MAPS))
         ]
         self.diversity = float(seed_diversity([self.sets[seed] for seed in seeds]).mean())
-        self.answers = judge.answers(self.sets[seeds[0]])
+        self.answers = judge.answers(judge.decode(self.sets[seeds[0]]))
+        self.other_clips = judge.decode(self.sets[self.partners[seeds[0]]])
 
     def measure(self, sets: dict[int, Tensor], *, brief: bool = False) -> Measures:
         """All measures of sets (N C T H W) by noise seed; `brief`: only distances and ratios of latents."""
@@ -179,17 +200,15 @@ class Reference:
         ]
         ratios = torch.stack([own[seed][-1] / self.features[seed][-1] for seed in sets]).mean(dim=0).tolist()
         if brief:
-            return Measures(None, *floors, *ratios, None, None, None, None, None)
-        answers = judge.answers(next(iter(sets.values())))
+            return Measures(None, None, *floors, *ratios, None, None, None, None, None)
+        (seed, latents), *_ = sets.items()
+        clips, accuracy = judge.decode(latents), None
+        if judge.settings.pixel_test:
+            videos = [part.movedim(-1, 1) for part in (clips, self.other_clips)]
+            accuracy = judge.tell_apart(*videos, seed=seed, patch=PIXEL_PATCH)
+        answers = judge.answers(clips)
         shares = [answers[name] / max(self.answers[name], 1e-9) for name in ("colour", "shape", "motion", "valid")]
         diversity = float(seed_diversity(list(sets.values())).mean()) / self.diversity if len(sets) > 1 else None
-        return Measures(self.tell_apart(sets), *floors, *ratios, diversity, *shares)
-
-    def tell_apart(self, sets: dict[int, Tensor]) -> float:
-        """Accuracy of the two-sample test, without whitening, for the first noise seed."""
-        settings = self.judge.settings
-        seed, latents = next(iter(sets.items()))
-        size = {"width": 96, "batch_size": 256} if self.judge.device.type == "cuda" else {"width": 32, "batch_size": 64}
-        classifier = ClassifierSettings(max_steps=settings.classifier_steps, whiten=False, **size)
-        other = self.sets[self.partners[seed]]
-        return two_sample_accuracy(latents, other, seeds=(seed,), device=self.judge.device, settings=classifier).mean
+        # not whitened: with whitened latents any sampler of few steps is told, however good (benchmarks/LOG.md)
+        told = judge.tell_apart(latents, self.sets[self.partners[seed]], seed=seed, whiten=False)
+        return Measures(told, accuracy, *floors, *ratios, diversity, *shares)

@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderKLWan
 
 from benchmarks import ablate_nano
 from benchmarks.ablate_nano import Speed, Variant, list_variants, plan_runs
 from benchmarks.ablation_table import Result, curve_rows, error_difference, read_results, table_rows
-from benchmarks.graphed_run import forward_passes
-from benchmarks.nano_judge import MEASURES, Measures
+from benchmarks.graphed_run import ConditionPool, forward_passes
+from benchmarks.nano_judge import JUDGE_SEED, MEASURES, Judge, JudgeSettings, Measures, make_pool
+from stage2_distill.evaluation.two_sample import PIXEL_PATCH
 
-MEASURED = Measures(0.6, 3.0, 2.0, 2.0, 1.0, 1.02, 0.98, 0.95, 0.99, 1.0, 0.98, 0.97)
+MEASURED = Measures(0.6, None, 3.0, 2.0, 2.0, 1.0, 1.02, 0.98, 0.95, 0.99, 1.0, 0.98, 0.97)
 
 
 def result(variant: str, compared_with: str, seed: int, **changes: float) -> Result:
@@ -51,6 +54,11 @@ def test_a_plan_gives_every_run_the_same_passes_and_fits(capsys: pytest.CaptureF
     assert " iterations: base\n" in capsys.readouterr().out
 
 
+def test_a_plan_that_cannot_fit_is_refused() -> None:
+    with pytest.raises(SystemExit, match="minutes=1: 3 runs take .* give fewer with --only or --seeds"):
+        plan_runs(list_variants()[:1], Namespace(seeds=0, iterations=0, minutes=1.0), Speed(0.001, 9.0, 9.0), 30.0)
+
+
 def test_a_difference_counts_if_its_interval_excludes_zero() -> None:
     assert error_difference([1.0, 1.1, 0.9], [2.0, 2.1, 1.9]) == -1
     assert error_difference([2.0, 2.1, 1.9], [1.0, 1.1, 0.9]) == 1
@@ -83,8 +91,24 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     names = ["teacher, guidance 1, 2 steps", "teacher, guidance 1, 4 steps", "undistilled, 4 steps", "regression alone"]
     assert [row["variant"] for row in rows] == names
     assert rows[0]["measures"]["floors"] == pytest.approx(1.0)
-    assert all(row["measures"][name] is not None for row in rows for name in MEASURES)
+    missing = {name for row in rows for name in MEASURES if row["measures"][name] is None}
+    assert missing == {"pixel_accuracy"}  # of --thorough
     assert all(f"\n| {name} | 1 | " in table for name in names)
+
+
+def test_thorough_measures_see_pixels_and_true_clips() -> None:
+    first = torch.zeros(1, 48, 1, 4, 6)
+    vae = AutoencoderKLWan.from_pretrained(ablate_nano.MODEL / "vae").float()
+    pool = ConditionPool(first.bfloat16(), torch.zeros(1, 2, 64), torch.zeros(2, 64))
+    judge = Judge(pool, [], vae, lambda *_: first, (48, 5, 4, 6), JudgeSettings(), 4)
+    draws = torch.Generator().manual_seed(0)
+    clips, pale = (torch.randint(0, top, (48, 3, 3, 16, 16), dtype=torch.uint8, generator=draws) for top in (200, 100))
+    assert judge.tell_apart(clips, clips, seed=0, patch=PIXEL_PATCH) == 0.5
+    assert judge.tell_apart(clips, pale, seed=0, patch=PIXEL_PATCH) > 0.9
+    true = judge.true_latents()
+    assert true.shape == (1, 48, 5, 4, 6)
+    frame = make_pool(ablate_nano.MODEL, 1, seed=JUDGE_SEED, held=True, device=torch.device("cpu"))[0].first_frame
+    assert torch.allclose(true[:, :, :1], frame.float(), atol=0.05)  # the condition is its first frame
 
 
 def test_a_pattern_without_a_variant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
