@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import knob_costs
 from benchmarks.device import covered_time, merge_spans
-from benchmarks.knob_costs import AVERAGE, KNOBS
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -69,8 +69,16 @@ def test_loading() -> None:
     assert "three roles opened: " in run_benchmark("-m", "benchmarks.loading", "--tiny")
 
 
-def test_costs_of_knobs() -> None:
-    lines = run_benchmark("-m", "benchmarks.knob_costs", "--tiny").splitlines()
-    assert [line.split("  ")[0] for line in lines] == [*KNOBS, AVERAGE]
-    assert lines[0].split("  ")[4] == "1.000"
-    assert lines[list(KNOBS).index("teacher_warmup, while it lasts")].split("  ")[2] == "0.00"  # no critic
+def test_costs_of_knobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["knob_costs", "--tiny"])
+    knob_costs.main()
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == [*knob_costs.KNOBS, knob_costs.AVERAGE]
+    assert rows[0][4] == "1.000"
+    critics = {row[0]: row[2] for row in rows}
+    assert critics["teacher_warmup, while it lasts"] == "0.00"  # no critic
+
+
+def test_a_mean_iteration_has_a_share_of_the_students_update() -> None:
+    assert knob_costs.KnobCost(student=10.0, critic=3.0, peak=1.0).iteration(5) == 5.0
+    assert knob_costs.KnobCost(student=10.0, critic=0.0, peak=1.0).iteration(5) == 10.0
