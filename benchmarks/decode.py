@@ -2,7 +2,7 @@
 
     python -m benchmarks.decode [--tiny] [--part whole,stock]
     python -m benchmarks.decode --part quality --model MODEL --decoder FILE --latents X.zarr
-    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.decode [--tiny] --part split [--repeats 5]
+    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.decode [--tiny] --part split [--repeats 5] [--chunk 2]
 
 Random weights at 121 x 704 x 1280 in bfloat16. `whole` decodes a video twice, the second time with each convolution
 timed; `stock` runs diffusers' decode and compares both with float32 on a few frames; `split` decodes a video by each
@@ -109,15 +109,15 @@ def decode_with_diffusers(model: AutoencoderKLWan, z: Tensor) -> Tensor:
     return ((video + 1) * 127.5).round().permute(1, 2, 3, 0)
 
 
-def split_rows(model: AutoencoderKLWan, z: Tensor, ranks: RankContext, repeats: int) -> Iterator[Row]:
+def split_rows(model: AutoencoderKLWan, z: Tensor, ranks: RankContext, options: argparse.Namespace) -> Iterator[Row]:
     """Time the decode of one video by each GPU alone and by all together, and compare their pixels."""
-    whole = unscaled_vae(model, z.device)
+    whole = replace(unscaled_vae(model, z.device), chunk_frames=options.chunk)
     seconds, videos = [], []
     for name, own in ("one GPU", whole), (f"{ranks.world} GPUs", share_decoder(whole, ranks.rank, ranks.world)):
         decode = partial(decode_frames, own.decoder, z)
         (first,) = call_times(decode, 1)
         peak_gib()
-        seconds.append(time_call(decode, warm=0, repeats=repeats))
+        seconds.append(time_call(decode, warm=0, repeats=options.repeats))
         yield name, f"{seconds[-1]:.3f} s, the first time {first:.2f} s, peak {peak_gib():.1f} GiB"
         videos.append(decode())
     yield "against one", f"x{seconds[0] / seconds[1]:.2f}, predicted x{1 / decode_share(ranks.world):.2f}"
@@ -199,7 +199,7 @@ def measure(options: argparse.Namespace, ranks: RankContext) -> Iterator[Row]:
     torch.manual_seed(0)
     model = autoencoder(Size(base=8), device, decoder=8 if options.tiny else 256).to(dtype)
     z = torch.randn((48, 3, 4, 6) if options.tiny else (48, 31, 44, 80), dtype=dtype, device=device)
-    split = partial(split_rows, ranks=ranks, repeats=options.repeats)
+    split = partial(split_rows, ranks=ranks, options=options)
     parts = {"whole": whole_rows, "stock": stock_rows, "split": split}
     parts["tiny"] = partial(tiny_rows, repeats=options.repeats)
     for part in options.part.split(","):
@@ -208,7 +208,9 @@ def measure(options: argparse.Namespace, ranks: RankContext) -> Iterator[Row]:
 
 def main() -> None:
     """Measure, print and append to the results."""
-    options = parse_arguments(__doc__, tiny=False, part="whole,stock", repeats=5, model="", decoder="", latents="")
+    options = parse_arguments(
+        __doc__, tiny=False, part="whole,stock", repeats=5, chunk=vae.CHUNK_FRAMES, model="", decoder="", latents=""
+    )
     ranks = start_process_group("cpu" if options.tiny else "auto")
     rows = measure(options, ranks)
     run_benchmark("decode", rows, keep=not options.tiny, rank=ranks.rank, model="random weights")
