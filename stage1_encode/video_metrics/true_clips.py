@@ -7,6 +7,7 @@ the teacher. Shapes: B clips, C channels, T latent frames, H W latent size, F fr
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy
 import torch
@@ -24,6 +25,7 @@ from stage1_encode.media.video_frame import UnreadableError
 from stage1_encode.media.whole_clip import read_clip
 from stage1_encode.models.vae import WanVae
 
+LARGEST_DIFFERENCE = 0.2  # rms of first frames, in deviations of a latent; of one clip 0.001 in float32, of another 0.5
 TRUE_CLIPS = Candidate("true", "true clips, through the VAE", 0, "true")
 
 
@@ -40,7 +42,7 @@ def encode_true_clips(
     """Write the sets of the true clips of the records, whose paths are those of the CSV `table`, into the store.
 
     There is one clip per condition, so the sets of all seeds are equal; complete ones of the same files are kept.
-    ValueError for a record without a clip, or one that is too short.
+    ValueError for a record without a clip, one that is too short, or one that begins with another picture.
     """
     paths = [clip_path(table, record) for record in records]
     names = [latent_set_name(TRUE_CLIPS, seed) for seed in seeds]
@@ -57,9 +59,7 @@ def encode_true_clips(
             clips = numpy.stack([read_true_clip(paths[row], spec) for row in rows])
             latents = encode_clips(model, torch.from_numpy(clips))
             for row, clip in zip(rows, latents, strict=True):
-                first_frame = records[row].first_frame
-                if first_frame is not None:  # as every other set has it, in its precision
-                    clip[:, :1] = first_frame.float()
+                pin_first_frame(table, records[row], clip)
             for name in names:
                 latent_store.write_latents(store, name, rows, latents)
             progress.advance(count=len(rows))
@@ -71,11 +71,26 @@ def clip_path(table: Path, record: Record) -> str:
     """The file of a record; ValueError if it has none, or if it is not there."""
     path = locate_file(table, record.source.path) if record.source.path else ""
     if not path or not Path(path).is_file():
-        where = f"{path}: no such file" if path else "has a prompt alone"
-        raise ValueError(
-            f"true_clips={table}: record {record.key}: {where}; name the CSV of whole clips of these shards"
-        )
+        refuse_table(table, record, f"{path}: no such file" if path else "has a prompt alone")
     return path
+
+
+def refuse_table(table: Path, record: Record, reason: str) -> NoReturn:
+    """Raise ValueError: the CSV is not that of the shards."""
+    raise ValueError(f"true_clips={table}: record {record.key}: {reason}; name the CSV of whole clips of these shards")
+
+
+def pin_first_frame(table: Path, record: Record, clip: Tensor) -> None:
+    """Give a clip (C T H W) its record's first frame, in the precision that every other set has.
+
+    ValueError if the clip begins with another one: tables of different clips may hold the same file names.
+    """
+    if record.first_frame is None:
+        return
+    given = record.first_frame.float()
+    if (clip[:, :1] - given).square().mean().sqrt() > LARGEST_DIFFERENCE:
+        refuse_table(table, record, f"{record.source.path} begins with another picture")
+    clip[:, :1] = given
 
 
 def is_kept(store: Path, name: str, digest: str) -> bool:

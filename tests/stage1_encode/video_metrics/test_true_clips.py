@@ -11,6 +11,7 @@ from common.video import VideoSpec
 from shards import latent_store
 from shards.record import Record, RecordSource
 from stage1_encode.media.video_writer import write_video
+from stage1_encode.media.whole_clip import read_clip
 from stage1_encode.models import vae
 from stage1_encode.video_metrics.evaluate_videos import decode_latents
 from stage1_encode.video_metrics.true_clips import clip_path, encode_clips, encode_true_clips
@@ -35,7 +36,8 @@ def make_record(number: int, first_frame: torch.Tensor | None) -> Record:
 
 def test_sets_hold_the_clips_with_their_given_first_frames(table: Path, model: Path, tmp_path: Path) -> None:
     loaded = vae.load_vae(model, dtype=torch.float32, device=torch.device("cpu"))
-    given = torch.full(SPEC.first_frame_shape, 0.5, dtype=torch.bfloat16)
+    clip = torch.from_numpy(read_clip(str(table.parent / "0.mp4"), SPEC))[None]
+    given = encode_clips(loaded, clip)[0, :, :1].bfloat16()
     records, store = [make_record(0, given), make_record(1, None)], tmp_path / "latents.zarr"
 
     def encode() -> None:
@@ -50,6 +52,9 @@ def test_sets_hold_the_clips_with_their_given_first_frames(table: Path, model: P
     before = node.stat().st_mtime_ns
     encode()
     assert node.stat().st_mtime_ns == before, "complete sets are kept"
+    wrong = [make_record(0, given + 1)]
+    with pytest.raises(ValueError, match=r"^true_clips=.*record 000000000: 0.mp4 begins with another picture; name"):
+        encode_true_clips(loaded, tmp_path / "other.zarr", table, wrong, SPEC, seeds=(0,), batch_size=2)
     write_video(table.parent / "1.mp4", numpy.full((9, 32, 32, 3), 240, dtype=numpy.uint8), fps=12)
     encode()
     assert not torch.equal(latent_store.read_latent_rows(store, "true-seed-0", 0, 2)[1], sets[0][1]), "another file"
