@@ -70,8 +70,8 @@ def tiny_vae(base: vae.WanVae, *, is_wide: bool = False) -> vae.WanVae:
     """Return a VAE with a random decoder of the TAEHV family, at the widths of its published weights."""
     widths = (512, 256, 128, 64) if is_wide else (256, 128, 64, 64)
     with base.device:
-        network = TinyNetwork(TinyLayout(LATENT_CHANNELS, 12, widths, is_wide)).to(base.model.dtype).eval()
-    network.to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
+        network = TinyNetwork(TinyLayout(LATENT_CHANNELS, 12, widths, is_wide)).to(base.model.dtype)
+    network.prepare_inference()
     return replace(base, other_decoder=TinyDecoder(network, base.mean, base.std, base.model.dtype, base.chunk_frames))
 
 

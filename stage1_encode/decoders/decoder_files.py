@@ -108,8 +108,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def unwrap_tensors(path: Path, content: object) -> dict[str, Tensor]:
     """The tensors of a checkpoint, which may lie within dicts of usual names."""
-    while isinstance(content, dict) and (inner := [content[name] for name in WRAPPERS if name in content]):
-        content = inner[0]
+    for _ in WRAPPERS:  # a dict may lie within itself
+        inner = [content[name] for name in WRAPPERS if name in content] if isinstance(content, dict) else []
+        content = inner[0] if inner else content
     tensors = content if isinstance(content, dict) else {}
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"decoder={path}: holds no dict of tensors; save the decoder's state_dict alone")

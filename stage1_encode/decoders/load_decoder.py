@@ -108,7 +108,7 @@ def list_decoders(vae: WanVae, file: DecoderFile) -> Iterator[LatentDecoder]:
     with torch.device("meta"):
         network = TinyNetwork(file.layout)
     load_weights(network, file, vae)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as documented; the stub lacks it
+    network.prepare_inference()
     for mean, std in ((torch.zeros_like(vae.mean), torch.ones_like(vae.std)), (vae.mean, vae.std)):
         yield TinyDecoder(network, mean, std, vae.model.dtype, vae.chunk_frames)
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 GROWTH = (1, 2, 2)  # frames out per frame in, of the three levels
 SURPLUS_FRAMES = 3  # of the first latent frame
+ALIGNED_CHANNELS = 8  # tensor cores need a multiple of this
 LATENT_BOUND = 3.0  # latents are squeezed softly into +-this
 
 
@@ -111,6 +112,16 @@ class TinyNetwork(nn.Module):
         self.layout = layout
         self.decoder = nn.Sequential(*(wide_layers if layout.is_wide else narrow_layers)(layout))
 
+    def prepare_inference(self) -> None:
+        """Bring weights into the form in which convolutions are fast; pixels do not change."""
+        last = self.decoder[-1]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        surplus = -len(last.bias) % ALIGNED_CHANNELS  # outputs of zeros, which are cut off again
+        last.weight = nn.Parameter(functional.pad(last.weight.detach(), (0, 0) * 3 + (0, surplus)))
+        last.bias = nn.Parameter(functional.pad(last.bias.detach(), (0, surplus)))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as documented; the stub lacks it
+        self.eval().requires_grad_(False)
+
     def reset_cache(self) -> None:
         """Forget the previous frames, at the start of a video."""
         for module in self.modules():
@@ -123,6 +134,7 @@ class TinyNetwork(nn.Module):
         x = rearrange(z, "b t c h w -> (b t) c h w").contiguous(memory_format=torch.channels_last)
         for layer in self.decoder:
             x = layer(x, videos) if isinstance(layer, MemoryBlock) else layer(x)
+        x = x[:, : self.layout.outputs]
         return rearrange(x, "(b f) (c p q) x y -> b f (x p) (y q) c", b=videos, p=patch, q=patch)
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from common.files import read_file, staged_output, write_file
-from common.options import write_config
+from common.options import FULL_DECODER, write_config
 from shards import latent_store
 from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
 from stage2_distill.evaluation import latent_metrics
@@ -155,12 +155,14 @@ def read_results(path: Path) -> Any:  # noqa: ANN401
 def report_subject(config: EvaluateConfig) -> dict[str, list[str]]:
     """What the report is about, for its head: checkpoints by run and step, weights, model and data set."""
     folders = [find_student(name, config.model).own_path.resolve() for name in config.checkpoint]
+    decoder = {} if config.decoder == FULL_DECODER else {"decoder": [config.decoder]}  # what the pixels depend on too
     return {
         "run": list(dict.fromkeys(folder.parent.name for folder in folders)),
         "checkpoint": [str(folder) for folder in folders],
         "weights": [config.weights],
         "model": [config.model],
         "data set": [config.shards],
+        **decoder,
     }
 
 

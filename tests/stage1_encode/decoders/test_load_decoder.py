@@ -192,7 +192,11 @@ def test_wrong_files_give_one_line(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "numbers.pth")
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     torch.save({"decoder": Path("a")}, tmp_path / "object.pth")
+    within_itself: dict[str, object] = {}
+    within_itself["model"] = within_itself
+    torch.save(within_itself, tmp_path / "endless.pth")
     problems = {
+        "endless.pth": "holds no dict of tensors",
         "missing.pth": "no such file", ".": "cannot be read", "text.safetensors": "cannot be read",
         "text.pth": "cannot be read", "numbers.pth": "holds no dict of tensors", "list.pth": "holds no dict of tensors",
         "object.pth": "could run code",

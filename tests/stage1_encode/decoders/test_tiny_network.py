@@ -111,6 +111,9 @@ def test_values_are_those_of_the_definition(layout: TinyLayout) -> None:
     assert result.shape == expected.shape == (12, 16, 32, 3)
     assert expected.std() > 0.1
     assert numpy.abs(result.numpy() - expected).max() < 1e-4 * numpy.abs(expected).max()
+    network = open_network(layout)
+    network.prepare_inference()
+    assert (network(z[None])[0] - result).abs().max() < 1e-4
 
 
 def open_exact_network(layout: TinyLayout) -> TinyNetwork:
