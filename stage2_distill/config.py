@@ -11,6 +11,7 @@ from common.video import VideoSpec
 
 Part = TypeVar("Part")
 DTYPES = ("float32", "bfloat16")
+EXACT, FP8 = PRECISIONS = ("exact", "fp8")  # of the products of the blocks: in the dtype, or in 8 bits
 AUTO, STANDARD, COMPACT = "auto", "standard", "compact"
 OPTIMIZER_FORMS, MOMENT_FORMATS = (AUTO, STANDARD, COMPACT), ("8bit", "float32")
 ACTIVATION_CHECKPOINTING = ("full", "offload", "selective", "selective-mlp", "off")
@@ -56,6 +57,12 @@ def parse_lengths(value: int | str) -> tuple[LengthShare, ...]:
         weights[frames] = weight
     total = sum(weights.values())
     return tuple(LengthShare(frames, weight / total) for frames, weight in sorted(weights.items()))
+
+
+def check_precision(option: str, value: str, dtype: str) -> None:
+    """Raise ValueError if the value of an option is fp8 and the network computes in another dtype than bfloat16."""
+    if value == FP8 and dtype != "bfloat16":
+        raise ValueError(f"{option}=fp8: needs dtype=bfloat16, not {dtype}; give one of the two its default")
 
 
 @dataclass(frozen=True)
@@ -217,6 +224,10 @@ class DistillConfig:
         old_name="keep_activations", old_values=OLD_ACTIVATION_CHECKPOINTING,
     )  # fmt: skip
     max_text_tokens: int = max_text_tokens_option(advanced=True, old_name="text_rows")
+    score_precision: str = advanced(
+        EXACT, "Products of the blocks in passes without gradient (rollouts, scores, previews); fp8: 8 bits.",
+        choices=PRECISIONS, group="model",
+    )  # fmt: skip
     attention: str = advanced(
         "auto",
         "Kernel of attention; auto: FlashAttention-3 or cuDNN in bf16.",
@@ -255,6 +266,7 @@ class DistillConfig:
             self.check_many_shapes()
         if self.optimizer_form == COMPACT:
             self.check_compact()
+        check_precision("score_precision", self.score_precision, self.dtype)
 
     def check_many_shapes(self) -> None:
         """Raise ValueError if an option does not support videos of several shapes."""

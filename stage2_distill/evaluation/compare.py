@@ -28,10 +28,12 @@ from shards.dataset import DataSet, SizeGroup, open_data_set
 from shards.manifest import check_settings
 from shards.record import Record, collate_records, group_by_first_frame, pad_text
 from stage2_distill.checkpointing import format as checkpoints
+from stage2_distill.config import EXACT, FP8
 from stage2_distill.distributed.process_group import rank_and_world, wait_for_ranks
 from stage2_distill.dmd.rollout import sample_euler, sample_student
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import reference_seeds
+from stage2_distill.low_precision.fp8_support import check_fp8_device, store_weights_in_fp8
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.wan import guided, make_denoiser
 from stage2_distill.sampling.student_sampler import load_student
@@ -256,6 +258,9 @@ def open_denoiser(setting: EvaluationSetup, source: StudentSource | None) -> Den
             source.path, ExecutionPlan(), model=config.model, weights=config.weights, dtype=dtype, device=device,
             loras=source.loras,
         )  # fmt: skip
+        if config.precision == FP8:
+            check_fp8_device("precision", device)
+            store_weights_in_fp8(net)
     return make_denoiser(net, dtype)
 
 
@@ -263,7 +268,8 @@ def set_digest(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -
     """Digest of everything that decides a set's latents."""
     weights = setting.facts.transformer
     if sampler.source is not None:
-        weights = digest_files(sampler.source.own_path) + setting.config.weights
+        precision = setting.config.precision
+        weights = digest_files(sampler.source.own_path) + setting.config.weights + precision.removeprefix(EXACT)
     settings = (sampler.sigmas, sampler.guidance_scale, sampler.renoise, setting.config.dtype)
     return hashlib.sha256(repr((weights, settings, setting.records_digest, seed)).encode()).hexdigest()
 

@@ -11,6 +11,7 @@ from common.options import (
     option,
 )
 from common.video import FrameSize, parse_frame_size
+from stage2_distill.config import EXACT, PRECISIONS, check_precision
 from stage2_distill.sampling.config import DTYPES, WEIGHT_SETS
 
 
@@ -92,11 +93,16 @@ class EvaluateConfig:
     batch_size: int = option(1, "Videos sampled, and decoded, at once.", minimum=1, group="memory")
     max_text_tokens: int = max_text_tokens_option(advanced=True, old_name="text_rows")
     dtype: str = option("bfloat16", "Precision of the networks.", choices=DTYPES, group="model", advanced=True)
+    precision: str = option(
+        EXACT, "Products of the given students' blocks, as for sample.", choices=PRECISIONS, group="model",
+        advanced=True,
+    )  # fmt: skip
     device: str = device_option(advanced=True)
     json: bool = json_option()
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_precision("precision", self.precision, self.dtype)
         _ = self.frame_size
         if not self.checkpoint:
             raise ValueError("checkpoint: name at least one run")

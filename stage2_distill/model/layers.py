@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from common.video import TEXT_LENGTH
+from stage2_distill.low_precision.fp8_linear import computes_in_fp8, fp8_feed_forward, prepare_input
 from stage2_distill.model.attention import dot_product_attention
 from stage2_distill.model.context_parallel import ulysses_attention
 
@@ -100,9 +101,11 @@ def attention_layer(
     module: WanAttention, x: Tensor, source: Tensor, rope: RotaryEmbedding | None, plan: ExecutionPlan
 ) -> Tensor:
     """Attention of x (B N D) over `source` (B M D); without rope the source is text."""
-    query = norm_and_rope(module.norm_q, module.to_q(x), module.heads, rope)
-    key = norm_and_rope(module.norm_k, module.to_k(source), module.heads, rope)
-    value = rearrange(module.to_v(source), "b n (h d) -> b n h d", h=module.heads)
+    own = prepare_input(module.to_q, x)  # x itself, unless the layers compute in 8 bits
+    other = own if source is x else prepare_input(module.to_k, source)
+    query = norm_and_rope(module.norm_q, module.to_q(own), module.heads, rope)
+    key = norm_and_rope(module.norm_k, module.to_k(other), module.heads, rope)
+    value = rearrange(module.to_v(other), "b n (h d) -> b n h d", h=module.heads)
     if rope is not None and plan.ranks > 1:
         return module.to_out[0](ulysses_attention(query, key, value, plan.kernel, plan.ranks))
     # Wan pads text to 512 rows. All zero rows have one key and value, so the last of fewer rows stands for the rest.
@@ -113,6 +116,8 @@ def attention_layer(
 def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
     """The feed-forward of a block on x (B N D)."""
     up, down = ffn.net[0].proj, ffn.net[2]
+    if computes_in_fp8(up):
+        return fp8_feed_forward(up, down, x)
     if x.is_cuda and not torch.is_grad_enabled() and type(up) is nn.Linear:  # a LoRA layer adds to the product
         return down(linear_gelu(x, up.weight, up.bias))
     return ffn(x)

@@ -8,13 +8,18 @@ from types import MappingProxyType
 from common.planning.cards import find_card, planned_kernel
 from common.planning.units import format_bytes, format_hours, free_bytes
 from common.video import FrameSize
-from stage2_distill.config import DistillConfig
+from stage2_distill.config import FP8, DistillConfig
 from stage2_distill.planning.duration import ShapeShare, iteration_seconds, list_shapes, mean_over_shapes
 from stage2_distill.planning.machine import Machine
 from stage2_distill.planning.memory import MemoryEstimate, estimate_memory
 from stage2_distill.planning.network_size import TransformerSize
 from stage2_distill.planning.plan_text import count_shapes
 from stage2_distill.planning.run_plan import GIB, compare_modes, find_remedy, kept_checkpoints
+
+SCORE_COST = (
+    "score_precision=fp8: rollouts, scores and previews in 8 bits; gradients of matching are not those of bfloat16 "
+    "(their direction on the nano model is in docs/training.md)"
+)
 
 
 def start_lines(
@@ -50,6 +55,8 @@ def start_lines(
             "iterations and stays the teacher; give more --iterations or a smaller --critic-warmup"
         )
         yield f"WARNING: {warning}"
+    if config.score_precision == FP8:
+        yield SCORE_COST
     yield describe_output(config, memory)
     yield "to stop: Ctrl-C or SIGTERM, which saves a checkpoint; the same command resumes"
 

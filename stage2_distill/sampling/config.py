@@ -12,6 +12,7 @@ from common.options import (
     option,
 )
 from common.video import VideoSpec
+from stage2_distill.config import EXACT, PRECISIONS, check_precision
 
 DTYPES = ("float32", "bfloat16")  # of the network
 WEIGHT_SETS = ("ema", "student")  # prefixes of the tensors of a checkpoint
@@ -50,6 +51,10 @@ class SampleConfig:
     dtype: str = option(
         "bfloat16", "Precision of the network and its conditions.", choices=DTYPES, group="model", advanced=True
     )
+    precision: str = option(
+        EXACT, "Products of the blocks: exact, in the dtype, or fp8, in 8 bits: faster, and half of the memory.",
+        choices=PRECISIONS, group="speed", advanced=True,
+    )  # fmt: skip
     vae_dtype: str = option(
         "auto", "VAE precision; auto: bfloat16 on GPUs, else float32.", choices=VAE_DTYPES, group="model", advanced=True
     )
@@ -79,6 +84,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_precision("precision", self.precision, self.dtype)
         if (self.prompt is None) == (self.data is None):
             raise ValueError("give either --prompt TEXT or --data CSV")
         if self.prompt is not None and not self.prompt.strip():

@@ -18,8 +18,10 @@ from common.planning.cards import find_card, planned_kernel
 from common.video import TEXT_LENGTH, FrameSize, VideoSpec
 from shards.record import Record, collate_records
 from stage2_distill.checkpointing import format as checkpoints
+from stage2_distill.config import FP8
 from stage2_distill.distributed.process_group import start_process_group
 from stage2_distill.dmd.rollout import sample_student
+from stage2_distill.low_precision.fp8_support import check_fp8_device, store_weights_in_fp8
 from stage2_distill.model import wan
 from stage2_distill.model.attention import choose_kernel, kernel_name
 from stage2_distill.model.context_parallel import check_context_parallel
@@ -113,9 +115,13 @@ def open_student(config: SampleConfig, *, streams: bool = False) -> StudentSampl
     plan, device = ExecutionPlan(compiled=config.compile, ranks=ranks), pick_device(config.device)
     loras = (*source.loras, *parse_loras(config.base_lora or ()))
     home = torch.device("cpu") if streams else device
+    if config.precision == FP8:
+        check_fp8_device("precision", device)  # before gigabytes of weights are read
     net = load_student(
         source.path, plan, model=config.model, weights=config.weights, dtype=dtype, device=home, loras=loras
     )
+    if config.precision == FP8:
+        store_weights_in_fp8(net)
     streamed = StreamedModule(net, net.blocks, device) if streams else None
     if streamed:
         streamed.move_to(device)
