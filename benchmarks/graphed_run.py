@@ -261,6 +261,29 @@ class GraphedRun:
                     roles.ema.restart()
         self.iteration += 1
 
+    def graph_error(self, iterations: int = 2) -> float:
+        """How far the student of the graphs is from that of the same updates without them, over the way it moved.
+
+        0 on a CPU, and rounding on a GPU. The run then starts again.
+        """
+        graphs, ends = self.stream, []
+        for stream in (graphs, None):  # without a stream nothing is replayed
+            self.restart()
+            if graphs is not None:
+                torch.cuda.synchronize()
+            self.stream = stream
+            for _ in range(iterations):
+                self.iterate()
+            if graphs is not None:
+                torch.cuda.synchronize()
+            ends.append(
+                torch.cat([weight.detach().flatten() for weight in self.trainer.roles.student.net.parameters()])
+            )
+        self.stream = graphs
+        self.restart()
+        start = torch.cat([weight.detach().flatten() for weight in self.trainer.roles.teacher.parameters()])
+        return float((ends[0] - ends[1]).norm() / (ends[1] - start).norm())
+
     def average_weights(self) -> Mapping[str, Tensor]:
         """A copy of the averaged student's weights by name, ordered after the iterations so far."""
         with torch.cuda.stream(self.stream):
