@@ -112,7 +112,9 @@ def compare(args: argparse.Namespace, runs: Sequence[Path], held: Path, frames: 
     setting = open_evaluation(resolve_config(EvaluateConfig, options | {"teacher_steps": args.steps}))
     sources = [find_student(str(run), args.model) for run in runs]
     comparison = sample_sets(setting, [teacher_samplers(setting)[0], *student_samplers(setting, sources)])
-    return count_floors(setting.store, comparison)
+    floors = count_floors(setting.store, comparison)
+    print(f"{held.name}, {frames} frames: {', '.join(f'{one:.2f}' for one in floors)} floors", flush=True)
+    return floors
 
 
 def count_floors(store: Path, comparison: Comparison) -> list[float]:
