@@ -122,6 +122,7 @@ def open_student(config: SampleConfig, *, streams: bool = False) -> StudentSampl
     )
     if config.precision == FP8:
         store_weights_in_fp8(net)
+    # after all that changes the weights: their host copies are made here
     streamed = StreamedModule(net, net.blocks, device) if streams else None
     if streamed:
         streamed.move_to(device)

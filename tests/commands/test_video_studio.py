@@ -155,6 +155,16 @@ def test_a_wrong_request_is_one_line(
     assert names(studio.out) == before
 
 
+def test_streamed_networks_make_the_same_videos(studio: VideoStudio, tmp_path: Path) -> None:
+    made = []
+    for vram in ("full", "12gb"):
+        own = VideoStudio(replace(studio.config, out=str(tmp_path / vram), vram=vram))
+        first = own.make_student_video(VideoRequest("a red circle", seed=2), ignore_steps)
+        teacher = own.make_teacher_video(first, ignore_steps)
+        made.append([latents(video.path) for video in (first, teacher)])
+    assert all(numpy.array_equal(*pair) for pair in zip(*made, strict=True))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("vram", ["full", "16gb", "12gb"])
 def test_one_network_at_a_time_is_on_the_gpu(vram: str, studio: VideoStudio, tmp_path: Path) -> None:
