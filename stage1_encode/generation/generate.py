@@ -247,6 +247,7 @@ class VideoGenerator:
     def generate_rows(self, rows: Sequence[Row]) -> None:
         """Generate the videos of some rows; those of the last batch may still be being written."""
         table, spec, batch_size = self.request.csv_path, self.request.spec, self.request.batch_size
+        self.finish_decoding()  # encoding pictures changes cuDNN's precision, which all threads share
         if self.offload:
             self.sampler.move_to(CPU)  # the text encoder takes its place
         records = encode_conditions(
