@@ -225,7 +225,8 @@ class DistillConfig:
     )  # fmt: skip
     max_text_tokens: int = max_text_tokens_option(advanced=True, old_name="text_rows")
     score_precision: str = advanced(
-        EXACT, "Products of the blocks in passes without gradient (rollouts, scores, previews); fp8: 8 bits.",
+        EXACT, "Products of the blocks in passes without gradient; fp8: 8 bits, for trials only, as the cosine between "
+        "the gradient of matching and the exact one is 0.5 to 0.95 on the nano model.",
         choices=PRECISIONS, group="model",
     )  # fmt: skip
     attention: str = advanced(

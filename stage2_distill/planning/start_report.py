@@ -17,8 +17,8 @@ from stage2_distill.planning.plan_text import count_shapes
 from stage2_distill.planning.run_plan import GIB, compare_modes, find_remedy, kept_checkpoints
 
 SCORE_COST = (
-    "score_precision=fp8: rollouts, scores and previews in 8 bits; gradients of matching are not those of bfloat16 "
-    "(their direction on the nano model is in docs/training.md)"
+    "score_precision=fp8: rollouts, scores and previews in 8 bits; on the nano model the cosine between the gradient "
+    "of matching and the exact one is then 0.5 to 0.95 (bfloat16 against float32: 0.93 to 0.99)"
 )
 
 
