@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
+from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
 from torch._weights_only_unpickler import UnpicklingError  # of the module pickle, which nothing here may import
 
 from common.files import open_file, read_file, read_json
@@ -134,19 +136,28 @@ def locate_part(folder: Path, part: str) -> Path:
     return original_part(folder, part) or folder / part
 
 
-def load_pickled(path: Path) -> object:
+def load_pickled(path: Path, option: str = "") -> object:
     """Content of a file of torch.save, whose tensors stay on disk until they are used; nothing in it is executed.
 
-    ValueError if it is damaged, in the format before torch 1.6, or holds more than tensors and plain values.
+    ValueError, which names the `option` that gave the file, if it is damaged, in the format before torch 1.6, or holds
+    more than tensors and plain values.
     """
+    subject = f"{option}={path}" if option else f"{path}"
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         reason = "holds objects other than tensors, which could run code, or is damaged"
-        raise ValueError(f"{path}: {reason}; save its state_dict alone") from error
+        raise ValueError(f"{subject}: {reason}; save its state_dict alone") from error
     except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: cannot be read as a file of torch.save ({reason}); copy it again") from error
+        if isinstance(error, RuntimeError) and not is_zipfile(path):  # torch itself then speaks of `mmap` or `miniz`
+            reason = "it is no whole archive, as torch writes them since 1.6"
+        raise ValueError(f"{subject}: cannot be read as a file of torch.save ({reason}); copy it again") from error
+
+
+def holds_numbers(value: object) -> TypeGuard[Tensor]:
+    """Whether a value of a file of torch.save is a tensor with numbers on the CPU, neither sparse nor of no content."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def fingerprint_part(path: Path) -> str:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.files import open_file
-from common.model_folder import load_pickled
+from common.model_folder import holds_numbers, load_pickled
 from common.video import LATENT_CHANNELS
 from stage1_encode.decoders.tiny_network import TinyLayout, keep_last_frames, read_layout
 from stage1_encode.models.original_models import DIM_MULT, VAE_NAMES, translate_name
@@ -76,7 +76,7 @@ def open_decoder_file(path: Path) -> DecoderFile:
     tensors = {translate_name(name, VAE_NAMES): tensor for name, tensor in tensors.items()}
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(FULL_PARTS)}
     entry, last = (tensors.get(f"decoder.{name}.weight") for name in ("conv_in", "conv_out"))
-    if entry is None or last is None or entry.dim() != 5 or last.dim() != 5:
+    if entry is None or last is None or entry.dim() != 5 or last.dim() != 5 or len(entry) < DIM_MULT[-1]:
         raise ValueError(f"decoder={path}: is not a decoder that is known here; {ANY_DECODER}")
     check_vae(path, entry.shape[1], last.shape[0])
     return DecoderFile(path, tensors, None)
@@ -94,14 +94,14 @@ def check_vae(path: Path, channels: int, outputs: int) -> None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of torch.save; nothing in it is executed."""
-    if not path.exists():
-        raise ValueError(f"decoder={path}: no such file; {ANY_DECODER}")
     try:
         open_file(path).close()  # of a pipe, the libraries would wait for a writer
         if path.suffix in PICKLED_SUFFIXES:
-            return unwrap_tensors(path, load_pickled(path))
+            return unwrap_tensors(path, load_pickled(path, "decoder"))
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ValueError(f"decoder={path}: no such file; {ANY_DECODER}") from error
     except (SafetensorError, OSError) as error:
         raise ValueError(f"decoder={path}: cannot be read ({error}); {READ_REMEDY}") from error
 
@@ -112,6 +112,6 @@ def unwrap_tensors(path: Path, content: object) -> dict[str, Tensor]:
         inner = [content[name] for name in WRAPPERS if name in content] if isinstance(content, dict) else []
         content = inner[0] if inner else content
     tensors = content if isinstance(content, dict) else {}
-    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not tensors or not all(map(holds_numbers, tensors.values())):
         raise ValueError(f"decoder={path}: holds no dict of tensors; save the decoder's state_dict alone")
     return {str(name): value for name, value in tensors.items()}

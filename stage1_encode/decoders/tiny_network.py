@@ -173,11 +173,13 @@ def read_layout(tensors: Mapping[str, Tensor]) -> TinyLayout | None:
     try:
         if "decoder.0.weight" in tensors:
             widths = (size(0, 0), *(size(number, 1, "conv.weight") for number in (7, 14, 21)))
-            return TinyLayout(size(0, 1), size(22, 0), widths, is_wide=True)
-        widths = tuple(size(number, 0) for number in (1, 8, 14, 20))
-        return TinyLayout(size(1, 1), size(22, 0), widths, is_wide=False)
+            layout = TinyLayout(size(0, 1), size(22, 0), widths, is_wide=True)
+        else:
+            widths = tuple(size(number, 0) for number in (1, 8, 14, 20))
+            layout = TinyLayout(size(1, 1), size(22, 0), widths, is_wide=False)
     except (KeyError, IndexError):
         return None
+    return layout if min(widths) else None  # torch has no groups of convolutions of no channels
 
 
 def keep_last_frames(tensors: Mapping[str, Tensor], layout: TinyLayout) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common.condition import take_first_frame
+from common.model_folder import holds_numbers
 from common.video import LATENT_CHANNELS, VideoSpec
 from shards.record import Record, RecordSource, schema_problems
 from stage1_encode.media.rows import Row
@@ -41,9 +42,7 @@ class RecordLayout:
 
 def is_plain_tensor(value: object) -> TypeGuard[Tensor]:
     """Whether a value of a file is a tensor of ordinary numbers in memory: not sparse, quantized or without data."""
-    if not isinstance(value, Tensor):
-        return False
-    return value.layout == torch.strided and value.device.type == "cpu" and value.dtype in DTYPES.values()
+    return holds_numbers(value) and value.dtype in DTYPES.values()
 
 
 class ClipError(Exception):

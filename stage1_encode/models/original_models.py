@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common.model_folder import MODEL_REMEDY, load_pickled
+from common.model_folder import MODEL_REMEDY, holds_numbers, load_pickled
 from common.video import LATENT_CHANNELS
 
 # of the VAE, in this order: {pattern of an original name: replacement}
@@ -64,8 +64,8 @@ LATENTS_STD = [
 
 def read_original_tensors(path: Path, names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
     """The tensors of a .pth file under translated names; they stay on disk until they are used."""
-    content = load_pickled(path)
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    content = load_pickled(path, "model")
+    if not isinstance(content, dict) or not all(map(holds_numbers, content.values())):
         raise ValueError(f"model={path}: holds no dict of tensors; {MODEL_REMEDY}")
     return {translate_name(str(name), names): value for name, value in content.items()}
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.files import open_file
-from common.model_folder import load_pickled
+from common.model_folder import holds_numbers, load_pickled
 from stage2_distill.weight_files.key_names import flat_module_names, from_original, split_parameter, to_original
 from stage2_distill.weight_files.model_kind import refuse_other_file
 from stage2_distill.weight_files.stored_tensors import READ_REMEDY, StoredTensor, WeightDelta
@@ -122,8 +122,8 @@ def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         path = path / ADAPTER_FILE
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         refuse_other_file(path)
-        content = load_pickled(path)
-        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        content = load_pickled(path, "base_lora")
+        if not isinstance(content, dict) or not all(map(holds_numbers, content.values())):
             raise ValueError(f"base_lora={path}: holds no dict of tensors; save the adapter's weights alone")
         return {str(name): value for name, value in content.items()}, settings
     try:

@@ -218,6 +218,8 @@ WRONG: dict[str, tuple[Callable[[Path, Weights], Path], str]] = {
     "cut pickle": (cut_pickle, "cannot be read as a file of torch.save"),
     "objects": (lambda f, o: pickled(f, {"generator": Path("x")}), "objects other than tensors"),
     "no student": (lambda f, o: pickled(f, {"critic": o, "step": 5}), "holds critic, step, but none of generator_ema"),
+    "sparse": (lambda f, o: pickled(f, o | {"a": ONE.to_sparse()}), "holds a, but none of generator_ema"),
+    "no numbers": (lambda f, o: pickled(f, o | {"a": ONE.to("meta")}), "holds a, but none of generator_ema"),
     "a tensor": (lambda f, o: pickled(f, ONE), "holds a Tensor, not a dict"),
     "no tensors": (lambda f, o: pickled(f, {}), "holds no tensors"),
     "14B": (lambda f, o: saved(f, resized(o, 16, 5120)), "is a 14B text-to-video model"),
