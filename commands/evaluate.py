@@ -14,7 +14,7 @@ from common.model_folder import locate_model
 from shards.comparison import Comparison, write_comparison
 from stage1_encode.models.vae import load_vae
 from stage1_encode.video_metrics.evaluate_videos import EvaluationTools, load_tools, measure_videos
-from stage1_encode.video_metrics.true_clips import TRUE_CLIPS, clip_path, encode_true_clips
+from stage1_encode.video_metrics.true_clips import TRUE_CLIPS, check_clips, encode_true_clips
 from stage2_distill.distributed.process_group import join_ranks, own_folder, wait_for_ranks
 from stage2_distill.evaluation.compare import EvaluationSetup, list_record_sizes, open_evaluation, sample_comparison
 from stage2_distill.evaluation.config import EvaluateConfig
@@ -77,8 +77,7 @@ def evaluate_size(config: EvaluateConfig, rank: int, *, select: bool) -> Path:
         if select:
             write_best_checkpoint(Path(config.checkpoint[0]), [rank_checkpoints(setting)], rank)
         if config.true_clips:  # mistakes show before hours of sampling
-            for record in setting.records:
-                clip_path(Path(config.true_clips), record)
+            check_clips(Path(config.true_clips), setting.records, setting.facts.spec)
         comparison = sample_comparison(setting)
         if config.true_clips and rank == 0:
             add_true_clips(setting, comparison)

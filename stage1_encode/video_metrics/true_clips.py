@@ -56,7 +56,7 @@ def encode_true_clips(
     with ProgressBar(len(records), label="encode true clips") as progress:
         for start in range(0, len(records), batch_size):
             rows = range(start, min(start + batch_size, len(records)))
-            clips = numpy.stack([read_true_clip(paths[row], spec) for row in rows])
+            clips = numpy.stack([read_true_clip(table, paths[row], spec) for row in rows])
             latents = encode_clips(model, torch.from_numpy(clips))
             for row, clip in zip(rows, latents, strict=True):
                 pin_first_frame(table, records[row], clip)
@@ -67,10 +67,18 @@ def encode_true_clips(
         latent_store.finish_group(store, name, facts=latent_store.SetFacts(digest))
 
 
+def check_clips(table: Path, records: Sequence[Record], spec: VideoSpec) -> None:
+    """Raise ValueError if a record has no clip, or the first clip cannot be read or is too short."""
+    paths = [clip_path(table, record) for record in records]
+    read_true_clip(table, paths[0], spec)  # clips of one table are mostly of one kind
+
+
 def clip_path(table: Path, record: Record) -> str:
     """The file of a record; ValueError if it has none, or if it is not there."""
     path = locate_file(table, record.source.path) if record.source.path else ""
     if not path or not Path(path).is_file():
+        if not table.is_file():
+            raise ValueError(f"true_clips={table}: no such file; name the CSV from which these shards were encoded")
         refuse_table(table, record, f"{path}: no such file" if path else "has a prompt alone")
     return path
 
@@ -100,12 +108,12 @@ def is_kept(store: Path, name: str, digest: str) -> bool:
     return latent_store.read_group_facts(store, name).digest == digest
 
 
-def read_true_clip(path: str, spec: VideoSpec) -> numpy.ndarray:
+def read_true_clip(table: Path, path: str, spec: VideoSpec) -> numpy.ndarray:
     """The frames (F X Y 3) uint8 of a clip; ValueError that names it."""
     try:
         return read_clip(path, spec)
     except UnreadableError as error:
-        raise ValueError(f"true_clips: {path} {error}; leave --true-clips out, or take longer clips") from error
+        raise ValueError(f"true_clips={table}: {path} {error}; leave --true-clips out, or take longer clips") from error
 
 
 @torch.no_grad()

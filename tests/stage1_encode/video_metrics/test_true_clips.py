@@ -14,7 +14,7 @@ from stage1_encode.media.video_writer import write_video
 from stage1_encode.media.whole_clip import read_clip
 from stage1_encode.models import vae
 from stage1_encode.video_metrics.evaluate_videos import decode_latents
-from stage1_encode.video_metrics.true_clips import clip_path, encode_clips, encode_true_clips
+from stage1_encode.video_metrics.true_clips import check_clips, clip_path, encode_clips, encode_true_clips
 
 SPEC = VideoSpec(9, 32, 32, 12)
 
@@ -72,8 +72,22 @@ def test_latents_are_what_the_decoder_reads(model: Path) -> None:
 
 
 def test_a_record_without_a_clip_is_refused(table: Path) -> None:
+    table.touch()
     record = make_record(7, None)
     with pytest.raises(ValueError, match="^true_clips=.*record 000000007: .*7.mp4: no such file; name the CSV"):
         clip_path(table, record)
     with pytest.raises(ValueError, match="has a prompt alone"):
         clip_path(table, replace(record, source=replace(record.source, path="")))
+
+
+def test_mistakes_show_before_anything_is_sampled(table: Path) -> None:
+    records = [make_record(0, None), make_record(1, None)]
+    with pytest.raises(ValueError, match="^true_clips=.*no.csv: no such file; name the CSV from which"):
+        check_clips(table.with_name("no.csv"), [make_record(8, None)], SPEC)
+    check_clips(table, records, SPEC)
+    with pytest.raises(ValueError, match="^true_clips=.*clips.csv: .*0.mp4 shows 9 frames at 12 per second, 13 are"):
+        check_clips(table, records, replace(SPEC, num_frames=13))
+    (table.parent / "7.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="^true_clips=.*clips.csv: .*7.mp4 .*; leave --true-clips out"):
+        check_clips(table, [make_record(7, None)], SPEC)
+    (table.parent / "7.mp4").unlink()
