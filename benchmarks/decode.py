@@ -213,7 +213,7 @@ def main() -> None:
     )
     ranks = start_process_group("cpu" if options.tiny else "auto")
     rows = measure(options, ranks)
-    run_benchmark("decode", rows, keep=not options.tiny, rank=ranks.rank, model="random weights")
+    run_benchmark("decode", rows, keep=not options.tiny, rank=ranks.rank, model=options.model or "random weights")
 
 
 if __name__ == "__main__":

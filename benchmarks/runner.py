@@ -39,13 +39,17 @@ def run_benchmark(
 ) -> None:
     """Print each row as soon as it is measured and, if `keep`, append all of them to the results.
 
-    All ranks measure; only rank 0 prints and appends.
+    All ranks measure; only rank 0 prints and appends. A ValueError of a measurement ends the program with one line.
     """
     measured = []
-    for row in rows:
-        measured.append(row)
-        if rank == 0:
-            print(layout.format(*row), flush=True)
+    try:
+        for row in rows:
+            measured.append(row)
+            if rank == 0:
+                print(layout.format(*row), flush=True)
+    except ValueError as error:  # a file or an option of the user, as in cli.py
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     if keep and rank == 0:
         append_results(name, measured, model=model)
 
