@@ -13,7 +13,6 @@ from torch import Tensor
 from common.model_folder import locate_model, locate_part
 from common.progress import track_progress
 from stage2_distill.checkpointing.format import (
-    SAMPLER_KIND,
     StudentFacts,
     load_checkpoint,
     read_facts,
@@ -23,7 +22,7 @@ from stage2_distill.checkpointing.format import (
 )
 from stage2_distill.model.lora import LoraSettings, lora_settings
 from stage2_distill.model.split_float32 import join_master
-from stage2_distill.sampling.student_source import check_base, trained_loras
+from stage2_distill.sampling.student_source import check_base, check_sampler, trained_loras
 from stage2_distill.weight_files.key_names import split_parameter
 from stage2_distill.weight_files.safetensors_writer import TensorShape
 from stage2_distill.weight_files.stored_weights import StoredTensors, read_weight_table
@@ -117,10 +116,7 @@ def open_student_weights(checkpoint: str, model: str, weights: str) -> StudentWe
     folder = resolve_checkpoint(Path(checkpoint))
     facts = read_facts(folder)
     check_base(model, facts)
-    if facts.sampler != SAMPLER_KIND:
-        raise ValueError(
-            f"{folder}: needs the sampler {facts.sampler}, which this version does not have; use a newer one"
-        )
+    check_sampler(folder, facts)
     refuse_damaged(folder, STORED_PREFIX[weights])
     adapters = lora_settings(facts.config)
     loras = trained_loras(facts) if adapters else ()  # the base of the adapters

@@ -34,7 +34,7 @@ from stage2_distill.planning.duration import denoising_seconds, forward_seconds
 from stage2_distill.planning.network_size import TransformerSize
 from stage2_distill.sampling.compile_cache import keep_compiled_code
 from stage2_distill.sampling.config import SampleConfig
-from stage2_distill.sampling.student_source import check_base, check_model, find_student, trained_loras
+from stage2_distill.sampling.student_source import check_base, check_model, check_sampler, find_student, trained_loras
 from stage2_distill.weight_files.lora_files import LoraFile, parse_loras, read_deltas
 from stage2_distill.weight_files.stored_tensors import EditedTensor, MappedTensor
 
@@ -186,10 +186,7 @@ def load_student(
         return net
     facts = checkpoints.read_facts(path)
     check_base(model, facts)
-    if facts.sampler != checkpoints.SAMPLER_KIND:
-        raise ValueError(
-            f"{path}: needs the sampler {facts.sampler}, which this version does not have; use a newer one"
-        )
+    check_sampler(path, facts)
     checkpoints.refuse_damaged(path, weights)
     adapter_settings = lora_settings(facts.config)
     if adapter_settings is None and not loras:

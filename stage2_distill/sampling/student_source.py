@@ -127,6 +127,14 @@ def check_base(model: str, facts: StudentFacts) -> None:
         check_model(model, facts, ("transformer",))
 
 
+def check_sampler(folder: Path, facts: StudentFacts) -> None:
+    """Raise ValueError if the student of a checkpoint needs another sampler than this version's."""
+    if facts.sampler != SAMPLER_KIND:
+        raise ValueError(
+            f"{folder}: needs the sampler {facts.sampler}, which this version does not have; use a newer one"
+        )
+
+
 def check_model(model: str, facts: StudentFacts, parts: Sequence[str]) -> None:
     """Raise ValueError if a part of a model is not the one that the student was distilled with."""
     for part in parts:

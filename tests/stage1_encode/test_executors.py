@@ -33,7 +33,7 @@ def complete_set(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: P
     return out
 
 
-@pytest.mark.parametrize(("kills", "world"), [(12, 1), (6, 2)])
+@pytest.mark.parametrize(("kills", "world"), [(30, 1), (6, 2)])
 def test_kill_at_any_moment_and_the_bytes_are_the_same(
     kills: int, world: int, complete_set: Path, clips: Path, model: Path, tmp_path: Path
 ) -> None:

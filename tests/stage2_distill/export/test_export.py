@@ -10,6 +10,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from stage2_distill.checkpointing.format import STUDENT_FILE
 from stage2_distill.export.config import ExportConfig
 from stage2_distill.export.export import export_student
 from stage2_distill.model.layers import ExecutionPlan
@@ -184,3 +185,14 @@ def test_checkpoints_of_two_ranks(model: Path, tmp_path: Path) -> None:
         )  # fmt: skip
         for name, value in net.named_parameters():
             assert torch.equal(stored[name], value), name
+
+
+def test_a_student_of_a_later_sampler_is_refused(model: Path, tmp_path: Path) -> None:
+    folder = make_student(tmp_path / "step-000500", model)
+    facts = json.loads((folder / STUDENT_FILE).read_text())
+    (folder / STUDENT_FILE).write_text(json.dumps(facts | {"sampler": "heun"}))
+    problem = "step-000500: needs the sampler heun, which this version does not have; use a newer one"
+    with pytest.raises(ValueError, match=problem):
+        export(folder, model, tmp_path / "x", "wan")
+    with pytest.raises(ValueError, match=problem):
+        load_student(folder, ExecutionPlan(), model=str(model), weights="ema", dtype=torch.float32, device=CPU)
