@@ -58,7 +58,8 @@ MEASURE_NOTE = (
 )
 SELECTION_NOTE = (
     "The rank is the mean of the ranks by each of these measures (1 = nearest to the teacher in all), on other "
-    "conditions than those of the tables above."
+    "conditions than those of the tables above. Of the classifiers that of latents as they are counts; the whitened "
+    "one, which is near 1 for every student of few steps, is shown as information."
 )
 ABSOLUTE_METRICS, RATIO_METRICS = ("psnr", "clip"), ("motion", "saturation", "contrast")  # ratios to the teacher's
 DIRECTIONS = {"fvd": "↓", "psnr": "↑", "clip": "↑"}  # of the others closest to the teacher is best
@@ -175,7 +176,7 @@ def build_report(
     device: str = "cpu",
 ) -> EvaluationReport:
     """Collect the results from the store of latents and from the contents of pixels.json and selection.json."""
-    scores = latent_metrics.score_candidates(out / LATENTS_STORE, comparison, device=device, plain=True)
+    scores = latent_metrics.score_candidates(out / LATENTS_STORE, comparison, device=device)
     teacher_scores = scores[comparison.teacher.name]
     teacher_sets = [latent_set_name(comparison.teacher, seed) for seed in comparison.seeds]
     references = [latent_set_name(comparison.teacher, seed) for seed in comparison.references]
@@ -309,12 +310,14 @@ def selection_table(selection: Sequence[Mapping[str, Any]]) -> str:
             format_metric(one["rank"]),
             format_interval(seed_statistics(one["values"])),
             *(format_metric(error) for error in one["errors"][1 : len(MAP_NAMES)]),
+            *("-" if one[key] is None else f"{one[key]['mean']:.4g}" for key in ("accuracy_plain", "accuracy")),
         )
         for one in selection
     ]
     note = f'<p class="soft">{html.escape(SELECTION_NOTE)}</p>'
     rises = f"<p>{html.escape(rise_sentence(selection))}</p>"
-    head = ("checkpoint", "rank ↓", "distance, convolutions ↓", "tanh ↓", "spectra ↓")
+    told_apart = (MEASURES["accuracy_plain"], "whitened")
+    head = ("checkpoint", "rank ↓", "distance, convolutions ↓", "tanh ↓", "spectra ↓", *told_apart)
     return note + rises + draw_curve(selection) + html_table(head, rows)
 
 

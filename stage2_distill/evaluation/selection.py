@@ -66,11 +66,12 @@ def write_ranks(
     ranked: dict[str, RankedCheckpoint] = {}
     for (name, rank), folder in zip(ranks.items(), folders, strict=True):
         distance = seed_statistics(scores[name].frechet)
+        accuracies = {key: vars(scores[name])[key] for key in ("accuracy_plain", "accuracy")}
         errors = teacher_errors(scores[name], diversity)
-        rows.append({"checkpoint": folder.name, **vars(distance), "rank": rank, "errors": errors})
+        rows.append({"checkpoint": folder.name, **vars(distance), "rank": rank, "errors": errors, **accuracies})
         ranked[folder.name] = RankedCheckpoint(rank, distance.mean)
     logging.info(rise_sentence(rows))
-    write_file(Path(setting.config.out) / SELECTION_FILE, (json.dumps(rows, indent=1) + "\n").encode())
+    write_file(Path(setting.config.out) / SELECTION_FILE, (json.dumps(rows, indent=1, default=vars) + "\n").encode())
     return ranked
 
 

@@ -136,7 +136,7 @@ def test_candidates_share_noise_and_get_scores(
     assert [one.evaluations for one in comparison.contestants] == [12, 8, 4, 4]
     monkeypatch.setattr("stage2_distill.evaluation.latent_metrics.MIN_TESTED", 8)
     monkeypatch.setattr("stage2_distill.evaluation.latent_metrics.two_sample_accuracy", settings_as_accuracy)
-    scores = score_candidates(tmp_path / "latents.zarr", comparison, device="auto", plain=True)
+    scores = score_candidates(tmp_path / "latents.zarr", comparison, device="auto")
     student = scores["student"]
     assert [len(one.values) for one in (student.accuracy, student.accuracy_plain)] == [2, 2], (
         "one per seed of the noise"
@@ -193,14 +193,19 @@ def test_references_are_independent_sets() -> None:
 
 
 def test_select_writes_the_best_checkpoint_for_sampling(
-    workspace: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    workspace: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = workspace / "run"
+    monkeypatch.setattr("stage2_distill.evaluation.latent_metrics.MIN_TESTED", 2)
+    monkeypatch.setattr("stage2_distill.evaluation.latent_metrics.two_sample_accuracy", settings_as_accuracy)
     try:
         comparison = sample_comparison(make_evaluation(workspace, model, tmp_path, select=True))
         table = json.loads((tmp_path / "selection.json").read_text())
         best = min(table, key=lambda row: (row["rank"], row["mean"]))["checkpoint"]
         assert sum(row["rank"] for row in table) == pytest.approx(3), "ranks 1 and 2, or ties"
+        means = [[row[key]["mean"] for key in ("accuracy_plain", "accuracy")] for row in table]
+        assert means == [[pytest.approx(0.65), pytest.approx(0.75)]] * 2
+        assert [row["errors"][6] for row in table] == [pytest.approx(0.15)] * 2, "of the plain test"
         names = {path.name for path in (tmp_path / "latents.zarr").iterdir() if path.is_dir()}
         assert {"select-teacher-seed-0", "teacher-seed-0"} <= names
         assert [row["checkpoint"] for row in table] == ["step-000003", "step-000006"]
@@ -228,9 +233,10 @@ def test_selection_never_uses_the_records_of_the_table() -> None:
 
 def test_ranks_count_every_measure_once() -> None:
     half, found = (seed_statistics([value]) for value in (0.5, 0.8))
-    near = CandidateScores((1.0,), (9.0,), 1.0, 0.0, (1.0,), (1.0,), (1.01,), (1.0,), (1.0,), half)
-    far = replace(near, frechet=(0.5,), tanh_frechet=(3.0,), sharpness=(0.9,), accuracy=found, to_teacher=(0.0,))
+    near = CandidateScores((1.0,), (9.0,), 1.0, 0.0, (1.0,), (1.0,), (1.01,), (1.0,), (1.0,), found, half)
+    far = replace(near, frechet=(0.5,), tanh_frechet=(3.0,), sharpness=(0.9,), accuracy_plain=found, to_teacher=(0.0,))
     assert teacher_errors(near, 2.0) == pytest.approx([1, 1, 1, 0.01, 0, 0, 0, 0.5])
+    assert teacher_errors(replace(near, accuracy=half), 2.0) == teacher_errors(near, 2.0), "the whitened test saturates"
     # far is better by one distance, worse by three measures, equal by four; the same-noise distance does not count
     assert rank_candidates({"near": near, "far": far}, 2.0) == {"near": (3 + 2 + 4 * 1.5) / 8, "far": (6 + 1 + 6) / 8}
 

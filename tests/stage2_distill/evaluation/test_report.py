@@ -14,7 +14,7 @@ from torch import Tensor
 from commands.evaluate import evaluate_students
 from stage1_encode.media.video_writer import write_video
 from stage2_distill.evaluation.config import EvaluateConfig
-from stage2_distill.evaluation.report import html_table, summary_lines, write_report
+from stage2_distill.evaluation.report import html_table, selection_table, summary_lines, write_report
 from tests.stage2_distill import training_helpers
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
@@ -100,6 +100,16 @@ def test_summary_has_a_line_per_candidate(out: Path, tmp_path: Path) -> None:
     selection = [{"checkpoint": "a", "errors": [4, 2, 1]}, {"checkpoint": "b", "errors": [5, 1, 1]}]
     (tmp_path / "report.json").write_text(json.dumps({"contestants": rows, "selection": selection}))
     assert summary_lines(tmp_path)[-1].endswith("to the next: convolutions 25%, tanh 0%, spectra 0%.")
+
+
+def test_table_of_checkpoints_shows_the_test_that_ranks_and_the_whitened_one() -> None:
+    plain, whitened = {"mean": 0.625}, {"mean": 0.9995}
+    row = {"checkpoint": "step-000001", "rank": 1.5, "values": [0.25], "errors": [0.25, 0.5, 0.75]}
+    rows = [row | {"accuracy_plain": plain, "accuracy": whitened}, row | {"accuracy_plain": None, "accuracy": None}]
+    page = selection_table(rows)
+    assert re.findall(r'"told apart, latents ↓">(.*?)<', page) == ["0.625", "-"]
+    assert re.findall(r'"whitened">(.*?)<', page) == ["0.9995", "-"]
+    assert "the whitened one, which is near 1 for every student of few steps, is shown as information" in page
 
 
 def test_page_is_self_contained(out: Path) -> None:
