@@ -9,8 +9,8 @@ from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.sampling.config import SampleConfig
 
 MODEL_OPTIONS = (  # of `sample`, which `ui` passes on as they are
-    *("checkpoint", "model", "timesteps", "weights", "base_lora", "max_text_tokens", "dtype", "vae_dtype", "decoder"),
-    *("compile", "vram", "device"),
+    *("checkpoint", "model", "timesteps", "weights", "base_lora", "max_text_tokens", "dtype", "vae_dtype"),
+    *("precision", "decoder", "compile", "vram", "device"),
 )
 
 
@@ -56,6 +56,7 @@ class PageConfig:
     base_lora: tuple[str, ...] | None = option_of(SampleConfig, "base_lora")
     max_text_tokens: int = option_of(SampleConfig, "max_text_tokens")
     dtype: str = option_of(SampleConfig, "dtype")
+    precision: str = option_of(SampleConfig, "precision")
     vae_dtype: str = option_of(SampleConfig, "vae_dtype")
     decoder: str = option_of(SampleConfig, "decoder")
     compile: bool = option_of(SampleConfig, "compile")
@@ -64,7 +65,7 @@ class PageConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self.sample_config(VideoRequest("any"), Path("any.mp4"))  # checks the timesteps
+        self.sample_config(VideoRequest("any"), Path("any.mp4"))  # checks the timesteps and the precision
 
     def sample_config(self, request: VideoRequest, out: Path) -> SampleConfig:
         """The options with which `sample` makes the same video; ValueError if the request is not valid."""

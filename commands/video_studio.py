@@ -22,6 +22,7 @@ from shards.record import Record, pad_text
 from stage1_encode.generation.condition_encoder import encode_prompt
 from stage1_encode.generation.generate import choose_vram
 from stage1_encode.media.first_frame import UnreadableError, read_first_frame
+from stage2_distill.config import EXACT
 from stage2_distill.offload.streamed_blocks import StreamedModule
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.sampling.student_sampler import StudentSampler, open_student
@@ -104,8 +105,9 @@ class VideoStudio:
             teacher = self.teacher = self.teacher or self._open_teacher()
             path = video.path.with_name(f"{video.path.stem}-teacher.mp4")
             config = TeacherConfig(
-                **(vars(video.config) | {"out": str(path)}), teacher_steps=self.config.teacher_steps,
-                guidance_scale=teacher.guidance_scale, negative_prompt=self.config.negative_prompt,
+                **(vars(video.config) | {"out": str(path), "precision": EXACT}),
+                teacher_steps=self.config.teacher_steps, guidance_scale=teacher.guidance_scale,
+                negative_prompt=self.config.negative_prompt,
             )  # fmt: skip
             return self._write_video(config, WatchedSampler(teacher, video.spec, config.segments, on_step))
 

@@ -1,10 +1,12 @@
 """What all tests share: the tiny model, clips, and a data set encoded from them."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import encode
@@ -20,6 +22,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random model."""
     return tiny_models.make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def fp8_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny model with a transformer of width 32 instead of 24: sizes for products in 8 bits."""
+    folder = tmp_path_factory.mktemp("fp8") / "model"
+    shutil.copytree(model, folder)
+    config = WanTransformer3DModel.load_config(folder / "transformer")
+    net = WanTransformer3DModel.from_config(dict(config) | {"attention_head_dim": 16, "ffn_dim": 64})
+    for weight in net.parameters():
+        weight.data.mul_(3 if weight.dim() > 1 else 1)  # so that the blocks do something
+    shutil.rmtree(folder / "transformer")
+    net.save_pretrained(folder / "transformer")
+    return folder
 
 
 @pytest.fixture(scope="session")

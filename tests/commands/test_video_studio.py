@@ -1,5 +1,6 @@
 """What stands behind the page: the videos of `sample` and of the teacher, stops, and wrong requests."""
 
+import logging
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -102,6 +103,27 @@ def test_the_teacher_takes_guided_steps_from_the_same_noise(studio: VideoStudio,
     assert any(
         (a != b).any() for a, b in zip(studio.teacher.net.parameters(), studio.student.net.parameters(), strict=True)
     )
+
+
+def test_products_in_8_bits_are_those_of_sample(
+    fp8_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = PageConfig(
+        str(fp8_model / "transformer"), str(fp8_model), str(tmp_path / "videos"), teacher_steps=1, precision="fp8",
+        device="cpu",
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        page = VideoStudio(config)
+    assert len([line for line in caplog.messages if line.startswith("precision=fp8: ") and "5 %" in line]) == 1
+    video = page.make_student_video(VideoRequest("a red circle", num_frames=5, height=32, width=32), ignore_steps)
+    saved = resolve_config(SampleConfig, {"config": f"{video.path}.yaml", "out": str(tmp_path / "again.mp4")})
+    for precision, is_same in (("fp8", True), ("exact", False)):
+        sample_videos(replace(saved, precision=precision))
+        assert numpy.array_equal(latents(tmp_path / "again.mp4"), latents(video.path)) is is_same
+    teacher = page.make_teacher_video(video, ignore_steps)
+    assert resolve_config(TeacherConfig, {"config": f"{teacher.path}.yaml"}).precision == "exact"
+    with pytest.raises(ValueError, match=r"^precision=fp8: needs dtype=bfloat16, not float32"):
+        replace(config, dtype="float32")
 
 
 class VisitorError(Exception):
