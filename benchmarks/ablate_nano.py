@@ -272,7 +272,7 @@ def plan_runs(
     return planned
 
 
-def open_experiment(options: argparse.Namespace, scales: Sequence[float]) -> Experiment:
+def open_experiment(options: argparse.Namespace, scales: Sequence[float], name: str = "ablate_nano") -> Experiment:
     """Make conditions, and sample the teacher's sets on those of the judge."""
     device = pick_device("auto")
     ranks = replace(start_process_group("cpu"), device=device)  # one process, which needs no NCCL
@@ -294,9 +294,7 @@ def open_experiment(options: argparse.Namespace, scales: Sequence[float]) -> Exp
     plain = make_denoiser(load_transformer(MODEL, torch.float32).to(device).requires_grad_(False), torch.float32)
     judge = Judge(held, asked, vae, plain, shape, settings, most_steps=8)
     references = {scale: Reference(judge, scale) for scale in scales}
-    return Experiment(
-        ranks, pool, teacher, student, judge, references, results_path("ablate_nano", "jsonl", options.out)
-    )
+    return Experiment(ranks, pool, teacher, student, judge, references, results_path(name, "jsonl", options.out))
 
 
 def main() -> None:

@@ -3,11 +3,13 @@
     python -m benchmarks.sample [--tiny] [--repeats 5] [--rows 20] [--eager] [--only PART,PART]
 
 121 x 704 x 1280 in bfloat16 with compiled blocks; --tiny is a random small model on the CPU, --eager compiles nothing.
-The parts are whole, text, equality, small, rows, stock, streamed and tiny (a tiny decoder). Compilation is reported
-separately. Under torchrun the GPUs share the rows of the part rows; in the others each works for itself.
+The parts are whole, text, equality, small, rows, stock, streamed, tiny (a tiny decoder), and fp8 (also with it, and in
+two steps). Compilation is reported separately. Under torchrun the GPUs share the rows of the part rows; in the others
+each works for itself.
 """
 
 import argparse
+import copy
 import csv
 import statistics
 import tempfile
@@ -24,9 +26,10 @@ from torch import Tensor, nn
 
 from benchmarks.random_models import diffusers_denoise, random_student, sampling_models, tiny_vae
 from benchmarks.runner import Row, call_times, parse_arguments, peak_gib, run_benchmark, sync
-from benchmarks.stock import PROMPT, run_stock
+from benchmarks.stock import PROMPT, compiled_blocks, run_stock
 from benchmarks.watch import PartTimer, median_parts
 from common.device import pick_device
+from common.flow import timestep_sigmas
 from common.seed import draw_normal, make_generator
 from common.video import VideoSpec
 from shards.latent_store import read_latents
@@ -42,8 +45,10 @@ from stage1_encode.media.rows import read_shard_rows
 from stage1_encode.models import vae, vae_decoder
 from stage2_distill.distributed.process_group import join_ranks, rank_and_world, wait_for_ranks
 from stage2_distill.dmd.rollout import rollout
+from stage2_distill.low_precision.fp8_linear import store_in_fp8
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.offload.streamed_blocks import StreamedModule
+from stage2_distill.sampling.student_sampler import StudentSampler
 
 
 class SampleBenchmark:
@@ -95,7 +100,7 @@ class SampleBenchmark:
         """Return the latents of the last single video, (C T H W)."""
         return read_latents(self.request(1).store, GROUP_NAME, 0)
 
-    def whole_rows(self, prefix: str = "") -> Iterator[Row]:
+    def whole_rows(self, prefix: str = "", steps: int = 4) -> Iterator[Row]:
         """Time prompt and picture to file, and the parts of the same videos."""
         first = call_times(lambda: self.generate(1), 1)[0]
         yield f"{prefix}first video, compilation included", f"{first:.2f} s"
@@ -104,7 +109,7 @@ class SampleBenchmark:
         parts, seconds = median_parts(videos), [video.whole for video in videos]
         self.single, span = parts.whole, f"{min(seconds):.2f}-{max(seconds):.2f}"
         yield f"{prefix}prompt + picture -> mp4", f"{self.single:.2f} s ({span}), peak {peak_gib():.1f} GiB"
-        yield f"{prefix}denoising, 4 steps", f"{parts.denoising:.3f} s"
+        yield f"{prefix}denoising, {steps} steps", f"{parts.denoising:.3f} s"
         yield f"{prefix}decode", f"{parts.decode:.3f} s"
         yield f"{prefix}mp4 beyond the decode", f"{parts.after:.3f} s"
         yield f"{prefix}text, first frame and opening of files", f"{parts.before:.3f} s"
@@ -139,10 +144,15 @@ class SampleBenchmark:
         """Time diffusers' pipeline with 4 steps, and project 50 guided steps from the time of one."""
         if self.diffusers_decoder is not None:
             self.models.vae.model.decoder = self.diffusers_decoder.to(self.device)
-        stock = run_stock(self.student.net, self.models, self.spec, self.folder, self.repeats)
+        arguments = self.student.net, self.models, self.spec, self.folder, self.repeats
+        stock = run_stock(*arguments)
         ours, guided = self.single, stock.whole + 96 * stock.step
         figure = f"{stock.whole:.2f} s, x{stock.whole / ours:.2f} of ours; a step {stock.step:.2f} s"
         yield "diffusers, 4 steps", figure
+        with compiled_blocks(self.student.net):
+            compiled = run_stock(*arguments)
+        figure = f"{compiled.whole:.2f} s, x{compiled.whole / ours:.2f} of ours; a step {compiled.step:.2f} s"
+        yield "diffusers with compiled blocks, 4 steps", figure
         yield "diffusers, 50 guided steps, projected", f"{guided:.0f} s, x{guided / ours:.1f} of ours"
         decoder, max_frames = self.models.vae.full_decoder.network, vae.CHUNK_FRAMES
         pixels = torch.cat(list(vae_decoder.stream_frames(decoder, stock.latents[0], max_frames=max_frames)))
@@ -189,11 +199,27 @@ class SampleBenchmark:
 
     def tiny_rows(self) -> Iterator[Row]:
         """Time the same video with a tiny decoder in the place of the VAE's own."""
-        models, timer, single = self.models, self.part_timer, self.single
-        self.models = replace(models, vae=tiny_vae(models.vae))
-        self.part_timer = PartTimer(self.student.net, self.models.vae.decoder.network)
-        yield from self.whole_rows("tiny decoder, ")
-        self.models, self.part_timer, self.single = models, timer, single
+        yield from self.other_rows("tiny decoder, ", self.student, tiny=True)
+
+    def fp8_rows(self) -> Iterator[Row]:
+        """Time the same video with products in 8 bits, with either decoder and in two steps."""
+        net = copy.deepcopy(self.student.net)
+        store_in_fp8(net)
+        student = replace(self.student, net=net)
+        yield from self.other_rows("fp8, ", student)
+        yield from self.other_rows("fp8, tiny decoder, ", student, tiny=True)
+        short = replace(student, sigmas=timestep_sigmas((1000, 500), s=5.0))
+        yield from self.other_rows("two steps, fp8, tiny decoder, ", short, tiny=True)
+
+    def other_rows(self, prefix: str, student: StudentSampler, *, tiny: bool = False) -> Iterator[Row]:
+        """Time a video by another sampler, or with a tiny decoder."""
+        kept = self.sampler, self.models, self.part_timer, self.single
+        self.sampler = student
+        if tiny:
+            self.models = replace(self.models, vae=tiny_vae(self.models.vae))
+        self.part_timer = PartTimer(student.net, self.models.vae.decoder.network)
+        yield from self.whole_rows(prefix, len(student.sigmas))
+        self.sampler, self.models, self.part_timer, self.single = kept
 
     def many_rows(self) -> Iterator[Row]:
         """Time many rows of a CSV."""
@@ -211,7 +237,7 @@ class SampleBenchmark:
 PARTS = {
     "whole": SampleBenchmark.whole_rows, "text": SampleBenchmark.text_rows, "equality": SampleBenchmark.equality_rows,
     "small": SampleBenchmark.small_card_rows, "rows": SampleBenchmark.many_rows, "stock": SampleBenchmark.stock_rows,
-    "streamed": SampleBenchmark.streamed_rows, "tiny": SampleBenchmark.tiny_rows,
+    "streamed": SampleBenchmark.streamed_rows, "tiny": SampleBenchmark.tiny_rows, "fp8": SampleBenchmark.fp8_rows,
 }  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """diffusers' own pipeline with 4 steps, on the models of `benchmarks/sample.py`."""
 
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,18 @@ class StockVideo:
     decode: float
     latents: Tensor  # (1 C T H W)
     video: Tensor  # (1 3 F X Y)
+
+
+@contextmanager
+def compiled_blocks(net: WanTransformer) -> Iterator[None]:
+    """Let diffusers' own blocks run compiled, as its guide for speed says."""
+    for block in net.blocks:
+        block.compile(fullgraph=True)
+    try:
+        yield
+    finally:
+        for block in net.blocks:
+            block._compiled_call_impl = None  # torch has no other way back
 
 
 def run_stock(net: WanTransformer, models: ConditionEncoder, spec: VideoSpec, folder: Path, repeats: int) -> StockVideo:
