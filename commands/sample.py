@@ -126,7 +126,7 @@ def write_videos(
         request = GenerationRequest(
             table, target, store, spec, config.seed, config.segments, config.batch_size, *ranks, config.base_folder,
             Path(config.out), student.denoising_seconds if student else None,
-            gpus_per_video=student.ranks if student else 1,
+            gpus_per_video=student.ranks if student else 1, decoder=config.decoder,
         )  # fmt: skip
         requests = [request] if student is None or not student.sizes else list(split_by_size(request, student))
         files = [file for one in requests for file in generate_videos(one, encoder, sampler, vram=vram)]

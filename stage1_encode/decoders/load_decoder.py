@@ -84,9 +84,7 @@ def use_decoder(vae: WanVae, choice: str) -> WanVae:
     measured = [(pixel_psnr(one.decode_batch(latents), expected), one) for one in list_decoders(vae, file)]
     psnr, decoder = max(measured, key=lambda pair: pair[0])
     kind = "full shape" if file.layout is None else "tiny, wide" if file.layout.is_wide else "tiny"
-    note = (
-        f"{psnr:.1f} dB PSNR to the VAE's own on a test clip; --decoder full is exact, and times are predicted for it"
-    )
+    note = f"{psnr:.1f} dB PSNR to the VAE's own on a test clip; --decoder full is exact"
     is_first = os.environ.get("RANK", "0") == "0"  # says it once for all processes
     if is_first:
         logging.info("decoder: %s (%s), %s", choice, kind, note)

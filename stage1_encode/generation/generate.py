@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from common.device import copy_async, describe_device, record_event
+from common.options import FULL_DECODER
 from common.planning.cards import Card, find_card
 from common.planning.codec_cost import decode_seconds
 from common.planning.units import format_bytes, format_hours, free_bytes
@@ -74,10 +75,11 @@ class GenerationRequest:
     world: int = 1
     base_folder: str | None = None  # where relative paths of the CSV start, if not in its folder
     destination: Path | None = None  # where the files are moved at the end, if not `out`
-    denoising_seconds: float | None = None  # of a segment, predicted; None for devices of unknown speed
+    denoising_seconds: float | None = None  # of a segment, predicted; None if its time is not known
     row_numbers: frozenset[int] | None = None  # of the CSV's rows those that are generated; None = all
     sheet_suffix: str = ""  # of the contact sheet's name
     gpus_per_video: int = 1  # that denoise and decode a video together
+    decoder: str = FULL_DECODER  # of option `decoder`; of others no time is predicted
 
     def seed_of(self, source: Row | RecordSource) -> int:
         """Return the seed of a row."""
@@ -174,9 +176,14 @@ def log_start(request: GenerationRequest, encoder: ConditionEncoder, videos: int
 
 
 def describe_time(request: GenerationRequest, videos: int, card: Card | None) -> str:
-    """Predicted time of all ranks' videos, as `plan` predicts it."""
-    if card is None or request.denoising_seconds is None:
+    """Predicted time of all ranks' videos, as `plan` predicts it; with another decoder that of the denoising alone."""
+    if card is None:
         return "this device is not in the table of speeds, so watch the progress"
+    if request.denoising_seconds is None:
+        return "no time is predicted for these options, so watch the progress"
+    if request.decoder != FULL_DECODER:
+        seconds = request.segments * request.denoising_seconds
+        return f"about {seconds:.1f} s of denoising per video; no time is predicted for decoder={request.decoder}"
     decoding = decode_seconds(request.spec, card, gpus=request.gpus_per_video)
     each = request.segments * (request.denoising_seconds + decoding)
     accuracy = "" if card.measured else f" ({card.source})"

@@ -9,7 +9,7 @@ from common.planning.cards import find_card, planned_kernel
 from common.planning.units import format_bytes, format_hours, free_bytes
 from common.video import FrameSize
 from stage2_distill.config import FP8, DistillConfig
-from stage2_distill.planning.duration import ShapeShare, iteration_seconds, list_shapes, mean_over_shapes
+from stage2_distill.planning.duration import ShapeShare, iteration_seconds, list_shapes, mean_over_shapes, speed_source
 from stage2_distill.planning.machine import Machine
 from stage2_distill.planning.memory import MemoryEstimate, estimate_memory
 from stage2_distill.planning.network_size import TransformerSize
@@ -80,7 +80,8 @@ def describe_time(
     kernel = planned if machine.kernel in ("torch", "math") else machine.kernel
     speed = partial(iteration_seconds, size=size, card=card, world=machine.ranks, form=form, kernel=kernel)
     seconds = mean_over_shapes(shapes, speed)
-    hours, accuracy = iterations * seconds / 3600, "" if card.measured else f" ({card.source})"
+    hours, source = iterations * seconds / 3600, speed_source(card, shapes[0].config)
+    accuracy = "" if source == "measured" else f" ({source})"
     spent = f"{format_hours(hours)}, {hours * machine.ranks:.1f} GPU-hours"
     return f"{iterations} iterations to do: about {seconds:.2f} s each, {spent}{accuracy}"
 

@@ -48,7 +48,7 @@ class StudentSampler:
     sigmas: tuple[float, ...]  # noise levels of the steps, falling
     dtype: torch.dtype  # in which the network computes
     max_text_tokens: int = TEXT_LENGTH  # rows of padded text: fewer are faster
-    denoising_seconds: float | None = None  # of a video, predicted; None for devices of unknown speed
+    denoising_seconds: float | None = None  # of a video, predicted; None if its speed is not known
     sizes: tuple[FrameSize, ...] = ()  # of which each picture takes the nearest, that of `spec` first; empty = `spec`
     streamed_net: MovableTensors | None = None  # the network, if its blocks pass through the GPU one by one
 
@@ -130,6 +130,8 @@ def open_student(config: SampleConfig, *, streams: bool = False) -> StudentSampl
     student = StudentSampler(net, spec, sigmas, dtype, config.max_text_tokens, sizes=sizes, streamed_net=streamed)
     if not sizes:
         student.check_size(spec.frame_size)
+    if config.precision == FP8:  # whose speed is not measured
+        return student
     return replace(student, denoising_seconds=predict_seconds(student, compiled=config.compile, ranks=ranks))
 
 

@@ -80,7 +80,11 @@ def test_predicted_time(video_request: GenerationRequest) -> None:
     assert text == "about 6.9 s per video once the models are loaded, 1 min in all"
     assert describe_time(replace(request, gpus_per_video=2), 1, find_card("h200")).startswith("about 5.4 s")
     assert "not measured" in describe_time(replace(request, segments=2, world=2), 10, find_card("a100"))
-    assert "watch the progress" in describe_time(request, 10, None)
+    assert describe_time(request, 10, None).startswith("this device is not in the table of speeds, so watch")
+    tiny = describe_time(replace(request, decoder="tae.pth", segments=2), 10, find_card("h200"))
+    assert tiny == "about 6.9 s of denoising per video; no time is predicted for decoder=tae.pth"
+    unknown = describe_time(replace(request, denoising_seconds=None), 10, find_card("h200"))  # of fp8, say
+    assert unknown == "no time is predicted for these options, so watch the progress"
 
 
 def count_frames(path: Path) -> int:

@@ -71,13 +71,15 @@ def sample_config(run: Path, model: Path, **changes: object) -> SampleConfig:
 
 
 def test_sampling_says_what_it_costs(
-    fp8_model: Path, shards: Path, run: Path, caplog: pytest.LogCaptureFixture
+    fp8_model: Path, shards: Path, run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("stage2_distill.sampling.student_sampler.predict_seconds", lambda *_, **__: 5.0)  # as on a GPU
     records = [open_data_set(str(shards)).read_record(index) for index in range(3)]
     exact = open_student(sample_config(run, fp8_model))
     with caplog.at_level(logging.INFO):
         rounded = open_student(sample_config(run, fp8_model, precision="fp8"))
     assert len([line for line in caplog.messages if line.startswith("precision=fp8: ") and "L2" in line]) == 1
+    assert (exact.denoising_seconds, rounded.denoising_seconds) == (5.0, None), "the speed of fp8 is not measured"
     latents = [student(records, [1, 2, 3]) for student in (exact, rounded)]
     assert torch.equal(latents[0][:, :, 0], latents[1][:, :, 0])  # the given frame
     error = (latents[0] - latents[1]).norm() / latents[0].norm()
