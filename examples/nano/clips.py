@@ -3,7 +3,7 @@
 Writes `clips/*.mp4` with `clips.csv` (video, prompt) for training, and `images/*.png` with `prompts.csv`
 (prompt, image, seed) of held-out scenes for sampling; every fifth of those has no image: the prompt alone decides.
 With `--conditions 8192 --out WORK` it writes the many first frames that distilling and evaluating on a GPU need, with
-`--held-clips 8192 --out WORK` the whole held-out clips that `cli.py evaluate --true-clips WORK/clips.csv` compares.
+`--held-clips 8192 --out WORK` the whole held-out clips that `cli.py evaluate --true-clips WORK` compares.
 """
 
 import argparse

@@ -20,7 +20,6 @@ from common.video import VideoSpec
 from shards import latent_store
 from shards.comparison import Candidate, latent_set_name
 from shards.record import Record
-from stage1_encode.media.rows import locate_file
 from stage1_encode.media.video_frame import UnreadableError
 from stage1_encode.media.whole_clip import read_clip
 from stage1_encode.models.vae import WanVae
@@ -32,19 +31,19 @@ TRUE_CLIPS = Candidate("true", "true clips, through the VAE", 0, "true")
 def encode_true_clips(
     model: WanVae,
     store: Path,
-    table: Path,
+    clips: Path,
     records: Sequence[Record],
     spec: VideoSpec,
     *,
     seeds: Sequence[int],
     batch_size: int,
 ) -> None:
-    """Write the sets of the true clips of the records, whose paths are those of the CSV `table`, into the store.
+    """Write the sets of the true clips of the records, which lie in the folder `clips`, into the store.
 
     There is one clip per condition, so the sets of all seeds are equal; complete ones of the same files are kept.
     ValueError for a record without a clip, one that is too short, or one that begins with another picture.
     """
-    paths = [clip_path(table, record) for record in records]
+    paths = [clip_path(clips, record) for record in records]
     names = [latent_set_name(TRUE_CLIPS, seed) for seed in seeds]
     digest = hashlib.sha256(repr((spec, paths, [digest_files(Path(path)) for path in paths])).encode()).hexdigest()
     if all(is_kept(store, name, digest) for name in names):
@@ -56,10 +55,10 @@ def encode_true_clips(
     with ProgressBar(len(records), label="encode true clips") as progress:
         for start in range(0, len(records), batch_size):
             rows = range(start, min(start + batch_size, len(records)))
-            clips = numpy.stack([read_true_clip(table, paths[row], spec) for row in rows])
-            latents = encode_clips(model, torch.from_numpy(clips))
+            pixels = numpy.stack([read_true_clip(clips, paths[row], spec) for row in rows])
+            latents = encode_clips(model, torch.from_numpy(pixels))
             for row, clip in zip(rows, latents, strict=True):
-                pin_first_frame(table, records[row], clip)
+                pin_first_frame(clips, records[row], clip)
             for name in names:
                 latent_store.write_latents(store, name, rows, latents)
             progress.advance(count=len(rows))
@@ -67,37 +66,38 @@ def encode_true_clips(
         latent_store.finish_group(store, name, facts=latent_store.SetFacts(digest))
 
 
-def check_clips(table: Path, records: Sequence[Record], spec: VideoSpec) -> None:
+def check_clips(clips: Path, records: Sequence[Record], spec: VideoSpec) -> None:
     """Raise ValueError if a record has no clip, or the first clip cannot be read or is too short."""
-    paths = [clip_path(table, record) for record in records]
-    read_true_clip(table, paths[0], spec)  # clips of one table are mostly of one kind
+    if not clips.exists():
+        raise ValueError(f"true_clips={clips}: no such file or folder; name the folder of the clips of these shards")
+    paths = [clip_path(clips, record) for record in records]
+    read_true_clip(clips, paths[0], spec)  # clips of one folder are mostly of one kind
 
 
-def clip_path(table: Path, record: Record) -> str:
-    """The file of a record; ValueError if it has none, or if it is not there."""
-    path = locate_file(table, record.source.path) if record.source.path else ""
+def clip_path(clips: Path, record: Record) -> str:
+    """The file of a record in the folder `clips`, or beside that CSV; ValueError if it has none, or is not there."""
+    folder = clips if clips.is_dir() else clips.parent
+    path = str(folder.absolute() / record.source.path) if record.source.path else ""
     if not path or not Path(path).is_file():
-        if not table.is_file():
-            raise ValueError(f"true_clips={table}: no such file; name the CSV from which these shards were encoded")
-        refuse_table(table, record, f"{path}: no such file" if path else "has a prompt alone")
+        refuse_clips(clips, record, f"{path}: no such file" if path else "has a prompt alone")
     return path
 
 
-def refuse_table(table: Path, record: Record, reason: str) -> NoReturn:
-    """Raise ValueError: the CSV is not that of the shards."""
-    raise ValueError(f"true_clips={table}: record {record.key}: {reason}; name the CSV of whole clips of these shards")
+def refuse_clips(clips: Path, record: Record, reason: str) -> NoReturn:
+    """Raise ValueError: the folder's clips are not those of the shards."""
+    raise ValueError(f"true_clips={clips}: record {record.key}: {reason}; name the folder of the clips of these shards")
 
 
-def pin_first_frame(table: Path, record: Record, clip: Tensor) -> None:
+def pin_first_frame(clips: Path, record: Record, clip: Tensor) -> None:
     """Give a clip (C T H W) its record's first frame, in the precision that every other set has.
 
-    ValueError if the clip begins with another one: tables of different clips may hold the same file names.
+    ValueError if the clip begins with another one: folders of different clips may hold the same file names.
     """
     if record.first_frame is None:
         return
     given = record.first_frame.float()
     if (clip[:, :1] - given).square().mean().sqrt() > LARGEST_DIFFERENCE:
-        refuse_table(table, record, f"{record.source.path} begins with another picture")
+        refuse_clips(clips, record, f"{record.source.path} begins with another picture")
     clip[:, :1] = given
 
 
@@ -108,12 +108,12 @@ def is_kept(store: Path, name: str, digest: str) -> bool:
     return latent_store.read_group_facts(store, name).digest == digest
 
 
-def read_true_clip(table: Path, path: str, spec: VideoSpec) -> numpy.ndarray:
+def read_true_clip(clips: Path, path: str, spec: VideoSpec) -> numpy.ndarray:
     """The frames (F X Y 3) uint8 of a clip; ValueError that names it."""
     try:
         return read_clip(path, spec)
     except UnreadableError as error:
-        raise ValueError(f"true_clips={table}: {path} {error}; leave --true-clips out, or take longer clips") from error
+        raise ValueError(f"true_clips={clips}: {path} {error}; leave --true-clips out, or take longer clips") from error
 
 
 @torch.no_grad()

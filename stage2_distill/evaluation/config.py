@@ -55,7 +55,8 @@ class EvaluateConfig:
     controls: bool = option(False, "Also sample the teacher without guidance.", group="metrics", advanced=True)
     true_clips: str | None = option(
         None,
-        "CSV that the shards were encoded from: also measure its whole clips, through the VAE.",
+        "Folder where the paths of the shards' CSV start, or that CSV, which is not read: also measure the whole "
+        "clips, through the VAE.",
         path="input",
         group="metrics",
         advanced=True,

@@ -20,13 +20,13 @@ SPEC = VideoSpec(9, 32, 32, 12)
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CSV beside two clips; it is not read."""
-    folder = tmp_path_factory.mktemp("true")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two clips."""
+    clips = tmp_path_factory.mktemp("true")
     for number in range(2):
         frames = numpy.full((9, 32, 32, 3), 60 + 90 * number, dtype=numpy.uint8)
-        write_video(folder / f"{number}.mp4", frames, fps=12)
-    return folder / "clips.csv"
+        write_video(clips / f"{number}.mp4", frames, fps=12)
+    return clips
 
 
 def make_record(number: int, first_frame: torch.Tensor | None) -> Record:
@@ -34,14 +34,14 @@ def make_record(number: int, first_frame: torch.Tensor | None) -> Record:
     return Record(f"{number:09d}", source, first_frame, torch.zeros(1, 8))
 
 
-def test_sets_hold_the_clips_with_their_given_first_frames(table: Path, model: Path, tmp_path: Path) -> None:
+def test_sets_hold_the_clips_with_their_given_first_frames(folder: Path, model: Path, tmp_path: Path) -> None:
     loaded = vae.load_vae(model, dtype=torch.float32, device=torch.device("cpu"))
-    clip = torch.from_numpy(read_clip(str(table.parent / "0.mp4"), SPEC))[None]
+    clip = torch.from_numpy(read_clip(str(folder / "0.mp4"), SPEC))[None]
     given = encode_clips(loaded, clip)[0, :, :1].bfloat16()
     records, store = [make_record(0, given), make_record(1, None)], tmp_path / "latents.zarr"
 
     def encode() -> None:
-        encode_true_clips(loaded, store, table, records, SPEC, seeds=(0, 3), batch_size=2)
+        encode_true_clips(loaded, store, folder, records, SPEC, seeds=(0, 3), batch_size=2)
 
     encode()
     sets = [latent_store.read_latent_rows(store, f"true-seed-{seed}", 0, 2) for seed in (0, 3)]
@@ -54,8 +54,8 @@ def test_sets_hold_the_clips_with_their_given_first_frames(table: Path, model: P
     assert node.stat().st_mtime_ns == before, "complete sets are kept"
     wrong = [make_record(0, given + 1)]
     with pytest.raises(ValueError, match=r"^true_clips=.*record 000000000: 0.mp4 begins with another picture; name"):
-        encode_true_clips(loaded, tmp_path / "other.zarr", table, wrong, SPEC, seeds=(0,), batch_size=2)
-    write_video(table.parent / "1.mp4", numpy.full((9, 32, 32, 3), 240, dtype=numpy.uint8), fps=12)
+        encode_true_clips(loaded, tmp_path / "other.zarr", folder, wrong, SPEC, seeds=(0,), batch_size=2)
+    write_video(folder / "1.mp4", numpy.full((9, 32, 32, 3), 240, dtype=numpy.uint8), fps=12)
     encode()
     assert not torch.equal(latent_store.read_latent_rows(store, "true-seed-0", 0, 2)[1], sets[0][1]), "another file"
 
@@ -71,23 +71,26 @@ def test_latents_are_what_the_decoder_reads(model: Path) -> None:
     torch.testing.assert_close(latents[:, :, :1], frames, atol=1e-4, rtol=1e-4)
 
 
-def test_a_record_without_a_clip_is_refused(table: Path) -> None:
-    table.touch()
+def test_a_record_without_a_clip_is_refused(folder: Path) -> None:
     record = make_record(7, None)
-    with pytest.raises(ValueError, match="^true_clips=.*record 000000007: .*7.mp4: no such file; name the CSV"):
-        clip_path(table, record)
+    with pytest.raises(ValueError, match="^true_clips=.*record 000000007: .*7.mp4: no such file; name the folder of"):
+        clip_path(folder, record)
     with pytest.raises(ValueError, match="has a prompt alone"):
-        clip_path(table, replace(record, source=replace(record.source, path="")))
+        clip_path(folder, replace(record, source=replace(record.source, path="")))
 
 
-def test_mistakes_show_before_anything_is_sampled(table: Path) -> None:
+def test_mistakes_show_before_anything_is_sampled(folder: Path) -> None:
     records = [make_record(0, None), make_record(1, None)]
-    with pytest.raises(ValueError, match="^true_clips=.*no.csv: no such file; name the CSV from which"):
-        check_clips(table.with_name("no.csv"), [make_record(8, None)], SPEC)
-    check_clips(table, records, SPEC)
-    with pytest.raises(ValueError, match="^true_clips=.*clips.csv: .*0.mp4 shows 9 frames at 12 per second, 13 are"):
-        check_clips(table, records, replace(SPEC, num_frames=13))
-    (table.parent / "7.mp4").write_bytes(b"no video")
-    with pytest.raises(ValueError, match="^true_clips=.*clips.csv: .*7.mp4 .*; leave --true-clips out"):
-        check_clips(table, [make_record(7, None)], SPEC)
-    (table.parent / "7.mp4").unlink()
+    with pytest.raises(ValueError, match="^true_clips=.*no.csv: no such file or folder; name the folder of the clips"):
+        check_clips(folder / "no.csv", records, SPEC)
+    check_clips(folder, records, SPEC)
+    (folder / "clips.csv").touch()
+    assert clip_path(folder / "clips.csv", records[0]) == clip_path(folder, records[0]) == str(folder / "0.mp4")
+    elsewhere = replace(records[0], source=replace(records[0].source, path=str(folder / "1.mp4")))
+    assert clip_path(Path("any"), elsewhere) == str(folder / "1.mp4"), "absolute paths of the CSV stay"
+    with pytest.raises(ValueError, match="^true_clips=.*: .*0.mp4 shows 9 frames at 12 per second, 13 are"):
+        check_clips(folder, records, replace(SPEC, num_frames=13))
+    (folder / "7.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="^true_clips=.*: .*7.mp4 .*; leave --true-clips out"):
+        check_clips(folder, [make_record(7, None)], SPEC)
+    (folder / "7.mp4").unlink()

@@ -47,7 +47,7 @@ def out(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = EvaluateConfig(
         (str(folder / "run"),), str(folder / "data"), str(model), str(folder / "out"), num_records=6, seeds=(0, 1),
         teacher_steps=4, videos=3, report_videos=2, judge=str(folder / "judge.py"), batch_size=2, dtype="float32",
-        device="cpu", controls=True, true_clips=str(folder / "clips.csv"),
+        device="cpu", controls=True, true_clips=str(folder),
     )  # fmt: skip
     for number in range(6):
         frames = numpy.full((9, 64, 64, 3), 30 * number, dtype=numpy.uint8)
