@@ -9,12 +9,15 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
 
 import errno
+import gc
 import json
 import logging
 import os
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +36,24 @@ from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.turbo_config import translated_options
 
 ERROR_DELAY_SECONDS = 3.0  # before a rank reports an error that the first rank may have reported
+
+
+@contextmanager
+def unscanned_imports() -> Iterator[None]:
+    """Import without garbage collection, and keep what was imported out of later collections.
+
+    Torch, diffusers and transformers make a million objects that stay to the end: to search them for garbage takes a
+    third of a command's start and end, and later stops a run at each full collection.
+    """
+    if "torch" in sys.modules:  # not a process of its own: there may be garbage, which must not be kept
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def show_version(context: click.Context, _: click.Parameter, requested: bool) -> None:
@@ -57,7 +78,8 @@ def cli() -> None:
 @config_options(EncodeConfig)
 def encode_command(**options: object) -> None:
     """Encode a CSV of clips and prompts into shards."""
-    from stage1_encode.encode import encode
+    with unscanned_imports():
+        from stage1_encode.encode import encode
 
     report = encode(resolve_config(EncodeConfig, options))
     state = "" if report.is_complete else " so far"
@@ -74,19 +96,22 @@ def encode_command(**options: object) -> None:
 @config_options(VerifyConfig)
 def verify_command(shards: str, **options: object) -> int:
     """Check every byte, row and record of a data set, and describe it."""
-    from shards.verification.verify import verify_data_set
+    with unscanned_imports():
+        from shards.verification.verify import verify_data_set
 
     config, shards = resolve_config(VerifyConfig, options), expand_path("shards", shards)
     report = verify_data_set(shards)
     click.echo("\n".join(report.format_lines()), err=config.json)
     if config.repair and report.problems:
-        from stage1_encode.repair import repair_data_set
+        with unscanned_imports():
+            from stage1_encode.repair import repair_data_set
 
         repair_data_set(report, config)
         report = verify_data_set(shards)
         click.echo(f"after the repair: {report.format_lines()[0]}", err=config.json)
     if config.sheet and report.manifest:
-        from stage1_encode.repair import draw_contact_sheet
+        with unscanned_imports():
+            from stage1_encode.repair import draw_contact_sheet
 
         click.echo(f"first frames: {draw_contact_sheet(report, config)}", err=config.json)
     echo_report(report.for_json(), [], as_json=True) if config.json else None
@@ -97,20 +122,23 @@ def verify_command(shards: str, **options: object) -> int:
 @config_options(PlanConfig)
 def plan_command(**options: object) -> None:
     """Predict memory, time, money and disk of a run of distill."""
-    from stage2_distill.planning.duration import list_shapes
-    from stage2_distill.planning.network_size import TransformerSize
-    from stage2_distill.planning.plan_text import format_plan
-    from stage2_distill.planning.run_plan import make_plan
+    with unscanned_imports():
+        from stage2_distill.planning.duration import list_shapes
+        from stage2_distill.planning.network_size import TransformerSize
+        from stage2_distill.planning.plan_text import format_plan
+        from stage2_distill.planning.run_plan import make_plan
 
     config, size = resolve_config(PlanConfig, options), TransformerSize()
     run = resolve_config(DistillConfig, translated_options(config.distill_options())[0])
     if config.model:
-        from stage2_distill.planning.model_size import read_model_size  # imports torch
+        with unscanned_imports():
+            from stage2_distill.planning.model_size import read_model_size  # imports torch
 
         size = read_model_size(config.model)
     shapes, sizes, calibration = list_shapes(run, config.size_shares), config.size_shares, None
     if config.calibrate:
-        from commands.calibrate import calibrate
+        with unscanned_imports():
+            from commands.calibrate import calibrate
 
         _ = run.accumulation_steps(config.gpus)  # a plan that is impossible is refused before anything runs
         calibration = calibrate(shapes[0].config, size, config.card)
@@ -123,7 +151,8 @@ def plan_command(**options: object) -> None:
 @config_options(DoctorConfig)
 def doctor_command(**options: object) -> int:
     """Check this machine, a model, data sets and an output folder before a run."""
-    from stage2_distill.diagnosis.doctor import diagnose
+    with unscanned_imports():
+        from stage2_distill.diagnosis.doctor import diagnose
 
     config = resolve_config(DoctorConfig, options)
     findings = list(diagnose(config))
@@ -135,7 +164,8 @@ def doctor_command(**options: object) -> int:
 @config_options(DistillConfig)
 def distill_command(**options: object) -> None:
     """Distill the model on shards; the same command resumes."""
-    from stage2_distill.train import distill
+    with unscanned_imports():
+        from stage2_distill.train import distill
 
     options, notes = translated_options(options)
     if notes and os.environ.get("RANK", "0") == "0":
@@ -147,7 +177,8 @@ def distill_command(**options: object) -> None:
 @config_options(SampleConfig)
 def sample_command(**options: object) -> None:
     """Make videos from a checkpoint, a prompt and a first frame."""
-    from commands.sample import sample_videos
+    with unscanned_imports():
+        from commands.sample import sample_videos
 
     for path in sample_videos(resolve_config(SampleConfig, options)):
         click.echo(str(path))
@@ -157,7 +188,8 @@ def sample_command(**options: object) -> None:
 @config_options(EvaluateConfig)
 def evaluate_command(**options: object) -> None:
     """Compare students with their teacher and write report.json and report.html."""
-    from commands.evaluate import evaluate_students
+    with unscanned_imports():
+        from commands.evaluate import evaluate_students
 
     config = resolve_config(EvaluateConfig, options)
     page = evaluate_students(config)
@@ -168,7 +200,8 @@ def evaluate_command(**options: object) -> None:
 @config_options(ExportConfig)
 def export_command(**options: object) -> None:
     """Write a student as files of diffusers, ComfyUI and others, with a model card."""
-    from stage2_distill.export.export import export_student
+    with unscanned_imports():
+        from stage2_distill.export.export import export_student
 
     click.echo(str(export_student(resolve_config(ExportConfig, options))))
 
@@ -180,7 +213,8 @@ def ui_command(**options: object) -> None:
     config = resolve_config(PageConfig, options)
     if find_spec("gradio") is None:
         raise ValueError("ui: gradio is not installed; pip install 'ti2v-distill[ui]'")
-    from commands.page_server import serve_page
+    with unscanned_imports():
+        from commands.page_server import serve_page
 
     serve_page(config)
 
@@ -189,7 +223,8 @@ def ui_command(**options: object) -> None:
 @config_options(DecodeConfig)
 def decode_command(**options: object) -> None:
     """Decode a zarr store of latents into mp4 files and a contact sheet."""
-    from stage1_encode.generation.decode import decode, decode_as_written
+    with unscanned_imports():
+        from stage1_encode.generation.decode import decode, decode_as_written
 
     config = resolve_config(DecodeConfig, options)
     for path in decode_as_written(config) if config.watch else decode(config):
@@ -200,7 +235,8 @@ def decode_command(**options: object) -> None:
 @click.argument("run")
 def plot_command(run: str) -> None:
     """Draw the curves of a run into RUN/curves.png."""
-    from stage2_distill.monitoring.plot import plot_curves
+    with unscanned_imports():
+        from stage2_distill.monitoring.plot import plot_curves
 
     run = expand_path("run", run)
     check_local_path("run", run, is_output=True)
@@ -211,7 +247,8 @@ def plot_command(run: str) -> None:
 @click.option("--out", default="demo", show_default=True, help="Folder for everything that the demo makes.")
 def demo_command(out: str) -> None:
     """Run all steps on the small model of examples/nano."""
-    from commands.demo import run_demo
+    with unscanned_imports():
+        from commands.demo import run_demo
 
     out = expand_path("out", out)
     check_local_path("out", out, is_output=True)

@@ -1,5 +1,6 @@
 """The command line as a user meets it: the whole way on real clips, and one clear line for each mistake."""
 
+import gc
 import io
 import json
 import os
@@ -48,6 +49,18 @@ def test_a_mistake_in_a_process_of_its_own() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_command_is_imported_without_garbage_collection() -> None:
+    """In a process of its own; in one that has torch, as here, nothing changes: its garbage must not be kept."""
+    code = "assert not gc.isenabled(); import decimal\nassert gc.isenabled() and gc.get_freeze_count() > 1000"
+    program = f"import gc, cli\nwith cli.unscanned_imports(): {code}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    frozen = gc.get_freeze_count()
+    with cli.unscanned_imports():
+        assert gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() == frozen
 
 
 def works(*arguments: object) -> str:
