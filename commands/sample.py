@@ -45,7 +45,7 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     """
     if config.image is not None:
         check_image(config.image)
-    check_decoder(config.decoder)
+    check_decoder(config.decoder, config.model)
     is_single = config.prompt is not None
     vram = choose_vram(config.vram, pick_device(config.device))
     rank, world = join_ranks(config.device)

@@ -19,6 +19,7 @@ from common.device import pick_device
 from common.files import UNFINISHED_FOLDER
 from common.video import TEXT_LENGTH, VideoSpec
 from shards.record import Record, pad_text
+from stage1_encode.decoders.load_decoder import check_decoder
 from stage1_encode.generation.condition_encoder import encode_prompt
 from stage1_encode.generation.generate import choose_vram
 from stage1_encode.media.first_frame import UnreadableError, read_first_frame
@@ -72,6 +73,7 @@ class VideoStudio:
     """The models and the folder of the page."""
 
     def __init__(self, config: PageConfig) -> None:
+        check_decoder(config.decoder, config.model)
         self.config, self.out, self.lock = config, Path(config.out), Lock()
         sampling = config.sample_config(VideoRequest("any"), self.out / "any.mp4")
         self.vram = choose_vram(config.vram, pick_device(config.device))

@@ -14,10 +14,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from common.model_folder import locate_model
 from common.options import FULL_DECODER
 from stage1_encode.decoders.decoder_files import DecoderFile, open_decoder_file
 from stage1_encode.decoders.tiny_network import SURPLUS_FRAMES, TinyNetwork
-from stage1_encode.models.vae import FullDecoder, LatentDecoder, WanVae, decoder_model
+from stage1_encode.models.vae import AutoencoderKLWan, FullDecoder, LatentDecoder, WanVae, decoder_model, empty_vae
 from stage1_encode.models.vae_decoder import split_latent_frames
 
 CLIP_FRAMES, CLIP_HEIGHT, CLIP_WIDTH = 5, 64, 96  # of the test clip
@@ -64,10 +65,11 @@ def round_pixels(x: Tensor) -> Tensor:
     return (x.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def check_decoder(choice: str) -> None:
-    """Raise ValueError if the file of `--decoder` is missing or for another VAE, before anything is loaded."""
+def check_decoder(choice: str, model: str) -> None:
+    """Raise ValueError if the file of `--decoder` is none for a model's VAE, before any of its weights are read."""
     if choice != FULL_DECODER:
-        open_decoder_file(Path(choice))
+        file = open_decoder_file(Path(choice))
+        file.check_tensors(empty_decoder(file, empty_vae(locate_model(model, ("vae",)))).state_dict())
 
 
 def use_decoder(vae: WanVae, choice: str) -> WanVae:
@@ -98,17 +100,22 @@ def use_decoder(vae: WanVae, choice: str) -> WanVae:
 
 def list_decoders(vae: WanVae, file: DecoderFile) -> Iterator[LatentDecoder]:
     """Yield the decoders that a file may be, on the VAE's device and in its dtype."""
-    if file.layout is None:
-        model = decoder_model(vae.model, width=file.width, blocks=file.blocks)
-        load_weights(model, file, vae)
-        yield FullDecoder(model, vae.mean, vae.std, vae.chunk_frames)
-        return
-    with torch.device("meta"):
-        network = TinyNetwork(file.layout)
+    network = empty_decoder(file, vae.model)
     load_weights(network, file, vae)
+    if not isinstance(network, TinyNetwork):
+        yield FullDecoder(network, vae.mean, vae.std, vae.chunk_frames)
+        return
     network.prepare_inference()
     for mean, std in ((torch.zeros_like(vae.mean), torch.ones_like(vae.std)), (vae.mean, vae.std)):
         yield TinyDecoder(network, mean, std, vae.model.dtype, vae.chunk_frames)
+
+
+def empty_decoder(file: DecoderFile, base: AutoencoderKLWan) -> TinyNetwork | AutoencoderKLWan:
+    """Return the network of a file on the meta device; `base`: the VAE that one of the full shape resembles."""
+    if file.layout is None:
+        return decoder_model(base, width=file.width, blocks=file.blocks)
+    with torch.device("meta"):
+        return TinyNetwork(file.layout)
 
 
 def load_weights(network: nn.Module, file: DecoderFile, vae: WanVae) -> None:

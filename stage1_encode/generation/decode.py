@@ -74,7 +74,7 @@ def finished_steps(store: Path) -> list[str]:
 def prepare_decoding(config: DecodeConfig, steps: Sequence[str]) -> vae.WanVae:
     """Check the output folder and load the VAE."""
     check_video_folder(Path(config.out), steps)
-    check_decoder(config.decoder)
+    check_decoder(config.decoder, config.model)
     folder = locate_model(config.model, ("vae",))
     model = vae.load_vae(folder, dtype=getattr(torch, config.vae_dtype), device=pick_device(config.device))
     return use_decoder(model, config.decoder)

@@ -251,6 +251,14 @@ def load_original_vae(path: Path, dtype: torch.dtype) -> AutoencoderKLWan:
     return model
 
 
+def empty_vae(folder: Path) -> AutoencoderKLWan:
+    """Return the VAE of a model folder on the meta device, without weights; ValueError if it is none of Wan."""
+    path = locate_part(folder, "vae")
+    settings = infer_vae_settings(path, read_original_tensors(path, VAE_NAMES)) if path.is_file() else None
+    with torch.device("meta"), report_load_errors(path):
+        return AutoencoderKLWan.from_config(settings or AutoencoderKLWan.load_config(path))
+
+
 def decoder_model(base: AutoencoderKLWan, *, width: int, blocks: int) -> AutoencoderKLWan:
     """Return the decoder half of a model like `base` with another width and number of blocks, on the meta device."""
     with torch.device("meta"):

@@ -25,7 +25,7 @@ from common.video import FrameSize
 from shards import latent_store
 from shards.comparison import LATENTS_STORE, Comparison, latent_set_name, read_comparison
 from shards.dataset import DataSet, open_data_set
-from stage1_encode.decoders.load_decoder import use_decoder
+from stage1_encode.decoders.load_decoder import check_decoder, use_decoder
 from stage1_encode.generation.decode import read_finite_latents
 from stage1_encode.media.video_writer import write_video
 from stage1_encode.models import vae
@@ -93,6 +93,7 @@ def load_tools(
     decoder: str = FULL_DECODER,
 ) -> EvaluationTools:
     """Load the VAE, the data set and what else is asked for; ValueError for any that cannot be used."""
+    check_decoder(decoder, model)
     folder, torch_device = locate_model(model, ("vae",)), pick_device(device)
     return EvaluationTools(
         use_decoder(vae.load_vae(folder, dtype=torch.float32, device=torch_device), decoder),

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from commands import sample
+from commands.page_config import PageConfig
 from commands.sample import sample_videos
+from commands.video_studio import VideoStudio
 from shards.latent_store import read_latents
 from stage1_encode.config import DecodeConfig
 from stage1_encode.decoders.load_decoder import TinyDecoder
@@ -66,11 +67,31 @@ def test_another_decoder_changes_pixels_and_no_latents(
     assert numpy.corrcoef(*(values.ravel() for values in lightness))[0, 1] > 0.9  # H.264 loses colours of single pixels
 
 
-def test_a_wrong_decoder_stops_before_anything_is_loaded(student_run: Path, model: Path, tmp_path: Path) -> None:
-    file = tmp_path / "taew2_1.safetensors"
-    save_file(random_tiny_decoder(TinyLayout(16, 3, (8, 4, 4, 4), is_wide=False)), file)
-    config = SampleConfig(str(student_run), str(model), str(tmp_path / "x.mp4"), prompt="a", decoder=str(file))
-    with mock.patch.object(sample, "open_student") as opened, pytest.raises(ValueError, match=r"VAE of Wan2\.1"):
-        sample_videos(config)
-    assert not opened.called
+@pytest.mark.parametrize("problem", ["VAE of Wan2.1", "not finite", "lacks weights"])
+def test_a_wrong_decoder_stops_before_anything_is_loaded(
+    problem: str, student_run: Path, model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    file, is_other = tmp_path / "taew.safetensors", problem.startswith("VAE")
+    layout = TinyLayout(16, 3, (8, 4, 4, 4), is_wide=False) if is_other else TinyLayout(48, 12, (8, 4, 4, 4), False)
+    changes = {"decoder.22.bias": torch.full((12,), torch.nan)} if problem == "not finite" else {}
+    tensors = random_tiny_decoder(layout) | changes
+    if problem == "lacks weights":
+        del tensors["decoder.9.conv.2.bias"]
+    save_file(tensors, file)
+    options = {"model": str(model), "decoder": str(file), "device": "cpu"}
+    config = SampleConfig(str(student_run), out=str(tmp_path / "x.mp4"), prompt="a", **options)
+    tools = {"judge": None, "i3d_model": None, "clip_model": None}
+    commands = [
+        lambda: sample_videos(config),
+        lambda: VideoStudio(PageConfig(str(student_run), out=str(tmp_path / "page"), **options)),
+        lambda: load_tools(shards=str(dataset), **options, **tools),
+    ]
+    for command in commands:
+        with (
+            mock.patch("commands.sample.open_student", side_effect=AssertionError),
+            mock.patch("commands.video_studio.open_student", side_effect=AssertionError),
+            mock.patch("stage1_encode.models.vae.load_vae", side_effect=AssertionError),
+            pytest.raises(ValueError, match=problem),
+        ):
+            command()
     assert not Path(config.out).exists()

@@ -175,6 +175,10 @@ WRONG = {
         random_tiny_decoder(replace(LAYOUT, is_wide=True)) | {"decoder.0.weight": torch.zeros(0, 48, 1, 1)},
         "is not a decoder that is known here",
     ),
+    "no blocks": (
+        {"decoder.conv_in.weight": torch.zeros(8, 48, 3, 3, 3), "decoder.conv_out.weight": torch.zeros(12, 2, 3, 3, 3)},
+        "lacks weights: ",
+    ),
     "lacks": (change(decoder_9_conv_2_bias=None), "lacks weights: 1, such as decoder.9.conv.2.bias"),
     "surplus": (change(decoder_23_weight=torch.zeros(1)), "does not have: 1, such as decoder.23.weight"),
     "shape": (change(decoder_4_conv_0_weight=torch.zeros(8, 8, 3, 3)), r"decoder.4.conv.0.weight has shape \[8, 8"),
@@ -187,10 +191,11 @@ WRONG = {
 def test_wrong_weights_give_one_line(nano: WanVae, tmp_path: Path, name: str) -> None:
     tensors, problem = WRONG[name]
     path = write_tensors(tmp_path / "x.safetensors", tensors)
-    with pytest.raises(ValueError, match=problem) as caught:
-        use_decoder(nano, str(path))
-    assert str(caught.value).startswith(f"decoder={path}: ")
-    assert "\n" not in str(caught.value)
+    for check in (lambda: use_decoder(nano, str(path)), lambda: check_decoder(str(path), str(NANO))):
+        with pytest.raises(ValueError, match=problem) as caught:
+            check()
+        assert str(caught.value).startswith(f"decoder={path}: ")
+        assert "\n" not in str(caught.value)
     assert nano.model.decoder is not None
 
 
@@ -216,8 +221,8 @@ def test_wrong_files_give_one_line(tmp_path: Path) -> None:
     }  # fmt: skip
     for name, problem in problems.items():
         with pytest.raises(ValueError, match=problem) as caught:
-            check_decoder(str(tmp_path / name))
+            check_decoder(str(tmp_path / name), str(NANO))
         assert str(caught.value).startswith(f"decoder={tmp_path / name}: ")
-    check_decoder("full")
+    check_decoder("full", "no model")
     with pytest.raises(ValueError, match=r"decoder='': is no path"):
         DecodeConfig(latents="a", model="b", out="c", decoder="")
