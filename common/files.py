@@ -78,6 +78,17 @@ def open_file(path: Path) -> FileIO:
     raise ValueError(f"{path}: is a pipe or a device; copy its content into a file")
 
 
+def check_no_pipe(name: str, path: Path) -> None:
+    """Raise ValueError, which names an option, if its path is a pipe or a device: whoever reads it would wait.
+
+    OSError if it is missing or a folder.
+    """
+    try:
+        open_file(path).close()
+    except ValueError as error:
+        raise ValueError(f"{name}={error}") from error
+
+
 def read_file(path: Path) -> bytes:
     """The bytes of a file, see `open_file`."""
     with open_file(path) as file:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.files import open_file
+from common.files import check_no_pipe
 from common.model_folder import holds_numbers, load_pickled
 from common.video import LATENT_CHANNELS
 from stage1_encode.decoders.tiny_network import TinyLayout, keep_last_frames, read_layout
@@ -95,13 +95,15 @@ def check_vae(path: Path, channels: int, outputs: int) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of torch.save; nothing in it is executed."""
     try:
-        open_file(path).close()  # of a pipe, the libraries would wait for a writer
+        check_no_pipe("decoder", path)
         if path.suffix in PICKLED_SUFFIXES:
             return unwrap_tensors(path, load_pickled(path, "decoder"))
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise ValueError(f"decoder={path}: no such file; {ANY_DECODER}") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"decoder={path}: is a folder; {ANY_DECODER}") from error
     except (SafetensorError, OSError) as error:
         raise ValueError(f"decoder={path}: cannot be read ({error}); {READ_REMEDY}") from error
 

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.files import open_file
+from common.files import check_no_pipe, open_file
 from common.model_folder import holds_numbers, load_pickled
 from stage2_distill.weight_files.key_names import flat_module_names, from_original, split_parameter, to_original
 from stage2_distill.weight_files.model_kind import refuse_other_file
@@ -127,7 +127,7 @@ def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError(f"base_lora={path}: holds no dict of tensors; save the adapter's weights alone")
         return {str(name): value for name, value in content.items()}, settings
     try:
-        open_file(path).close()  # of a pipe, safe_open would wait for a writer
+        check_no_pipe("base_lora", path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -208,6 +209,7 @@ def test_wrong_files_give_one_line(tmp_path: Path) -> None:
     torch.save({"decoder": torch.zeros(2, device="meta")}, tmp_path / "meta.pth")
     torch.save({"decoder": torch.ones(2).to_sparse()}, tmp_path / "sparse.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "meta.pth").read_bytes()[:-50])
+    os.mkfifo(tmp_path / "pipe.pth")
     within_itself: dict[str, object] = {}
     within_itself["model"] = within_itself
     torch.save(within_itself, tmp_path / "endless.pth")
@@ -215,7 +217,8 @@ def test_wrong_files_give_one_line(tmp_path: Path) -> None:
         "endless.pth": "holds no dict of tensors",
         "meta.pth": "holds no dict of tensors", "sparse.pth": "holds no dict of tensors",
         "cut.pth": "no whole archive", "a" * 300: "cannot be read .*too long",
-        "missing.pth": "no such file", ".": "cannot be read", "text.safetensors": "cannot be read",
+        "missing.pth": "no such file", ".": "is a folder; give full, or", "pipe.pth": "is a pipe or a device; copy",
+        "text.safetensors": "cannot be read",
         "text.pth": "cannot be read", "numbers.pth": "holds no dict of tensors", "list.pth": "holds no dict of tensors",
         "object.pth": "could run code",
     }  # fmt: skip
