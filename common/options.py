@@ -46,6 +46,7 @@ class OptionSpec:
     alias: str = ""  # another name of the flag, for good
     old_name: str = ""  # accepted for one release
     old_values: Mapping[str, str] = field(default_factory=dict)  # {value under the old name: its name today}
+    sizes: Mapping[int, str] = field(default_factory=dict)  # {GB: the choice that needs so many}
 
     def check(self, name: str, value: object, kind: type) -> None:
         """Raise ValueError for another type, an unknown choice, a number out of bounds or a path that is an address."""
@@ -53,8 +54,8 @@ class OptionSpec:
         if not isinstance(value, accepted) or isinstance(value, bool) is not (kind is bool):  # a bool is also an int
             raise ValueError(f"{name}={value!r}: must be {type_name(kind)}")
         if self.choices and value not in self.choices:
-            nearest = get_close_matches(str(value), self.choices, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            nearest = self.nearest_choice(str(value))
+            hint = f"; did you mean {nearest}?" if nearest else ""
             raise ValueError(f"{name}={value}: choose one of {', '.join(self.choices)}{hint}")
         if isinstance(value, str) and self.path in ("output", "input"):
             check_local_path(name, value, is_output=self.path == "output")
@@ -68,6 +69,14 @@ class OptionSpec:
         if (low is not None and value < low) or (high is not None and value > high):
             bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
             raise ValueError(f"{name}={value}: must be {bounds}")
+
+    def nearest_choice(self, value: str) -> str:
+        """The choice that a value was probably meant to be: the nearest by size or by spelling; "" if there is none."""
+        size = re.fullmatch(r"(\d{1,6}) ?(gi?b)?", value, re.IGNORECASE) if self.sizes else None
+        if size is None:
+            return next(iter(get_close_matches(value, self.choices, n=1)), "")
+        fitting = [needed for needed in self.sizes if needed <= int(size[1])]
+        return self.sizes[max(fitting, default=min(self.sizes))]
 
 
 def option(default: object = MISSING, help: str = "", **facts: Any) -> Any:  # noqa: ANN401

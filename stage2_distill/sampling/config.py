@@ -78,6 +78,7 @@ class SampleConfig:
         group="memory",
         old_name="memory",
         old_values={"24gb": "16gb"},  # a slower and larger mode of the last release
+        sizes={40: "full", 16: "16gb", 12: "12gb"},
     )
     base_folder: str | None = base_folder_option()
     device: str = device_option(advanced=True)

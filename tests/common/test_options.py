@@ -104,6 +104,25 @@ def test_message_lists_the_choices_and_the_nearest_one() -> None:
         DistillConfig(**valid | {"optimizer_form": "compct"})
 
 
+@pytest.mark.parametrize(
+    ("value", "nearest"),
+    [
+        ("24gb", "16gb"),
+        ("32", "16gb"),
+        ("80GB", "full"),
+        ("15 GiB", "12gb"),
+        ("8gb", "12gb"),
+        ("ful", "full"),
+        ("x", ""),
+    ],
+)
+def test_the_nearest_choice_of_a_size_is_one_that_fits(value: str, nearest: str) -> None:
+    hint = f"; did you mean {nearest}?" if nearest else ""
+    with pytest.raises(ValueError, match=r"^vram=") as caught:
+        SampleConfig(**COMMANDS["sample"][1] | {"vram": value})
+    assert str(caught.value) == f"vram={value}: choose one of auto, full, 16gb, 12gb{hint}"
+
+
 def test_the_holes_of_the_review_are_closed() -> None:
     for wrong in (
         {"optimizer_form": "foo"},
