@@ -155,6 +155,19 @@ def load_pickled(path: Path, option: str = "") -> object:
         raise ValueError(f"{subject}: cannot be read as a file of torch.save ({reason}); copy it again") from error
 
 
+def collect_tensors(content: object, subject: str, remedy: str) -> dict[str, Tensor]:
+    """The tensors by name in the content of a file of torch.save; ValueError if it holds none, or anything else.
+
+    subject: begins the message. remedy: ends it.
+    """
+    values = content if isinstance(content, dict) else {}
+    others = [str(name) for name, value in values.items() if not holds_numbers(value)]
+    if others or not values:
+        found = ", ".join(others[:3]) or ("nothing" if isinstance(content, dict) else f"a {type(content).__name__}")
+        raise ValueError(f"{subject}: holds no dict of tensors, but {found}; {remedy}")
+    return {str(name): value for name, value in values.items()}
+
+
 def holds_numbers(value: object) -> TypeGuard[Tensor]:
     """Whether a value of a file of torch.save is a tensor with numbers on the CPU, neither sparse nor of no content."""
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"

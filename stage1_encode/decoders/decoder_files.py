@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.files import check_no_pipe
-from common.model_folder import holds_numbers, load_pickled
+from common.model_folder import collect_tensors, load_pickled
 from common.video import LATENT_CHANNELS
 from stage1_encode.decoders.tiny_network import TinyLayout, keep_last_frames, read_layout
 from stage1_encode.models.original_models import DIM_MULT, VAE_NAMES, translate_name
@@ -113,7 +113,4 @@ def unwrap_tensors(path: Path, content: object) -> dict[str, Tensor]:
     for _ in WRAPPERS:  # a dict may lie within itself
         inner = [content[name] for name in WRAPPERS if name in content] if isinstance(content, dict) else []
         content = inner[0] if inner else content
-    tensors = content if isinstance(content, dict) else {}
-    if not tensors or not all(map(holds_numbers, tensors.values())):
-        raise ValueError(f"decoder={path}: holds no dict of tensors; save the decoder's state_dict alone")
-    return {str(name): value for name, value in tensors.items()}
+    return collect_tensors(content, f"decoder={path}", "save the decoder's state_dict alone")

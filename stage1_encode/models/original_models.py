@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common.model_folder import MODEL_REMEDY, holds_numbers, load_pickled
+from common.model_folder import MODEL_REMEDY, collect_tensors, load_pickled
 from common.video import LATENT_CHANNELS
 
 # of the VAE, in this order: {pattern of an original name: replacement}
@@ -64,10 +64,8 @@ LATENTS_STD = [
 
 def read_original_tensors(path: Path, names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
     """The tensors of a .pth file under translated names; they stay on disk until they are used."""
-    content = load_pickled(path, "model")
-    if not isinstance(content, dict) or not all(map(holds_numbers, content.values())):
-        raise ValueError(f"model={path}: holds no dict of tensors; {MODEL_REMEDY}")
-    return {translate_name(str(name), names): value for name, value in content.items()}
+    tensors = collect_tensors(load_pickled(path, "model"), f"model={path}", MODEL_REMEDY)
+    return {translate_name(name, names): value for name, value in tensors.items()}
 
 
 def translate_name(name: str, names: tuple[tuple[str, str], ...]) -> str:

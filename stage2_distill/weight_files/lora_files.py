@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.files import check_no_pipe, open_file
-from common.model_folder import holds_numbers, load_pickled
+from common.model_folder import collect_tensors, load_pickled
 from stage2_distill.weight_files.key_names import flat_module_names, from_original, split_parameter, to_original
 from stage2_distill.weight_files.model_kind import refuse_other_file
 from stage2_distill.weight_files.stored_tensors import READ_REMEDY, StoredTensor, WeightDelta
@@ -123,9 +123,7 @@ def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         refuse_other_file(path)
         content = load_pickled(path, "base_lora")
-        if not isinstance(content, dict) or not all(map(holds_numbers, content.values())):
-            raise ValueError(f"base_lora={path}: holds no dict of tensors; save the adapter's weights alone")
-        return {str(name): value for name, value in content.items()}, settings
+        return collect_tensors(content, f"base_lora={path}", "save the adapter's weights alone"), settings
     try:
         check_no_pipe("base_lora", path)
         with safe_open(path, framework="pt") as file:

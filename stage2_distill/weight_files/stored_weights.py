@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.files import read_json
-from common.model_folder import WeightIndex, holds_numbers, load_pickled, locate_model, locate_part
+from common.model_folder import WeightIndex, collect_tensors, load_pickled, locate_model, locate_part
 from stage2_distill.weight_files.key_names import from_original, to_original
 from stage2_distill.weight_files.lora_files import LoraFile, read_deltas
 from stage2_distill.weight_files.model_kind import refuse_other_file, refuse_other_model
@@ -129,13 +129,7 @@ def read_pickled_table(path: Path) -> dict[str, Tensor]:
         if key is not None:
             logging.info("%s: using %s", path, key)
             content = content[key]
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
-    others = [str(name) for name, value in content.items() if not holds_numbers(value)]
-    if others:
-        shown = ", ".join(others[:LISTED_NAMES])
-        raise ValueError(f"{path}: holds {shown}, but none of {', '.join(STUDENT_KEYS)}; save the generator's weights")
-    return {str(name): value for name, value in content.items()}
+    return collect_tensors(content, f"{path}", f"save the generator's weights, alone or as {', '.join(STUDENT_KEYS)}")
 
 
 def clean_names(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

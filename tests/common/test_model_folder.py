@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from common import model_folder
-from common.model_folder import digest_files, fingerprint_folder, locate_model, same_fingerprint
+from common.model_folder import collect_tensors, digest_files, fingerprint_folder, locate_model, same_fingerprint
 
 
 def test_a_hub_name_that_is_not_found_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,3 +155,12 @@ def test_damaged_weights_have_a_fingerprint(data: bytes, tmp_path: Path) -> None
     one = fingerprint_folder(tmp_path)
     path.write_bytes(data + b"1")
     assert not same_fingerprint(one, fingerprint_folder(tmp_path))
+
+
+def test_tensors_of_a_file_are_all_that_it_holds() -> None:
+    one = torch.ones(2)
+    assert list(collect_tensors({"a": one, 5: one}, "FILE", "save it")) == ["a", "5"]
+    wrong = {"a list": [one], "nothing": {}, "step, log": {"a": one, "step": 1, "log": ""}, "b": {"b": one.to("meta")}}
+    for found, content in wrong.items():
+        with pytest.raises(ValueError, match=f"^FILE: holds no dict of tensors, but {found}; save it$"):
+            collect_tensors(content, "FILE", "save it")
