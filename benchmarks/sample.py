@@ -243,7 +243,6 @@ PARTS = {
 
 def measure(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     """Run the parts of the command line."""
-    torch.backends.cudnn.benchmark = True
     bench = SampleBenchmark(folder, options.tiny, options.repeats, options.rows)
     if options.eager:
         bench.compile_nothing()

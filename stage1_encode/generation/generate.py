@@ -127,11 +127,10 @@ def generate_videos(
         ExitStack() as stack,
         ProgressBar(len(rows) * request.segments, label="sample") as progress,
     ):
-        store_thread, decode_thread = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
+        store_thread = stack.enter_context(ThreadPoolExecutor(1))
+        stack.callback(lambda: decode_thread().submit(int).result())  # waits for what is queued, also after an error
         positions = {row.key: index for index, row in enumerate(rows)}
-        generator = VideoGenerator(
-            request, encoder, sampler, vram, stack, store_thread, decode_thread, progress, positions
-        )
+        generator = VideoGenerator(request, encoder, sampler, vram, stack, store_thread, progress, positions)
         for start in range(0, len(rows), ROWS_PER_CHUNK):
             generator.generate_rows(rows[start : start + ROWS_PER_CHUNK])
         files = generator.finish_files()
@@ -229,6 +228,12 @@ def decode_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
+@cache
+def decode_thread() -> ThreadPoolExecutor:
+    """Return the thread of all decoding in this process: cuDNN chooses its algorithms anew in every thread."""
+    return ThreadPoolExecutor(1)
+
+
 @dataclass
 class VideoGenerator:
     """Generates batches of videos."""
@@ -239,7 +244,6 @@ class VideoGenerator:
     vram: str  # a mode of `REQUIRED_GIB`
     stack: ExitStack  # closes the files, also after an error
     store_thread: ThreadPoolExecutor
-    decode_thread: ThreadPoolExecutor
     progress: ProgressBar
     positions: Mapping[str, int]  # of each key's row among those of this rank
     jobs: list[VideoJob] = field(default_factory=list)
@@ -297,7 +301,7 @@ class VideoGenerator:
         self.finish_decoding()
         on_gpu = x0.device.type == "cuda"
         own = torch.cuda.current_stream(x0.device) if on_gpu and self.offload else decode_stream(x0.device)
-        self.pending_decode = self.decode_thread.submit(self._decode, jobs, x0, segment, own, record_event(x0.device))
+        self.pending_decode = decode_thread().submit(self._decode, jobs, x0, segment, own, record_event(x0.device))
         if self.offload:
             self.pending_decode.result()  # the memory does not suffice for two things at a time
 

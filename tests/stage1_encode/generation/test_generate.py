@@ -278,6 +278,17 @@ def test_a_video_is_decoded_while_the_next_is_denoised(
     assert files[0] == files[1]
 
 
+def test_all_videos_of_a_process_are_decoded_in_one_thread(
+    video_request: GenerationRequest, models: ConditionEncoder
+) -> None:
+    """In a new thread cuDNN chooses its algorithms again: 3 s of each video on an H200 where it tries them."""
+    threads = set[int]()
+    for _ in range(2):
+        generate_videos(video_request, hooked(models, lambda: threads.add(threading.get_ident())), NoiseSampler())
+    assert len(threads) == 1
+    assert threads != {threading.get_ident()}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_two_streams_give_the_files_of_one(model: Path, video_request: GenerationRequest) -> None:
     """Latents that are late, and memory that the other stream would overwrite, would change a video."""

@@ -32,7 +32,9 @@ def test_product(rows: int) -> None:
     check_fp8_device("precision", torch.device("cuda"))
     x, weight, bias = torch.randn(2, rows, 3072), torch.randn(1024, 3072), torch.randn(1024).bfloat16()
     on_gpu = multiply_rows(quantize_rows(x.cuda()), quantize_rows(weight.cuda()), bias.cuda())
-    assert relative_error(on_gpu, multiply_rows(quantize_rows(x), quantize_rows(weight), bias)) < 6e-3
+    # not by the CPU's own product in 8 bits, which torch 2.11 has not for scales of rows
+    exact_x, exact_weight = (rows.values.double() * rows.scale.double() for rows in map(quantize_rows, (x, weight)))
+    assert relative_error(on_gpu, exact_x @ exact_weight.mT + bias.double()) < 6e-3
 
 
 def test_compiled_rounding() -> None:
