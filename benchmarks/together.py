@@ -3,6 +3,7 @@
     NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.together [--decoder tiny] [--fp8] [--tiny]
 
 As in `sample --prompt`, all ranks denoise and decode, and the first does the rest; with --decoder tiny it decodes too.
+--shared-only leaves out the part by one GPU alone.
 Random weights at 121 x 704 x 1280 in bfloat16 with compiled blocks; --tiny is a small model on the CPU.
 """
 
@@ -70,19 +71,21 @@ def measure(options: argparse.Namespace, ranks: RankContext, folder: Path) -> It
     with LeaderSampler(bench.student) as bench.sampler:
         yield from bench.whole_rows(f"{ranks.world} GPUs, ")
         shared, x0 = bench.single, bench.latents()
+    yield "decoder; precision", f"{options.decoder}; {'fp8' if options.fp8 else 'exact'}"
+    if options.shared_only:
+        return
     bench.sampler = bench.student
     change_decoder(bench, whole)
     share_video(bench.student, 1, compiled=not options.tiny)
     yield from bench.whole_rows("one GPU, ")
     alone, wanted = bench.single, bench.latents()
-    yield "decoder; precision", f"{options.decoder}; {'fp8' if options.fp8 else 'exact'}"
     yield f"a video by {ranks.world} GPUs, against one", f"x{alone / shared:.2f}"
     yield "latents, relative L2", f"{float((x0 - wanted).norm() / wanted.norm()):.1e}"
 
 
 def main() -> None:
     """Measure, print and append to the results."""
-    options = parse_arguments(__doc__, tiny=False, repeats=3, decoder="full", fp8=False)
+    options = parse_arguments(__doc__, tiny=False, repeats=3, decoder="full", fp8=False, shared_only=False)
     ranks = start_process_group("cpu" if options.tiny else "auto")
     if ranks.rank:
         run_worker(options, ranks)
