@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,19 @@ from diffusers import WanTransformer3DModel
 from stage1_encode.config import EncodeConfig
 from stage1_encode.encode import encode
 from tests import tiny_models
+from tests.forked import stop_server
 
 # One thread per process, here and in the processes that tests start: `make test` runs two workers at once, and threads
 # that wait for each other on busy cores made whole tests four times slower.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forks_end() -> Iterator[None]:
+    """Let the process of tests/forked.py end before coverage is added up."""
+    yield
+    stop_server()
 
 
 @pytest.fixture(scope="session")

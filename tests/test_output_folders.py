@@ -19,6 +19,7 @@ from stage2_distill.evaluation import report
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.sampling.student_sampler import StudentSampler
+from tests.forked import run_python
 from tests.stage2_distill import training_helpers
 from tests.tiny_models import write_csv
 
@@ -178,7 +179,7 @@ def flags(config: object) -> list[str]:
 
 def test_two_ranks_make_what_one_makes(sampling: SampleConfig, evaluation: EvaluateConfig, tmp_path: Path) -> None:
     for _ in range(2):  # a second time over the first
-        done = training_helpers.run_ranks(["cli.py", "sample", *flags(sampling)], 2)
+        done = run_python("cli.py", "sample", *flags(sampling), ranks=2)
         assert done.returncode == 0, done.stderr
     both = snapshot(tmp_path / "out")
     sample_videos(replace(sampling, out=str(tmp_path / "alone")))
@@ -190,7 +191,7 @@ def test_two_ranks_make_what_one_makes(sampling: SampleConfig, evaluation: Evalu
         assert torch.allclose(found, expected[rank::2], atol=1e-3)
 
     config = replace(evaluation, out=str(tmp_path / "report"))
-    done = training_helpers.run_ranks(["cli.py", "evaluate", *flags(config)], 2)
+    done = run_python("cli.py", "evaluate", *flags(config), ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("sample teacher-seed-0: 3/3") == 1
     evaluate_students(replace(evaluation, out=str(tmp_path / "one")))
@@ -205,7 +206,7 @@ def test_two_ranks_make_what_one_makes(sampling: SampleConfig, evaluation: Evalu
 def test_ranks_report_one_error(sampling: SampleConfig, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter.txt").touch()
-    done = training_helpers.run_ranks(["cli.py", "sample", *flags(sampling)], 2)
+    done = training_helpers.run_torchrun(["cli.py", "sample", *flags(sampling)], 2)
     lines = [line for line in done.stderr.splitlines() if line.startswith(("error", "Traceback"))]
     assert done.returncode == 1 and len([line for line in lines if line.startswith("error")]) == 1, done.stderr
     assert lines[0].startswith(f"error: out={tmp_path / 'out'}: holds other files (letter.txt)")

@@ -20,6 +20,7 @@ from shards.record import Record, RecordSource
 from shards.writer import shard_file_name, write_shard
 from stage2_distill.config import DistillConfig
 from stage2_distill.train import distill
+from tests.forked import run_python
 from tests.tiny_models import TEXT_DIM
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +93,7 @@ def run_here(config: DistillConfig) -> Path:
     return distill(config)
 
 
-def run_ranks(command: list[str], world: int) -> subprocess.CompletedProcess[str]:
+def run_torchrun(command: list[str], world: int) -> subprocess.CompletedProcess[str]:
     """Run a script and its arguments under torchrun on `world` gloo processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -108,9 +109,7 @@ def run_jobs(jobs: list[tuple[int, list[DistillConfig], dict[str, int]]], folder
             write_config(file, config)
         written.append({"world": world, "configs": [str(file) for file in files], **events})
     (folder / "jobs.json").write_text(json.dumps(written))
-    command = [sys.executable, str(Path(__file__).parent / "rank_worker.py"), str(folder / "jobs.json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = run_python(Path(__file__).with_name("rank_worker.py"), folder / "jobs.json")
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -17,6 +17,7 @@ from stage2_distill.diagnosis.data_checks import check_clock
 from stage2_distill.diagnosis.doctor import diagnose
 from stage2_distill.model.attention import dot_product_attention
 from stage2_distill.planning.config import DoctorConfig
+from tests.forked import run_python
 from tests.stage2_distill.training_helpers import make_shards
 from tests.tiny_models import make_model
 
@@ -156,6 +157,5 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     found = {item["check"]: item for item in json.loads(done.stdout)}
     assert done.returncode == 0 and found["ranks"]["text"].startswith("2 ranks over gloo, ")
-    failing = [sys.executable, "cli.py", "doctor", "--device", "cpu", "--shards", str(tmp_path)]
-    done = subprocess.run(failing, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_python("cli.py", "doctor", "--device", "cpu", "--shards", tmp_path)
     assert done.returncode == 1 and "\nfail shards     " in done.stdout

@@ -1,8 +1,5 @@
 """Several ranks that share a video give the latents and the frames of one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -13,6 +10,7 @@ from PIL import Image
 from shards.latent_store import read_latents
 from stage2_distill.model.context_parallel import check_context_parallel
 from stage2_distill.train import distill
+from tests.forked import run_python
 from tests.stage2_distill.training_helpers import make_config, make_shards
 from tests.tiny_models import picture
 
@@ -32,12 +30,8 @@ def test_two_ranks_sample_the_video_of_one(model: Path, tmp_path: Path) -> None:
     arguments += ["--prompt", "a circle", "--image", tmp_path / "first.png", "--segments", 2, "--seed", 5]
     latents, frames = [], []
     for ranks in (1, 2):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-        command = [sys.executable, *torchrun, "cli.py", "sample", *arguments, "--out", tmp_path / f"{ranks}.mp4"]
-        words = [str(word) for word in command]
-        # With several threads the VAE adds in another order, which rounding to bf16 enlarges.
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        result = subprocess.run(words, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=300)
+        # In one thread: with several the VAE adds in another order, which rounding to bf16 enlarges.
+        result = run_python("cli.py", "sample", *arguments, "--out", tmp_path / f"{ranks}.mp4", ranks=ranks)
         assert result.returncode == 0, result.stderr[-2000:]
         assert result.stdout.split() == [str(tmp_path / f"{ranks}.mp4")]
         latents.append(torch.stack([read_latents(tmp_path / f"{ranks}.zarr", "sample", segment) for segment in (0, 1)]))

@@ -13,7 +13,7 @@ from common.options import write_config
 from stage2_distill.model.wan import load_transformer
 from stage2_distill.model.weight_loading import read_weights
 from stage2_distill.weight_files.stored_weights import WEIGHTS_FILE
-from tests.stage2_distill.training_helpers import ROOT, make_config, run_ranks
+from tests.stage2_distill.training_helpers import ROOT, make_config, run_torchrun
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_rank_needs_memory_for_its_part_and_one_file(
     assert len(files) >= 3
     assert sum(files) > 150e6
     write_config(tmp_path / "config", make_config(tmp_path, tmp_path / "model", tmp_path / "out", **change))
-    result = run_ranks(
+    result = run_torchrun(
         [str(ROOT / "tests" / "stage2_distill" / "memory_probe.py"), str(tmp_path / "config"), str(model)], ranks
     )
     assert result.returncode == 0, result.stderr[-2000:]

@@ -21,8 +21,9 @@ from stage2_distill.dmd.latent_stats import latent_stats
 from stage2_distill.dmd.schedule import Schedule
 from stage2_distill.monitoring import alerts
 from stage2_distill.monitoring.alerts import WINDOW_ITERATIONS, MetricAlerts
+from tests.forked import run_python
 from tests.stage2_distill.dmd.sample_shapes import one_size
-from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, run_ranks, tensors
+from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -148,7 +149,7 @@ def test_one_bad_rank_stops_all_and_is_named(model: Path, tmp_path: Path) -> Non
     seeds = (dataclasses.replace(config, seed=seed) for seed in range(50))
     config = next(c for c in seeds if first_use(c, bad, 2)[0] == 1 and first_use(c, bad, 2)[1] == 1)
     write_config(tmp_path / "config.yaml", config)
-    process = run_ranks(["cli.py", "distill", "--config", str(tmp_path / "config.yaml")], 2)
+    process = run_python("cli.py", "distill", "--config", tmp_path / "config.yaml", ranks=2)
     assert process.returncode != 0
     assert "iteration 1: " in process.stderr, process.stderr[-4000:]
     assert "not finite on rank 1." in process.stderr

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stage2_distill.model.split_float32 import join_master, split_master
 from stage2_distill.optim.compact_adamw import CompactAdamW
 from stage2_distill.optim.quantized_moment import dequantize_blocks, hashed_uniform, quantize_blocks
-from tests.stage2_distill.training_helpers import run_ranks
+from tests.forked import run_python
 
 SETTINGS = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01}
 
@@ -132,7 +132,7 @@ def test_chances_depend_on_place_and_step_alone() -> None:
 
 
 def test_two_ranks_go_on_with_one_ranks_state_bit_for_bit() -> None:
-    done = run_ranks([str(Path(__file__).parent / "compact_ranks.py")], 2)
+    done = run_python(Path(__file__).with_name("compact_ranks.py"), ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from stage2_distill.planning.duration import list_shapes, speed_source
 from stage2_distill.planning.network_size import TransformerSize
 from stage2_distill.planning.plan_text import format_plan
 from stage2_distill.planning.run_plan import RunPlan, kept_checkpoints, make_plan
+from tests.forked import run_python
 
 ROOT = Path(__file__).parents[3]
 CONFIG = DistillConfig(("d",), "m", "o", compile=True)
@@ -141,8 +140,7 @@ def test_mistakes_of_set(item: str, words: str) -> None:
 
 
 def plan_command(*options: str, code: int = 0) -> str:
-    command = [sys.executable, "cli.py", "plan", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = run_python("cli.py", "plan", *options)
     assert done.returncode == code, done.stderr
     return done.stdout or done.stderr
 
