@@ -21,7 +21,7 @@ from stage2_distill.dmd.schedule import CRITIC, STUDENT, Schedule
 from stage2_distill.dmd.score_noise import ScoreNoise
 from stage2_distill.dmd.student_objective import StudentObjective
 from stage2_distill.low_precision.fp8_linear import compute_passes_in_fp8
-from stage2_distill.low_precision.fp8_support import check_fp8_device, check_fp8_sizes
+from stage2_distill.low_precision.fp8_support import check_fp8
 from stage2_distill.model.attention import check_kernel, choose_kernel, kernel_name
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters, lora_settings
@@ -127,8 +127,7 @@ def build_roles(config: DistillConfig, ranks: RankContext, model: Path) -> Roles
     meta_net = build_meta_transformer(model, compute_dtype)  # no memory: for its head size and parameter count
     check_kernel(config.attention, meta_net.config.attention_head_dim, compute_dtype, ranks.device)
     if config.score_precision == FP8:
-        check_fp8_device("score_precision", ranks.device)
-        check_fp8_sizes("score_precision", meta_net)
+        check_fp8("score_precision", meta_net, ranks.device)
     plan = ExecutionPlan(config.attention, config.activation_checkpointing, config.compile)
     adapters = lora_settings(vars(config))
     form = STANDARD

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.condition import Denoiser
 from common.device import pick_device
-from common.model_folder import digest_files
+from common.model_folder import digest_files, locate_model
 from common.progress import ProgressBar
 from common.seed import draw_normal, make_generator
 from common.video import FrameSize, VideoSpec
@@ -33,9 +33,9 @@ from stage2_distill.distributed.process_group import rank_and_world, wait_for_ra
 from stage2_distill.dmd.rollout import sample_euler, sample_student
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import reference_seeds
-from stage2_distill.low_precision.fp8_support import check_fp8_device, store_weights_in_fp8
+from stage2_distill.low_precision.fp8_support import check_fp8, store_weights_in_fp8
 from stage2_distill.model.layers import ExecutionPlan
-from stage2_distill.model.wan import guided, make_denoiser
+from stage2_distill.model.wan import build_meta_transformer, guided, make_denoiser
 from stage2_distill.sampling.student_sampler import load_student
 from stage2_distill.sampling.student_source import StudentSource, check_model, find_student
 from stage2_distill.sampling.teacher_sampler import load_teacher, teacher_guidance, teacher_sigmas
@@ -104,6 +104,9 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
         frames = first.spec.num_frames
         raise ValueError(f"checkpoint={config.checkpoint[0]}: {frames} frames; a distance needs 9 or more")
     check_model(config.model, first, ("vae", "transformer"))
+    if config.precision == FP8:  # before the teacher samples for hours
+        net = build_meta_transformer(locate_model(config.model, ("transformer",)), getattr(torch, config.dtype))
+        check_fp8("precision", net, pick_device(config.device))
     for facts in others:
         check_model(config.model, facts, ("transformer",))
     expected = {"vae": first.vae, "text_encoder": first.text_encoder, "fps": first.spec.fps}
@@ -168,7 +171,7 @@ def facts_of_size(config: EvaluateConfig, facts: checkpoints.StudentFacts, spec:
 
     ValueError if it was not trained on them.
     """
-    wanted = replace(spec, num_frames=config.num_frames or facts.spec.num_frames)
+    wanted = replace(spec, num_frames=facts.spec.num_frames if config.num_frames is None else config.num_frames)
     if not makes_videos(facts, wanted):
         sizes, lengths = ", ".join(map(str, facts.frame_sizes)), ", ".join(map(str, facts.frame_counts))
         raise ValueError(
@@ -259,7 +262,6 @@ def open_denoiser(setting: EvaluationSetup, source: StudentSource | None) -> Den
             loras=source.loras,
         )  # fmt: skip
         if config.precision == FP8:
-            check_fp8_device("precision", device)
             store_weights_in_fp8(net)
     return make_denoiser(net, dtype)
 

@@ -17,6 +17,12 @@ COST = (  # the median over videos of the nano model's trained student; see docs
 )
 
 
+def check_fp8(option: str, net: nn.Module, device: torch.device) -> None:
+    """Raise ValueError if a network, whose weights are not needed, cannot have products in 8 bits on a device."""
+    check_fp8_device(option, device)
+    check_fp8_sizes(option, net)
+
+
 def check_fp8_device(option: str, device: torch.device) -> None:
     """Raise ValueError if a device has no products in 8 bits; `option` is what asked for them."""
     flag = option.replace("_", "-")
@@ -48,7 +54,6 @@ def check_fp8_sizes(option: str, net: nn.Module) -> None:
 
 def store_weights_in_fp8(net: nn.Module) -> None:
     """Round the weights of a network that samples, in place, and say what that costs."""
-    check_fp8_sizes("precision", net)
     store_in_fp8(net)
     if rank_and_world()[0] == 0:
         logging.info("precision=fp8: %s", COST)

@@ -21,7 +21,7 @@ from stage2_distill.checkpointing import format as checkpoints
 from stage2_distill.config import FP8
 from stage2_distill.distributed.process_group import start_process_group
 from stage2_distill.dmd.rollout import sample_student
-from stage2_distill.low_precision.fp8_support import check_fp8_device, store_weights_in_fp8
+from stage2_distill.low_precision.fp8_support import check_fp8, store_weights_in_fp8
 from stage2_distill.model import wan
 from stage2_distill.model.attention import choose_kernel, kernel_name
 from stage2_distill.model.context_parallel import check_context_parallel
@@ -116,7 +116,8 @@ def open_student(config: SampleConfig, *, streams: bool = False) -> StudentSampl
     loras = (*source.loras, *parse_loras(config.base_lora or ()))
     home = torch.device("cpu") if streams else device
     if config.precision == FP8:
-        check_fp8_device("precision", device)  # before gigabytes of weights are read
+        meta_net = wan.build_meta_transformer(locate_model(config.model, ("transformer",)), dtype)
+        check_fp8("precision", meta_net, device)  # before gigabytes of weights are read
     net = load_student(
         source.path, plan, model=config.model, weights=config.weights, dtype=dtype, device=home, loras=loras
     )

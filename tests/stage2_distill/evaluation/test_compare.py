@@ -256,6 +256,8 @@ def test_errors_name_the_option(workspace: Path, model: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match="--select chooses"):
         one_checkpoint = (str(workspace / "run" / "step-000003"),)
         sample_comparison(make_evaluation(workspace, model, tmp_path, checkpoint=one_checkpoint, select=True))
+    with pytest.raises(ValueError, match="^num_frames=0: the VAE needs 4k"):
+        open_evaluation(make_evaluation(workspace, model, tmp_path, num_frames=0))
     with pytest.raises(ValueError, match="seeds=1,1"):
         make_evaluation(workspace, model, tmp_path, seeds=(1, 1))
     short = shutil.copytree(workspace / "run" / "step-000003", tmp_path / "short")

@@ -3,12 +3,14 @@
 import json
 import logging
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from shards.dataset import open_data_set
 from stage2_distill.config import DistillConfig
+from stage2_distill.evaluation.compare import open_evaluation
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.low_precision.fp8_support import check_fp8_device
 from stage2_distill.sampling.config import SampleConfig
@@ -110,8 +112,12 @@ def test_sizes_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> None:
     problem = r"=fp8: layer attn1.to_q of the model maps 24 to 24, and fp8 needs multiples of 16; give --"
     with pytest.raises(ValueError, match="^score_precision" + problem + "score-precision exact$"):
         run_here(make_config(shards, model, tmp_path / "run", **OPTIONS))
-    with pytest.raises(ValueError, match="^precision" + problem + "precision exact$"):
+    loading = "stage2_distill.sampling.student_sampler.load_student"
+    with mock.patch(loading, side_effect=AssertionError), pytest.raises(ValueError, match="^precision" + problem):
         open_student(sample_config(model / "transformer", model, precision="fp8"))
+    config = EvaluateConfig((str(model / "transformer"),), str(shards), str(model), str(tmp_path), precision="fp8")
+    with pytest.raises(ValueError, match="^precision" + problem + "precision exact$"):
+        open_evaluation(config)
 
 
 def test_devices_without_8_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
