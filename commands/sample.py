@@ -29,6 +29,7 @@ from stage1_encode.generation.picture_sizes import group_rows_by_size
 from stage1_encode.media.first_frame import read_first_frame
 from stage1_encode.media.rows import locate_file
 from stage1_encode.media.video_frame import UnreadableError
+from stage1_encode.models.text_encoder import clean_prompt
 from stage1_encode.models.vae import CHUNK_FRAMES
 from stage2_distill.distributed.process_group import join_ranks, on_any_rank, own_folder, wait_for_ranks
 from stage2_distill.offload.streamed_blocks import StreamedModule
@@ -43,6 +44,7 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     The latents are also stored, in X.zarr beside the videos. Under torchrun the processes share the rows of a CSV, or
     denoise and decode the one video together.
     """
+    check_prompt(config.prompt)
     if config.image is not None:
         check_image(config.image)
     check_decoder(config.decoder, config.model)
@@ -142,6 +144,12 @@ def split_by_size(request: GenerationRequest, student: StudentSampler) -> Iterat
             store = request.store.with_name(f"{request.store.stem}-{size}.zarr")
             part = replace(part, store=store, sheet_suffix=f"-{size}")
         yield part
+
+
+def check_prompt(prompt: str | None) -> None:
+    """Raise ValueError if nothing is left of a prompt when it is cleaned, as a text of HTML spaces."""
+    if prompt is not None and not clean_prompt(prompt):
+        raise ValueError(f"prompt={prompt}: nothing is left after HTML is unescaped; describe the video")
 
 
 def check_image(image: str) -> None:

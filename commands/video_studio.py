@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from commands.page_config import PageConfig, TeacherConfig, VideoRequest
-from commands.sample import open_encoder, write_videos
+from commands.sample import check_prompt, open_encoder, write_videos
 from common.device import pick_device
 from common.files import UNFINISHED_FOLDER
 from common.video import TEXT_LENGTH, VideoSpec
@@ -95,6 +95,7 @@ class VideoStudio:
             config = self.config.sample_config(request, path)
             spec = config.video_spec(self.student.spec)
             self._check_size(spec, config.segments)
+            check_prompt(config.prompt)
             if self.teacher:
                 self.teacher.move_to(CPU)  # one network at a time is on the GPU
             with keep_picture(config) as config:

@@ -310,6 +310,8 @@ def test_mistakes_of_sample(run: Path, model: Path, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "v.mp4"]
     assert "no checkpoint" in mistake("--prompt", "a", *out, checkpoint=tmp_path)
     assert "prompt is empty" in mistake("--prompt", " ", *out)
+    empty = mistake("--prompt", "&nbsp;", *out, base=tmp_path / "none")
+    assert empty == "error: prompt=&nbsp;: nothing is left after HTML is unescaped; describe the video"
     assert ".mp4" in mistake("--prompt", "a", "--out", tmp_path / "v.avi")
     gone = mistake("--prompt", "a", "--image", tmp_path / "gone.png", *out)
     assert gone.endswith("gone.png: does not exist; name a picture or a video") and "line" not in gone

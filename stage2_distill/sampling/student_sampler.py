@@ -15,7 +15,7 @@ from common.device import MovableTensors, OffloadedTensors, pick_device
 from common.flow import timestep_sigmas
 from common.model_folder import locate_model
 from common.planning.cards import find_card, planned_kernel
-from common.video import TEXT_LENGTH, FrameSize, VideoSpec
+from common.video import PATCH_SIZE, SPACE_STRIDE, TEXT_LENGTH, TIME_STRIDE, FrameSize, VideoSpec
 from shards.record import Record, collate_records
 from stage2_distill.checkpointing import format as checkpoints
 from stage2_distill.config import FP8
@@ -92,8 +92,12 @@ class StudentSampler:
         return sample_student(denoiser, condition, sigmas=sigmas, latent_shape=shape, keys=keys, purpose="sample")
 
     def check_size(self, size: FrameSize) -> VideoSpec:
-        """The student's videos at another size; ValueError if the ranks that share one cannot divide it."""
+        """The student's videos at another size.
+
+        ValueError if they are larger than the model's positions, or if the ranks that share one cannot divide it.
+        """
         spec = replace(self.spec, height=size.height, width=size.width)
+        check_positions(spec, self.net.config.rope_max_seq_len)
         check_context_parallel(self.ranks, tokens=spec.num_tokens, heads=self.net.config.num_attention_heads)
         return spec
 
@@ -153,6 +157,14 @@ def choose_sizes(config: SampleConfig, facts: checkpoints.StudentFacts) -> tuple
     own = spec.frame_size if spec.frame_size in known else known[0]
     spec = replace(spec, height=own.height, width=own.width)
     return spec, (own, *(size for size in known if size != own)) if len(known) > 1 else ()
+
+
+def check_positions(spec: VideoSpec, positions: int) -> None:
+    """Raise ValueError for a video with more latent frames, rows or columns of tokens than a model has positions."""
+    side = positions * SPACE_STRIDE * PATCH_SIZE
+    for name, limit in {"num_frames": TIME_STRIDE * (positions - 1) + 1, "height": side, "width": side}.items():
+        if vars(spec)[name] > limit:
+            raise ValueError(f"{name}={vars(spec)[name]}: the model has positions up to {limit}; give a smaller number")
 
 
 def predict_seconds(student: StudentSampler, *, compiled: bool, ranks: int) -> float | None:

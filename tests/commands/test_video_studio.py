@@ -153,6 +153,7 @@ def test_a_stop_leaves_nothing_and_the_next_video_is_right(studio: VideoStudio, 
     ("changes", "message"),
     [
         ({"prompt": " \n"}, "prompt is empty: describe the video"),
+        ({"prompt": "&nbsp; &amp;nbsp;"}, r"^prompt=.*: nothing is left after HTML is unescaped; describe the video"),
         ({"width": 100}, "width=100: must be a multiple of 32; nearest are 96 and 128"),
         ({"num_frames": 6}, "num_frames=6: the VAE needs"),
         ({"width": 1280, "height": 1280, "num_frames": 121}, "width=1280: 1280 x 1280, 121 frames, is larger than"),
