@@ -3,7 +3,6 @@
 import gc
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from common.options import resolve_config
 from shards.latent_store import read_latents
 from stage1_encode.media.rows import locate_file, read_shard_rows
 from stage2_distill.sampling.config import SampleConfig
+from tests.forked import run_python
 from tests.tiny_models import make_model, picture, write_csv
 
 ROOT = Path(__file__).parent.parent
@@ -156,8 +156,8 @@ def test_readme_makes_the_same_from_python(run: Path, model: Path, tmp_path: Pat
     sample(run, model, tmp_path / "wanted", "--data", table)
     (tmp_path / "RUN").symlink_to(run / "run")
     code = code.replace("data=", "dtype='float32', data=").replace("videos = ", f"MODEL = {str(model)!r}\nvideos = ")
-    command = [sys.executable, "-c", code]
-    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=300)
+    (tmp_path / "lines.py").write_text(code)
+    run_python("lines.py", cwd=tmp_path).check_returncode()
     found, wanted = ((tmp_path / name / "000000000.mp4").read_bytes() for name in ("videos", "wanted"))
     assert found == wanted
 

@@ -20,6 +20,7 @@ from stage1_encode.dataset_folder import FIRST_SHARD_SLOT, LOCK_FILE
 from stage1_encode.encode import TooManyFailuresError, encode
 from stage1_encode.executors import LocalExecutor
 from tests import tiny_models
+from tests.forked import run_python
 from tests.stage1_encode.test_encode import configure, hashes
 
 ROOT = Path(__file__).parents[2]
@@ -37,10 +38,8 @@ def complete_set(tmp_path_factory: pytest.TempPathFactory, clips: Path, model: P
 def test_kill_at_any_moment_and_the_bytes_are_the_same(
     kills: int, world: int, complete_set: Path, clips: Path, model: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, str(Path(__file__).with_name("kill_worker.py")), str(model), str(clips / "clips.csv")]
-    command += [str(tmp_path / "out"), str(kills), str(world)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    worker = Path(__file__).with_name("kill_worker.py")
+    completed = run_python(worker, model, clips / "clips.csv", tmp_path / "out", kills, world)
     assert completed.returncode == 0, completed.stderr[-2000:]
     assert int(completed.stdout) >= kills
     resumed = {name: digest for name, digest in hashes(tmp_path / "out").items() if not name.endswith(".partial")}

@@ -1,7 +1,5 @@
 """Ranks that share a decode give the frames of one process, and do not wait for a rank that has ended."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stage1_encode.models.vae import WanVae, decode_video
+from tests.forked import run_python
 from tests.stage1_encode.models.test_vae_decoder import draw_normal, make_vae
 
 ROOT = Path(__file__).parents[3]
@@ -61,8 +60,8 @@ def make_videos() -> list[Tensor]:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """What two and four gloo ranks decoded, and what they printed."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-c", PROGRAM, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    (folder / "program.py").write_text(PROGRAM)
+    done = run_python(folder / "program.py", folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, done.stdout.splitlines()
 

@@ -1,10 +1,7 @@
 """`encode --sizes`: a mixed corpus by one command, equal bytes over kill and resume, and what changes are refused."""
 
 import csv
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from stage1_encode.config import EncodeConfig, VerifyConfig
 from stage1_encode.encode import TooManyFailuresError, encode
 from stage1_encode.media.first_frame import read_displayed_shape, read_first_frame
 from stage1_encode.repair import draw_contact_sheet, repair_data_set
+from tests.forked import run_python
 from tests.stage1_encode.corpus import QUARTERS
 from tests.stage1_encode.test_encode import configure, failures, hashes, records
 from tests.stage1_encode.video_sizes.mixed_corpus import SHAPES, SIZES, SQUARE, TALL, WIDE, Shape, make_corpus
@@ -109,10 +107,7 @@ def test_a_mixed_corpus_goes_in_by_one_command(
 
 
 def test_kills_change_no_byte(few: Path, few_set: Path, model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tests/stage1_encode/kill_worker.py"), str(model), str(few)]
-    command += [str(tmp_path / "out"), "3", "1", SIZES]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    completed = run_python("tests/stage1_encode/kill_worker.py", model, few, tmp_path / "out", 3, 1, SIZES)
     assert completed.returncode == 0, completed.stderr[-2000:]
     resumed = {name: digest for name, digest in hashes(tmp_path / "out").items() if not name.endswith(".partial")}
     assert resumed == hashes(few_set)

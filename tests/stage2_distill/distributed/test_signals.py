@@ -26,6 +26,7 @@ from stage2_distill.checkpointing.format import (
 )
 from stage2_distill.checkpointing.writer import SaveError
 from stage2_distill.distributed import signals
+from tests.forked import run_python
 from tests.stage2_distill.training_helpers import ROOT, assert_same, flip, make_config, make_shards, run_here
 
 TIME_METRICS = {"seconds", "memory_gib"}
@@ -141,9 +142,7 @@ def test_stopped_command_exits_with_0(model: Path, shards: Path, tmp_path: Path)
 
 def test_killed_20_times_nothing_is_lost(model: Path, shards: Path, uninterrupted: Path, tmp_path: Path) -> None:
     write_config(tmp_path / "c.yaml", make_config(shards, model, tmp_path / "run", **OPTIONS))
-    command = [sys.executable, "tests/stage2_distill/kill_worker.py", str(tmp_path / "c.yaml"), "20"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    process = run_python("tests/stage2_distill/kill_worker.py", tmp_path / "c.yaml", 20)
     assert process.returncode == 0, process.stderr[-3000:]
     killed, inside = map(int, process.stdout.split())
     assert killed == 20
