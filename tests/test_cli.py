@@ -312,7 +312,9 @@ def test_mistakes_of_sample(run: Path, model: Path, tmp_path: Path) -> None:
     assert "prompt is empty" in mistake("--prompt", " ", *out)
     empty = mistake("--prompt", "&nbsp;", *out, base=tmp_path / "none")
     assert empty == "error: prompt=&nbsp;: nothing is left after HTML is unescaped; describe the video"
-    assert ".mp4" in mistake("--prompt", "a", "--out", tmp_path / "v.avi")
+    for name in ("v.avi", ".mp4"):
+        with pytest.raises(ValueError, match=rf"^out=.*{name}: must end in .mp4 for a single video"):
+            SampleConfig("c", "m", str(tmp_path / name), prompt="a")
     gone = mistake("--prompt", "a", "--image", tmp_path / "gone.png", *out)
     assert gone.endswith("gone.png: does not exist; name a picture or a video") and "line" not in gone
     (tmp_path / "text.png").write_text("no picture")

@@ -23,7 +23,7 @@ from stage2_distill.checkpointing.format import StudentFacts
 from stage2_distill.export.config import DIFFUSERS, LORA, ExportConfig
 from stage2_distill.export.diffusers_folder import COPIED_PARTS, write_diffusers_folder, write_scheduler
 from stage2_distill.export.lora_file import write_adapter, write_low_rank
-from stage2_distill.export.model_card import CardFacts, find_licence, render_card
+from stage2_distill.export.model_card import CardFacts, find_licence, render_card, report_lines
 from stage2_distill.export.student_weights import STORED_PREFIX, StudentWeights, cast_weight, open_student_weights
 from stage2_distill.export.wan_file import sampling_metadata, write_wan_file, write_workflows
 from stage2_distill.model.layers import ExecutionPlan
@@ -42,7 +42,7 @@ def export_student(config: ExportConfig) -> Path:
     model = locate_model(config.model, parts)
     student = open_student_weights(config.checkpoint, config.model, config.weights)
     with new_folder(out) as folder:
-        check_rank(config, student)
+        check_options(config, student)
         licence = find_licence(student.facts.base_model, model)
         card = CardFacts(config, out.resolve().name, student.checkpoint, student.facts, licence)
         if config.format == DIFFUSERS:
@@ -56,8 +56,12 @@ def export_student(config: ExportConfig) -> Path:
     return out
 
 
-def check_rank(config: ExportConfig, student: StudentWeights) -> None:
-    """Raise ValueError unless a rank is given exactly if one is needed."""
+def check_options(config: ExportConfig, student: StudentWeights) -> None:
+    """Raise ValueError, before weights are read, for a bad report or data set, or a rank that is missing or surplus."""
+    if config.report is not None:
+        report_lines(Path(config.report))
+    if config.shards is not None:
+        read_records(config, student.facts)
     if config.format != LORA:
         return
     if student.adapters is None and config.rank is None:

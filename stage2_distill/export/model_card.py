@@ -1,6 +1,7 @@
 """The model card of an export, README.md: what the student is, how to run it, and which programs were tried."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,10 +282,18 @@ def figures(card: CardFacts) -> list[str]:
 
 def report_lines(folder: Path) -> list[str]:
     """The candidates of a report of `evaluate`, a table for each size; ValueError if there is no report."""
-    path, lines = folder / "report.json", list[str]()
+    path = folder / "report.json"
     if not path.is_file():
         raise ValueError(f"report={folder}: holds no report.json; name the folder of evaluate")
-    report = json.loads(path.read_bytes())
+    try:
+        return candidate_tables(json.loads(path.read_bytes()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # damaged, or of another program
+        raise ValueError(f"report={folder}: its report.json cannot be read ({error!r}); run evaluate again") from error
+
+
+def candidate_tables(report: Mapping[str, Any]) -> list[str]:
+    """The lines of `report_lines` for the content of report.json."""
+    lines: list[str] = []
     for size, one in report.get("sizes", {"": report}).items():
         of_size = f" of {size}" if size else ""
         lines += [f"{one['count']} conditions{of_size}, seeds {', '.join(map(str, one['seeds']))}.", ""]

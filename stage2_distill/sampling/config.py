@@ -1,6 +1,7 @@
 """Options of sampling."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from common.flow import timestep_sigmas
 from common.options import (
@@ -90,7 +91,7 @@ class SampleConfig:
             raise ValueError("give either --prompt TEXT or --data CSV")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("prompt is empty: describe the video")
-        if self.prompt is not None and not self.out.endswith(".mp4"):
+        if self.prompt is not None and Path(self.out).suffix != ".mp4":  # o/.mp4 has none
             raise ValueError(f"out={self.out}: must end in .mp4 for a single video")
         if self.data is not None and self.out.endswith(".mp4"):
             raise ValueError(f"out={self.out}: must be a folder for --data; one .mp4 file is for --prompt")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -166,6 +167,15 @@ def test_mistakes(model: Path, tmp_path: Path) -> None:
         export(full, model, tmp_path / "x", "wan", rank=8)
     with pytest.raises(ValueError, match="report=.*: holds no report.json"):
         export(full, model, tmp_path / "x", "wan", report=str(tmp_path))
+    for text in ("{", "[]", '{"count": 4}'):
+        (tmp_path / "report.json").write_text(text)
+        with pytest.raises(ValueError, match=r"^report=.*: its report.json cannot be read \(.*\); run evaluate again"):
+            export(full, model, tmp_path / "x", "wan", report=str(tmp_path))
+    with (
+        mock.patch("stage2_distill.export.export.write_low_rank", side_effect=AssertionError),
+        pytest.raises(ValueError, match="^shards=.*there: does not exist or is unfinished"),
+    ):
+        export(full, model, tmp_path / "x", "lora", rank=2, shards=str(tmp_path / "there"))
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
 
 
