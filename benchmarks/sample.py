@@ -9,7 +9,6 @@ each works for itself.
 """
 
 import argparse
-import copy
 import csv
 import statistics
 import tempfile
@@ -55,7 +54,7 @@ class SampleBenchmark:
     """What the parts of the benchmark share."""
 
     def __init__(self, folder: Path, small: bool, repeats: int, count: int) -> None:
-        self.folder, self.repeats, self.count = folder, repeats, count
+        self.folder, self.small, self.repeats, self.count = folder, small, repeats, count
         self.single = float("nan")  # seconds of one video
         self.device = pick_device("cpu" if small else "auto")
         self.ranks = rank_and_world()
@@ -203,9 +202,10 @@ class SampleBenchmark:
 
     def fp8_rows(self) -> Iterator[Row]:
         """Time the same video with products in 8 bits, with either decoder and in two steps."""
-        net = copy.deepcopy(self.student.net)
-        store_in_fp8(net)
-        student = replace(self.student, net=net)
+        student = random_student(self.spec, self.small, self.device)  # a copy would hold the hooks of other parts
+        for block, measured in zip(student.net.blocks, self.student.net.blocks, strict=True):
+            block.plan = measured.plan
+        store_in_fp8(student.net)
         yield from self.other_rows("fp8, ", student)
         yield from self.other_rows("fp8, tiny decoder, ", student, tiny=True)
         short = replace(student, sigmas=timestep_sigmas((1000, 500), s=5.0))
