@@ -1,15 +1,12 @@
 """The benchmark of exports runs at tiny size, on the CPU."""
 
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import run_python
 
 
 def test_tiny_benchmark(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.export", "--tiny", "--folder", str(tmp_path / "files")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_python("-m", "benchmarks.export", "--tiny", "--folder", tmp_path / "files")
     assert done.returncode == 0, done.stderr[-2000:]
     figures = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
     assert [name.split(",")[0] for name in figures] == [

@@ -1,10 +1,9 @@
 """The benchmark of sampling runs at tiny size, on the CPU, and its equalities hold."""
 
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import run_python
+
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -16,7 +15,8 @@ run_benchmark("sample", (row for part in PARTS.values() for row in part(bench)),
 
 
 def test_tiny_benchmark(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = run_python(tmp_path / "program.py", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     figures = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
     assert figures["same seed, same latents; frame 0 pinned"] == "True; True"

@@ -1,7 +1,6 @@
 """The benchmarks of the trainer run at tiny size: alone in both memory modes, on two ranks, and the network's."""
 
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,11 @@ import pytest
 
 from benchmarks import knob_costs, loading, network, train_step
 from benchmarks.device import covered_time, merge_spans
-
-ROOT = Path(__file__).parents[2]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+from tests.forked import run_python
 
 
 def run_on_two_ranks(*command: str) -> str:
-    done = subprocess.run([sys.executable, *TORCHRUN, *command], cwd=ROOT, capture_output=True, text=True)
+    done = run_python(*command, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
