@@ -35,7 +35,7 @@ from stage2_distill.distributed.process_group import join_ranks, on_any_rank, ow
 from stage2_distill.offload.streamed_blocks import StreamedModule
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.sampling.multi_gpu import LeaderSampler, follow_requests
-from stage2_distill.sampling.student_sampler import StudentSampler, open_student
+from stage2_distill.sampling.student_sampler import StudentSampler, open_student, predict_seconds
 
 
 def sample_videos(config: SampleConfig) -> list[Path]:
@@ -139,7 +139,9 @@ def split_by_size(request: GenerationRequest, student: StudentSampler) -> Iterat
     """Yield the parts of a request that have one size each; in a folder each has its own store and contact sheet."""
     rows_of = group_rows_by_size(request.csv_path, student.sizes, request.base_folder)
     for size, row_numbers in rows_of.items():
-        part = replace(request, spec=student.check_size(size), row_numbers=row_numbers)
+        spec = student.check_size(size)
+        seconds = None if student.denoising_seconds is None else predict_seconds(student, spec)
+        part = replace(request, spec=spec, row_numbers=row_numbers, denoising_seconds=seconds)
         if request.out.suffix != ".mp4":
             store = request.store.with_name(f"{request.store.stem}-{size}.zarr")
             part = replace(part, store=store, sheet_suffix=f"-{size}")

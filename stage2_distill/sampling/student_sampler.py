@@ -137,7 +137,7 @@ def open_student(config: SampleConfig, *, streams: bool = False) -> StudentSampl
         student.check_size(spec.frame_size)
     if config.precision == FP8:  # whose speed is not measured
         return student
-    return replace(student, denoising_seconds=predict_seconds(student, compiled=config.compile, ranks=ranks))
+    return replace(student, denoising_seconds=predict_seconds(student, spec))
 
 
 def choose_sizes(config: SampleConfig, facts: checkpoints.StudentFacts) -> tuple[VideoSpec, tuple[FrameSize, ...]]:
@@ -167,16 +167,17 @@ def check_positions(spec: VideoSpec, positions: int) -> None:
             raise ValueError(f"{name}={vars(spec)[name]}: the model has positions up to {limit}; give a smaller number")
 
 
-def predict_seconds(student: StudentSampler, *, compiled: bool, ranks: int) -> float | None:
-    """Seconds in which `ranks` GPUs denoise one video, as `plan` predicts them; None for devices of unknown speed."""
+def predict_seconds(student: StudentSampler, spec: VideoSpec) -> float | None:
+    """Seconds in which a student's GPUs denoise a video, as `plan` predicts them; None for devices of unknown speed."""
     card = None if student.device.type == "cpu" else find_card(torch.cuda.get_device_name(student.device))
     if card is None:
         return None
     is_half = student.dtype == torch.bfloat16
     kernel = kernel_name(choose_kernel("auto", half_on_gpu=is_half)) if is_half else planned_kernel("auto", card)
     size = TransformerSize.of(student.net.config)
-    one = forward_seconds(size, student.spec, card, kernel, text_tokens=student.max_text_tokens)
-    return denoising_seconds(one.total, steps=len(student.sigmas), gpus=ranks, compiled=compiled)
+    one = forward_seconds(size, spec, card, kernel, text_tokens=student.max_text_tokens)
+    is_compiled = student.net.blocks[0].plan.compiled
+    return denoising_seconds(one.total, steps=len(student.sigmas), gpus=student.ranks, compiled=is_compiled)
 
 
 def load_student(

@@ -15,6 +15,7 @@ from commands.sample import sample_videos
 from common.video import FrameSize, VideoSpec
 from shards.dataset import DataSet, open_data_set
 from shards.latent_store import describe_group
+from stage1_encode.generation.generate import GenerationRequest
 from stage2_distill.checkpointing.format import StudentFacts
 from stage2_distill.evaluation.compare import list_record_sizes
 from stage2_distill.evaluation.config import EvaluateConfig
@@ -81,6 +82,23 @@ def test_rows_of_a_csv_have_their_own_sizes(run: Path, model: Path, tmp_path: Pa
     assert describe_group(tmp_path / "out" / "latents-96x64.zarr", "sample").keys == ("000000001", "000000003")
     again = sample(run, model, out=str(tmp_path / "out"), data=str(table), height=96)  # its own files are no obstacle
     assert again[-1].name == "contact.png" and {frame_size(path) for path in again[:-1]} == {(96, 64)}
+
+
+def test_each_size_has_its_own_predicted_time(
+    run: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[tuple[int, float | None]]()
+
+    def generate(request: GenerationRequest, *_: object, **__: object) -> list[Path]:
+        seen.append((request.spec.height, request.denoising_seconds))
+        return []
+
+    for module in ("commands.sample", "stage2_distill.sampling.student_sampler"):  # on a CPU nothing is predicted
+        monkeypatch.setattr(f"{module}.predict_seconds", lambda _, spec: spec.height / 8)
+    monkeypatch.setattr("commands.sample.generate_videos", generate)
+    table = write_csv(run / "t.csv", [("a", "square.png", 1), ("b", "tall.png", 2)], ("prompt", "image", "seed"))
+    sample(run, model, out=str(tmp_path / "out"), data=str(table))
+    assert seen == [(64, 8.0), (96, 12.0)]
 
 
 def evaluate(run: Path, model: Path, out: Path, **changes: object) -> dict:
