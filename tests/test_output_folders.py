@@ -178,8 +178,8 @@ def flags(config: object) -> list[str]:
 
 
 def test_two_ranks_make_what_one_makes(sampling: SampleConfig, evaluation: EvaluateConfig, tmp_path: Path) -> None:
-    for _ in range(2):  # a second time over the first
-        done = run_python("cli.py", "sample", *flags(sampling), ranks=2)
+    command = ["cli.py", "sample", *flags(sampling)]
+    for done in (training_helpers.run_torchrun(command, 2), run_python(*command, ranks=2)):  # the second over the first
         assert done.returncode == 0, done.stderr
     both = snapshot(tmp_path / "out")
     sample_videos(replace(sampling, out=str(tmp_path / "alone")))
@@ -191,7 +191,7 @@ def test_two_ranks_make_what_one_makes(sampling: SampleConfig, evaluation: Evalu
         assert torch.allclose(found, expected[rank::2], atol=1e-3)
 
     config = replace(evaluation, out=str(tmp_path / "report"))
-    done = run_python("cli.py", "evaluate", *flags(config), ranks=2)
+    done = training_helpers.run_torchrun(["cli.py", "evaluate", *flags(config)], 2)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("sample teacher-seed-0: 3/3") == 1
     evaluate_students(replace(evaluation, out=str(tmp_path / "one")))

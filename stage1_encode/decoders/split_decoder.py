@@ -2,7 +2,7 @@
 
 A frame is split along its longer side. Each rank computes `begin` (conv_in, two residual blocks, attention) completely,
 and then its own columns with the halo that the remaining convolutions need, see `column_decoder`. What that costs at
-121 x 704 x 1280, where one H200 takes 3.1 s for 1.86 PFLOP, is predicted as
+121 x 704 x 1280, where one H200 takes 3.1 to 3.3 s for 1.86 PFLOP, is predicted as follows; two took 1.86 s:
 
     ranks   columns computed per level, of those of a frame   FLOPs of the busiest rank   decode
     2       66, 58, 53, 51 %                                  54 %                        1.7 s
