@@ -15,13 +15,12 @@ from common.condition import Condition
 from common.options import convert_value
 from common.video import VideoSpec
 from stage2_distill.build import CRITIC_AVERAGE, build_trainer
-from stage2_distill.config import FP8, OLD_ACTIVATION_CHECKPOINTING, STANDARD, DistillConfig, parse_lengths
+from stage2_distill.config import OLD_ACTIVATION_CHECKPOINTING, STANDARD, DistillConfig, parse_lengths
 from stage2_distill.distributed.dtensor import local_tensor
 from stage2_distill.distributed.fsdp import apply_fsdp
 from stage2_distill.distributed.process_group import RankContext, gather_from_ranks
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, MicroBatch, Schedule
 from stage2_distill.dmd.video_shapes import SampleShapes
-from stage2_distill.low_precision.fp8_linear import compute_passes_in_fp8
 from stage2_distill.model.attention import enable_determinism
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import AdapterView, add_adapters, lora_settings
@@ -77,28 +76,20 @@ def random_role(case: Case, ranks: RankContext, net: WanTransformer, *, casts: b
     return net
 
 
-def planned_network(case: Case, plan: ExecutionPlan, dtype: torch.dtype, config: DistillConfig) -> WanTransformer:
-    """Return a network on the meta device, which computes passes without gradient in 8 bits if `config` says so."""
-    net = meta_network(case, plan, dtype)
-    if config.score_precision == FP8:
-        compute_passes_in_fp8(net)
-    return net
-
-
 def random_roles(case: Case, ranks: RankContext, config: DistillConfig) -> Roles:
     """Return the roles of the same random weights, with optimizers and averages, in the memory form of `config`."""
     averages = (CRITIC_AVERAGE,) if config.critic_ema_decay else ()
     plan = ExecutionPlan(config.attention, config.activation_checkpointing, config.compile)
     lora = lora_settings(vars(config))
     if lora is not None:
-        net = planned_network(case, plan, case.dtype, config)
+        net = meta_network(case, plan, case.dtype)
         layers = add_adapters(net, (STUDENT, CRITIC, *averages), lora)
         random_role(case, ranks, net, casts=True)
         nets = [AdapterView(net, layers, adapter) for adapter in (STUDENT, None, CRITIC, *averages)]
     else:
         dtype = torch.float32 if config.optimizer_form == STANDARD else case.dtype
         dtypes = (dtype, case.dtype, dtype, *(dtype for _ in averages))
-        nets = [random_role(case, ranks, planned_network(case, plan, kind, config)) for kind in dtypes]
+        nets = [random_role(case, ranks, meta_network(case, plan, kind)) for kind in dtypes]
         nets[1].requires_grad_(False)
     settings = OptimizerSettings.of(config, ranks, config.optimizer_form)
     student, critic = (

@@ -11,7 +11,7 @@ from common.model_folder import locate_part
 from common.seed import make_generator
 from common.timer import PhaseTimer
 from stage2_distill.checkpointing.format import list_checkpoints, read_facts
-from stage2_distill.config import AUTO, FP8, STANDARD, DistillConfig
+from stage2_distill.config import AUTO, STANDARD, DistillConfig
 from stage2_distill.distributed.fsdp import apply_fsdp
 from stage2_distill.distributed.process_group import RankContext
 from stage2_distill.dmd.regression import FirstStepAnchor, TeacherRegression
@@ -20,8 +20,6 @@ from stage2_distill.dmd.rollout_reuse import RolloutReuse
 from stage2_distill.dmd.schedule import CRITIC, STUDENT, Schedule
 from stage2_distill.dmd.score_noise import ScoreNoise
 from stage2_distill.dmd.student_objective import StudentObjective
-from stage2_distill.low_precision.fp8_linear import compute_passes_in_fp8
-from stage2_distill.low_precision.fp8_support import check_fp8
 from stage2_distill.model.attention import check_kernel, choose_kernel, kernel_name
 from stage2_distill.model.layers import ExecutionPlan
 from stage2_distill.model.lora import AdapterView, LoraSettings, add_adapters, lora_settings
@@ -53,7 +51,6 @@ class RoleBuilder:
     adapters: LoraSettings | None  # None: all weights are trained
     critic_ema_decay: float  # 0: no average of the critic
     ida_share: float
-    score_precision: str  # of passes without gradient
     seed: int
 
     def build(self) -> Roles:
@@ -77,13 +74,6 @@ class RoleBuilder:
         teacher_denoiser = make_denoiser(teacher, self.compute_dtype)
         return Roles(self.optimizers.form, student, critic, teacher, teacher_denoiser, ema, *averages)
 
-    def build_network(self, dtype: torch.dtype) -> WanTransformer:
-        """A network on the meta device."""
-        net = build_meta_transformer(self.model, dtype, self.plan)
-        if self.score_precision == FP8:
-            compute_passes_in_fp8(net)  # in all roles: also of the trained ones most passes have no gradient
-        return net
-
     def build_networks(self) -> list[WanTransformer]:
         """Student, teacher, critic and its average without weights, sharded before they take memory."""
         trained_dtype = torch.float32 if self.optimizers.form == STANDARD else self.compute_dtype
@@ -92,7 +82,7 @@ class RoleBuilder:
         if self.critic_ema_decay:
             dtypes.append(trained_dtype)
         for dtype in dtypes:
-            net = self.build_network(dtype)
+            net = build_meta_transformer(self.model, dtype, self.plan)
             nets.append(materialize_transformer(apply_fsdp(net, self.ranks, self.compute_dtype), self.ranks.device))
         nets[1].requires_grad_(False)  # the teacher
         return nets
@@ -107,7 +97,7 @@ class RoleBuilder:
     def build_adapter_views(self) -> list[AdapterView]:
         """Student, teacher, critic and its average on one base, whose weights are read; adapters have no effect yet."""
         assert self.adapters is not None
-        net = self.build_network(self.compute_dtype)
+        net = build_meta_transformer(self.model, self.compute_dtype, self.plan)
         averages = (CRITIC_AVERAGE,) if self.critic_ema_decay else ()
         layers = add_adapters(net, (STUDENT, CRITIC, *averages), self.adapters)
         materialize_transformer(apply_fsdp(net, self.ranks, self.compute_dtype, net_casts=True), self.ranks.device)
@@ -126,8 +116,6 @@ def build_roles(config: DistillConfig, ranks: RankContext, model: Path) -> Roles
     compute_dtype = getattr(torch, config.dtype)  # config.py imports no torch
     meta_net = build_meta_transformer(model, compute_dtype)  # no memory: for its head size and parameter count
     check_kernel(config.attention, meta_net.config.attention_head_dim, compute_dtype, ranks.device)
-    if config.score_precision == FP8:
-        check_fp8("score_precision", meta_net, ranks.device)
     plan = ExecutionPlan(config.attention, config.activation_checkpointing, config.compile)
     adapters = lora_settings(vars(config))
     form = STANDARD

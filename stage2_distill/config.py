@@ -59,10 +59,10 @@ def parse_lengths(value: int | str) -> tuple[LengthShare, ...]:
     return tuple(LengthShare(frames, weight / total) for frames, weight in sorted(weights.items()))
 
 
-def check_precision(option: str, value: str, dtype: str) -> None:
-    """Raise ValueError if the value of an option is fp8 and the network computes in another dtype than bfloat16."""
-    if value == FP8 and dtype != "bfloat16":
-        raise ValueError(f"{option}=fp8: needs dtype=bfloat16, not {dtype}; give one of the two its default")
+def check_precision(precision: str, dtype: str) -> None:
+    """Raise ValueError if products are in 8 bits and the network computes in another dtype than bfloat16."""
+    if precision == FP8 and dtype != "bfloat16":
+        raise ValueError(f"precision=fp8: needs dtype=bfloat16, not {dtype}; give one of the two its default")
 
 
 @dataclass(frozen=True)
@@ -224,11 +224,6 @@ class DistillConfig:
         old_name="keep_activations", old_values=OLD_ACTIVATION_CHECKPOINTING,
     )  # fmt: skip
     max_text_tokens: int = max_text_tokens_option(advanced=True, old_name="text_rows")
-    score_precision: str = advanced(
-        EXACT, "Products of the blocks in passes without gradient; fp8: 8 bits, for trials only, as the cosine between "
-        "the gradient of matching and the exact one is 0.5 to 0.95 on the nano model.",
-        choices=PRECISIONS, group="model",
-    )  # fmt: skip
     attention: str = advanced(
         "auto",
         "Kernel of attention; auto: FlashAttention-3 or cuDNN in bf16.",
@@ -267,7 +262,6 @@ class DistillConfig:
             self.check_many_shapes()
         if self.optimizer_form == COMPACT:
             self.check_compact()
-        check_precision("score_precision", self.score_precision, self.dtype)
 
     def check_many_shapes(self) -> None:
         """Raise ValueError if an option does not support videos of several shapes."""

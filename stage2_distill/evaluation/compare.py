@@ -106,7 +106,7 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     check_model(config.model, first, ("vae", "transformer"))
     if config.precision == FP8:  # before the teacher samples for hours
         net = build_meta_transformer(locate_model(config.model, ("transformer",)), getattr(torch, config.dtype))
-        check_fp8("precision", net, pick_device(config.device))
+        check_fp8(net, pick_device(config.device))
     for facts in others:
         check_model(config.model, facts, ("transformer",))
     expected = {"vae": first.vae, "text_encoder": first.text_encoder, "fps": first.spec.fps}

@@ -103,7 +103,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_precision("precision", self.precision, self.dtype)
+        check_precision(self.precision, self.dtype)
         _ = self.frame_size
         if not self.checkpoint:
             raise ValueError("checkpoint: name at least one run")

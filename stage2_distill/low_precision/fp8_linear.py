@@ -1,11 +1,10 @@
-"""The linear layers of transformer blocks in 8 bits, for passes without gradient.
+"""The linear layers of transformer blocks in 8 bits, for sampling.
 
 Modulation, embedders, norms and the head stay as they are. Shapes: D inputs, F outputs; (... D) is a batch of tokens.
 """
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from stage2_distill.low_precision.quantized_rows import QuantizedRows, multiply_rows, quantize_gelu, quantize_rows
@@ -29,25 +28,9 @@ class StoredFp8Linear(nn.Module):
         return multiply_rows(rows, QuantizedRows(self.weight, self.weight_scale), self.bias)
 
 
-class PassFp8Linear(nn.Linear):
-    """A linear layer that computes in 8 bits in passes without gradient, from the weight that it has at that time.
-
-    The weight may change between the passes, and with FSDP exists only during one: rounding it reads its bytes once,
-    where a pass of the 5B model reads and writes the activations of tens of thousands of tokens.
-    """
-
-    def forward(self, x: LayerInput) -> Tensor:
-        """The layer's output (... F)."""
-        if torch.is_grad_enabled():
-            assert isinstance(x, Tensor)
-            return super().forward(x)
-        rows = x if isinstance(x, QuantizedRows) else quantize_rows(x)
-        return multiply_rows(rows, quantize_rows(self.weight), self.bias)
-
-
 def computes_in_fp8(layer: nn.Module) -> bool:
-    """Whether a layer would now compute in 8 bits; one with an adapter around it rounds its own input."""
-    return isinstance(layer, StoredFp8Linear) or (isinstance(layer, PassFp8Linear) and not torch.is_grad_enabled())
+    """Whether a layer computes in 8 bits."""
+    return isinstance(layer, StoredFp8Linear)
 
 
 def prepare_input(layer: nn.Module, x: Tensor) -> LayerInput:
@@ -73,9 +56,3 @@ def store_in_fp8(net: nn.Module) -> None:
     """Replace the layers' weights by 8 bits, in place, which halves the memory of a bfloat16 network."""
     for block, name, layer in block_layers(net):
         block.set_submodule(name, StoredFp8Linear(layer))
-
-
-def compute_passes_in_fp8(net: nn.Module) -> None:
-    """Let the layers compute in 8 bits in passes without gradient; parameters and their names stay."""
-    for _, _, layer in block_layers(net):
-        layer.__class__ = PassFp8Linear

@@ -17,38 +17,39 @@ COST = (  # the median over videos of the nano model's trained student; see docs
 )
 
 
-def check_fp8(option: str, net: nn.Module, device: torch.device) -> None:
+def check_fp8(net: nn.Module, device: torch.device) -> None:
     """Raise ValueError if a network, whose weights are not needed, cannot have products in 8 bits on a device."""
-    check_fp8_device(option, device)
-    check_fp8_sizes(option, net)
+    check_fp8_device(device)
+    check_fp8_sizes(net)
 
 
-def check_fp8_device(option: str, device: torch.device) -> None:
-    """Raise ValueError if a device has no products in 8 bits; `option` is what asked for them."""
-    flag = option.replace("_", "-")
+def check_fp8_device(device: torch.device) -> None:
+    """Raise ValueError if a device has no products in 8 bits."""
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
         card, found = torch.cuda.get_device_name(device), ".".join(map(str, capability))
-        raise ValueError(f"{option}=fp8: {card} has compute capability {found}, and fp8 needs 8.9; give --{flag} exact")
+        raise ValueError(
+            f"precision=fp8: {card} has compute capability {found}, and fp8 needs 8.9; give --precision exact"
+        )
     try:
         rows = quantize_rows(torch.zeros(SIZE_STEP, SIZE_STEP, dtype=torch.bfloat16, device=device))
         multiply_rows(rows, rows, None)
     except (AttributeError, RuntimeError, ValueError) as error:
         cause, _, _ = str(error).partition("\n")
         raise ValueError(
-            f"{option}=fp8: torch {torch.__version__} has no fp8 product with scales of rows on {device.type} "
-            f"({cause}); update torch, or give --{flag} exact"
+            f"precision=fp8: torch {torch.__version__} has no fp8 product with scales of rows on {device.type} "
+            f"({cause}); update torch, or give --precision exact"
         ) from error
 
 
-def check_fp8_sizes(option: str, net: nn.Module) -> None:
+def check_fp8_sizes(net: nn.Module) -> None:
     """Raise ValueError if a layer of a network's blocks has sizes that products in 8 bits cannot have."""
     for _, name, layer in block_layers(net):
         sizes = layer.in_features, layer.out_features
         if any(size % SIZE_STEP for size in sizes):
             shape = " to ".join(map(str, sizes))
             raise ValueError(
-                f"{option}=fp8: layer {name} of the model maps {shape}, and fp8 needs multiples of {SIZE_STEP}; "
-                f"give --{option.replace('_', '-')} exact"
+                f"precision=fp8: layer {name} of the model maps {shape}, and fp8 needs multiples of {SIZE_STEP}; "
+                "give --precision exact"
             )
 
 

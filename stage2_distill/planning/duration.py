@@ -13,7 +13,7 @@ from common.planning.cards import (
     Card,
 )
 from common.video import FrameSize, VideoSpec
-from stage2_distill.config import FP8, DistillConfig, ranks_per_copy
+from stage2_distill.config import DistillConfig, ranks_per_copy
 from stage2_distill.planning.memory import parameter_bytes, place_on_host
 from stage2_distill.planning.network_size import TransformerSize
 
@@ -44,12 +44,6 @@ def list_shapes(config: DistillConfig, sizes: Mapping[FrameSize, float]) -> tupl
         for length in config.lengths
     ]
     return tuple(sorted(shapes, key=lambda one: (-one.config.spec.num_tokens, one.config.height)))
-
-
-def speed_source(card: Card, config: DistillConfig) -> str:
-    """Where predicted times come from, and that they are those of exact products if fp8 is not measured here."""
-    is_left_out = config.score_precision == FP8 and card.slowdown == 1
-    return card.source + ", of exact products: no time is predicted for score_precision=fp8" * is_left_out
 
 
 def mean_over_shapes(shapes: Sequence[ShapeShare], value: Callable[[DistillConfig], float]) -> float:

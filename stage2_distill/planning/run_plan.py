@@ -15,7 +15,6 @@ from stage2_distill.planning.duration import (
     forward_seconds,
     iteration_seconds,
     mean_over_shapes,
-    speed_source,
 )
 from stage2_distill.planning.memory import MemoryEstimate, choose_form, estimate_memory
 from stage2_distill.planning.network_size import TransformerSize
@@ -98,7 +97,7 @@ def make_plan(
         gpus=gpus,
         card=card.name,
         card_gib=card.memory_gib,
-        source=speed_source(card, config),
+        source=card.source,
         parameters=size.parameters,
         form=form,
         kernel=kernel,

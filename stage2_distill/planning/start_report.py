@@ -8,18 +8,13 @@ from types import MappingProxyType
 from common.planning.cards import find_card, planned_kernel
 from common.planning.units import format_bytes, format_hours, free_bytes
 from common.video import FrameSize
-from stage2_distill.config import FP8, DistillConfig
-from stage2_distill.planning.duration import ShapeShare, iteration_seconds, list_shapes, mean_over_shapes, speed_source
+from stage2_distill.config import DistillConfig
+from stage2_distill.planning.duration import ShapeShare, iteration_seconds, list_shapes, mean_over_shapes
 from stage2_distill.planning.machine import Machine
 from stage2_distill.planning.memory import MemoryEstimate, estimate_memory
 from stage2_distill.planning.network_size import TransformerSize
 from stage2_distill.planning.plan_text import count_shapes
 from stage2_distill.planning.run_plan import GIB, compare_modes, find_remedy, kept_checkpoints
-
-SCORE_COST = (
-    "score_precision=fp8: rollouts, scores and previews in 8 bits; on the nano model the cosine between the gradient "
-    "of matching and the exact one is then 0.5 to 0.95 (bfloat16 against float32: 0.93 to 0.99)"
-)
 
 
 def start_lines(
@@ -55,8 +50,6 @@ def start_lines(
             "iterations and stays the teacher; give more --iterations or a smaller --critic-warmup"
         )
         yield f"WARNING: {warning}"
-    if config.score_precision == FP8:
-        yield SCORE_COST
     yield describe_output(config, memory)
     yield "to stop: Ctrl-C or SIGTERM, which saves a checkpoint; the same command resumes"
 
@@ -80,7 +73,7 @@ def describe_time(
     kernel = planned if machine.kernel in ("torch", "math") else machine.kernel
     speed = partial(iteration_seconds, size=size, card=card, world=machine.ranks, form=form, kernel=kernel)
     seconds = mean_over_shapes(shapes, speed)
-    hours, source = iterations * seconds / 3600, speed_source(card, shapes[0].config)
+    hours, source = iterations * seconds / 3600, card.source
     accuracy = "" if source == "measured" else f" ({source})"
     spent = f"{format_hours(hours)}, {hours * machine.ranks:.1f} GPU-hours"
     return f"{iterations} iterations to do: about {seconds:.2f} s each, {spent}{accuracy}"

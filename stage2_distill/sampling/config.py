@@ -86,7 +86,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_precision("precision", self.precision, self.dtype)
+        check_precision(self.precision, self.dtype)
         if (self.prompt is None) == (self.data is None):
             raise ValueError("give either --prompt TEXT or --data CSV")
         if self.prompt is not None and not self.prompt.strip():

@@ -121,7 +121,7 @@ def open_student(config: SampleConfig, *, streams: bool = False) -> StudentSampl
     home = torch.device("cpu") if streams else device
     if config.precision == FP8:
         meta_net = wan.build_meta_transformer(locate_model(config.model, ("transformer",)), dtype)
-        check_fp8("precision", meta_net, device)  # before gigabytes of weights are read
+        check_fp8(meta_net, device)  # before gigabytes of weights are read
     net = load_student(
         source.path, plan, model=config.model, weights=config.weights, dtype=dtype, device=home, loras=loras
     )

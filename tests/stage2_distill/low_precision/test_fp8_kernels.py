@@ -29,7 +29,7 @@ def test_one_kernel_rounds_as_the_plain_form(width: int) -> None:
 
 @pytest.mark.parametrize("rows", [7, 512])
 def test_product(rows: int) -> None:
-    check_fp8_device("precision", torch.device("cuda"))
+    check_fp8_device(torch.device("cuda"))
     x, weight, bias = torch.randn(2, rows, 3072), torch.randn(1024, 3072), torch.randn(1024).bfloat16()
     on_gpu = multiply_rows(quantize_rows(x.cuda()), quantize_rows(weight.cuda()), bias.cuda())
     # not by the CPU's own product in 8 bits, which torch 2.11 has not for scales of rows

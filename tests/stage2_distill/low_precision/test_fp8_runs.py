@@ -1,6 +1,5 @@
-"""Options `score_precision` and `precision` in whole commands: what they change, what they leave, what is refused."""
+"""Option `precision` in whole commands: what it changes, what it leaves, what is refused."""
 
-import json
 import logging
 from pathlib import Path
 from unittest import mock
@@ -9,15 +8,14 @@ import pytest
 import torch
 
 from shards.dataset import open_data_set
-from stage2_distill.config import DistillConfig
 from stage2_distill.evaluation.compare import open_evaluation
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.low_precision.fp8_support import check_fp8_device
 from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.sampling.student_sampler import open_student
-from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, run_worker, tensors
+from tests.stage2_distill.training_helpers import make_config, make_shards, run_here
 
-OPTIONS = {"dtype": "bfloat16", "iterations": 2, "checkpoint_every": 1, "score_precision": "fp8"}
+OPTIONS = {"dtype": "bfloat16", "iterations": 2, "checkpoint_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -27,44 +25,8 @@ def shards(fp8_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(fp8_model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The last checkpoint of a run with scores in 8 bits."""
+    """The last checkpoint of a run."""
     return run_here(make_config(shards, fp8_model, tmp_path_factory.mktemp("run") / "run", **OPTIONS))
-
-
-def first_losses(run: Path) -> tuple[float, float]:
-    """Losses of the student and the critic in iteration 0."""
-    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    return line["student_loss"], line["critic_loss"]
-
-
-def test_scores_of_several_ranks_are_those_of_one(fp8_model: Path, shards: Path, run: Path, tmp_path: Path) -> None:
-    """Sharded weights are rounded after they are gathered; without 8 bits the losses are others."""
-    options = OPTIONS | {"iterations": 1}
-    (sharded,) = run_worker([make_config(shards, fp8_model, tmp_path / "ranks", **options)], 2, tmp_path)
-    exact = run_here(make_config(shards, fp8_model, tmp_path / "exact", **options | {"score_precision": "exact"}))
-    losses = [first_losses(folder) for folder in (run.parent, sharded, exact.parent)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert losses[2] != pytest.approx(losses[0], rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    "form", [{"optimizer_form": "compact", "rollout_reuse": True}, {"lora_rank": 2, "critic_ema_decay": 0.9}]
-)
-def test_stopped_and_resumed_equals_uninterrupted(
-    fp8_model: Path, shards: Path, tmp_path: Path, form: dict[str, object]
-) -> None:
-    options = OPTIONS | form
-    whole = run_here(make_config(shards, fp8_model, tmp_path / "whole", **options))
-    run_here(make_config(shards, fp8_model, tmp_path / "run", **options | {"iterations": 1}))
-    resumed = run_here(make_config(shards, fp8_model, tmp_path / "run", **options))
-    first, second = tensors(whole), tensors(resumed)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
-
-
-def test_a_run_does_not_change_its_precision(fp8_model: Path, shards: Path, run: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds a run with other options: score_precision: 'exact', was 'fp8'"):
-        run_here(make_config(shards, fp8_model, run.parent, **OPTIONS | {"score_precision": "exact"}))
 
 
 def sample_config(run: Path, model: Path, **changes: object) -> SampleConfig:
@@ -92,17 +54,10 @@ def test_sampling_says_what_it_costs(
     assert sizes[1] < 0.7 * sizes[0]
 
 
-REFUSALS = {
-    "precision": lambda dtype: SampleConfig("c", "m", "o.mp4", prompt="p", dtype=dtype, precision="fp8"),
-    "score_precision": lambda dtype: DistillConfig(("s",), "m", "o", dtype=dtype, score_precision="fp8"),
-}
-
-
-@pytest.mark.parametrize("option", REFUSALS)
-def test_float32_is_refused(option: str) -> None:
-    assert vars(REFUSALS[option]("bfloat16"))[option] == "fp8"
-    with pytest.raises(ValueError, match=rf"^{option}=fp8: needs dtype=bfloat16, not float32"):
-        REFUSALS[option]("float32")
+def test_float32_is_refused(run: Path, fp8_model: Path) -> None:
+    assert sample_config(run, fp8_model, dtype="bfloat16", precision="fp8").precision == "fp8"
+    with pytest.raises(ValueError, match=r"^precision=fp8: needs dtype=bfloat16, not float32"):
+        sample_config(run, fp8_model, dtype="float32", precision="fp8")
     with pytest.raises(ValueError, match=r"^precision=fp8: needs dtype"):
         EvaluateConfig(("c",), "s", "m", "o", dtype="float32", precision="fp8")
 
@@ -110,8 +65,6 @@ def test_float32_is_refused(option: str) -> None:
 def test_sizes_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> None:
     shards = make_shards(tmp_path / "data", model)
     problem = r"=fp8: layer attn1.to_q of the model maps 24 to 24, and fp8 needs multiples of 16; give --"
-    with pytest.raises(ValueError, match="^score_precision" + problem + "score-precision exact$"):
-        run_here(make_config(shards, model, tmp_path / "run", **OPTIONS))
     loading = "stage2_distill.sampling.student_sampler.load_student"
     with mock.patch(loading, side_effect=AssertionError), pytest.raises(ValueError, match="^precision" + problem):
         open_student(sample_config(model / "transformer", model, precision="fp8"))
@@ -121,12 +74,12 @@ def test_sizes_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> None:
 
 
 def test_devices_without_8_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_fp8_device("precision", torch.device("cpu"))
+    check_fp8_device(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     problem = r"^precision=fp8: NVIDIA A100 has compute capability 8.0, and fp8 needs 8.9; give --precision exact$"
     with pytest.raises(ValueError, match=problem):
-        check_fp8_device("precision", torch.device("cuda"))
+        check_fp8_device(torch.device("cuda"))
     monkeypatch.delattr(torch, "_scaled_mm")
-    with pytest.raises(ValueError, match=r"^score_precision=fp8: torch .* on cpu \(.*_scaled_mm.*\); update torch"):
-        check_fp8_device("score_precision", torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"^precision=fp8: torch .* on cpu \(.*_scaled_mm.*\); update torch"):
+        check_fp8_device(torch.device("cpu"))

@@ -27,6 +27,7 @@ class Setup:
     kernel: str = "cudnn"
     gpus: int = 1
     form: str = "compact"
+    decode_gpus: int = 1
     changes: dict[str, object] = field(default_factory=dict)
 
     def predict(self, quantity: str) -> float:
@@ -43,7 +44,9 @@ class Setup:
             return iteration_seconds(config, SIZE, card, **run)
         forward = forward_seconds(SIZE, config.spec, card, self.kernel, text_tokens=512).total
         seconds = denoising_seconds(forward, steps=4, gpus=self.gpus)
-        return seconds if quantity == "denoising" else seconds + decode_seconds(config.spec, card)
+        return (
+            seconds if quantity == "denoising" else seconds + decode_seconds(config.spec, card, gpus=self.decode_gpus)
+        )
 
 
 REUSE = {"rollout_reuse": True}
@@ -64,8 +67,10 @@ H100_LORA = Setup("h100", form="standard", changes=LORA)
 FLASH_LORA = Setup("h200", "flash-3", form="standard", changes=LORA)
 MODES2, MODES4 = "modes-2x-nvidia-h200-2026-11-29", "modes-4x-nvidia-h200-2026-11-29"
 STEP1, STEP2 = "train_step-nvidia-h100-80gb-hbm3-2026-11-25", "train_step-nvidia-h200-2026-11-29"
+STEP3 = "train_step-nvidia-h200-2026-12-01"
 REBUILD, ENCODE1 = "rebuild-nvidia-h200-2026-11-30", "encode-h100-2026-11-25"
 SAMPLE1, SAMPLE2 = "sample-nvidia-h100-80gb-hbm3-2026-11-25", "sample-nvidia-h200-2026-11-29"
+SAMPLE3, PAIR = "sample-nvidia-h200-2026-11-30", "together-2x-nvidia-h200-2026-12-01"
 TOGETHER2, TOGETHER4 = "together-2x-nvidia-h100-80gb-hbm3-2026-11-25", "together-4x-nvidia-h200-2026-11-29"
 
 # (file, start of the line's figures, quantity, the run of each figure in the line)
@@ -123,6 +128,14 @@ ROWS = [
     (TOGETHER4, "4 GPUs, prompt + picture -> mp4 | 4.20", "video", [FOUR[0]]),
     (TOGETHER4, "one GPU, denoising, 4 steps | 3.122", "denoising", [FLASH]),
     (TOGETHER4, "one GPU, prompt + picture -> mp4 | 6.43", "video", [FLASH]),
+    (STEP3, "rollout reuse, mean iteration | 5.858", "iteration", [Setup("h200", changes=REUSE)]),
+    (STEP3, "rollout reuse, peak memory, of the rank with most | 69.8", "memory", [Setup("h200", changes=REUSE)]),
+    *((SAMPLE3, f"denoising, 4 steps | {seconds}", "denoising", [H200]) for seconds in (3.397, 3.398)),
+    (SAMPLE3, "prompt + picture -> mp4 | 6.83", "video", [H200]),
+    (PAIR, "2 GPUs, prompt + picture -> mp4 | 4.09", "video", [Setup("h200", gpus=2, decode_gpus=2)]),
+    *((PAIR, f"denoising, 4 steps | {seconds}", "denoising", [Setup("h200", gpus=2)]) for seconds in (1.937, 1.934)),
+    *((PAIR, f"denoising, 4 steps | {seconds}", "denoising", [H200]) for seconds in (3.516, 3.519)),
+    (PAIR, "prompt + picture -> mp4 | 7.07", "video", [H200]),
     (ENCODE1, "encode from end to end, tf32, batch 8 | 64.5", "encode", [H100]),
     *(
         (f"encode_ranks-{of}x-nvidia-h200-2026-11-29", f"on {n} GPU(s) | {rate}", "encode", [Setup("h200", gpus=n)])
@@ -138,6 +151,11 @@ NOT_PREDICTED = {
     (STEP1, "peak memory | 24.6"): "an older state: FSDP2 held the base, blocks were computed again whole",
     (SAMPLE1, "prompt + picture -> mp4, median of 5 | 8.66"): "an older state: the decoder of 4.9 s",
     (ENCODE1, "encode from end to end, tf32, batch 8 | 50.9"): "an older state: without the one-pass norms",
+    (STEP3, "rollout reuse, mean iteration | 5.521"): "scores in 8 bits, which were taken out again",
+    (PAIR, "2 GPUs, prompt + picture -> mp4 | 2.60"): "a tiny decoder",
+    **{(SAMPLE3, f"decoder, prompt + picture -> mp4 | {seconds}"): "a tiny decoder" for seconds in (3.96, 3.57, 2.24)},
+    **{(SAMPLE3, f"denoising, 4 steps | {seconds}"): "products in 8 bits" for seconds in (2.861, "2.860")},
+    (SAMPLE3, "fp8, prompt + picture -> mp4 | 6.31"): "products in 8 bits",
 }
 # labels of the lines that must be in one of the two tables
 LABELS = re.compile(

@@ -14,7 +14,7 @@ from common.planning.cards import find_card
 from common.video import FrameSize, VideoSpec
 from stage2_distill.config import DistillConfig
 from stage2_distill.planning.config import PlanConfig
-from stage2_distill.planning.duration import list_shapes, speed_source
+from stage2_distill.planning.duration import list_shapes
 from stage2_distill.planning.network_size import TransformerSize
 from stage2_distill.planning.plan_text import format_plan
 from stage2_distill.planning.run_plan import RunPlan, kept_checkpoints, make_plan
@@ -64,15 +64,6 @@ def test_sizes_and_lengths_cost_their_mean_and_the_memory_of_the_largest() -> No
         "shapes: 3 sizes x 2 lengths: blocks are compiled for at most 6 shapes, each once; a micro-batch has one "
         "shape; memory is that of 121 x 960 x 960"
     )
-
-
-def test_speeds_are_those_of_exact_products_until_fp8_is_measured() -> None:
-    config, card = replace(CONFIG, score_precision="fp8"), find_card("h200")
-    plan = plan_of(config, "h200", 8)
-    assert plan.source == "measured, of exact products: no time is predicted for score_precision=fp8"
-    assert any(plan.source in line for line in format_plan(plan, config, records=1000))
-    assert speed_source(replace(card, slowdown=0.8), config) == "measured here"
-    assert speed_source(card, CONFIG) == "measured"
 
 
 @pytest.mark.parametrize(

@@ -30,15 +30,6 @@ def test_a_run_on_gpus(tmp_path: Path) -> None:
     assert "the same command resumes" in text
 
 
-def test_times_are_those_of_exact_products() -> None:
-    (line,) = (
-        line
-        for line in start_lines(replace(CONFIG, score_precision="fp8"), TransformerSize(), H200, "compact", 500)
-        if "iterations to do" in line
-    )
-    assert line.endswith("GPU-hours (measured, of exact products: no time is predicted for score_precision=fp8)")
-
-
 @pytest.mark.parametrize(("warmup", "is_warned"), [(0, False), (5, False), (6, True), (200, True)])
 def test_a_run_that_never_updates_the_student(warmup: int, is_warned: bool) -> None:
     config = replace(CONFIG, iterations=6, critic_warmup=warmup)  # the student's turns are 0, 5, 10, ...
