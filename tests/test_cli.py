@@ -179,26 +179,6 @@ def test_yaml_then_options(run: Path, model: Path, tmp_path: Path) -> None:
     assert "critic_lr: 1.0e-07\n" in resolved
 
 
-@pytest.mark.parametrize(
-    ("command", "remedy"),
-    [
-        ("encode", "the same command resumes"),
-        ("distill", "the same command resumes"),
-        ("evaluate", "the same command resumes"),
-        ("demo", "the same command resumes"),
-        ("sample", "the same command starts again"),
-        ("decode", "the same command starts again"),
-        ("verify", "the same command starts again"),
-    ],
-)
-def test_ctrl_c_says_how_to_go_on(command: str, remedy: str) -> None:
-    with mock.patch.object(cli.cli.commands[command], "invoke", side_effect=KeyboardInterrupt):
-        required = {"verify": ["x"], "demo": []}.get(command, ["--out", "x"])
-        done = call(command, *required)
-    assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr.strip().startswith("stopped; ") and done.stderr.strip().endswith(remedy)
-
-
 def test_colons_are_parts_of_names_everywhere(
     clips: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,12 +1,16 @@
-"""Ctrl-C as a real signal to a process of its own: no traceback, and nothing lost."""
+"""Ctrl-C, also as a real signal to a process of its own: no traceback, what to do next, and nothing lost."""
 
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
-from tests.test_cli import ROOT, SIZE, works
+import pytest
+
+import cli
+from tests.test_cli import ROOT, SIZE, call, works
 from tests.tiny_models import write_csv
 
 
@@ -33,3 +37,23 @@ def test_ctrl_c_ends_encode_in_a_process_of_its_own(model: Path, clips: Path, tm
     assert process.returncode == 130 and errors.splitlines()[-1] == "stopped; the same command resumes", errors
     assert "Traceback" not in errors and not (tmp_path / "out" / "manifest.json").exists()
     assert "400 records" in works("encode", *options)
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        ("encode", "the same command resumes"),
+        ("distill", "the same command resumes"),
+        ("evaluate", "the same command resumes"),
+        ("demo", "the same command resumes"),
+        ("sample", "the same command starts again"),
+        ("decode", "the same command starts again"),
+        ("verify", "the same command starts again"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(command: str, remedy: str) -> None:
+    with mock.patch.object(cli.cli.commands[command], "invoke", side_effect=KeyboardInterrupt):
+        required = {"verify": ["x"], "demo": []}.get(command, ["--out", "x"])
+        done = call(command, *required)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.strip().startswith("stopped; ") and done.stderr.strip().endswith(remedy)
