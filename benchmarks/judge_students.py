@@ -60,7 +60,7 @@ def judge_run(experiment: Experiment, run: Path, precision: str) -> Iterator[Res
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """The command line; a wrong one, or a student that cannot be found, ends the program with one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--precision", nargs="+", choices=tuple(DTYPES), default=["float32"])
@@ -69,7 +69,13 @@ def parse_options() -> argparse.Namespace:
     for name, size in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    try:
+        for run in options.runs:  # before the teacher samples
+            find_student(str(run), str(MODEL), best=False)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
 
 
 def main() -> None:

@@ -26,3 +26,13 @@ def test_files_are_judged_in_every_precision(tmp_path: Path, monkeypatch: pytest
     assert exact == pytest.approx(same, rel=1e-4)  # a copy of the teacher is the undistilled student
     assert rounded != exact
     assert "\n| copy, fp8 | 1 | " in table
+
+
+def test_a_broken_file_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 64)
+    monkeypatch.setattr(sys, "argv", ["judge_students", str(tmp_path / "bad.safetensors"), "--tiny"])
+    with pytest.raises(SystemExit, match="2"):
+        judge_students.main()
+    assert "bad.safetensors: cannot be read" in capsys.readouterr().err.splitlines()[-1]
