@@ -41,6 +41,7 @@ from stage2_distill.trainer import DivergedError
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "nano" / "model"
 BASE, MATCHING = "nano.yaml", "nano-matching.yaml"
+BATCH = 128  # of both recipes
 CHECK_EVERY = 100  # iterations
 CURVE_POINTS = 8  # of a run whose distances are followed
 BRIEF_SHARE = 0.2  # of a judgement's time that a point of a curve takes
@@ -58,6 +59,9 @@ KNOBS = {
     "guidance 1.5, rescale 0.7": {"guidance_scale": 1.5, "guidance_rescale": 0.7},
 }
 BASE_KNOBS = {
+    "batch 256": {"batch_size": 256, "global_batch": 256},
+    "weight 8": {"regression_weight": 8.0},
+    "critic 5e-5": {"critic_lr": 5e-5},
     "no regression": {"regression_weight": 0.0},
     "20 steps of regression": {"regression_steps": 20},
     "no averaged critic": {"critic_ema_decay": 0.0},
@@ -80,6 +84,7 @@ class Variant:
     warmup_share: float = 0.0  # of the iterations, which only regress; 1 = regression alone, without a critic
     seeds: int = 2
     curve: bool = False
+    length: float = 1.0  # its forward passes over those of others
 
     def config(self, iterations: int | None = None, **others: object) -> DistillConfig:
         """Its options for a number of iterations; spans of iterations keep their share of the recipe's run."""
@@ -102,6 +107,8 @@ def list_variants() -> list[Variant]:
         Variant("base", BASE, seeds=3, curve=True),
         Variant("regression alone", BASE, compared_with="base", warmup_share=1.0, seeds=3),
         Variant("matching", MATCHING, compared_with="base", seeds=3, curve=True),
+        Variant("longer: base x 4", BASE, compared_with="base", seeds=1, length=4.0),
+        Variant("longer: regression alone x 4", BASE, {}, "base", warmup_share=1.0, seeds=1, length=4.0),
         Variant("steps: 2", BASE, {"timesteps": (1000.0, 500.0)}),
         Variant("steps: 8", BASE, {"timesteps": tuple(1000.0 - 125 * step for step in range(8))}),
     ]
@@ -253,7 +260,9 @@ def plan_runs(
     pairs = [(variant, seed) for seed in range(10) for variant in variants if seed < (options.seeds or variant.seeds)]
     points = sum(CURVE_POINTS - 1 for variant, _ in pairs if variant.curve)
     fixed = len(pairs) * (speed.recording + speed.judging) + points * BRIEF_SHARE * speed.judging
-    budget = (SAFETY * left - fixed) / (len(pairs) * speed.one_pass)
+    # a pass of a larger batch takes longer
+    lengths = sum(one.length * one.config().batch_size / BATCH for one, _ in pairs)
+    budget = (SAFETY * left - fixed) / (lengths * speed.one_pass)
     if options.iterations:
         budget = options.iterations * forward_passes(list_variants()[0].config())
     if budget <= 0:
@@ -261,11 +270,11 @@ def plan_runs(
         raise SystemExit(f"minutes={options.minutes:g}: {short}; give fewer with --only or --seeds")
     planned = []
     for variant, seed in pairs:
-        count = max(1, round(budget / forward_passes(variant.config())))
+        count = max(1, round(variant.length * budget / forward_passes(variant.config())))
         planned.append(PlannedRun(variant, variant.config(count, seed=seed, **sizes)))
     cost = forward_passes(list_variants()[0].config())
     print(f"{1000 * cost * speed.one_pass:.2f} ms per iteration and run of the base, {speed}")
-    print(f"{len(pairs)} runs of {budget:.0f} forward passes, {fixed + len(pairs) * budget * speed.one_pass:.0f} s")
+    print(f"{len(pairs)} runs of {budget:.0f} forward passes, {fixed + lengths * budget * speed.one_pass:.0f} s")
     for one in planned:
         if one.config.seed == 0:
             print(f"  {one.config.iterations:6d} iterations: {one.variant.name}", flush=True)

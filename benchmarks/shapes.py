@@ -1,8 +1,9 @@
 """What mixing shapes costs: a mean iteration over three sizes against each size alone; compiled graphs, and memory.
 
-    python -m benchmarks.shapes [--tiny] [--sizes 704x1280,1280x704,960x960] [--frames 121] [--count 5] [--clips 2]
+    python -m benchmarks.shapes [--tiny] [--sizes 704x1280,1280x704,960x960] [--count 5] [--clips 2] [--reuse]
 
-With --clips 1 --count 2 (one iteration with the student, one without) about eight minutes on an H200, by arithmetic.
+With --clips 1 --count 2 (one iteration with the student, one without) about eight minutes on an H200, by arithmetic,
+with reused rollouts six.
 All runs take the same iterations, so that their rollouts leave at the same steps, with --clips micro-batches of each
 size in the mixed run and as many in all in the others. The mixed run comes last: it must find every graph compiled.
 """
@@ -64,6 +65,7 @@ def measure(options: argparse.Namespace, case: Case, ranks: RankContext, sizes: 
     config = make_config(
         case, ranks, optimizer_form="compact", activation_checkpointing=options.keep,
         global_batch=ranks.world * len(specs) * options.clips, compile=not (case.tiny or options.eager), ema_start=0,
+        rollout_reuse=options.reuse,
     )  # fmt: skip
     yield "command", " ".join(sys.argv[1:])
     trainer = make_trainer(case, ranks, config, random_roles(case, ranks, config))
@@ -91,7 +93,7 @@ def main() -> None:
     """Measure, print and append to the results."""
     options = parse_arguments(
         __doc__, tiny=False, sizes="704x1280,1280x704,960x960", frames=121, count=5, clips=2, keep="selective",
-        eager=False,
+        eager=False, reuse=False,
     )  # fmt: skip
     case = make_case(options.tiny, half=True)
     sizes = [parse_frame_size(text) for text in options.sizes.split(",")]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.condition import Denoiser, free_mean
 from common.flow import shift
-from stage2_distill.dmd.rollout import Simulated, follow_path, sample_euler
+from stage2_distill.dmd.rollout import Simulated, follow_path, solve_flow
 
 ANCHOR_STEPS = 24  # of the teacher's whole path, of which the anchor takes the first ones
 
@@ -24,7 +24,7 @@ class TeacherRegression:
     """Options of the regression."""
 
     regression_weight: float
-    regression_steps: int  # Euler steps from the exit to sigma 0
+    regression_steps: int  # from the exit to sigma 0, a pass of the teacher each
     timesteps: tuple[float, ...]
     shift: float
 
@@ -36,7 +36,7 @@ class TeacherRegression:
     def distance(self, samples: Simulated, teacher: Denoiser) -> Tensor:
         """Mean of (x0 - end of the teacher's path)^2 over the free frames, a scalar; the target carries no gradient."""
         assert samples.x_t is not None, "the student's rollouts are never reused ones"
-        target = sample_euler(teacher, samples.x_t, samples.condition, sigmas=self.path(samples.exit_index))
+        target = solve_flow(teacher, samples.x_t, samples.condition, sigmas=self.path(samples.exit_index))
         return free_mean((samples.x0 - target) ** 2, samples.condition).mean()
 
 

@@ -87,6 +87,22 @@ def follow_path(denoiser: Denoiser, x_t: Tensor, condition: Condition, *, sigmas
     return x_t
 
 
+@torch.no_grad()
+def solve_flow(denoiser: Denoiser, x_t: Tensor, condition: Condition, *, sigmas: Sequence[float]) -> Tensor:
+    """The latent (B C T H W) at sigma 0 of the flow's path through x_t at sigmas[0], by two-step Adams-Bashforth.
+
+    Of second order for one pass of the network per step, as Euler's; the first step is Euler's.
+    """
+    last_velocity, last_step = x_t, 0.0
+    for sigma, next_sigma in pairwise([*sigmas, 0.0]):
+        velocity = (x_t - denoiser(x_t, _batch_sigma(x_t, sigma), condition)) / sigma
+        step = next_sigma - sigma
+        slope = velocity + step / (2 * last_step) * (velocity - last_velocity) if last_step else velocity
+        last_velocity, last_step = velocity, step
+        x_t = x_t + step * slope
+    return x_t
+
+
 def sample_student(
     denoiser: Denoiser,
     condition: Condition,

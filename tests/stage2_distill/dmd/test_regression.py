@@ -1,5 +1,7 @@
 """Regression onto the end of the teacher's path: its sigmas, its fixed point, and a whole run with it."""
 
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from common.condition import Condition
 from common.flow import shift
 from stage2_distill.dmd.regression import FirstStepAnchor, TeacherRegression
-from stage2_distill.dmd.rollout import Simulated
+from stage2_distill.dmd.rollout import Simulated, sample_euler, solve_flow
 from tests.stage2_distill.dmd.gaussian import TEXT_ONLY, Gaussian
 from tests.stage2_distill.training_helpers import make_config, make_shards, run_here, tensors
 
@@ -40,6 +42,19 @@ def test_the_target_of_a_gaussian_teacher_is_its_flow_and_carries_the_whole_grad
     end = TEACHER.mean + (x_t[:, :, 0, 0, 0] - (1 - sigma) * TEACHER.mean) @ gain
     torch.testing.assert_close(-x0.grad[:, :, 0, 0, 0] * x0.numel() / 6, end, rtol=0.02, atol=0.02)
     assert loss.item() == pytest.approx(3 * end.square().mean().item(), rel=0.03)
+
+
+def test_the_error_of_the_path_falls_with_the_square_of_its_steps() -> None:
+    x_t = torch.randn(64, 2, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+
+    def end(steps: int, solve: Callable[..., torch.Tensor] = solve_flow) -> torch.Tensor:
+        sigmas = TeacherRegression(1.0, steps, TIMESTEPS, 5.0).path(2)
+        return solve(TEACHER.denoise, x_t, TEXT_ONLY, sigmas=sigmas)
+
+    exact = end(2000)
+    errors = [(end(steps) - exact).norm().item() for steps in (20, 40, 80)]
+    assert [one / other for one, other in pairwise(errors)] == pytest.approx([4, 4], rel=0.2)
+    assert (end(40, sample_euler) - exact).norm().item() > 2 * errors[0]  # Euler's is larger with twice the steps
 
 
 def test_a_path_of_one_step_ends_at_the_teachers_mean() -> None:
