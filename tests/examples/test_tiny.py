@@ -29,6 +29,15 @@ def test_training_brings_it_nearer_to_the_vae() -> None:
     assert sum(p.numel() for p in net.parameters()) * 2 < 500_000  # bytes of the file
 
 
+def test_the_decoder_of_the_nano_model_shows_nearly_what_the_vae_shows() -> None:
+    file = MODEL / tiny.FILE
+    net = tiny.make_network(0)
+    net.load_state_dict(load_file(file))
+    shown = tiny.show_latents(MODEL, tiny.make_latents(MODEL, 4, CPU, seed=5))
+    assert tiny.measure_psnr(net, shown) > 36
+    assert file.stat().st_size < 500_000
+
+
 def test_its_file_is_taken_by_decoder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
