@@ -156,14 +156,14 @@ def read_results(path: Path) -> Any:  # noqa: ANN401
 def report_subject(config: EvaluateConfig) -> dict[str, list[str]]:
     """What the report is about, for its head: checkpoints by run and step, weights, model and data set."""
     folders = [find_student(name, config.model).own_path.resolve() for name in config.checkpoint]
-    decoder = {} if config.decoder == FULL_DECODER else {"decoder": [config.decoder]}  # what the pixels depend on too
+    is_decoded_otherwise = config.videos and config.decoder != FULL_DECODER  # then the pixels depend on it too
     return {
         "run": list(dict.fromkeys(folder.parent.name for folder in folders)),
         "checkpoint": [str(folder) for folder in folders],
         "weights": [config.weights],
         "model": [config.model],
         "data set": [config.shards],
-        **decoder,
+        **({"decoder": [config.decoder]} if is_decoded_otherwise else {}),
     }
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -14,7 +15,7 @@ from torch import Tensor
 from commands.evaluate import evaluate_students
 from stage1_encode.media.video_writer import write_video
 from stage2_distill.evaluation.config import EvaluateConfig
-from stage2_distill.evaluation.report import html_table, selection_table, summary_lines, write_report
+from stage2_distill.evaluation.report import html_table, report_subject, selection_table, summary_lines, write_report
 from tests.stage2_distill import training_helpers
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
@@ -154,6 +155,13 @@ def test_an_input_that_cannot_be_read_is_named(name: str, content: bytes | None,
     with pytest.raises(ValueError, match=f"^{copied / name}: "):
         write_report(EvaluateConfig((run,), "data", "model", str(copied), videos=3, select=True))
     assert (copied / "report.html").read_bytes() == (out / "report.html").read_bytes()
+
+
+def test_the_subject_names_a_decoder_only_if_videos_are_decoded(out: Path, model: Path) -> None:
+    config = EvaluateConfig((str(out.parent / "run"),), "data", str(model), "out", decoder="tiny.pth", videos=3)
+    assert report_subject(config)["decoder"] == ["tiny.pth"]
+    for other in (replace(config, videos=0), replace(config, decoder="full")):
+        assert "decoder" not in report_subject(other)
 
 
 def test_table_escapes_text() -> None:
