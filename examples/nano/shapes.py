@@ -56,6 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=50, help="of the teacher")
     parser.add_argument("--each-length", action="store_true", help="one size means one length too: twice the students")
+    parser.add_argument("--regression-alone", action="store_true", help="students without matching: half of the time")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
@@ -87,6 +88,8 @@ def train(args: argparse.Namespace, name: str, data: Sequence[Path], frames: Seq
         "iterations": iterations, "lr_cooldown": iterations * 3 // 5,  # as much of the run as in the recipe
         "compile": args.compile, "batch_size": args.batch_size, "global_batch": args.batch_size,
     }  # fmt: skip
+    if args.regression_alone:
+        options |= {"teacher_warmup": iterations, "student_lr": 3e-4}
     distill(resolve_config(DistillConfig, options))
     return out
 
