@@ -48,12 +48,23 @@ def unscanned_imports() -> Iterator[None]:
     if "torch" in sys.modules:  # not a process of its own: there may be garbage, which must not be kept
         yield
         return
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # whose exception an import may swallow, or turn into another
+        signal.signal(signal.SIGINT, lambda *_: stop_at_once())
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
+        if handler is signal.default_int_handler:
+            signal.signal(signal.SIGINT, handler)
+
+
+def stop_at_once() -> None:
+    """End the process after Ctrl-C in words, without unwinding: nothing was begun."""
+    os.write(2, f"{interruption_words()}\n".encode())
+    os._exit(130)
 
 
 def show_version(context: click.Context, _: click.Parameter, requested: bool) -> None:
@@ -275,10 +286,11 @@ def run_command() -> int | None:
 RESUMABLE = ("encode", "distill", "evaluate", "demo")
 
 
-def interruption_remedy(arguments: list[str]) -> str:
-    """What to do after Ctrl-C in a command."""
-    is_resumable = arguments[:1] and arguments[0] in RESUMABLE
-    return "the same command resumes" if is_resumable else "nothing is damaged; the same command starts again"
+def interruption_words() -> str:
+    """What to do after Ctrl-C in the command of this process."""
+    is_resumable = sys.argv[1:2] and sys.argv[1] in RESUMABLE
+    remedy = "the same command resumes" if is_resumable else "nothing is damaged; the same command starts again"
+    return f"stopped; {remedy}"
 
 
 def main() -> None:
@@ -292,7 +304,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):  # Ctrl-C
-        click.echo(f"stopped; {interruption_remedy(sys.argv[1:])}", err=True)
+        click.echo(interruption_words(), err=True)
         sys.exit(130)
     except ValueError as error:
         click.echo(f"error: {error}", err=True)

@@ -1,5 +1,6 @@
 """The `evaluate` command: latents and report of stage two, measurements of videos of stage one."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from common.device import pick_device
-from common.files import staged_output
+from common.files import LOCK_FILE, UNFINISHED_FOLDER, refuse_foreign_files, staged_output
 from common.model_folder import locate_model
-from shards.comparison import Comparison, write_comparison
+from shards.comparison import COMPARISON_FILE, LATENTS_STORE, Comparison, write_comparison
 from stage1_encode.models.vae import load_vae
 from stage1_encode.video_metrics.evaluate_videos import EvaluationTools, load_tools, measure_videos
 from stage1_encode.video_metrics.true_clips import TRUE_CLIPS, check_clips, encode_true_clips
@@ -19,7 +20,7 @@ from stage2_distill.distributed.process_group import join_ranks, own_folder, wai
 from stage2_distill.evaluation.compare import EvaluationSetup, list_record_sizes, open_evaluation, sample_comparison
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import MIN_TESTED
-from stage2_distill.evaluation.report import PAGE_FILE, write_report
+from stage2_distill.evaluation.report import EVALUATION_CONFIG_FILE, PAGE_FILE, write_report
 from stage2_distill.evaluation.selection import (
     RankedCheckpoint,
     check_run,
@@ -29,6 +30,8 @@ from stage2_distill.evaluation.selection import (
 from stage2_distill.evaluation.size_report import write_size_report
 from stage2_distill.evaluation.two_sample import tell_pixels_apart
 
+SIZE_FOLDER = re.compile(r"\d+x\d+")  # of an evaluation of several sizes
+
 
 def evaluate_students(config: EvaluateConfig) -> Path:
     """Sample all candidates (stage two), measure their videos (stage one), report (stage two); returns the page.
@@ -37,6 +40,8 @@ def evaluate_students(config: EvaluateConfig) -> Path:
     Under torchrun the processes share the sampling, and the first one does the rest.
     """
     rank, _ = join_ranks(config.device)
+    if rank == 0:
+        check_output(Path(config.out))
     if config.select:
         check_run(config.checkpoint[0])
     sizes, out = list_record_sizes(config), Path(config.out)
@@ -54,6 +59,13 @@ def evaluate_students(config: EvaluateConfig) -> Path:
             write_size_report(config, pages)
         wait_for_ranks()
     return out / PAGE_FILE
+
+
+def check_output(out: Path) -> None:
+    """Raise ValueError for an output that is a file, or a folder of files that no evaluation wrote."""
+    marks = (EVALUATION_CONFIG_FILE, COMPARISON_FILE, LATENTS_STORE, LOCK_FILE, UNFINISHED_FOLDER)
+    if not any((out / name).exists() for name in marks):
+        refuse_foreign_files(out, lambda name: SIZE_FOLDER.fullmatch(name) is not None)
 
 
 def open_tools(config: EvaluateConfig) -> EvaluationTools:

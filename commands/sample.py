@@ -27,7 +27,7 @@ from stage1_encode.generation.generate import (
 )
 from stage1_encode.generation.picture_sizes import group_rows_by_size
 from stage1_encode.media.first_frame import read_first_frame
-from stage1_encode.media.rows import locate_file
+from stage1_encode.media.rows import locate_file, read_csv_rows
 from stage1_encode.media.video_frame import UnreadableError
 from stage1_encode.models.text_encoder import clean_prompt
 from stage1_encode.models.vae import CHUNK_FRAMES
@@ -37,6 +37,8 @@ from stage2_distill.sampling.config import SampleConfig
 from stage2_distill.sampling.multi_gpu import LeaderSampler, follow_requests
 from stage2_distill.sampling.student_sampler import StudentSampler, open_student, predict_seconds
 
+SAMPLE_CONFIG_FILE = "sample.yaml"
+
 
 def sample_videos(config: SampleConfig) -> list[Path]:
     """Encode the conditions and decode the frames (stage one), denoise in between (stage two); returns the files.
@@ -44,10 +46,8 @@ def sample_videos(config: SampleConfig) -> list[Path]:
     The latents are also stored, in X.zarr beside the videos. Under torchrun the processes share the rows of a CSV, or
     denoise and decode the one video together.
     """
-    check_prompt(config.prompt)
-    if config.image is not None:
-        check_image(config.image)
-    check_decoder(config.decoder, config.model)
+    check_inputs(config)
+    check_output(config)
     is_single = config.prompt is not None
     vram = choose_vram(config.vram, pick_device(config.device))
     rank, world = join_ranks(config.device)
@@ -148,6 +148,16 @@ def split_by_size(request: GenerationRequest, student: StudentSampler) -> Iterat
         yield part
 
 
+def check_inputs(config: SampleConfig) -> None:
+    """Raise ValueError for a wrong prompt, picture, CSV or decoder, before gigabytes of weights are read."""
+    check_prompt(config.prompt)
+    if config.image is not None:
+        check_image(config.image)
+    if config.data is not None and Path(config.data).is_file():  # a pipe can be read only once
+        next(read_csv_rows(Path(config.data), text_only=True))
+    check_decoder(config.decoder, config.model)
+
+
 def check_prompt(prompt: str | None) -> None:
     """Raise ValueError if nothing is left of a prompt when it is cleaned, as a text of HTML spaces."""
     if prompt is not None and not clean_prompt(prompt):
@@ -155,7 +165,7 @@ def check_prompt(prompt: str | None) -> None:
 
 
 def check_image(image: str) -> None:
-    """Raise ValueError if a first frame cannot be read, before gigabytes of weights are."""
+    """Raise ValueError if a first frame cannot be read."""
     try:
         read_first_frame(locate_file(Path("prompt.csv"), image), height=VideoSpec.height, width=VideoSpec.width)
     except UnreadableError as error:
@@ -167,13 +177,31 @@ def latent_store_name(rank: int, world: int) -> str:
     return f"latents-{rank}.zarr" if world > 1 else "latents.zarr"
 
 
+def check_output(config: SampleConfig) -> None:
+    """Raise ValueError if an output of `sample` would replace what is not one: a folder, or files of others in it."""
+    out = Path(config.out)
+    if config.prompt is None:
+        if not (out / SAMPLE_CONFIG_FILE).is_file():
+            is_marked = any((out / name).exists() for name in (LOCK_FILE, UNFINISHED_FOLDER))  # a run that did not end
+            refuse_foreign_files(out, lambda name: is_marked and VIDEO_FOLDER_FILES.fullmatch(name) is not None)
+        return
+    if out.parent.exists() and not out.parent.is_dir():
+        raise ValueError(f"out={out}: {out.parent} is a file; give a folder")
+    if out.is_dir():
+        raise ValueError(f"out={out}: is a folder; give a file in it, such as {out / 'video.mp4'}")
+    store, configs = out.with_suffix(".zarr"), (f"{out.name}.yaml", f"{out.stem}.yaml")  # the second: before 0.2
+    if store.exists() and not any((out.parent / name).is_file() for name in configs):
+        raise ValueError(f"out={out}: {store.name} beside it is not of an earlier sample; give another name")
+
+
 @contextmanager
 def prepare_output(config: SampleConfig, rank: int) -> Iterator[Path]:
     """Own the output of `sample` and yield the folder into which all ranks write; its files are moved at the end.
 
     ValueError if the output folder holds other files or another process writes there.
     """
-    out, config_file = Path(config.out), "sample.yaml"
+    check_output(config)
+    out = Path(config.out)
     if config.prompt is not None:
         with FolderLock(out.parent, f"{out.name}.lock") as lock:
             lock.hold()
@@ -181,14 +209,11 @@ def prepare_output(config: SampleConfig, rank: int) -> Iterator[Path]:
                 yield staging
                 write_config(staging / f"{out.name}.yaml", config)
         return
-    if not (out / config_file).is_file():
-        is_marked = any((out / name).exists() for name in (LOCK_FILE, UNFINISHED_FOLDER))  # by a run that did not end
-        refuse_foreign_files(out, lambda name: is_marked and VIDEO_FOLDER_FILES.fullmatch(name) is not None)
     with own_folder(out), staged_output(out) if rank == 0 else nullcontext(out / UNFINISHED_FOLDER) as staging:
         wait_for_ranks()  # the first one has emptied the folder
         yield staging
         if rank == 0:
-            write_config(staging / config_file, config)
+            write_config(staging / SAMPLE_CONFIG_FILE, config)
         wait_for_ranks()  # nothing is moved before all are complete
 
 

@@ -192,6 +192,8 @@ class FolderLock:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"out={folder}: is a file or below one; give a folder") from error
         except OSError as error:
             raise ValueError(f"out={folder}: {error.strerror}") from error
 

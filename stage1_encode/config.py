@@ -196,7 +196,9 @@ class DecodeConfig:
     model: str = option(help="Model folder or hub name of the VAE.", path="any", group="model")
     out: str = option(help="Folder for the mp4 files and the contact sheet.", path="output", group="output")
     watch: bool = option(False, "Decode the previews of a training run as they appear, until it ends.", group="data")
-    columns: int = option(6, "Frames per video on the contact sheet.", minimum=1, group="output", advanced=True)
+    columns: int = option(
+        6, "Frames per video on the contact sheet.", minimum=1, maximum=64, group="output", advanced=True
+    )
     vae_dtype: str = option("float32", "Precision of the VAE.", choices=DTYPES, group="precision", advanced=True)
     decoder: str = decoder_option()
     device: str = device_option()

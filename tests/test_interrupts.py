@@ -23,6 +23,14 @@ def test_ctrl_c_during_the_first_imports() -> None:
         assert (done.returncode, done.stderr) == (expected, "")
 
 
+def test_ctrl_c_during_the_imports_of_a_command(tmp_path: Path) -> None:
+    """Neither swallowed by a library nor turned into another error."""
+    code = "import sys, signal, os; sys.argv = ['cli.py', 'sample', '--checkpoint', 'a', '--model', 'b', '--prompt', 'c', '--out', 'd.mp4']\nclass Finder:\n    def find_spec(name, *_):\n        if name == 'diffusers':\n            try: os.kill(os.getpid(), signal.SIGINT)\n            except BaseException: pass\nsys.meta_path.insert(0, Finder)\nimport cli\ncli.main()"  # noqa: E501
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    expected = "stopped; nothing is damaged; the same command starts again\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", expected)
+
+
 def test_ctrl_c_ends_encode_in_a_process_of_its_own(model: Path, clips: Path, tmp_path: Path) -> None:
     """A real signal while clips are read: no traceback, and the same command completes the data set."""
     table = write_csv(tmp_path / "c.csv", [(clips / f"clip-{i % 6}.mp4", f"prompt {i}") for i in range(400)])

@@ -152,6 +152,43 @@ def test_a_failed_evaluation_leaves_the_earlier_report(
     assert all(after[name] == before[name] for name in ("evaluate.yaml", "report.json", "report.html"))
 
 
+def test_sample_replaces_only_what_is_its_own(sampling: SampleConfig, tmp_path: Path) -> None:
+    """Refused before a model is loaded: the checkpoint does not exist."""
+    single = replace(sampling, data=None, prompt="a ball", out=str(tmp_path / "a.mp4"), checkpoint="gone")
+    (tmp_path / "x.mp4").mkdir()
+    (tmp_path / "y.zarr").mkdir()
+    (tmp_path / "z").write_text("mine")
+    for name, message in (
+        ("x.mp4", "x.mp4: is a folder; give a file in it, such as .*/x.mp4/video.mp4"),
+        ("y.mp4", "y.mp4: y.zarr beside it is not of an earlier sample; give another name"),
+        ("z/a.mp4", "a.mp4: .*/z is a file; give a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample_videos(replace(single, out=str(tmp_path / name)))
+    (tmp_path / "y.mp4.yaml").write_text("")  # of the earlier run
+    with pytest.raises(ValueError, match="gone: "):
+        sample_videos(replace(single, out=str(tmp_path / "y.mp4")))
+    with pytest.raises(ValueError, match="data=.*none.csv: "):
+        sample_videos(replace(sampling, data=str(write_csv(tmp_path / "none.csv", [], ("prompt",))), checkpoint="gone"))
+    with pytest.raises(ValueError, match="z: is a file; give a folder"):
+        sample_videos(replace(sampling, out=str(tmp_path / "z"), checkpoint="gone"))
+    with pytest.raises(ValueError, match="z: is a file or below one; give a folder"):
+        FolderLock(tmp_path / "z")
+
+
+def test_evaluate_replaces_only_what_is_its_own(evaluation: EvaluateConfig, tmp_path: Path) -> None:
+    config = replace(evaluation, out=str(tmp_path / "out"), checkpoint=("gone",))
+    (tmp_path / "out" / "videos").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"out: holds other files \(videos\); give a new folder"):
+        evaluate_students(config)
+    (tmp_path / "out" / "evaluate.yaml").write_text("")  # of an earlier evaluation
+    with pytest.raises(ValueError, match="gone: "):
+        evaluate_students(config)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file: is a file; give a folder"):
+        evaluate_students(replace(config, out=str(tmp_path / "file")))
+
+
 def test_a_contact_sheet_is_replaced_at_once(
     run: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

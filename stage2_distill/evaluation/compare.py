@@ -28,6 +28,7 @@ from shards.dataset import DataSet, SizeGroup, open_data_set
 from shards.manifest import check_settings
 from shards.record import Record, collate_records, group_by_first_frame, pad_text
 from stage2_distill.checkpointing import format as checkpoints
+from stage2_distill.checkpointing.identity import option_texts
 from stage2_distill.config import EXACT, FP8
 from stage2_distill.distributed.process_group import rank_and_world, wait_for_ranks
 from stage2_distill.dmd.rollout import sample_euler, sample_student
@@ -39,6 +40,7 @@ from stage2_distill.model.wan import build_meta_transformer, guided, make_denois
 from stage2_distill.sampling.student_sampler import load_student
 from stage2_distill.sampling.student_source import StudentSource, check_model, find_student
 from stage2_distill.sampling.teacher_sampler import load_teacher, teacher_guidance, teacher_sigmas
+from stage2_distill.weight_files.lora_files import split_weight
 
 CHUNK_BYTES = 4 << 20  # bytes of latents that share a chunk of the store
 MIN_LATENT_FRAMES = 3  # the feature map spans two free frames
@@ -107,8 +109,10 @@ def open_evaluation(config: EvaluateConfig) -> EvaluationSetup:
     if config.precision == FP8:  # before the teacher samples for hours
         net = build_meta_transformer(locate_model(config.model, ("transformer",)), getattr(torch, config.dtype))
         check_fp8(net, pick_device(config.device))
-    for facts in others:
+    for name, facts in zip(config.checkpoint[1:], others, strict=True):
         check_model(config.model, facts, ("transformer",))
+        if teacher_weights(facts) != teacher_weights(first):
+            raise ValueError(f"checkpoint={name}: its teacher has other base_lora files than the first; compare apart")
     expected = {"vae": first.vae, "text_encoder": first.text_encoder, "fps": first.spec.fps}
     check_settings(config.shards, data.manifest, expected)
     count = min(config.num_records, group.num_records)
@@ -266,9 +270,16 @@ def open_denoiser(setting: EvaluationSetup, source: StudentSource | None) -> Den
     return make_denoiser(net, dtype)
 
 
+def teacher_weights(facts: checkpoints.StudentFacts) -> str:
+    """What the teacher's weights are: the fingerprint of the base, and the LoRA files that were added to it."""
+    loras = option_texts(facts.config.get("base_lora") or ())
+    added = f" {facts.base_loras} {[split_weight(text).weight for text in loras]}"
+    return f"{facts.transformer}{added if loras else ''}"
+
+
 def set_digest(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -> str:
     """Digest of everything that decides a set's latents."""
-    weights = setting.facts.transformer
+    weights = teacher_weights(setting.facts)
     if sampler.source is not None:
         precision = setting.config.precision
         weights = digest_files(sampler.source.own_path) + setting.config.weights + precision.removeprefix(EXACT)

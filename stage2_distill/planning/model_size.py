@@ -9,5 +9,7 @@ from stage2_distill.weight_files.transformer_config import read_transformer_conf
 
 def read_model_size(model: str) -> TransformerSize:
     """The size of a model's transformer; ValueError if there is none."""
+    if not Path(model).exists():
+        raise ValueError(f"model={model}: no such folder or file; check the path")
     folder = locate_model(model, ("transformer",)) if Path(model).is_dir() else Path(model)
     return TransformerSize.of(read_transformer_config(locate_part(folder, "transformer")))

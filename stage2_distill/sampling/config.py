@@ -15,6 +15,8 @@ from common.options import (
 from common.video import VideoSpec
 from stage2_distill.config import EXACT, PRECISIONS, check_precision
 
+LARGEST_SEED = 10**18 - 1  # as in a CSV
+
 DTYPES = ("float32", "bfloat16")  # of the network
 WEIGHT_SETS = ("ema", "student")  # prefixes of the tensors of a checkpoint
 VAE_DTYPES = ("auto", "float32", "bfloat16")
@@ -38,7 +40,9 @@ class SampleConfig:
         None, "First frame of a single video; default: from the prompt alone.", path="any", group="data"
     )
     data: str | None = option(None, "CSV of many videos, columns prompt, image, seed.", path="input", group="data")
-    seed: int = option(0, "Seed of the noise; a seed in the CSV takes precedence.", minimum=0, group="data")
+    seed: int = option(
+        0, "Seed of the noise; a seed in the CSV takes precedence.", minimum=0, maximum=LARGEST_SEED, group="data"
+    )
     timesteps: tuple[float, ...] | None = option(
         None, "Timesteps of the sampler, if not those of training.", group="recipe", advanced=True, old_name="ladder"
     )

@@ -19,7 +19,7 @@ from shards.comparison import Comparison, latent_set_name
 from shards.manifest import read_manifest, write_manifest
 from stage2_distill.checkpointing.format import list_checkpoints, prune_checkpoints, resolve_checkpoint, write_best
 from stage2_distill.dmd.rollout import rollout, sample_euler
-from stage2_distill.evaluation.compare import open_evaluation, split_records
+from stage2_distill.evaluation.compare import open_evaluation, set_digest, split_records, teacher_samplers
 from stage2_distill.evaluation.compare import sample_comparison as sample_opened
 from stage2_distill.evaluation.config import EvaluateConfig
 from stage2_distill.evaluation.latent_metrics import (
@@ -280,6 +280,18 @@ def test_digest_depends_on_the_negative_prompt(workspace: Path, model: Path, tmp
     write_manifest(data, manifest, torch.ones(3, training_helpers.TEXT_DIM))
     changed = replace(evaluation, shards=str(data))
     assert open_evaluation(evaluation).records_digest != open_evaluation(changed).records_digest
+
+
+def test_sets_of_the_teacher_are_those_of_its_lora_files(workspace: Path, model: Path, tmp_path: Path) -> None:
+    setting = open_evaluation(make_evaluation(workspace, model, tmp_path))
+    teacher, *_ = teacher_samplers(setting)
+    digests = set()
+    for content, weight in (("a", 1.0), ("b", 1.0), ("a", 0.5)):
+        facts = replace(
+            setting.facts, config=setting.facts.config | {"base_lora": [f"f:{weight}"]}, base_loras=(content,)
+        )
+        digests.add(set_digest(replace(setting, facts=facts), teacher, 0))
+    assert len(digests | {set_digest(setting, teacher, 0)}) == 4
 
 
 def test_one_step_of_euler_equals_the_rollout() -> None:
