@@ -153,8 +153,9 @@ def check_inputs(config: SampleConfig) -> None:
     check_prompt(config.prompt)
     if config.image is not None:
         check_image(config.image)
-    if config.data is not None and Path(config.data).is_file():  # a pipe can be read only once
-        next(read_csv_rows(Path(config.data), text_only=True))
+    table = None if config.data is None else Path(config.data)
+    if table is not None and (table.is_file() or not table.exists()):  # a pipe can be read only once
+        next(read_csv_rows(table, text_only=True))
     check_decoder(config.decoder, config.model)
 
 

@@ -168,6 +168,9 @@ def test_sample_replaces_only_what_is_its_own(sampling: SampleConfig, tmp_path: 
     (tmp_path / "y.mp4.yaml").write_text("")  # of the earlier run
     with pytest.raises(ValueError, match="gone: "):
         sample_videos(replace(single, out=str(tmp_path / "y.mp4")))
+    with pytest.raises(ValueError, match="data=.*gone.csv: No such file"):
+        sample_videos(replace(sampling, data=str(tmp_path / "gone.csv"), checkpoint="gone"))
+    assert not Path(sampling.out).exists()
     with pytest.raises(ValueError, match="data=.*none.csv: "):
         sample_videos(replace(sampling, data=str(write_csv(tmp_path / "none.csv", [], ("prompt",))), checkpoint="gone"))
     with pytest.raises(ValueError, match="z: is a file; give a folder"):
