@@ -5,9 +5,9 @@
     python -m benchmarks.ablate_nano --tiny --only "regression*"                            # tries the code on a CPU
 
 Trains variants of `recipes/nano.yaml` and `recipes/nano-matching.yaml` as CUDA graphs, --at-once of them together, and
-appends a table and the figures of every run (JSON lines) to --out. The plan is printed first: all runs take the same
-number of forward passes, as many as fit into --minutes by the time that was measured for one. --only takes patterns of
-names, --seeds a number of training seeds for all variants, --iterations those of the base instead of planned ones.
+appends a table and the figures of every run (JSON lines) to --out. The plan is printed first: all runs but those
+named longer take the same number of forward passes, as many as fit into --minutes by the time measured for one.
+--only takes patterns of names, --seeds a number of training seeds for all variants, --iterations those of the base.
 --rounds iterations are timed for the plan; they should be a multiple of the exits, which take turns. Rates fall over
 the same share of a run as in its recipe. Float32, with TF32 for products on a GPU. `ablation_table` joins files.
 --thorough also tells decoded clips from the teacher's, and adds true clips to the controls, for a final table.
@@ -41,7 +41,6 @@ from stage2_distill.trainer import DivergedError
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "nano" / "model"
 BASE, MATCHING = "nano.yaml", "nano-matching.yaml"
-BATCH = 128  # of both recipes
 CHECK_EVERY = 100  # iterations
 CURVE_POINTS = 8  # of a run whose distances are followed
 BRIEF_SHARE = 0.2  # of a judgement's time that a point of a curve takes
@@ -96,7 +95,7 @@ class Variant:
         }
         return replace(
             recipe, **spans, iterations=count, teacher_warmup=round(self.warmup_share * count),
-            rollout_reuse=False, **self.changes, **others,
+            rollout_reuse=False, **(self.changes | others),
         )  # fmt: skip
 
 
@@ -260,8 +259,8 @@ def plan_runs(
     pairs = [(variant, seed) for seed in range(10) for variant in variants if seed < (options.seeds or variant.seeds)]
     points = sum(CURVE_POINTS - 1 for variant, _ in pairs if variant.curve)
     fixed = len(pairs) * (speed.recording + speed.judging) + points * BRIEF_SHARE * speed.judging
-    # a pass of a larger batch takes longer
-    lengths = sum(one.length * one.config().batch_size / BATCH for one, _ in pairs)
+    batch = list_variants()[0].config(**sizes).batch_size  # a pass of a larger one takes longer
+    lengths = sum(one.length * one.config(**sizes).batch_size / batch for one, _ in pairs)
     budget = (SAFETY * left - fixed) / (lengths * speed.one_pass)
     if options.iterations:
         budget = options.iterations * forward_passes(list_variants()[0].config())

@@ -3,8 +3,8 @@
     python -m benchmarks.fp8 [--tiny] [--repeats 5] [--only quantize,denoise,gradient]
 
 Random weights at the true size, blocks compiled; --tiny is a small network on the CPU. The gradient is that of two
-random networks of equal weights but 2 % of noise, at guidance 7. Kernels run once as in
-`sample --compile` and once alone.
+random networks of equal weights but 2 % of noise, at guidance 7. Kernels run once as in `sample
+--compile` and once alone.
 """
 
 import argparse

@@ -67,7 +67,10 @@ class OptionSpec:
             raise ValueError(f"{name}={value}: must be more than {self.above:g}")
         low, high = self.minimum, self.maximum
         if (low is not None and value < low) or (high is not None and value > high):
-            bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+            top = (
+                high if isinstance(high, int) else f"{high:g}" if high is not None else None
+            )  # all digits of an integer
+            bounds = f"at least {low:g}" if high is None else f"between {low:g} and {top}"
             raise ValueError(f"{name}={value}: must be {bounds}")
 
     def nearest_choice(self, value: str) -> str:

@@ -272,9 +272,8 @@ def open_denoiser(setting: EvaluationSetup, source: StudentSource | None) -> Den
 
 def teacher_weights(facts: checkpoints.StudentFacts) -> str:
     """What the teacher's weights are: the fingerprint of the base, and the LoRA files that were added to it."""
-    loras = option_texts(facts.config.get("base_lora") or ())
-    added = f" {facts.base_loras} {[split_weight(text).weight for text in loras]}"
-    return f"{facts.transformer}{added if loras else ''}"
+    weights = [split_weight(text).weight for text in option_texts(facts.config.get("base_lora") or ())]
+    return f"{facts.transformer} {facts.base_loras} {weights}" if weights else facts.transformer
 
 
 def set_digest(setting: EvaluationSetup, sampler: CandidateSampler, seed: int) -> str:

@@ -44,7 +44,8 @@ def test_variants_change_what_their_name_says() -> None:
 def test_a_plan_gives_every_run_the_same_passes_and_fits(capsys: pytest.CaptureFixture[str]) -> None:
     variants = [one for one in list_variants() if one.name in ("base", "matching", "base, 20 steps of regression")]
     options = Namespace(seeds=0, iterations=0)
-    planned = plan_runs(variants, options, Speed(one_pass=0.001, recording=1.0, judging=2.0), 300.0)
+    speed = Speed(one_pass=0.001, recording=1.0, judging=2.0)
+    planned = plan_runs(variants, options, speed, 300.0)
     passes = [forward_passes(one.config) * one.config.iterations for one in planned]
     assert len(planned) == 3 + 3 + 2
     assert max(passes) < 1.01 * min(passes)
@@ -52,6 +53,18 @@ def test_a_plan_gives_every_run_the_same_passes_and_fits(capsys: pytest.CaptureF
     assert sum(passes) * 0.001 == pytest.approx(0.93 * 300 - 8 * 3.0 - curves, rel=0.01)
     assert [one.variant.name for one in planned[:3]] == [one.name for one in variants]  # first a seed of each
     assert " iterations: base\n" in capsys.readouterr().out
+
+
+def test_longer_runs_and_larger_batches_count_as_what_they_take() -> None:
+    names = ("base", "longer: base x 4", "base, batch 256")
+    variants = [one for one in list_variants() if one.name in names]
+    options, speed = Namespace(seeds=1, iterations=0), Speed(one_pass=0.001, recording=0.0, judging=0.0)
+    base, longer, large = (one.config for one in plan_runs(variants, options, speed, 100.0))
+    assert (longer.iterations, large.iterations) == (pytest.approx(4 * base.iterations, abs=2), base.iterations)
+    seconds = forward_passes(base) * base.iterations * speed.one_pass  # of the base; the others take four and two
+    assert 7 * seconds == pytest.approx(0.93 * 100, rel=0.01)
+    sizes = {"batch_size": 2, "global_batch": 2}  # as with --batch and --tiny: of all variants
+    assert {one.config.batch_size for one in plan_runs(variants, options, speed, 100.0, **sizes)} == {2}
 
 
 def test_a_plan_that_cannot_fit_is_refused() -> None:

@@ -294,6 +294,16 @@ def test_sets_of_the_teacher_are_those_of_its_lora_files(workspace: Path, model:
     assert len(digests | {set_digest(setting, teacher, 0)}) == 4
 
 
+def test_students_of_other_lora_files_are_compared_apart(
+    workspace: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stage2_distill.evaluation.compare.teacher_weights", lambda facts: str(facts.iteration))
+    runs = tuple(map(str, list_checkpoints(workspace / "run")))
+    assert len(runs) == 2
+    with pytest.raises(ValueError, match=f"checkpoint={runs[1]}: its teacher has other base_lora files"):
+        open_evaluation(make_evaluation(workspace, model, tmp_path, checkpoint=runs))
+
+
 def test_one_step_of_euler_equals_the_rollout() -> None:
     """One step from sigma 1: Euler and the rollout agree there, which ties the two samplers together."""
     condition, noise = Condition(None, torch.zeros(1, 1, 1)), torch.randn(1, 2, 3, 2, 2)
